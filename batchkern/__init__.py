@@ -1,0 +1,28 @@
+"""Fused kernels for training with selected mini-batches, and five published strategies that use them."""
+
+from batchkern._version import __version__
+from batchkern.basis import Hadamard, random_basis
+from batchkern.ops import (
+    BatchLedger,
+    TrimmedCrossEntropyLoss,
+    augment_latent,
+    linear_trimmed_cross_entropy,
+    rank_batches,
+    soft_label_kl,
+    trimmed_cross_entropy,
+    trimmed_mean,
+)
+
+__all__ = [
+    "BatchLedger",
+    "Hadamard",
+    "TrimmedCrossEntropyLoss",
+    "__version__",
+    "augment_latent",
+    "linear_trimmed_cross_entropy",
+    "random_basis",
+    "rank_batches",
+    "soft_label_kl",
+    "trimmed_cross_entropy",
+    "trimmed_mean",
+]

@@ -1,0 +1,29 @@
+"""What a user did wrong, told in one sentence; and the libraries that only some users need."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+class UserError(ValueError):
+    """One clear sentence that names the argument or file, what it was, and what is allowed.
+
+    The command line prints it and exits with status 2, without a traceback.
+    """
+
+
+def require(module: str, extra: str) -> Any:
+    """Import an optional library, by its module name.
+
+    Raises:
+        UserError: it is not installed; the sentence names the extra of `batchkern` that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        library = module.partition(".")[0]
+        raise UserError(
+            f"this needs the library {library!r}, which cannot be imported ({error}): "
+            f"pip install 'batchkern[{extra}]'"
+        ) from error

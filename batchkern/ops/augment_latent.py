@@ -1,0 +1,100 @@
+"""Virtual samples around a batch in latent space: stochastic batch augmentation (Li et al., 2020, eqs. 5-8)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from batchkern import _backend
+from batchkern.basis import Basis, Hadamard
+from batchkern.ops import _checks as check
+from batchkern.ops._autograd import boundary
+
+
+def augment_latent(
+    x: Tensor,
+    *,
+    gaussian: int,
+    dropout: int,
+    sigma: float,
+    tau: float,
+    drop_prob: float,
+    basis: Basis | None = None,
+    rescale_dropout: bool = False,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """The batch, its Gaussian copies and its dropout copies, stacked copy-major.
+
+    ``x``; then ``gaussian`` copies x + clip(eps, -tau, tau) @ basis.T with eps ~ N(0, sigma^2) (eq. 7); then
+    ``dropout`` copies mask * x with mask ~ Bernoulli(1 - drop_prob) (eq. 8).
+
+    Args:
+        x: ``(B, Q)`` float32, bfloat16, float16 or float64.
+        gaussian, dropout: number of copies of each kind, at least 0.
+        sigma: standard deviation of the noise, at least 0.
+        tau: the noise is clipped to [-tau, tau]; above 0, in the units of ``x``.
+        drop_prob: in [0, 1].
+        basis: from :func:`batchkern.random_basis`; a dense one may be any float ``(Q, Q)``, and gets no gradient.
+            ``None`` adds the clipped noise as it is.
+        rescale_dropout: multiply dropout copies by 1 / (1 - drop_prob); the paper does not.
+        seed: an int or 0-dim int64 tensor fixes the numbers: Philox4x32-10, the same integers on every device. ``None``
+            draws one from torch's default generator of the device, so that ``torch.manual_seed`` governs it.
+
+    Returns:
+        ``((1 + gaussian + dropout) * B, Q)`` in the dtype of ``x``. Its gradient is the sum over copies.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
+    """
+    check.tensor("x", x, dims=2)
+    check.count("gaussian", gaussian)
+    check.count("dropout", dropout)
+    check.number("sigma", sigma, 0)
+    check.number("tau", tau, 0, open_low=True)
+    check.number("drop_prob", drop_prob, 0, 1)
+    if rescale_dropout and drop_prob == 1:
+        raise ValueError("drop_prob must be below 1 with rescale_dropout=True: 1 / (1 - drop_prob) is infinite")
+    if basis is not None:
+        _check_basis(basis, x)
+        basis = basis.detach() if isinstance(basis, Tensor) else basis
+    compute = _backend.implementation("augment_latent", x.device)
+    with torch.autocast(x.device.type, enabled=False):  # autocast would round the noise to its own dtype
+        stacked: Tensor = compute(
+            boundary(x),
+            _seed_tensor(seed, x.device),
+            gaussian=gaussian,
+            dropout=dropout,
+            sigma=sigma,
+            tau=tau,
+            drop_prob=drop_prob,
+            basis=basis,
+            rescale_dropout=rescale_dropout,
+        )
+    return stacked
+
+
+def _check_basis(basis: Basis, x: Tensor) -> None:
+    width = x.shape[1]
+    if isinstance(basis, Hadamard):
+        check.vector("basis.signs", basis.signs, rows=width, like=x, dtypes=(torch.float32,))
+        return
+    check.tensor("basis", basis, dims=2)
+    check.same_device("basis", basis, x)
+    if basis.shape != (width, width):
+        raise ValueError(f"basis must have shape ({width}, {width}) to match x, got {tuple(basis.shape)}")
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    """A 0-dim int64 tensor on ``device``, so that a captured graph can draw a new one at each replay."""
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), device=device)
+    if isinstance(seed, Tensor):
+        check.tensor("seed", seed, dims=0, dtypes=(torch.int64,))
+        if seed.device != device:
+            raise ValueError(f"seed must be on {device}, the device of x, got {seed.device}")
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, a 0-dim int64 tensor or None, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    return torch.full((), seed, dtype=torch.int64, device=device)

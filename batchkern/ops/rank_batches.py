@@ -1,0 +1,77 @@
+"""Loss-keyed batch ranking: which mini-batches are hard (Sahayam et al., 2023, Algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchkern import _backend
+from batchkern.ops import _checks as check
+
+
+def rank_batches(losses: Tensor, fraction: float) -> Tensor:
+    """Indices of the highest losses, in descending order.
+
+    Args:
+        losses: ``(N,)`` float32, bfloat16, float16 or float64.
+        fraction: delta in (0, 1]; a Python float, since it decides the shape of the result.
+
+    Returns:
+        ``(max(1, floor(fraction * N)),)`` int64; ties by lower index, NaN first. Empty when N is 0.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype or range.
+    """
+    check.tensor("losses", losses, dims=1)
+    if isinstance(fraction, Tensor):
+        raise TypeError("fraction must be a float, got a tensor: it decides the shape of the result")
+    check.fraction("fraction", fraction, losses)
+    count = min(len(losses), max(1, math.floor(fraction * len(losses))))
+    indices: Tensor = _backend.implementation("rank_batches", losses.device)(losses, count)
+    return indices
+
+
+class BatchLedger:
+    """The last known loss of each of N batches, kept on the device.
+
+    Args:
+        size: N.
+        device: where the losses live.
+
+    A batch that has never been seen ranks above every finite loss.
+    """
+
+    def __init__(self, size: int, device: torch.device | str | None = None) -> None:
+        check.count("size", size, low=1)
+        self.losses = torch.full((size,), math.inf, dtype=torch.float32, device=device)
+
+    def __len__(self) -> int:
+        return len(self.losses)
+
+    def update(self, indices: Tensor | int, losses: Tensor | float) -> None:
+        """Record ``losses`` for batches ``indices``: a number each, or ``(n,)`` tensors (indices not repeated)."""
+        where = torch.as_tensor(indices, device=self.losses.device).reshape(-1)
+        if where.dtype != torch.int64:
+            raise TypeError(f"indices must be int64, got {where.dtype}")
+        if check.readable(where) and len(where) and not 0 <= int(where.min()) <= int(where.max()) < len(self):
+            raise ValueError(f"indices must be in [0, {len(self)}), got {where.tolist()}")
+        values = torch.as_tensor(losses, dtype=torch.float32, device=self.losses.device).detach().reshape(-1)
+        if len(values) != len(where):
+            raise ValueError(f"losses must have shape ({len(where)},) to match indices, got ({len(values)},)")
+        self.losses.index_copy_(0, where, values)
+
+    def rank(self, fraction: float) -> Tensor:
+        """:func:`rank_batches` of the recorded losses."""
+        return rank_batches(self.losses, fraction)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"losses": self.losses.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        losses = state["losses"]
+        if losses.shape != self.losses.shape:
+            raise ValueError(f"state has {len(losses)} batches; this ledger has {len(self)}")
+        self.losses.copy_(losses)

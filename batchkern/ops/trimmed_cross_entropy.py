@@ -1,0 +1,148 @@
+"""Mini-batch trimming: the mean cross entropy of the hardest fraction of a batch (Fassold, 2021, section 2)."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from batchkern import _backend
+from batchkern.ops import _checks as check
+from batchkern.ops._autograd import boundary, check_inplace_backward
+
+
+@overload
+def trimmed_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    keep: float | Tensor,
+    *,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    class_weight: Tensor | None = ...,
+    per_sample: Literal[False] = ...,
+    group: dist.ProcessGroup | None = ...,
+    inplace_backward: bool = ...,
+) -> Tensor: ...
+@overload
+def trimmed_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    keep: float | Tensor,
+    *,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    class_weight: Tensor | None = ...,
+    per_sample: Literal[True],
+    group: dist.ProcessGroup | None = ...,
+    inplace_backward: bool = ...,
+) -> tuple[Tensor, Tensor]: ...
+def trimmed_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    keep: float | Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    per_sample: bool = False,
+    group: dist.ProcessGroup | None = None,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Mean cross entropy of the k rows of highest loss.
+
+    k = max(round(keep * n), 1) where n counts the rows that are not ignored. Equal losses: the lower row index is
+    kept; NaN ranks highest. Dropped rows get a gradient of exact zeros. Losses and sums are float32 whatever the
+    logits are (float64 for float64 logits).
+
+    Args:
+        logits: ``(B, C)`` float32, bfloat16, float16 or float64, any strides.
+        target: ``(B,)`` int64 class indices in [0, C), or ``ignore_index``.
+        keep: fraction of rows kept, in (0, 1]; or a 0-dim float64 tensor on the logits' device, read when the
+            operation runs, so that a captured CUDA graph follows a schedule.
+        ignore_index: rows with this target have no loss, no gradient and no rank.
+        label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
+        class_weight: ``(C,)``: weighted losses are ranked, and their sum is divided by the kept rows' weights.
+        per_sample: also return the losses ``(B,)``, detached, 0 at ignored rows.
+        group: rank over the batches of all processes of this group (equal B on each; ties: lower rank first). The loss
+            is scaled so that the average of gradients over ranks is the gradient of the concatenated batch.
+        inplace_backward: write the gradient over the logits' storage; no effect under ``torch.compile``.
+
+    Returns:
+        The 0-dim loss, or ``(loss, losses)``. NaN when every row is ignored, as ``F.cross_entropy`` gives. With
+        ``keep=1`` the loss is ``F.cross_entropy(logits, target, ...)``.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
+        RuntimeError: in the backward pass, when it is differentiated again, or when ``inplace_backward`` finds the
+            logits changed since the forward pass.
+    """
+    check.tensor("logits", logits, dims=2)
+    check.target(target, rows=len(logits), classes=logits.shape[1], ignore_index=ignore_index, like=logits)
+    check.fraction("keep", keep, logits)
+    check.number("label_smoothing", label_smoothing, 0, 1)
+    if class_weight is not None:
+        check.vector("class_weight", class_weight, rows=logits.shape[1], like=logits, dtypes=check.FLOATS)
+    if torch.compiler.is_compiling():
+        inplace_backward = False  # the compiler plans memory itself, and version counters cannot be traced
+    if inplace_backward:
+        check_inplace_backward(logits)
+    loss, losses = _backend.implementation("trimmed_cross_entropy", logits.device)(
+        boundary(logits, into_storage=inplace_backward),
+        target,
+        keep,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        group=group,
+    )
+    return (loss, losses) if per_sample else loss
+
+
+class TrimmedCrossEntropyLoss(nn.Module):
+    """:func:`trimmed_cross_entropy` as a module; ``keep`` may be reassigned between steps.
+
+    Args:
+        keep, ignore_index, label_smoothing, class_weight, per_sample, group, inplace_backward: as in the function.
+    """
+
+    def __init__(
+        self,
+        keep: float | Tensor,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        per_sample: bool = False,
+        group: dist.ProcessGroup | None = None,
+        inplace_backward: bool = False,
+    ) -> None:
+        super().__init__()
+        check.fraction("keep", keep, keep if isinstance(keep, Tensor) else torch.empty(0))
+        check.number("label_smoothing", label_smoothing, 0, 1)
+        self.keep = keep
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.per_sample = per_sample
+        self.group = group
+        self.inplace_backward = inplace_backward
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", class_weight)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return trimmed_cross_entropy(  # type: ignore[call-overload]
+            logits,
+            target,
+            self.keep,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            class_weight=self.class_weight,
+            per_sample=self.per_sample,
+            group=self.group,
+            inplace_backward=self.inplace_backward,
+        )
+
+    def extra_repr(self) -> str:
+        return f"keep={self.keep}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"

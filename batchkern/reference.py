@@ -1,0 +1,282 @@
+"""Every operation in plain PyTorch: the specification, the tests' oracle, and the fallback for a device without a kernel.
+
+Nothing here loops over rows, synchronises with the host, or has a data-dependent shape, so all of it runs on any
+device, under CUDA graphs and under ``torch.compile``. Arguments are taken as valid: ``batchkern.ops`` checks them.
+Losses, log-sum-exps, ranks and sums are float32 for float32, bfloat16 and float16 inputs, and float64 for float64.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from batchkern.basis import Basis, apply_basis
+
+# --- selection -------------------------------------------------------------------------------------------------
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the type that losses are computed in: float64 stays, everything narrower becomes float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def kept_count(n: Tensor, keep: float | Tensor) -> Tensor:
+    """k = clamp(round_half_even(keep * n), 1, n) in float64; 0-dim. Equals ``max(round(keep * n), 1)`` for n >= 1."""
+    return torch.minimum(torch.round(n.double() * keep).clamp(min=1), n.double())
+
+
+def descending_order(losses: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Indices ``(B,)`` that sort ``losses (B,)``: highest first, NaN above all, equal values by lower index.
+
+    -0.0 equals 0.0 and every NaN equals every other, whatever its sign bit. Rows where ``valid (B,)`` is False come
+    last, behind a valid -inf.
+    """
+    canonical = torch.where(losses == 0, 0.0, torch.where(losses.isnan(), math.nan, losses))
+    order = torch.sort(canonical, descending=True, stable=True).indices
+    if valid is not None:
+        order = order[torch.sort((~valid[order]).byte(), stable=True).indices]
+    return order
+
+
+def select(losses: Tensor, valid: Tensor, keep: float | Tensor) -> tuple[Tensor, Tensor]:
+    """``kept (B,)`` bool, True at the k highest of the valid losses, and k as a 0-dim float64 tensor."""
+    k = kept_count(valid.sum(), keep)
+    order = descending_order(losses, valid)
+    rank = torch.arange(len(losses), device=losses.device)
+    return torch.zeros_like(valid).scatter(0, order, rank < k), k
+
+
+def select_and_normalize(
+    losses: Tensor, valid: Tensor, weight: Tensor | None, keep: float | Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The kept rows of this rank and what their summed loss is divided by.
+
+    The divisor is k, or with ``weight (B,)`` the kept rows' summed weight. With ``group`` the rows are ranked over
+    all ranks' batches in one all-gather (ties: lower rank, then lower index) and the divisor is that of the
+    concatenated batch over the world size, so that averaging gradients over ranks, as DDP does, gives the
+    concatenated batch's gradient.
+    """
+    if group is None:
+        kept, k = select(losses, valid, keep)
+        return kept, k if weight is None else torch.where(kept, weight, 0).sum()
+    ones = torch.ones_like(losses) if weight is None else weight
+    mine = torch.stack([losses, valid.to(losses.dtype), ones.to(losses.dtype)])
+    world = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(world, mine, group=group)
+    losses_all, valid_all, weight_all = torch.cat(world, dim=1)
+    kept_all, _ = select(losses_all, valid_all.bool(), keep)
+    start = dist.get_rank(group) * len(losses)
+    normalizer = torch.where(kept_all, weight_all, 0).sum() / len(world)
+    return kept_all[start : start + len(losses)], normalizer
+
+
+# --- losses ----------------------------------------------------------------------------------------------------
+
+
+def trimmed_mean(
+    losses: Tensor, keep: float | Tensor, *, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    losses = wide(losses)
+    valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+    kept, normalizer = select_and_normalize(losses.detach(), valid, None, keep, group)
+    return torch.where(kept, losses, 0).sum() / normalizer.to(losses.dtype)
+
+
+def trimmed_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    keep: float | Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Trimmed mean ``()`` and detached per-sample losses ``(B,)``, 0 at ignored rows."""
+    logits = wide(logits)
+    weight = None if class_weight is None else class_weight.to(logits.dtype)
+
+    def per_sample(z: Tensor) -> Tensor:
+        return F.cross_entropy(
+            z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+        )
+
+    valid = target != ignore_index
+    with torch.no_grad():
+        losses = per_sample(logits).masked_fill(~valid, 0.0)
+        row_weight = None if weight is None else weight[torch.where(valid, target, 0)]
+        kept, normalizer = select_and_normalize(losses, valid, row_weight, keep, group)
+    # Dropped rows are replaced before the differentiable pass: their gradient is an exact zero even where a logit is
+    # NaN or infinite, which a zero upstream factor alone would turn into NaN.
+    kept_losses = per_sample(torch.where(kept[:, None], logits, 0.0))
+    return torch.where(kept, kept_losses, 0).sum() / normalizer.to(logits.dtype), losses
+
+
+def linear_trimmed_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    keep: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    group: dist.ProcessGroup | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The unfused definition: it does hold the ``(N, V)`` logits, and ``chunk_rows`` changes nothing."""
+    del chunk_rows
+    return trimmed_cross_entropy(
+        F.linear(hidden, weight, bias),
+        target,
+        keep,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        group=group,
+    )
+
+
+def rank_batches(losses: Tensor, count: int) -> Tensor:
+    return descending_order(losses.detach())[:count]
+
+
+# --- random numbers: Philox4x32-10 (Salmon et al., SC 2011) -----------------------------------------------------
+
+MASK32 = 0xFFFFFFFF
+
+
+def multiply_32x32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b. In 16-bit halves: the full product would overflow int64."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & MASK32
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds on four 32-bit counter words and a 64-bit key; words are int64 tensors in [0, 2^32)."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & MASK32, (key >> 32) & MASK32
+    for _ in range(10):
+        high0, low0 = multiply_32x32(c0, 0xD2511F53)
+        high1, low1 = multiply_32x32(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & MASK32, (k1 + 0xBB67AE85) & MASK32
+    return c0, c1, c2, c3
+
+
+@torch.library.custom_op("batchkern_reference::random_words", mutates_args=())
+def random_words(rows: Tensor, columns: int, seed: Tensor) -> Tensor:
+    """``(len(rows), columns)`` integers in [0, 2^32): word ``column % 4`` of the counter (row, column // 4).
+
+    The four counter words are (row mod 2^32, row / 2^32, column // 4, 0). A custom op, because the compiler would
+    inline ten rounds of Philox into one expression of exponential size.
+    """
+    quad = torch.arange((columns + 3) // 4, device=rows.device)
+    row, quad = torch.broadcast_tensors(rows[:, None], quad)
+    words = philox((row & MASK32, row >> 32, quad, torch.zeros_like(quad)), seed)
+    return torch.stack(words, dim=-1).flatten(1)[:, :columns].contiguous()
+
+
+@random_words.register_fake
+def _(rows: Tensor, columns: int, seed: Tensor) -> Tensor:
+    return rows.new_empty(len(rows), columns)
+
+
+def random_normals(rows: Tensor, columns: int, seed: Tensor) -> Tensor:
+    """Standard normals ``(len(rows), columns)`` float64, by Box-Muller on the words (0, 1) and (2, 3) of a quad.
+
+    A word's upper 23 bits give u = (w + 1/2) / 2^23, exact in float32 and never 0 or 1.
+    """
+    padded = (columns + 3) // 4 * 4
+    u = ((random_words(rows, padded, seed) >> 9).double() + 0.5) / 2**23
+    u = u.unflatten(1, (padded // 2, 2))
+    radius, angle = torch.sqrt(-2 * torch.log(u[..., 0])), 2 * math.pi * u[..., 1]
+    pairs = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], dim=-1)
+    return pairs.flatten(1)[:, :columns]
+
+
+# --- stochastic batch augmentation ------------------------------------------------------------------------------
+
+
+def augment_latent(
+    x: Tensor,
+    seed: Tensor,
+    *,
+    gaussian: int,
+    dropout: int,
+    sigma: float,
+    tau: float,
+    drop_prob: float,
+    basis: Basis | None = None,
+    rescale_dropout: bool = False,
+) -> Tensor:
+    """Eqs. 5-8: x, x + clip(eps, -tau, tau) @ basis.T, mask * x, stacked copy-major.
+
+    The Philox row of an element is its row in the output, so no two copies share a number.
+    """
+    batch, width = x.shape
+    value = wide(x)
+    rows = torch.arange(batch, (1 + gaussian + dropout) * batch, device=x.device)
+    gaussian_rows, dropout_rows = rows[: gaussian * batch], rows[gaussian * batch :]
+
+    noise = (sigma * random_normals(gaussian_rows, width, seed)).clamp(-tau, tau).to(value.dtype)
+    noise = apply_basis(noise, basis)
+    threshold = round(drop_prob * 2**32)
+    mask = (random_words(dropout_rows, width, seed) >= threshold).to(value.dtype)
+    if rescale_dropout:
+        mask = mask / (1 - drop_prob)
+    copies = [value, value.repeat(gaussian, 1) + noise, value.repeat(dropout, 1) * mask]
+    return torch.cat(copies).to(x.dtype)
+
+
+class SoftLabelKL(torch.autograd.Function):
+    """Row divergences ``(M * B,)`` of eq. 10, with the gradient that falls out of the same pass.
+
+    With t = log P - log Q, KL(P || Q) = sum Q (t e^t - e^t + 1): every term is >= 0, and where a virtual row sits next
+    to its reference nothing cancels, while sum P t loses all digits there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reference: Tensor, virtual: Tensor, temperature: float) -> Tensor:
+        copies = len(virtual) // max(len(reference), 1)
+        log_p = F.log_softmax(wide(reference) / temperature, dim=1).repeat(copies, 1)
+        log_q = F.log_softmax(wide(virtual) / temperature, dim=1)
+        p, q = log_p.exp(), log_q.exp()
+        t = log_p - log_q
+        t = torch.where((log_p == -math.inf) & (log_q == -math.inf), 0.0, t)
+
+        series = sum((n - 1) / math.factorial(n) * t**n for n in range(2, 13))
+        direct = t * t.exp() - torch.expm1(t)
+        near = q * torch.where(t.abs() < 0.25, series, direct)
+        far = torch.where(p == 0, q, p * (t - 1) + q)  # e^t may overflow or underflow where P and Q do not
+        terms = torch.where((t > -20) & (t <= 1), near, far)
+        kl = torch.where(t == math.inf, math.inf, terms).sum(dim=1)
+
+        grad_virtual = (q - p) / temperature
+        grad_reference = torch.where(p == 0, 0.0, p * (t - kl[:, None])) / temperature
+        ctx.save_for_backward(grad_reference, grad_virtual)
+        ctx.facts = copies, len(reference), reference.dtype, virtual.dtype
+        return kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_reference, grad_virtual = ctx.saved_tensors
+        copies, rows, reference_dtype, virtual_dtype = ctx.facts
+        scale = grad.reshape(-1, 1)
+        to_reference = to_virtual = None
+        if ctx.needs_input_grad[0]:
+            to_reference = (scale * grad_reference).unflatten(0, (copies, rows)).sum(0).to(reference_dtype)
+        if ctx.needs_input_grad[1]:
+            to_virtual = (scale * grad_virtual).to(virtual_dtype)
+        return to_reference, to_virtual, None
+
+
+def soft_label_kl(reference_logits: Tensor, virtual_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Row divergences ``(M * B,)``; detach ``reference_logits`` to keep the soft label out of the gradient."""
+    return SoftLabelKL.apply(reference_logits, virtual_logits, temperature)
