@@ -1,0 +1,172 @@
+"""From the encoded images of a `datasets.Dataset` to uint8 arrays, by a few threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchkern.data.images import CHUNK
+from batchkern.errors import UserError, require
+
+# Encoded images held at a time while only their headers are read.
+_HEADERS = 64
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The images of one split, not yet decoded.
+
+    Attributes:
+        name: the source, for messages.
+        dataset: a `datasets.Dataset` whose image column is cast to `Image(decode=False)`.
+        column: the name of that column.
+        feature: the `datasets.Image` that decodes one cell.
+        index: (N,) int64, the row of the data set that each image is (a held-out part has its own), so that
+            messages give the row as the file counts it.
+        channels: 1 or 3, to which every image is converted; None: as it is in the file.
+        size: (H, W) that every image is to have; None: as it is in the file.
+        resize: what becomes of an image of another size: it is resized, or refused.
+        threaded: whether several threads decode, which pays for images over about 128 x 128 (`large`).
+    """
+
+    name: str
+    dataset: Any
+    column: str
+    feature: Any
+    index: Tensor
+    channels: int | None = None
+    size: tuple[int, int] | None = None
+    resize: bool = False
+    threaded: bool = False
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def decode(self, positions: Sequence[int]) -> list[Any]:
+        """The images at `positions`: a list of uint8 arrays (C, H, W).
+
+        Raises:
+            UserError: an image is missing, cannot be decoded, or is of another size than it may be; the
+                sentence names its row and file.
+        """
+        rows = self.index[list(positions)].tolist()
+        cells = list(zip(rows, self.dataset[rows][self.column], strict=True))
+        if not self.threaded:
+            return self._decode_block(cells)
+        step = -(-len(cells) // (4 * _threads())) or 1
+        blocks = _pool().map(self._decode_block, [cells[i : i + step] for i in range(0, len(cells), step)])
+        return [image for block in blocks for image in block]
+
+    def any_colour(self, positions: Tensor) -> bool:
+        """Whether one of the images at `positions` (m,) int64 has colour, by their headers alone."""
+        pillow = require("PIL.Image", "train")
+        for chunk in self.index[positions].split(_HEADERS):
+            rows = chunk.tolist()
+            for row, cell in zip(rows, self.dataset[rows][self.column], strict=True):
+                try:
+                    source = cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"])
+                    with pillow.open(source) as image:
+                        if image.mode not in GREY_MODES:
+                            return True
+                except Exception as error:
+                    raise self._unreadable(row, cell, error) from error
+        return False
+
+    def _decode_block(self, cells: list[tuple[int, Any]]) -> list[Any]:
+        return [self._decode_one(row, cell) for row, cell in cells]
+
+    def _decode_one(self, row: int, cell: Any) -> Any:
+        # Pillow's plugins raise what they like for a broken file: OSError, SyntaxError, struct.error, ...
+        try:
+            image = self.feature.decode_example(cell)
+            size = (image.height, image.width)
+            if self.size is None or self.resize or size == self.size:
+                return to_array(image, self.channels, self.size)
+        except Exception as error:
+            raise self._unreadable(row, cell, error) from error
+        raise UserError(
+            f"{self.name}: the images are of mixed sizes: row {row} is {size[0]}x{size[1]}, "
+            f"but row {int(self.index[0])} is {self.size[0]}x{self.size[1]}; resize them all with image_size "
+            f"(--image-size)"
+        )
+
+    def _unreadable(self, row: int, cell: Any, error: Exception) -> UserError:
+        path = (cell or {}).get("path")
+        if cell is None:
+            reason = "it is missing"
+        elif type(error).__name__ == "UnidentifiedImageError":  # names an object in memory, not the file
+            reason = "its format is unknown"
+        else:
+            reason = f"{type(error).__name__}: {error}"
+        where = f"row {row} ({path})" if path else f"row {row}"
+        return UserError(f"{self.name}: {where} is not a readable image: {reason}")
+
+
+def to_array(image: Any, channels: int | None, size: tuple[int, int] | None) -> Any:
+    """A PIL image as a uint8 array (C, H, W) of these channels and this size, or its own where None.
+
+    Its own channels are 1 for black and white or grey images (without their alpha channel), 3 for all others.
+    Integer modes are taken as 16-bit and keep their high byte.
+    """
+    numpy = require("numpy", "train")
+    pillow = require("PIL.Image", "train")
+    if image.mode.startswith("I"):
+        image = pillow.fromarray((numpy.asarray(image).clip(0, 65535) >> 8).astype(numpy.uint8))
+    elif image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; store 8 or 16 bits")
+    grey = channels == 1 or (channels is None and image.mode in GREY_MODES)
+    mode = "L" if grey else "RGB"
+    if image.mode != mode:
+        image = image.convert(mode)
+    if size is not None and (image.height, image.width) != size:
+        # Pillow's bilinear filter widens with the reduction, which is antialiasing.
+        image = image.resize((size[1], size[0]), pillow.Resampling.BILINEAR)
+    array = numpy.asarray(image)
+    return array[None] if grey else array.transpose(2, 0, 1)
+
+
+def large(image: Any) -> bool:
+    """Whether arrays (C, H, W) like this one are worth decoding in threads.
+
+    Pillow releases the GIL while it decodes, not while it opens a file. Two threads took 1.7 times as long as
+    one for JPEGs of 32 x 32, 1.1 times at 128 x 128, 0.55 times at 256 x 256 (two busy cores).
+    """
+    return image.shape[1] * image.shape[2] > 128 * 128
+
+
+def decode_all(cells: Cells, channels: int) -> Tensor:
+    """Every image of `cells`, whose size is given and whose channels are not: uint8 (N, C, H, W).
+
+    C is `channels`, the expected number, except that it becomes 3 as soon as one image has colour.
+
+    Raises:
+        UserError: as `Cells.decode`.
+    """
+    assert cells.size is not None
+    images = torch.empty(len(cells), channels, *cells.size, dtype=torch.uint8)
+    step = max(1, min(1024, CHUNK // images[:1].numel()))
+    for start in range(0, len(cells), step):
+        decoded = cells.decode(range(start, min(start + step, len(cells))))
+        if images.shape[1] == 1 and any(len(image) == 3 for image in decoded):
+            images = images.expand(-1, 3, -1, -1).contiguous()
+        for slot, image in zip(images[start:].numpy(), decoded, strict=False):
+            slot[...] = image  # a grey image is repeated over three channels
+    return images
+
+
+def _threads() -> int:
+    return min(8, os.cpu_count() or 1)
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_threads(), thread_name_prefix="batchkern-decode")

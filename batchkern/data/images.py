@@ -1,0 +1,192 @@
+"""Labelled images in memory, or decoded when their batch is due, behind one interface."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from batchkern.errors import UserError
+
+if TYPE_CHECKING:
+    from batchkern.data.decode import Cells
+
+# Streamed data are too many to look at twice: statistics and the channel count come from this many of their
+# rows, evenly spaced.
+SAMPLE = 4096
+# Bytes of uint8 pixels handled at a time, which bounds the temporaries of what works through a whole set.
+CHUNK = 1 << 24
+
+
+def sample_rows(count: int) -> Tensor:
+    """At most `SAMPLE` of `count` row indices, evenly spaced: (m,) int64."""
+    size = min(count, SAMPLE)
+    return torch.arange(size) * count // max(size, 1)
+
+
+class ImageData(ABC):
+    """N labelled images of one shape.
+
+    Attributes:
+        name: the source they came from, for messages.
+        labels: (N,) int64 on the CPU, each in 0..len(classes)-1.
+        classes: the name of each class.
+        shape: (C, H, W) of every image; C is 1 (grey) or 3 (RGB).
+    """
+
+    def __init__(
+        self, labels: Tensor, classes: Sequence[str], shape: tuple[int, int, int], name: str
+    ) -> None:
+        self.name = name
+        self.labels = labels
+        self.classes = tuple(classes)
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return f"{type(self).__name__}({self.name!r}, {len(self)} images {size}, {len(self.classes)} classes)"
+
+    @abstractmethod
+    def rows(self, indices: Tensor) -> Tensor:
+        """The images at `indices` (b,) int64 on the CPU, repeats allowed: uint8 (b, C, H, W) on the CPU."""
+
+    @abstractmethod
+    def reshaped(self, shape: tuple[int, int, int]) -> ImageData:
+        """The same images, colour-converted and resized to `shape`; see `match_shape`."""
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of images / 255: two (C,) float32 tensors.
+
+        Images in memory are all counted; of streamed ones at most 4096, evenly spaced, always the same. The
+        deviation is at least 1/255, one grey level, so that a constant channel can be divided by it.
+        """
+        indices = self._statistics_rows()
+        channels, height, width = self.shape
+        # Sums of integers are exact, so the result depends neither on the chunks nor on the order.
+        total = torch.zeros(channels, dtype=torch.int64)
+        squares = torch.zeros(channels, dtype=torch.int64)
+        for chunk in indices.split(max(1, CHUNK // (channels * height * width))):
+            pixels = self.rows(chunk).to(torch.int32)
+            total += pixels.sum(dim=(0, 2, 3))
+            squares += pixels.square_().sum(dim=(0, 2, 3))
+        count = len(indices) * height * width
+        mean = total.double() / count
+        variance = (squares.double() / count - mean.square()).clamp_(min=0)
+        return (mean / 255).float(), (variance.sqrt() / 255).clamp_(min=1 / 255).float()
+
+    def _statistics_rows(self) -> Tensor:
+        return torch.arange(len(self))
+
+
+class TensorImages(ImageData):
+    """Images held decoded in memory.
+
+    Args:
+        images: (N, C, H, W) uint8 on the CPU, C = 1 or 3.
+        labels: (N,) int64 on the CPU.
+        classes: the name of each class.
+        name: the source, for messages.
+
+    Raises:
+        UserError: the tensors are not of these shapes and types, or a label is not in 0..len(classes)-1.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str], *, name: str) -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise UserError(
+                f"images must be uint8 (N, C, H, W) with C = 1 or 3, not {images.dtype} {tuple(images.shape)}"
+            )
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise UserError(
+                f"labels must be int64 ({len(images)},), not {labels.dtype} {tuple(labels.shape)}"
+            )
+        wrong = ((labels < 0) | (labels >= len(classes))).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            raise UserError(f"labels[{row}] is {int(labels[row])}; it must be in 0..{len(classes) - 1}")
+        super().__init__(labels, classes, (images.shape[1], images.shape[2], images.shape[3]), name)
+        self.images = images
+
+    def rows(self, indices: Tensor) -> Tensor:
+        return self.images.index_select(0, indices)
+
+    def reshaped(self, shape: tuple[int, int, int]) -> TensorImages:
+        if shape == self.shape:
+            return self
+        images = torch.empty(len(self), *shape, dtype=torch.uint8)
+        step = max(1, CHUNK // self.images[:1].numel())
+        for out, chunk in zip(images.split(step), self.images.split(step), strict=True):
+            out.copy_(_reshape(chunk, shape))
+        return TensorImages(images, self.labels, self.classes, name=self.name)
+
+
+class StreamedImages(ImageData):
+    """Images that are decoded, by a few threads, when their batch is due; only the labels are in memory.
+
+    Nothing is read ahead: which batch comes next may depend on the losses of this one.
+
+    Args:
+        cells: the undecoded images, with the channels and the size that they are to have.
+        labels, classes: as for `ImageData`.
+    """
+
+    def __init__(self, cells: Cells, labels: Tensor, classes: Sequence[str]) -> None:
+        assert cells.channels is not None
+        assert cells.size is not None
+        super().__init__(labels, classes, (cells.channels, *cells.size), cells.name)
+        self.cells = cells
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """As `ImageData.rows`.
+
+        Raises:
+            UserError: an image cannot be decoded, or is of another size than the first one while no size was
+                asked for; the sentence names its row and file.
+        """
+        out = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
+        for slot, image in zip(out.numpy(), self.cells.decode(indices.tolist()), strict=True):
+            slot[...] = image
+        return out
+
+    def reshaped(self, shape: tuple[int, int, int]) -> StreamedImages:
+        if shape == self.shape:
+            return self
+        resize = self.cells.resize or shape[1:] != self.shape[1:]
+        cells = replace(self.cells, channels=shape[0], size=shape[1:], resize=resize)
+        return StreamedImages(cells, self.labels, self.classes)
+
+    def _statistics_rows(self) -> Tensor:
+        return sample_rows(len(self))
+
+
+def match_shape(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
+    """`data` as images of `shape` (C, H, W), so that a model built for that shape takes them.
+
+    RGB becomes grey by its luminance (ITU-R 601: 0.299, 0.587, 0.114), grey becomes RGB by repeating it; then
+    the images are resized, bilinear with antialiasing, whatever their aspect. `data` itself if it fits.
+
+    Raises:
+        UserError: C is not 1 or 3, or H or W is not positive.
+    """
+    if len(shape) != 3 or shape[0] not in (1, 3) or min(shape[1:]) < 1:
+        raise UserError(f"shape must be (C, H, W) with C = 1 or 3 and H, W >= 1, not {tuple(shape)}")
+    return data.reshaped(shape)
+
+
+def _reshape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """uint8 (b, C, H, W) -> uint8 (b, *shape)."""
+    channels, height, width = shape
+    if channels == 1 and images.shape[1] == 3:
+        weights = torch.tensor([0.299, 0.587, 0.114])
+        images = torch.einsum("bchw,c->bhw", images.float(), weights).round_().to(torch.uint8)[:, None]
+    if images.shape[2:] != (height, width):
+        images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+    return images.expand(-1, channels, -1, -1)

@@ -1,0 +1,189 @@
+"""`load` one split, or `load_pair` a training and a test set that agree with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
+from batchkern.data.decode import decode_all, large
+from batchkern.data.images import ImageData, StreamedImages, TensorImages, match_shape, sample_rows
+from batchkern.data.sources import Table, UnlabelledError, held_out, open_source, read_table
+from batchkern.errors import UserError
+
+MEMORY_LIMIT = 4 << 30
+
+
+def load(
+    source: str, *, split: str = "train", image_size: int | None = None, memory_limit: int = MEMORY_LIMIT
+) -> ImageData:
+    """One split of a data set of labelled images.
+
+    Args:
+        source: one of
+            - "digits": scikit-learn's 1,797 8x8 grey digits, with a fixed train and test split;
+            - "photo-patches": 520 32x32 colour patches of scikit-learn's two photographs, the class being
+              which one, to inject into the training on another set; with a fixed train and test split;
+            - a parquet file in the image layout of Hugging Face `datasets`; its one split is "train";
+            - a folder with one sub-folder of images per class; or with sub-folders train and test (or
+              validation, val) that are like this; else its one split is "train";
+            - a name on the Hugging Face hub, `owner/name`, `name`, or either with `:config`.
+            Images are the first column of type `datasets.Image`; labels the column "label", "labels" or
+            "fine_label", else the only one of classes, else the only one of integers.
+        split: which split.
+        image_size: resize all images to this many pixels square, bilinear with antialiasing.
+        memory_limit: in bytes; where the decoded uint8 images would take more, they are streamed: decoded
+            when their batch is due.
+
+    Returns:
+        Images of one channel if all are grey or black and white, of three otherwise. 16-bit greys keep their
+        high byte. Of streamed images at most 4,096, evenly spaced, are asked whether they have colour; if
+        none has, one that turns up later becomes grey.
+
+    Raises:
+        UserError: there is no such source or split, it cannot be read, it lacks an image or label column, a
+            row has no label or one out of range, all rows are of one class, an image cannot be decoded, or
+            sizes are mixed without `image_size` (for streamed images: when its batch is due).
+    """
+    _check_size(image_size)
+    part = _part(source, open_source(source), split)
+    return _decoded(part, _classes(part), image_size, memory_limit)
+
+
+def load_pair(
+    train: str, test: str | None = None, *, image_size: int | None = None, memory_limit: int = MEMORY_LIMIT
+) -> tuple[ImageData, ImageData]:
+    """A training set, the split "train" of `train`, and a test set with the same classes and shape.
+
+    Args:
+        train: a source, as for `load`.
+        test: another source, of which "test" is taken, else "validation" (also where no row of "test" has a
+            label), else its only split. None: "test" or "validation" of `train`, likewise; where it has
+            neither, a fixed fifth of each class is held out from its split "train", the same in every run
+            whatever its seeds.
+        image_size, memory_limit: as for `load`, the limit for each set by itself.
+
+    Returns:
+        (training set, test set), the second with the channels and the class names of the first.
+
+    Raises:
+        UserError: as `load`; or the class names differ; or, where one of the two has integers without names,
+            a test label is not a training class; or the images differ in size without `image_size`.
+    """
+    _check_size(image_size)
+    splits = open_source(train)
+    train_part = _part(train, splits, "train")
+    if test is not None:
+        test_part = _test_part(test, open_source(test))
+    elif "test" in splits or "validation" in splits:
+        test_part = _test_part(train, splits)
+    else:
+        # Only built-in sources are decoded already, and these have their own test split.
+        assert isinstance(train_part, Table)
+        kept, out = held_out(train_part.labels)
+        if len(out) == 0:
+            raise UserError(
+                f"{train}: no class has three images, so that one could be held out; name a test set"
+            )
+        train_part, test_part = train_part.select(kept), train_part.select(out)
+    classes = _classes(train_part)
+    _check_test_classes(test_part, train_part, classes)
+    train_data = _decoded(train_part, classes, image_size, memory_limit)
+    test_data = _decoded(test_part, classes, image_size, memory_limit)
+    if test_data.shape[1:] != train_data.shape[1:]:
+        sizes = [f"{data.shape[1]}x{data.shape[2]}" for data in (test_data, train_data)]
+        raise UserError(
+            f"{test or train}: test images are {sizes[0]}, training images {sizes[1]}; "
+            f"resize them all with image_size (--image-size)"
+        )
+    return train_data, match_shape(test_data, train_data.shape)
+
+
+def _part(source: str, splits: Mapping[str, Any], split: str) -> TensorImages | Table:
+    if split not in splits:
+        raise UserError(f"{source}: no split {split!r}; it has {', '.join(splits)}")
+    part = splits[split]
+    return part if isinstance(part, TensorImages) else read_table(source, split, part)
+
+
+def _test_part(source: str, splits: Mapping[str, Any]) -> TensorImages | Table:
+    for split in ("test", "validation"):
+        if split in splits:
+            try:
+                return _part(source, splits, split)
+            except UnlabelledError:
+                # Some benchmarks keep the labels of their test images to themselves (ImageNet's are all -1).
+                if split == "validation" or "validation" not in splits:
+                    raise
+    if len(splits) > 1:
+        raise UserError(f"{source}: no split 'test' or 'validation'; it has {', '.join(splits)}")
+    return _part(source, splits, next(iter(splits)))
+
+
+def _decoded(
+    part: TensorImages | Table, classes: tuple[str, ...], image_size: int | None, memory_limit: int
+) -> ImageData:
+    """In memory where that fits, else streamed."""
+    if isinstance(part, TensorImages):
+        data = TensorImages(part.images, part.labels, classes, name=part.name)
+        return data if image_size is None else match_shape(data, (data.shape[0], image_size, image_size))
+    first = part.cells.decode([0])[0]
+    size = (image_size, image_size) if image_size is not None else first.shape[1:]
+    cells = replace(part.cells, size=size, resize=image_size is not None, threaded=large(first))
+    channels = 3 if len(first) == 3 or cells.any_colour(sample_rows(len(cells))) else 1
+    if len(cells) * channels * size[0] * size[1] > memory_limit:
+        return StreamedImages(replace(cells, channels=channels), part.labels, classes)
+    return TensorImages(decode_all(cells, channels), part.labels, classes, name=part.name)
+
+
+def _check_size(image_size: int | None) -> None:
+    if image_size is not None and image_size < 4:
+        raise UserError(f"image_size must be at least 4 pixels, not {image_size}")
+
+
+def _classes(part: TensorImages | Table) -> tuple[str, ...]:
+    """The class names of a training set: "0", "1", ... where it has none."""
+    present = part.labels.unique()
+    if len(present) < 2:
+        name = part.classes[int(present[0])] if part.classes is not None else str(int(present[0]))
+        raise UserError(
+            f"{part.name}: all {len(part.labels)} images are of one class, {name!r}; at least two are needed"
+        )
+    if part.classes is not None:
+        return part.classes
+    highest = int(present[-1])
+    if highest >= len(part.labels):
+        raise UserError(
+            f"{part.name}: row {int(part.labels.argmax())} has the label {highest}; without class names the "
+            f"labels must be 0..{len(part.labels) - 1}, since there are not more classes than images"
+        )
+    return tuple(map(str, range(highest + 1)))
+
+
+def _check_test_classes(
+    test: TensorImages | Table, train: TensorImages | Table, classes: tuple[str, ...]
+) -> None:
+    if test.classes is not None and train.classes is not None:
+        for index, (name, expected) in enumerate(zip_longest(test.classes, classes)):
+            if name != expected:
+                raise UserError(
+                    f"{test.name}: class {index} is {_quoted(name)}, but {_quoted(expected)} in the training "
+                    f"set {train.name}; both must have the same classes in the same order: "
+                    f"{_shortened(classes)}"
+                )
+    wrong = (test.labels >= len(classes)).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise UserError(
+            f"{test.name}: row {row} has the label {int(test.labels[row])}; the training set {train.name} "
+            f"allows 0..{len(classes) - 1}"
+        )
+
+
+def _quoted(name: str | None) -> str:
+    return "missing" if name is None else repr(name)
+
+
+def _shortened(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")

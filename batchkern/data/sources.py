@@ -1,0 +1,289 @@
+"""What a source string stands for: its splits, with the labels read and checked, and no image decoded yet."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchkern.data.decode import Cells
+from batchkern.data.images import TensorImages
+from batchkern.errors import UserError, require
+
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+# Sub-folders of a folder that are splits, and the names under which `datasets` knows them.
+_SPLIT_FOLDERS = {"train": "train", "test": "test", "validation": "validation", "val": "validation"}
+_HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
+
+
+class UnlabelledError(UserError):
+    """Not one row of a split has a label."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split: undecoded images, checked labels.
+
+    Attributes:
+        cells: the images.
+        labels: (N,) int64, none negative, each below len(classes) if there are names.
+        classes: the names of the classes, or None: the labels are just integers.
+    """
+
+    cells: Cells
+    labels: Tensor
+    classes: tuple[str, ...] | None
+
+    @property
+    def name(self) -> str:
+        return self.cells.name
+
+    def select(self, positions: Tensor) -> Table:
+        """The rows at `positions` (m,) int64."""
+        cells = replace(self.cells, index=self.cells.index[positions])
+        return replace(self, cells=cells, labels=self.labels[positions])
+
+
+def held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A fixed stratified split of N rows: the (ascending) int64 positions of the 80 % and of the 20 %.
+
+    The same for the same labels always, whatever the seeds of a run. A fifth of each class, rounded, is held
+    out: nothing of a class with fewer than three rows.
+    """
+    count = len(labels)
+    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    order = shuffled[labels[shuffled].argsort(stable=True)]  # by class, shuffled within it
+    sizes = labels.bincount()
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.arange(count) - starts[labels[order]]
+    is_test = torch.empty(count, dtype=torch.bool)
+    is_test[order] = rank < (sizes[labels[order]] + 2) // 5
+    return (~is_test).nonzero().flatten(), is_test.nonzero().flatten()
+
+
+def open_source(source: str) -> Mapping[str, Any]:
+    """The splits of `source` by name, each a `TensorImages` or a `datasets.Dataset`.
+
+    Raises:
+        UserError: there is no such file, folder or hub data set, or it cannot be read.
+    """
+    if source in _BUILT_IN:
+        return _BUILT_IN[source]()
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):
+        return _open_folder(source, path)
+    if os.path.isfile(path):
+        return _open_parquet(source, path)
+    if source.endswith(".parquet") or not _HUB_NAME.fullmatch(source) or source.startswith("."):
+        raise UserError(
+            f"{source!r} is no file or folder, and neither {_built_in_names()} nor a hub name (owner/name)"
+        )
+    return _open_hub(source)
+
+
+def read_table(name: str, split: str, dataset: Any) -> Table:
+    """The images and labels of one split of a `datasets.Dataset`.
+
+    Raises:
+        UserError: no image column, no label column, no rows, an unlabelled row, or a label out of range.
+    """
+    datasets = require("datasets", "train")
+    columns = ", ".join(f"{key} ({_kind(feature)})" for key, feature in dataset.features.items())
+    images = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if not images:
+        raise UserError(f"{name}: no image column (datasets.Image) among its columns: {columns}")
+    label = _label_column(datasets, dataset.features)
+    if label is None:
+        raise UserError(
+            f"{name}: no label column ({', '.join(LABEL_COLUMNS)}, or the only one of classes or integers) "
+            f"among its columns: {columns}"
+        )
+    if len(dataset) == 0:
+        raise UserError(f"{name}: the split {split!r} has no rows")
+    labels = _read_labels(name, dataset, label)
+    names = getattr(dataset.features[label], "names", None)
+    wrong = ((labels < 0) | (labels >= (len(names) if names else torch.inf))).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        allowed = f"0..{len(names) - 1}" if names else "0, 1, 2, ..."
+        raise UserError(f"{name}: row {row} has the label {int(labels[row])}; allowed are {allowed}")
+    feature = dataset.features[images[0]]
+    undecoded = dataset.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
+    cells = Cells(name, undecoded, images[0], feature, torch.arange(len(labels)))
+    return Table(cells, labels, tuple(names) if names else None)
+
+
+def _kind(feature: Any) -> str:
+    """A column's type for messages: "int64", "ClassLabel", "Image", ..."""
+    return feature.dtype if type(feature).__name__ == "Value" else type(feature).__name__
+
+
+def _label_column(datasets: Any, features: Mapping[str, Any]) -> str | None:
+    classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    integers = [key for key, feature in features.items() if re.match(r"u?int\d", _kind(feature))]
+    for name in LABEL_COLUMNS:
+        if name in classes or name in integers:
+            return name
+    for candidates in (classes, integers):
+        if len(candidates) == 1:
+            return candidates[0]
+    return None
+
+
+def _read_labels(name: str, dataset: Any, column: str) -> Tensor:
+    """(N,) int64. A missing label is refused, whether it is null or -1 (what the hub's test sets have)."""
+    values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
+    labels = torch.tensor(values.fill_null(-1).to_numpy().astype("int64"))
+    unlabelled = (labels == -1).nonzero().flatten()
+    if len(unlabelled):
+        kind = UnlabelledError if len(unlabelled) == len(labels) else UserError
+        raise kind(
+            f"{name}: {len(unlabelled)} of {len(labels)} rows have no label in {column!r} (null or -1), "
+            f"the first is row {int(unlabelled[0])}; every row must have one"
+        )
+    return labels
+
+
+def _open_digits() -> dict[str, TensorImages]:
+    """scikit-learn's 1,797 digits, 8x8, grey; their values 0..16 become multiples of 15, losing nothing."""
+    digits = require("sklearn.datasets", "train").load_digits()
+    images = torch.tensor(digits.images * 15).to(torch.uint8)[:, None]
+    return _split(TensorImages(images, torch.tensor(digits.target), list("0123456789"), name="digits"))
+
+
+def _open_photo_patches() -> dict[str, TensorImages]:
+    """The 520 whole 32x32 patches of scikit-learn's two photographs, side by side; which one is the class."""
+    require("PIL.Image", "train")
+    photos = require("sklearn.datasets", "train").load_sample_images()
+    patches = []
+    for photo in photos.images:
+        rows = torch.tensor(photo).unfold(0, 32, 32).unfold(1, 32, 32)  # (rows, columns, C, 32, 32)
+        patches.append(rows.flatten(0, 1))
+    labels = torch.arange(len(patches)).repeat_interleave(torch.tensor([len(p) for p in patches]))
+    classes = [os.path.splitext(os.path.basename(path))[0] for path in photos.filenames]
+    return _split(TensorImages(torch.cat(patches), labels, classes, name="photo-patches"))
+
+
+_BUILT_IN = {"digits": _open_digits, "photo-patches": _open_photo_patches}
+
+
+def _built_in_names() -> str:
+    return " nor ".join(map(repr, _BUILT_IN))
+
+
+def _split(data: TensorImages) -> dict[str, TensorImages]:
+    parts = zip(("train", "test"), held_out(data.labels), strict=True)
+    return {
+        split: TensorImages(data.images[rows], data.labels[rows], data.classes, name=data.name)
+        for split, rows in parts
+    }
+
+
+def _open_parquet(source: str, path: str) -> Mapping[str, Any]:
+    parquet = require("pyarrow.parquet", "train")
+    try:
+        if parquet.read_metadata(path).num_rows == 0:
+            raise UserError(f"{source}: the file has no rows")
+        return _load_dataset("parquet", data_files={"train": glob.escape(path)}, cache_dir=_cache_dir())
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source}: not a readable parquet file: {_cause(error)}") from error
+
+
+def _open_folder(source: str, path: str) -> Mapping[str, Any]:
+    """Splits are the sub-folders train and test (or validation, val) where there are such; else "train" only.
+
+    `datasets` is told the files of each split, because by itself it would take any file or class with "test"
+    in its name for a part of a test split, and drop the labels where it finds a metadata file.
+    """
+    folders = {
+        name: split for name, split in _SPLIT_FOLDERS.items() if os.path.isdir(os.path.join(path, name))
+    }
+    if "train" not in folders or len(folders) == 1:
+        folders = {"": "train"}
+    files = {
+        split: os.path.join(glob.escape(os.path.join(os.path.abspath(path), name)), "*", "*.*")
+        for name, split in folders.items()
+    }
+    extensions = require("PIL.Image", "train").registered_extensions()
+    for name, split in folders.items():
+        if not any(os.path.splitext(file)[1].lower() in extensions for file in glob.iglob(files[split])):
+            raise UserError(
+                f"{os.path.join(source, name).rstrip(os.sep)}: no images in one sub-folder per class, "
+                f"as in class/image.png"
+            )
+    try:
+        return _load_dataset(
+            "imagefolder", data_files=files, drop_labels=False, drop_metadata=True, cache_dir=_cache_dir()
+        )
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{source}: not a readable folder of images: {_cause(error)}") from error
+
+
+def _open_hub(source: str) -> Mapping[str, Any]:
+    match = _HUB_NAME.fullmatch(source)
+    assert match is not None
+    try:
+        return _load_dataset(match["path"], match["config"])
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{source!r} is no local file or folder, and cannot be loaded from the hub: {_cause(error)}"
+        ) from error
+
+
+def _load_dataset(*args: Any, **options: Any) -> Mapping[str, Any]:
+    datasets = require("datasets", "train")
+    with _quiet(datasets):
+        return datasets.load_dataset(*args, **options)
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """No progress bars, and no log lines beside the one sentence of a UserError."""
+    verbosity = datasets.logging.get_verbosity()
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _cache_dir() -> str | None:
+    """None, for datasets' own cache, or where that cannot be written a folder that is removed at exit."""
+    folder = require("datasets.config", "train").HF_DATASETS_CACHE
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError:
+        return _scratch().name
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="batchkern-")
+
+
+def _cause(error: BaseException) -> str:
+    """The root of a chain of exceptions, in one line: datasets wraps what went wrong several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

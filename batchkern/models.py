@@ -1,0 +1,187 @@
+"""Image classifiers by name, and what the strategies need to know of any model."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Iterator
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from batchkern.errors import UserError, require
+
+# 6n + 2 layers (He et al. 2015, section 4.2).
+_RESNETS = {"resnet8": 1, "resnet20": 3, "resnet56": 9}
+BUILT_IN = ("cnn", *_RESNETS)
+
+
+class SmallCNN(nn.Module):
+    """Three 3x3 convolutions and two linear layers, without batch norm; images of any H, W >= 4.
+
+    About 66,000 parameters. (b, C, H, W) -> logits (b, classes).
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
+        self.hidden = nn.Linear(64, 128)
+        self.fc = nn.Linear(128, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(images)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(self.conv3(x)).mean(dim=(2, 3))
+        return self.fc(F.relu(self.hidden(x)))
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions beside an identity shortcut.
+
+    Where the block halves the image and doubles the channels, the shortcut takes every second pixel and zeros
+    for the new channels: option A of He et al., which has no parameters.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride = stride
+        self.new_channels = outputs - inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        shortcut = x[:, :, :: self.stride, :: self.stride]
+        if self.new_channels:
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, self.new_channels))
+        return F.relu(y + shortcut)
+
+
+class CifarResNet(nn.Module):
+    """The residual networks of He et al. 2015, section 4.2: 6n + 2 layers of 16, 32 and 64 channels.
+
+    (b, C, H, W) -> logits (b, classes). With 20 layers (n = 3) 0.27 million parameters, with 56 0.85 million.
+    """
+
+    def __init__(self, n: int, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(16)
+        self.stage1 = nn.Sequential(*(_Block(16, 16, 1) for _ in range(n)))
+        self.stage2 = nn.Sequential(_Block(16, 32, 2), *(_Block(32, 32, 1) for _ in range(n - 1)))
+        self.stage3 = nn.Sequential(_Block(32, 64, 2), *(_Block(64, 64, 1) for _ in range(n - 1)))
+        self.fc = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(images)))
+        x = self.stage3(self.stage2(self.stage1(x)))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def build(name: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """A new model with random weights, by name.
+
+    Args:
+        name: "cnn" (`SmallCNN`), "resnet8", "resnet20", "resnet56" (`CifarResNet`), or a model of timm.
+        shape: (C, H, W) of the images.
+        classes: number of logits.
+
+    Raises:
+        UserError: unknown name (the sentence lists near ones), images below 4x4, fewer than two classes, or a
+            model of timm that cannot be built for these images.
+    """
+    if len(shape) != 3 or shape[0] < 1 or min(shape[1:]) < 4:
+        raise UserError(f"shape must be (C, H, W) with C >= 1 and H, W >= 4, not {tuple(shape)}")
+    if classes < 2:
+        raise UserError(f"classes must be at least 2, not {classes}")
+    if name == "cnn":
+        return SmallCNN(shape[0], classes)
+    if name in _RESNETS:
+        return CifarResNet(_RESNETS[name], shape[0], classes)
+    return _build_timm(name, shape, classes)
+
+
+def _build_timm(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
+    built_in = f"the built-in models are {', '.join(BUILT_IN)}"
+    try:
+        timm = require("timm", "models")
+    except UserError as error:
+        raise UserError(f"unknown model {name!r}: {built_in}; for any other {error}") from error
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*BUILT_IN, *timm.list_models()], n=5)
+        hint = f"; near matches: {', '.join(near)}" if near else ""
+        raise UserError(f"unknown model {name!r}: {built_in}, and any model of timm{hint}")
+    # A vision transformer's grid of patches is laid out for one image size.
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    size = {"img_size": shape[1:]} if config is not None and config.fixed_input_size else {}
+    try:
+        return timm.create_model(name, num_classes=classes, in_chans=shape[0], **size)
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"model {name!r} of timm cannot be built for images of shape {shape}: {error}"
+        ) from error
+
+
+def find_classifier(model: nn.Module, name: str | None = None) -> tuple[str, nn.Linear]:
+    """The layer that turns features into logits: its name in `model.named_modules()`, and the module.
+
+    Args:
+        name: the module's name; None: the one that `model.get_classifier()` returns, for a model of timm,
+            else the last `nn.Linear` in registration order.
+
+    Raises:
+        UserError: no such module, or it is not an `nn.Linear`; the sentence lists those that are.
+    """
+    modules = dict(model.named_modules())
+    linear = {key: module for key, module in modules.items() if isinstance(module, nn.Linear)}
+    listed = f"its Linear modules are {', '.join(linear)}" if linear else "it has no Linear module"
+    if name is not None:
+        if name in linear:
+            return name, linear[name]
+        what = f"a {type(modules[name]).__name__}, not a Linear" if name in modules else "not in the model"
+        raise UserError(f"classifier {name!r} is {what}; {listed}")
+    if callable(getattr(model, "get_classifier", None)):
+        head = model.get_classifier()  # type: ignore[operator]
+        for key, module in linear.items():
+            if module is head:
+                return key, module
+        # Its last Linear is then a part of something else, such as a squeeze-and-excite block.
+        raise UserError(
+            f"the classifier of {type(model).__name__} is a {type(head).__name__}, not a Linear; "
+            f"name another: {listed}"
+        )
+    if not linear:
+        raise UserError(f"{type(model).__name__} has no classifier that could be found: {listed}")
+    return list(linear.items())[-1]
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any layer normalises with the statistics of its batch."""
+    return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Within it, no batch-norm layer changes its running mean, variance or batch count.
+
+    Layers in train mode still normalise with the batch's own statistics, layers in eval mode with their
+    running ones: in `_BatchNorm.forward`, and in `SyncBatchNorm`'s and timm's, `track_running_stats` decides
+    in train mode whether the buffers are passed on and the count is raised, and nothing in eval mode.
+    """
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
