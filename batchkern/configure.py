@@ -1,0 +1,117 @@
+"""What a training is given, checked and turned into what it runs with; and described for its config.json."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchkern import schedules
+from batchkern.data import ImageData
+from batchkern.errors import UserError
+
+OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+AMP_TYPES: dict[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIMIZERS = ("sgd", "adam", "adamw")
+
+
+def check_counts(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if not (isinstance(value, int | float) and math.isfinite(value)) or not low <= value <= high:
+        raise UserError(f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}")
+    if open_low and value == low:
+        raise UserError(f"{name} must be above {low:g}, got {value!r}")
+
+
+def check_data(train: ImageData, test: ImageData, batch_size: int) -> None:
+    if test.shape != train.shape:
+        raise UserError(f"test images are of shape {test.shape}, training images of shape {train.shape}")
+    if test.classes != train.classes:
+        raise UserError(f"test data have {len(test.classes)} classes that are not the {len(train.classes)} of training")
+    if len(train) < batch_size:
+        raise UserError(f"batch_size is {batch_size}, but {train.name} has {len(train)} samples; it must be at most that")
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {device}, but this torch ({torch.__version__}) sees no CUDA device")
+    return picked
+
+
+def build_optimizer(
+    optimizer: str | OptimizerFactory,
+    parameters: list[nn.Parameter],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    if callable(optimizer):
+        return optimizer(parameters)
+    if optimizer not in OPTIMIZERS:
+        raise UserError(f"optimizer must be one of {', '.join(OPTIMIZERS)} or a function, got {optimizer!r}")
+    check_range("lr", lr, 0, math.inf, open_low=True)
+    check_range("momentum", momentum, 0, 1)
+    check_range("weight_decay", weight_decay, 0, math.inf)
+    if optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    cls = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
+    return cls(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
+
+
+def pick_schedule(schedule: str | schedules.RateSchedule) -> schedules.RateSchedule:
+    if callable(schedule):
+        return schedule
+    if schedule not in schedules.RATES:
+        raise UserError(f"schedule must be one of {', '.join(schedules.RATES)} or a function, got {schedule!r}")
+    return schedules.RATES[schedule]()
+
+
+def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device) -> None:
+    """Runs two black images through, so that a model that does not fit the data says so before training."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(2, *shape, device=device))
+    except RuntimeError as error:
+        raise UserError(f"the model cannot take images of shape {shape}: {str(error).splitlines()[0]}") from error
+    finally:
+        model.train(training)
+    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(f"the model must give logits of shape (batch, {classes}), got {got} for a batch of 2")
+
+
+def describe_data(data: ImageData) -> dict[str, Any]:
+    return {
+        "name": data.name,
+        "rows": len(data),
+        "classes": len(data.classes),
+        "shape": list(data.shape),
+        "labels_crc32": zlib.crc32(data.labels.numpy().tobytes()),
+    }
+
+
+def describe_model(model: nn.Module | str) -> str:
+    if isinstance(model, str):
+        return model
+    return f"{type(model).__name__} with {sum(p.numel() for p in model.parameters())} parameters"
+
+
+def describe_choice(choice: str | Callable[..., Any]) -> str:
+    return choice if isinstance(choice, str) else getattr(choice, "__qualname__", repr(choice))

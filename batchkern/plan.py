@@ -1,0 +1,109 @@
+"""Which rows make up which batch: the stream that strategies filter, replay and inject into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from batchkern.seeding import generator
+
+if TYPE_CHECKING:
+    from batchkern.strategies.base import Step
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One update's worth of rows."""
+
+    indices: Tensor
+    """``(b,)`` int64 rows of the training set (of the strategy's own set where ``inject`` is given)."""
+    epoch: int
+    progress: float
+    """Share of the training done before this batch, in [0, 1)."""
+    ends_epoch: bool
+    """Nothing more of this epoch follows."""
+    rate: float | None = None
+    """Factor on the base learning rate; ``None``: the trainer's schedule at ``progress``."""
+    number: int | None = None
+    """Which of a fixed set of batches this is, where there is one."""
+    reset_optimizer: bool = False
+    """Forget the optimizer's state (momentum) before this update."""
+    inject: Callable[[Step], Tensor] | None = None
+    """Computes this batch's loss in place of the trainer, for a batch that is not of the training set."""
+
+
+class EpochBatches:
+    """Every epoch a fresh permutation of all rows, cut into batches; the last one of an epoch may be smaller.
+
+    A pure function of (seed, epoch), so its only state is how many batches were taken.
+    """
+
+    def __init__(self, rows: int, batch_size: int, epochs: int, seed: int) -> None:
+        self.rows = rows
+        self.batch_size = batch_size
+        self.epochs = epochs
+        self.seed = seed
+        self.per_epoch = -(-rows // batch_size)
+        self.taken = 0
+        self._cached: tuple[int, tuple[Tensor, ...]] = (-1, ())
+
+    def epoch(self, epoch: int) -> tuple[Tensor, ...]:
+        """The index batches of one epoch."""
+        if self._cached[0] != epoch:
+            order = torch.randperm(self.rows, generator=generator(self.seed, "epoch", epoch))
+            self._cached = epoch, order.split(self.batch_size)
+        return self._cached[1]
+
+    def __iter__(self) -> Iterator[Batch]:
+        total = self.epochs * self.per_epoch
+        while self.taken < total:
+            epoch, place = divmod(self.taken, self.per_epoch)
+            progress = self.taken / total
+            self.taken += 1
+            yield Batch(self.epoch(epoch)[place], epoch, progress, ends_epoch=place + 1 == self.per_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+
+
+class Replay:
+    """One epoch over N fixed batches, then rounds that replay some of them: E * N updates in all.
+
+    The last round is cut short to fit. ``choose(round)`` names the batches of a round, in order.
+    """
+
+    def __init__(self) -> None:
+        self.updates = 0
+        self.round = 0
+        self.order: list[int] = []
+        self.place = 0
+
+    def plan(self, batches: EpochBatches, choose: Callable[[int], list[int]]) -> Iterator[Batch]:
+        fixed = batches.epoch(0)
+        total = batches.epochs * len(fixed)
+        while self.updates < total:
+            if self.updates < len(fixed):
+                number = self.updates
+            else:
+                if self.place == len(self.order):
+                    self.order, self.place = choose(self.round), 0
+                    self.round += 1
+                number = self.order[self.place]
+                self.place += 1
+            epoch, progress = self.updates // len(fixed), self.updates / total
+            self.updates += 1
+            ends_epoch = self.updates % len(fixed) == 0
+            yield Batch(fixed[number], epoch, progress, ends_epoch, number=number)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self), order=list(self.order))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)

@@ -1,0 +1,47 @@
+"""The progress bar of a training: loss, accuracy, kept fraction, samples per second."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+
+class ProgressBar:
+    """Shown on a terminal where rich is installed, silent elsewhere. Figures are read at most five times a second."""
+
+    def __init__(self, label: str, *, enabled: bool) -> None:
+        self._bar: Any = None
+        self._next = 0.0
+        if not enabled:
+            return
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        except ImportError:
+            return
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+            self._task = self._bar.add_task(label, total=1.0, figures="")
+
+    def __enter__(self) -> ProgressBar:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def due(self) -> bool:
+        """Whether figures would be shown now; reading them may wait for the device."""
+        return self._bar is not None and time.monotonic() >= self._next
+
+    def show(self, progress: float, *, loss: float, accuracy: float, kept: float, speed: float) -> None:
+        self._next = time.monotonic() + 0.2
+        figures = f"loss {loss:.4f}  acc {accuracy:.1%}  kept {kept:.0%}  {speed:,.0f} samples/s"
+        self._bar.update(self._task, completed=progress, figures=figures)

@@ -1,0 +1,127 @@
+"""The directory of a run: what it holds, how it is written so that a kill at any moment loses nothing, and when it may
+be written at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchkern.errors import UserError, require
+
+CONFIG, METRICS, CHECKPOINT, WEIGHTS, CURVES = (
+    "config.json",
+    "metrics.jsonl",
+    "checkpoint.pt",
+    "model.safetensors",
+    "curves.png",
+)
+
+
+class RunDirectory:
+    """Opens ``path`` for a new run, or for a run that goes on.
+
+    Args:
+        path: created with its parents.
+        settings: what decides the result of the training, as JSON.
+        environment: what does not: versions, device.
+        overwrite: replace the files of an earlier run here, and nothing else.
+        resume: go on from the checkpoint here, whose settings must equal these.
+
+    Raises:
+        UserError: the directory holds a run and neither is asked for, holds something else, cannot be written, or cannot
+            be resumed.
+    """
+
+    def __init__(
+        self, path: Path, settings: dict[str, Any], environment: dict[str, Any], *, overwrite: bool, resume: bool
+    ) -> None:
+        self.path = path
+        if overwrite and resume:
+            raise UserError("overwrite and resume exclude each other; give one of them")
+        if resume:
+            self._check_same(settings)
+            return
+        self._claim(overwrite)
+        self._write(CONFIG, json.dumps({"settings": settings, "environment": environment}, indent=2).encode())
+        self._write(METRICS, b"")
+
+    def _claim(self, overwrite: bool) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            contents = {entry.name for entry in self.path.iterdir()}
+            if contents and CONFIG not in contents:
+                raise UserError(f"{self.path} exists and is not a batchkern run; give another output directory")
+            if contents and not overwrite:
+                raise UserError(f"{self.path} holds a run already; resume it, overwrite it, or give another directory")
+            for name in (CHECKPOINT, WEIGHTS, CURVES):
+                (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
+
+    def _check_same(self, settings: dict[str, Any]) -> None:
+        try:
+            recorded = json.loads((self.path / CONFIG).read_text())["settings"]
+        except (OSError, ValueError, KeyError):
+            raise UserError(f"{self.path} holds no run to resume: {CONFIG} is missing or unreadable") from None
+        asked = json.loads(json.dumps(settings))
+        changed = [
+            f"{key} was {recorded.get(key)!r}, now {asked.get(key)!r}"
+            for key in sorted(recorded.keys() | asked.keys())
+            if recorded.get(key) != asked.get(key)
+        ]
+        if changed:
+            raise UserError(f"{self.path} was trained with other settings and cannot be resumed: {'; '.join(changed)}")
+
+    def _write(self, name: str, content: bytes) -> None:
+        """All of ``content`` or, after a kill, the old file: never a part."""
+        temporary = self.path / (name + ".part")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            raise UserError(f"{self.path / name} cannot be written: {error.strerror}") from None
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        with open(self.path / METRICS, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        temporary = self.path / (CHECKPOINT + ".part")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / CHECKPOINT)
+        except OSError as error:
+            raise UserError(f"{self.path / CHECKPOINT} cannot be written: {error.strerror}") from None
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint, and the metrics cut back to it; ``None`` where the run was killed before the first."""
+        file = self.path / CHECKPOINT
+        rows: list[dict[str, Any]] = []
+        state: dict[str, Any] | None = None
+        if file.exists():
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+                assert state is not None
+                rows = self.metrics()[: state["epochs_done"]]
+            except Exception as error:
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise UserError(f"{file} cannot be read: {reason}") from None
+        self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        return state
+
+    def save_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        save = require("safetensors.torch", "train").save
+        self._write(WEIGHTS, save({name: value.detach().cpu().contiguous() for name, value in weights.items()}))

@@ -1,0 +1,68 @@
+"""Schedules are plain callables; anything of the same signature serves as well.
+
+Per epoch: ``f(epoch, epochs) -> value``. Learning-rate factors: ``f(progress) -> factor`` with progress in [0, 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from batchkern.errors import UserError
+
+EpochSchedule = Callable[[int, int], float]
+RateSchedule = Callable[[float], float]
+
+
+def linear(start: float, end: float) -> EpochSchedule:
+    """``start`` in the first epoch, ``end`` in the last, straight in between; one epoch alone gives ``start``."""
+
+    def value(epoch: int, epochs: int) -> float:
+        t = epoch / (epochs - 1) if epochs > 1 else 0.0
+        return (1 - t) * start + t * end
+
+    return value
+
+
+def stages(values: dict[int, float]) -> EpochSchedule:
+    """Piecewise constant: ``{0: 1.0, 50: 0.5}`` is 1.0 up to epoch 49 and 0.5 from epoch 50 on."""
+    if 0 not in values:
+        raise UserError(f"stages must say what holds from epoch 0, got epochs {sorted(values)}")
+
+    def value(epoch: int, epochs: int) -> float:
+        return values[max(start for start in values if start <= epoch)]
+
+    return value
+
+
+def every(count: int) -> Callable[[int], bool]:
+    """True at each multiple of ``count``, counting from 1."""
+    if count < 1:
+        raise UserError(f"every must be at least 1, got {count}")
+    return lambda n: n % count == 0
+
+
+def bernoulli(probability: float) -> Callable[[torch.Generator], bool]:
+    """True with a fixed probability, drawn from the generator it is called with."""
+    if not 0 <= probability <= 1:
+        raise UserError(f"probability must be in [0, 1], got {probability}")
+    return lambda generator: bool(torch.rand((), generator=generator, dtype=torch.float64) < probability)
+
+
+def constant() -> RateSchedule:
+    return lambda progress: 1.0
+
+
+def cosine() -> RateSchedule:
+    """Half a cosine from 1 to 0."""
+    return lambda progress: 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def step(milestones: tuple[float, ...] = (1 / 3, 2 / 3), gamma: float = 0.5) -> RateSchedule:
+    """Times ``gamma`` at each milestone; the default is the trimming paper's (epochs 50 and 100 of 150)."""
+    return lambda progress: gamma ** sum(progress >= m for m in milestones)
+
+
+RATES: dict[str, Callable[[], RateSchedule]] = {"constant": constant, "cosine": cosine, "step": step}

@@ -1,0 +1,151 @@
+"""The seams between the trainer and a training strategy. A strategy overrides only what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from batchkern.data import ImageData
+from batchkern.errors import UserError
+from batchkern.ops import trimmed_cross_entropy
+from batchkern.plan import Batch, EpochBatches
+
+
+@dataclass
+class Run:
+    """What a strategy may know of the training it is part of."""
+
+    model: nn.Module
+    shape: tuple[int, int, int]
+    """(C, H, W) of an input image."""
+    classes: int
+    rows: int
+    """Size of the training set."""
+    epochs: int
+    batch_size: int
+    device: torch.device
+    seed: int
+    label_smoothing: float = 0.0
+    classifier: str | None = None
+    """Name of the model's last linear layer, where the user gave one."""
+    extras: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    """Modules that train beside the model and are no part of it."""
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+
+@dataclass
+class Step:
+    """One update, as the seams see it."""
+
+    run: Run
+    batch: Batch
+    update: int
+    """Active updates made before this one, over the whole training."""
+    narrowed: bool = False
+    """The batch was already cut to the rows worth a full pass."""
+    kept: int | None = None
+    """Rows that the loss counts; ``None``: all."""
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Virtual samples at the input of one module, and what their outputs cost."""
+
+    layer: nn.Module
+    virtual: Callable[[Tensor], Tensor]
+    """Hidden ``(B, ...)`` -> ``((1 + M) * B, ...)``, the batch itself first."""
+    penalty: Callable[[Tensor, Tensor], Tensor]
+    """Raw logits ``(B, C)`` and virtual logits ``(M * B, C)`` -> 0-dim."""
+    own_update: bool = False
+    """Apply the penalty in a second update of its own, after that of the loss."""
+
+
+def run_with_virtual(
+    model: nn.Module, layer: nn.Module, virtual: Callable[[Tensor], Tensor], images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Runs ``model`` with the input of ``layer`` replaced by ``virtual(input)``; raw and virtual logits."""
+    calls = 0
+
+    def stack(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal calls
+        calls += 1
+        return (virtual(args[0]), *args[1:])
+
+    handle = layer.register_forward_pre_hook(stack)
+    try:
+        logits = model(images)
+    finally:
+        handle.remove()
+    if calls != 1:
+        raise UserError(f"virtual samples need a layer that runs once in a forward pass; this one ran {calls} times")
+    return logits[: len(images)], logits[len(images) :]
+
+
+class Strategy:
+    """A way of choosing samples, batches and what each counts. Subclasses are dataclasses: their fields are options."""
+
+    name: ClassVar[str]
+    owns: frozenset[str] = frozenset()
+    """What at most one strategy of a run may decide: ``"the batch plan"``, ``"the loss"``, ..."""
+
+    def setup(self, run: Run) -> None:
+        """Called once, before the optimizer exists: check against the run, add heads to ``run.extras``."""
+
+    def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
+        """The stream of batches: ``upstream``, changed. Continues from loaded state."""
+        return upstream
+
+    def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
+        """Positions in the batch worth a full pass, or ``None`` for all; ``score()`` gives all losses ``(B,)``."""
+        return None
+
+    def perturb(self, step: Step) -> Perturbation | None:
+        return None
+
+    def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and per-sample losses ``(B,)`` detached."""
+        return trimmed_cross_entropy(
+            logits, target, 1.0, label_smoothing=step.run.label_smoothing, per_sample=True
+        )
+
+    def observe(self, step: Step, losses: Tensor) -> None:
+        """Sees the detached losses ``(B,)`` of every row of an active batch, before the next batch is planned."""
+
+    def infer(self, run: Run, images: Tensor) -> Tensor | None:
+        """Class scores ``(B, C)`` for prediction, or ``None`` for the model's own logits."""
+        return None
+
+    def diagnostics(self) -> dict[str, float]:
+        """Figures of the epoch so far, for the metrics; called once at its end."""
+        return {}
+
+    def finish(self, run: Run) -> None:
+        """Called once, after the last update and evaluation: remove what was added."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            raise ValueError(f"{self.name} keeps no state, got {sorted(state)}")
+
+    def describe(self) -> dict[str, Any]:
+        """Name and options, as written to the run's config.json."""
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
+        return {"name": self.name, **{key: _plain(value) for key, value in options.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """``value`` as JSON can hold it."""
+    if isinstance(value, ImageData):
+        return value.name
+    if callable(value):
+        return getattr(value, "__qualname__", repr(value))
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,112 @@
+"""Passive batch injection: P. Singh, P. Mazumder, V. P. Namboodiri, "Passive Batch Injection Training Technique:
+Boosting Network Performance by Injecting Mini-Batches from a different Data Distribution", 2020 (arXiv:2006.04406),
+Algorithm 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from batchkern import schedules
+from batchkern.data import Feed, ImageData, load, match_shape
+from batchkern.errors import UserError
+from batchkern.models import find_classifier, frozen_statistics
+from batchkern.ops import trimmed_cross_entropy
+from batchkern.plan import Batch, EpochBatches
+from batchkern.seeding import derived_seed
+from batchkern.strategies.base import Run, Step, Strategy
+
+HEAD = "passive_head"
+
+
+@dataclass
+class PassiveInjection(Strategy):
+    """After every g-th batch of the training set, one batch of another data set through the shared trunk and its own head.
+
+    Active batches are counted over the whole training, so a small data set gets its passive batches too:
+    floor(active updates / g) of them. The head stands beside the model and is gone at the end. In an update that does
+    not use it, a head has no gradient, so the optimizer gives it no momentum and no weight decay either.
+
+    Args:
+        passive: the passive set, or what ``batchkern.data.load`` takes; resized to the shape of the training images and
+            normalised by its own statistics.
+        every: g, the number of active batches for each passive one; or ``f(active batches so far)`` -> bool.
+        batch_size: of passive batches; default: the run's.
+        freeze_bn: passive batches leave the running statistics of batch norm alone. By default they are shared.
+    """
+
+    name: ClassVar[str] = "passive"
+    owns = frozenset({"the passive head"})
+
+    passive: ImageData | str
+    every: int | Callable[[int], bool] = 100
+    batch_size: int | None = None
+    freeze_bn: bool = False
+    active: int = field(default=0, init=False, repr=False)
+    injected: int = field(default=0, init=False, repr=False)
+    pending: tuple[int, float, bool, float | None] | None = field(default=None, init=False, repr=False)
+    """Epoch, progress, ends_epoch and rate of the active batch after which a passive one is due."""
+
+    def __post_init__(self) -> None:
+        self._due = self.every if callable(self.every) else schedules.every(self.every)
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    def setup(self, run: Run) -> None:
+        data = load(self.passive) if isinstance(self.passive, str) else self.passive
+        data = match_shape(data, run.shape)
+        mean, std = data.statistics()
+        self.feed = Feed(data, mean=mean, std=std, device=run.device)
+        size = min(self.batch_size or run.batch_size, len(data))
+        self.batches = EpochBatches(len(data), size, epochs=1, seed=derived_seed(run.seed, "passive"))
+        _, self.classifier = find_classifier(run.model, run.classifier)
+        with torch.random.fork_rng(devices=[]):  # arms of a comparison go on to draw the same numbers
+            torch.manual_seed(derived_seed(run.seed, "passive head"))
+            head = nn.Linear(self.classifier.in_features, len(data.classes))
+        run.extras[HEAD] = head.to(run.device)
+
+    def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            if self.pending:
+                epoch, place = divmod(self.injected, self.batches.per_epoch)
+                indices = self.batches.epoch(epoch)[place]
+                batch = Batch(indices, *self.pending, inject=self._passive_loss)
+                self.injected, self.pending = self.injected + 1, None
+                yield batch
+            active = next(upstream, None)
+            if active is None:
+                return
+            self.active += 1
+            if self._due(self.active):
+                self.pending = (active.epoch, active.progress, active.ends_epoch, active.rate)
+                active = replace(active, ends_epoch=False)
+            yield active
+
+    def _passive_loss(self, step: Step) -> Tensor:
+        images, target = self.feed.batch(step.batch.indices, None)
+        features: list[Tensor] = []
+        # The model's own head runs too (a small matmul), but nothing of it reaches the loss: its gradient stays None.
+        handle = self.classifier.register_forward_pre_hook(lambda _, args: features.append(args[0]))
+        try:
+            with frozen_statistics(step.run.model) if self.freeze_bn else nullcontext():
+                step.run.model(images)
+        finally:
+            handle.remove()
+        return trimmed_cross_entropy(step.run.extras[HEAD](features[0]), target, 1.0)
+
+    def finish(self, run: Run) -> None:
+        del run.extras[HEAD]
+
+    def diagnostics(self) -> dict[str, float]:
+        return {"passive_updates": self.injected}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"active": self.active, "injected": self.injected, "pending": self.pending}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.active, self.injected, self.pending = state["active"], state["injected"], state["pending"]

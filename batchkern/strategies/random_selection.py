@@ -1,0 +1,82 @@
+"""The control arm: select as many as a strategy would, but at random."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from batchkern.errors import UserError
+from batchkern.ops import trimmed_cross_entropy
+from batchkern.plan import Batch, EpochBatches, Replay
+from batchkern.schedules import linear
+from batchkern.seeding import generator
+from batchkern.strategies.base import Run, Step, Strategy
+from batchkern.strategies.hard_batches import check_delta, check_delta_of
+from batchkern.strategies.trimming import check_keep, kept_rows
+
+IGNORED = -100
+
+
+@dataclass
+class RandomSelection(Strategy):
+    """Random rows in place of the hardest rows, or random batches in place of the hardest batches.
+
+    Args:
+        select: ``"rows"``: as :class:`Trimming` in its masked form, with k random rows. ``"batches"``: as
+            :class:`HardBatches`, with rounds of floor(delta * N) random batches.
+        start, end: fractions of rows, as in :class:`Trimming`.
+        delta: fraction of batches, as in :class:`HardBatches`.
+    """
+
+    name: ClassVar[str] = "random"
+
+    select: Literal["rows", "batches"] = "rows"
+    start: float = 1.0
+    end: float = 0.2
+    delta: float = 0.2
+    replay: Replay = field(default_factory=Replay, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.select not in ("rows", "batches"):
+            raise UserError(f"select must be rows or batches, got {self.select!r}")
+        check_keep(self.start, self.end)
+        check_delta(self.delta)
+        self.owns = frozenset({"the loss" if self.select == "rows" else "the batch plan"})
+
+    def setup(self, run: Run) -> None:
+        self.seed = run.seed
+        self.batches = run.batches_per_epoch
+        if self.select == "batches":
+            check_delta_of(self.delta, self.batches)
+
+    def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
+        return upstream if self.select == "rows" else self.replay.plan(batches, self._random_batches)
+
+    def _random_batches(self, round: int) -> list[int]:
+        order = torch.randperm(self.batches, generator=generator(self.seed, "random batches", round))
+        return order[: int(self.delta * self.batches)].tolist()
+
+    def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if self.select == "batches":
+            return super().loss(step, logits, target)
+        rows = len(target)
+        keep = linear(self.start, self.end)(step.batch.epoch, step.run.epochs)
+        step.kept = kept_rows(keep, rows)
+        order = torch.randperm(rows, generator=generator(self.seed, "random rows", step.update))
+        dropped = order[step.kept :].to(target.device)
+        smoothing = step.run.label_smoothing
+        with torch.no_grad():
+            _, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
+        chosen = target.index_fill(0, dropped, IGNORED)
+        loss = trimmed_cross_entropy(logits, chosen, 1.0, ignore_index=IGNORED, label_smoothing=smoothing)
+        return loss, losses
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"replay": self.replay.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.replay.load_state_dict(state["replay"])

@@ -1,0 +1,107 @@
+"""Step-wise progressive training: S. Prasad, D. Lin, Y. Li, D. Sheng, O. Z. Min, "Rethinking of Deep Models Parameters
+with Respect to Data Distribution", ICPR 2020, section III."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from batchkern.errors import UserError
+from batchkern.plan import Batch, EpochBatches
+from batchkern.seeding import generator
+from batchkern.strategies.base import Run, Strategy
+
+
+@dataclass
+class Stepwise(Strategy):
+    """Training on nested random subsets that grow step by step, with a batch size and a learning rate for each.
+
+    The epochs are divided evenly among the n steps, and weights are carried over, so the training costs the mean of
+    its fractions times the baseline's samples (0.6 of them by default).
+
+    Args:
+        fractions: sizes of the subsets, increasing, in (0, 1]; each subset contains the one before it.
+        batch_multiples: batch size of each step, in units of the run's batch size.
+        gamma: within a step the rate is multiplied by this every ``decay_every`` of the step's epochs (the paper's
+            0.1 at epoch 10 of 20).
+        decay_every: in (0, 1].
+        gradients: what the rate of eq. 9 multiplies. ``"sum"``: the sum of a batch's gradients, the convention of
+            eq. 7; on mean gradients that is lambda in the first and last step and lambda / (10 n) in between.
+            ``"mean"``: eq. 9 read literally on mean gradients, a further factor of 1 / b. The words "lambda = lambda' for
+            next i" below eq. 9 are read as naming the rate, not as compounding it.
+        reset_optimizer: forget the optimizer's state (momentum) at the start of each step.
+    """
+
+    name: ClassVar[str] = "stepwise"
+    owns = frozenset({"the batch plan"})
+
+    fractions: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    batch_multiples: tuple[int, ...] = (1, 2, 3, 4, 1)
+    gamma: float = 0.1
+    decay_every: float = 0.5
+    gradients: Literal["sum", "mean"] = "sum"
+    reset_optimizer: bool = False
+    epoch: int = field(default=0, init=False, repr=False)
+    place: int = field(default=0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        f, m = tuple(self.fractions), tuple(self.batch_multiples)
+        self.fractions, self.batch_multiples = f, m
+        if not f or any(not 0 < x <= 1 for x in f) or any(a >= b for a, b in zip(f, f[1:], strict=False)):
+            raise UserError(f"fractions must increase within (0, 1], got {f}")
+        if len(m) != len(f) or any(not isinstance(x, int) or x < 1 for x in m):
+            raise UserError(f"batch_multiples must be {len(f)} whole numbers of at least 1, one a fraction, got {m}")
+        for name, value in (("gamma", self.gamma), ("decay_every", self.decay_every)):
+            if not 0 < value <= 1:
+                raise UserError(f"{name} must be in (0, 1], got {value}")
+        if self.gradients not in ("sum", "mean"):
+            raise UserError(f"gradients must be sum or mean, got {self.gradients!r}")
+
+    def setup(self, run: Run) -> None:
+        if run.epochs < len(self.fractions):
+            raise UserError(f"epochs must be at least {len(self.fractions)}, one a step of Stepwise, got {run.epochs}")
+        for fraction, multiple in zip(self.fractions, self.batch_multiples, strict=True):
+            rows, batch = round(fraction * run.rows), multiple * run.batch_size
+            if rows < batch:
+                raise UserError(
+                    f"Stepwise's subset of {fraction:g} has {rows} samples, fewer than one batch of {batch}; "
+                    "use a smaller batch size or larger fractions"
+                )
+
+    def rate(self, step: int, epoch_in_step: int, step_epochs: int, batch_size: int) -> float:
+        """Eq. 9 as a factor on lambda, with the decay within the step."""
+        n = len(self.fractions)
+        factor = 1.0 if step in (0, n - 1) else 1 / (10 * n)
+        if self.gradients == "mean":
+            factor /= batch_size
+        return factor * self.gamma ** int(epoch_in_step // max(1.0, self.decay_every * step_epochs))
+
+    def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
+        n, seed = len(self.fractions), batches.seed
+        bounds = [i * batches.epochs // n for i in range(n + 1)]
+        shuffled = torch.randperm(batches.rows, generator=generator(seed, "subsets"))
+        while self.epoch < batches.epochs:
+            step = next(i for i in range(n) if self.epoch < bounds[i + 1])
+            subset = shuffled[: round(self.fractions[step] * batches.rows)]
+            order = torch.randperm(len(subset), generator=generator(seed, "epoch", self.epoch))
+            size = self.batch_multiples[step] * batches.batch_size
+            index_batches = subset[order].split(size)
+            first, length = bounds[step], bounds[step + 1] - bounds[step]
+            rate = self.rate(step, self.epoch - first, length, size)
+            while self.place < len(index_batches):
+                progress = (self.epoch + self.place / len(index_batches)) / batches.epochs
+                reset = self.reset_optimizer and step > 0 and self.epoch == first and self.place == 0
+                indices = index_batches[self.place]
+                self.place += 1
+                ends_epoch = self.place == len(index_batches)
+                yield Batch(indices, self.epoch, progress, ends_epoch, rate, reset_optimizer=reset)
+            self.epoch, self.place = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "place": self.place}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.place = state["epoch"], state["place"]
