@@ -1,0 +1,70 @@
+# How to set up, test and use batchkern from a checkout. `make help` lists what there is.
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= 2.11.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+READY := $(VENV)/.ready-$(TORCH)
+# The module lies in the checkout, so a build for one environment outdates that for any other.
+BUILT := build/.built-$(TORCH)$(subst /,-,$(abspath $(VENV)))
+SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format demo gpu clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@echo "variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH), and BATCHKERN_CUDA=0 or 1"
+
+setup: $(BUILT) ## make $(VENV) with torch $(TORCH), batchkern in place and all that development needs
+
+# Naming torch in both steps keeps the extras (timm wants torchvision, which wants one exact torch) from
+# replacing it: pip then picks the versions that fit.
+$(READY): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "batchkern needs Python 3.10 or newer: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || \
+		{ echo "batchkern needs a C++ compiler: install g++ or clang++, or set CXX"; exit 1; }
+	@rm -f $(VENV)/.ready-*
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch $(TORCH) into $(VENV) (some minutes the first time)"
+	@$(PIP) torch==$(TORCH) 'setuptools>=77' ninja 'numpy>=1.26'
+	@echo "installing batchkern and what its development needs"
+	@$(PIP) --no-build-isolation --editable '.[dev]' torch==$(TORCH)
+	@touch $@
+
+# Only what changed is compiled: the objects are those of the editable install.
+$(BUILT): $(READY) $(SOURCES)
+	@echo "building batchkern._C"
+	@rm -f build/.built-*
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+test: lint ## check the style and the types, then run every test
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff, clang-format and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/mypy
+
+format: setup ## rewrite Python and C++ in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+demo: setup ## compare the strategies on a small real data set (results in runs/demo)
+	$(BIN)/batchkern compare --data digits --seeds 2 --out runs/demo --overwrite
+
+gpu: ## on a machine with a GPU, nvcc and torch: build with CUDA for PYTHON and run the GPU tests
+	@rm -f build/.built-*
+	BATCHKERN_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
+	@$(PYTHON) -m pytest -m gpu; code=$$?; \
+		if [ $$code = 5 ]; then echo "there are no GPU tests yet"; else exit $$code; fi
+
+clean: ## remove what was built, but not $(VENV)
+	rm -rf build dist *.egg-info batchkern/_C*.so
+	find batchkern tests bench -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,17 @@
+// What the translation units of batchkern._C share. No torch headers here: nvcc reads this file too.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace batchkern {
+
+struct CudaFacts {
+    std::string version;                     // "13.0"
+    std::vector<std::string> architectures;  // "8.0", or "9.0+PTX" where PTX was kept as well
+};
+
+// Defined in cuda/build_facts.cu, so only where BATCHKERN_WITH_CUDA is.
+CudaFacts cuda_facts();
+
+}  // namespace batchkern

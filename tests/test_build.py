@@ -1,0 +1,192 @@
+"""What was compiled, what a source distribution carries, and what a build that cannot work says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import batchkern
+from batchkern import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+FACTS = _C.build_facts()
+
+# The arguments of every operator and the number of its results: kernels, autograd and fakes rely on them.
+OPERATORS = {
+    "trimmed_cross_entropy": ("logits target keep * class_weight ignore_index label_smoothing", 5),
+    "trimmed_cross_entropy_backward": (
+        "grad logits target lse kept normalizer * class_weight ignore_index label_smoothing",
+        1,
+    ),
+    "trimmed_cross_entropy_backward_": (
+        "grad logits target lse kept normalizer * class_weight ignore_index label_smoothing",
+        1,
+    ),
+    "trimmed_mean": ("losses keep * mask", 3),
+    "linear_trimmed_cross_entropy": (
+        "hidden weight target keep * bias ignore_index label_smoothing chunk_rows",
+        5,
+    ),
+    "augment_latent": (
+        "x seed * gaussian dropout sigma tau drop_prob rescale_dropout basis",
+        1,
+    ),
+    "augment_latent_backward": ("grad seed * gaussian dropout drop_prob rescale_dropout", 1),
+    "soft_label_kl": ("reference_logits virtual_logits * temperature reference_grad", 3),
+    "rank_batches": ("losses k", 1),
+}
+
+
+def run_setup(**env: str) -> subprocess.CompletedProcess[str]:
+    """Start setup.py far enough to see whether it accepts its environment; it builds nothing."""
+    command = [sys.executable, "setup.py", "--version"]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], *, because: str) -> None:
+    *before, last = result.stderr.strip().splitlines()
+    assert result.returncode == 1
+    assert last.startswith("batchkern: ")
+    assert last.endswith(".")
+    assert because in last
+    assert not [line for line in before if "Traceback" in line]
+
+
+def test_facts_name_this_version_and_this_torch() -> None:
+    assert FACTS["version"] == batchkern.__version__
+    assert FACTS["torch"] == torch.__version__.partition("+")[0]
+
+
+def test_facts_name_the_compiler() -> None:
+    name, version = FACTS["compiler"].split(" ", 1)
+    assert name in ("gcc", "clang")
+    assert int(version.split(".")[0]) >= 9
+    assert FACTS["cxx_standard"] >= 17
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="OpenMP is asked for on Linux only")
+def test_openmp_is_on() -> None:
+    assert FACTS["openmp"] is True  # without it at::parallel_for would be a plain loop
+
+
+def test_cuda_facts_agree_with_each_other_and_with_torch() -> None:
+    if FACTS["cuda"]:
+        assert FACTS["cuda_version"].split(".")[0] == torch.version.cuda.split(".")[0]
+        assert FACTS["cuda_architectures"]
+    else:
+        assert FACTS["cuda_version"] is None
+        assert FACTS["cuda_architectures"] == []
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operator_schema(name: str) -> None:
+    schema = getattr(torch.ops.batchkern, name).default._schema
+    positional = [argument.name for argument in schema.arguments if not argument.kwarg_only]
+    keyword = [argument.name for argument in schema.arguments if argument.kwarg_only]
+    arguments, results = OPERATORS[name]
+    assert positional + (["*", *keyword] if keyword else []) == arguments.split()
+    assert len(schema.returns) == results
+
+
+def test_there_are_no_other_operators() -> None:
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("batchkern::")}
+    assert registered == {f"batchkern::{name}" for name in OPERATORS}
+
+
+def test_only_the_operator_named_so_writes_to_its_arguments() -> None:
+    mutable = {name for name in OPERATORS if getattr(torch.ops.batchkern, name).default._schema.is_mutable}
+    assert mutable == {"trimmed_cross_entropy_backward_"}
+
+
+def test_setup_accepts_this_environment() -> None:
+    result = run_setup(BATCHKERN_CUDA="0")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == batchkern.__version__
+
+
+def test_setup_refuses_a_wrong_switch() -> None:
+    assert_refused(run_setup(BATCHKERN_CUDA="maybe"), because="must be 0, 1 or unset, not 'maybe'")
+
+
+def test_setup_refuses_to_force_cuda_without_nvcc(tmp_path: Path) -> None:
+    result = run_setup(BATCHKERN_CUDA="1", CUDA_HOME=str(tmp_path), PATH=str(tmp_path))
+    because = "no nvcc was found" if torch.version.cuda else "was built without CUDA"
+    assert_refused(result, because=because)
+
+
+def test_setup_without_nvcc_builds_for_the_cpu(tmp_path: Path) -> None:
+    result = run_setup(BATCHKERN_CUDA="", CUDA_HOME=str(tmp_path), PATH=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "building without CUDA: " in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
+def test_setup_refuses_an_nvcc_of_another_cuda(tmp_path: Path) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 9.2, V9.2.148'\n")
+    nvcc.chmod(0o755)
+    result = run_setup(BATCHKERN_CUDA="1", CUDA_HOME=str(tmp_path))
+    because = "nvcc is 9.2 and torch" if torch.version.cuda else "was built without CUDA"
+    assert_refused(result, because=because)
+
+
+@pytest.mark.parametrize(
+    ("module", "because"),
+    [
+        ("raise ImportError('none here')", "install torch 2.11 or newer first"),
+        ("__version__ = '2.10.1+cu128'", "torch 2.10.1+cu128 is installed"),
+    ],
+    ids=["missing", "old"],
+)
+def test_setup_refuses_a_torch_it_cannot_use(tmp_path: Path, module: str, because: str) -> None:
+    (tmp_path / "torch.py").write_text(module)
+    assert_refused(run_setup(PYTHONPATH=str(tmp_path)), because=because)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_source_distribution_builds_a_wheel_that_works(tmp_path: Path) -> None:
+    # `build` makes the wheel from the unpacked source distribution, not from the checkout. It runs on a
+    # copy, since setuptools would list files that an older egg-info in the checkout remembers.
+    checkout = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(ROOT, checkout, ignore=ignore)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(checkout)]
+    env = {**os.environ, "BATCHKERN_CUDA": str(int(FACTS["cuda"]))}
+    built = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
+
+    (source,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        carried = {name.partition("/")[2] for name in archive.getnames()}
+    needed = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "batchkern").rglob("*.py")}
+    needed |= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "tests/test_build.py"}
+    assert needed <= carried
+
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    code = "from batchkern import _C; print(_C.__file__); import json; print(json.dumps(_C.build_facts()))"
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    imported = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert imported.returncode == 0, imported.stderr
+    location, facts = imported.stdout.splitlines()
+    assert Path(location).is_relative_to(site)
+    wheel_facts = json.loads(facts)
+    if FACTS["cuda"] and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        assert wheel_facts["cuda_architectures"] == ["8.0", "9.0+PTX"]
+    # The checkout may have been built for other architectures than this environment asks for.
+    assert {**wheel_facts, "cuda_architectures": FACTS["cuda_architectures"]} == FACTS
