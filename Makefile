@@ -60,6 +60,8 @@ demo: setup ## compare the strategies on a small real data set (results in runs/
 	$(BIN)/batchkern compare --data digits --seeds 2 --out runs/demo --overwrite
 
 gpu: ## on a machine with a GPU, nvcc and torch: build with CUDA for PYTHON and run the GPU tests
+	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
+		{ echo "make gpu needs a GPU that the torch of $(PYTHON) can see"; exit 1; }
 	@rm -f build/.built-*
 	BATCHKERN_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
 	@$(PYTHON) -m pytest -m gpu; code=$$?; \

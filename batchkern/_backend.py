@@ -26,15 +26,21 @@ OPS = (
 )
 DEVICES = ("cpu", "cuda")
 
-extension: ModuleType | None
-extension_error = ""
-try:
-    # Not `from batchkern import _C`, which would report a missing one as a circular import.
-    extension = importlib.import_module("batchkern._C")
-except ImportError as error:
-    extension = None
-    extension_error = (str(error) or type(error).__name__).splitlines()[0]
 
+def _import_extension() -> tuple[ModuleType | None, str]:
+    """``batchkern._C``, or why it cannot be used."""
+    try:
+        # Not `from batchkern import _C`, which would report a missing one as a circular import.
+        module = importlib.import_module("batchkern._C")
+    except ImportError as error:
+        return None, f"batchkern._C could not be imported: {(str(error) or type(error).__name__).splitlines()[0]}"
+    built, running = (version.partition("+")[0] for version in (module.build_facts()["torch"], torch.__version__))
+    if built != running:
+        return None, f"batchkern._C was built for torch {built}, and this is torch {running}: install batchkern again"
+    return module, ""
+
+
+extension, extension_error = _import_extension()
 _kernels: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
@@ -67,7 +73,7 @@ def _status(op: str, device: str) -> Status:
     if (op, device) in _kernels:
         return Status(op, device, "kernel", "")
     if extension is None:
-        return Status(op, device, "reference", f"batchkern._C could not be imported: {extension_error}")
+        return Status(op, device, "reference", extension_error)
     if device == "cuda" and not torch.cuda.is_available():
         return Status(op, device, "reference", "no CUDA device is visible to this torch")
     return Status(op, device, "reference", "this release has no kernel for it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,15 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
         raise UserError(f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}")
     if open_low and value == low:
         raise UserError(f"{name} must be above {low:g}, got {value!r}")
+
+
+def check_one_process() -> None:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise UserError(
+            f"WORLD_SIZE is {world}: the trainer runs in one process; in a distributed loop of your own, "
+            "trimmed_cross_entropy(..., group=...) selects over all ranks"
+        )
 
 
 def check_data(train: ImageData, test: ImageData, batch_size: int) -> None:

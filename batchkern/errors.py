@@ -24,6 +24,5 @@ def require(module: str, extra: str) -> Any:
     except ImportError as error:
         library = module.partition(".")[0]
         raise UserError(
-            f"this needs the library {library!r}, which cannot be imported ({error}): "
-            f"pip install 'batchkern[{extra}]'"
+            f"this needs the library {library!r}, which cannot be imported ({error}): pip install 'batchkern[{extra}]'"
         ) from error

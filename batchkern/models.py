@@ -30,6 +30,9 @@ class SmallCNN(nn.Module):
         self.conv3 = nn.Conv2d(64, 64, 3, padding=1)
         self.hidden = nn.Linear(64, 128)
         self.fc = nn.Linear(128, classes)
+        for layer in (self.conv1, self.conv2, self.conv3, self.hidden):
+            # torch's default is small for ReLU: after 4 epochs of SGD on digits 20 to 71 % were right, not 89 to 97 %.
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(images)), 2)
@@ -126,9 +129,7 @@ def _build_timm(name: str, shape: tuple[int, int, int], classes: int) -> nn.Modu
     try:
         return timm.create_model(name, num_classes=classes, in_chans=shape[0], **size)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(
-            f"model {name!r} of timm cannot be built for images of shape {shape}: {error}"
-        ) from error
+        raise UserError(f"model {name!r} of timm cannot be built for images of shape {shape}: {error}") from error
 
 
 def find_classifier(model: nn.Module, name: str | None = None) -> tuple[str, nn.Linear]:
@@ -156,8 +157,7 @@ def find_classifier(model: nn.Module, name: str | None = None) -> tuple[str, nn.
                 return key, module
         # Its last Linear is then a part of something else, such as a squeeze-and-excite block.
         raise UserError(
-            f"the classifier of {type(model).__name__} is a {type(head).__name__}, not a Linear; "
-            f"name another: {listed}"
+            f"the classifier of {type(model).__name__} is a {type(head).__name__}, not a Linear; name another: {listed}"
         )
     if not linear:
         raise UserError(f"{type(model).__name__} has no classifier that could be found: {listed}")

@@ -1,4 +1,4 @@
-"""Every operation in plain PyTorch: the specification, the tests' oracle, and the fallback for a device without a kernel.
+"""Every operation in plain PyTorch: the specification, the tests' oracle, the fallback for a device without a kernel.
 
 Nothing here loops over rows, synchronises with the host, or has a data-dependent shape, so all of it runs on any
 device, under CUDA graphs and under ``torch.compile``. Arguments are taken as valid: ``batchkern.ops`` checks them.

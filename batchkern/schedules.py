@@ -21,7 +21,8 @@ def linear(start: float, end: float) -> EpochSchedule:
 
     def value(epoch: int, epochs: int) -> float:
         t = epoch / (epochs - 1) if epochs > 1 else 0.0
-        return (1 - t) * start + t * end
+        # A line without slope must not waver in the last place: that may decide how many rows are kept.
+        return start if start == end else (1 - t) * start + t * end
 
     return value
 

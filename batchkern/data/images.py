@@ -39,9 +39,7 @@ class ImageData(ABC):
         shape: (C, H, W) of every image; C is 1 (grey) or 3 (RGB).
     """
 
-    def __init__(
-        self, labels: Tensor, classes: Sequence[str], shape: tuple[int, int, int], name: str
-    ) -> None:
+    def __init__(self, labels: Tensor, classes: Sequence[str], shape: tuple[int, int, int], name: str) -> None:
         self.name = name
         self.labels = labels
         self.classes = tuple(classes)
@@ -105,9 +103,7 @@ class TensorImages(ImageData):
                 f"images must be uint8 (N, C, H, W) with C = 1 or 3, not {images.dtype} {tuple(images.shape)}"
             )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            raise UserError(
-                f"labels must be int64 ({len(images)},), not {labels.dtype} {tuple(labels.shape)}"
-            )
+            raise UserError(f"labels must be int64 ({len(images)},), not {labels.dtype} {tuple(labels.shape)}")
         wrong = ((labels < 0) | (labels >= len(classes))).nonzero()
         if len(wrong):
             row = int(wrong[0])

@@ -83,9 +83,7 @@ def load_pair(
         assert isinstance(train_part, Table)
         kept, out = held_out(train_part.labels)
         if len(out) == 0:
-            raise UserError(
-                f"{train}: no class has three images, so that one could be held out; name a test set"
-            )
+            raise UserError(f"{train}: no class has three images, so that one could be held out; name a test set")
         train_part, test_part = train_part.select(kept), train_part.select(out)
     classes = _classes(train_part)
     _check_test_classes(test_part, train_part, classes)
@@ -161,9 +159,7 @@ def _classes(part: TensorImages | Table) -> tuple[str, ...]:
     return tuple(map(str, range(highest + 1)))
 
 
-def _check_test_classes(
-    test: TensorImages | Table, train: TensorImages | Table, classes: tuple[str, ...]
-) -> None:
+def _check_test_classes(test: TensorImages | Table, train: TensorImages | Table, classes: tuple[str, ...]) -> None:
     if test.classes is not None and train.classes is not None:
         for index, (name, expected) in enumerate(zip_longest(test.classes, classes)):
             if name != expected:

@@ -84,9 +84,7 @@ def open_source(source: str) -> Mapping[str, Any]:
     if os.path.isfile(path):
         return _open_parquet(source, path)
     if source.endswith(".parquet") or not _HUB_NAME.fullmatch(source) or source.startswith("."):
-        raise UserError(
-            f"{source!r} is no file or folder, and neither {_built_in_names()} nor a hub name (owner/name)"
-        )
+        raise UserError(f"{source!r} is no file or folder, and neither {_built_in_names()} nor a hub name (owner/name)")
     return _open_hub(source)
 
 
@@ -183,8 +181,7 @@ def _built_in_names() -> str:
 def _split(data: TensorImages) -> dict[str, TensorImages]:
     parts = zip(("train", "test"), held_out(data.labels), strict=True)
     return {
-        split: TensorImages(data.images[rows], data.labels[rows], data.classes, name=data.name)
-        for split, rows in parts
+        split: TensorImages(data.images[rows], data.labels[rows], data.classes, name=data.name) for split, rows in parts
     }
 
 
@@ -206,9 +203,7 @@ def _open_folder(source: str, path: str) -> Mapping[str, Any]:
     `datasets` is told the files of each split, because by itself it would take any file or class with "test"
     in its name for a part of a test split, and drop the labels where it finds a metadata file.
     """
-    folders = {
-        name: split for name, split in _SPLIT_FOLDERS.items() if os.path.isdir(os.path.join(path, name))
-    }
+    folders = {name: split for name, split in _SPLIT_FOLDERS.items() if os.path.isdir(os.path.join(path, name))}
     if "train" not in folders or len(folders) == 1:
         folders = {"": "train"}
     files = {
@@ -247,21 +242,17 @@ def _open_hub(source: str) -> Mapping[str, Any]:
 
 def _load_dataset(*args: Any, **options: Any) -> Mapping[str, Any]:
     datasets = require("datasets", "train")
-    with _quiet(datasets):
+    with _no_progress_bars(datasets):
         return datasets.load_dataset(*args, **options)
 
 
 @contextlib.contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """No progress bars, and no log lines beside the one sentence of a UserError."""
-    verbosity = datasets.logging.get_verbosity()
+def _no_progress_bars(datasets: Any) -> Iterator[None]:
     shown = not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
         yield
     finally:
-        datasets.logging.set_verbosity(verbosity)
         if shown:
             datasets.enable_progress_bars()
 

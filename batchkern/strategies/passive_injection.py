@@ -64,6 +64,7 @@ class PassiveInjection(Strategy):
         self.feed = Feed(data, mean=mean, std=std, device=run.device)
         size = min(self.batch_size or run.batch_size, len(data))
         self.batches = EpochBatches(len(data), size, epochs=1, seed=derived_seed(run.seed, "passive"))
+        self.active, self.injected, self.pending = 0, 0, None
         _, self.classifier = find_classifier(run.model, run.classifier)
         with torch.random.fork_rng(devices=[]):  # arms of a comparison go on to draw the same numbers
             torch.manual_seed(derived_seed(run.seed, "passive head"))

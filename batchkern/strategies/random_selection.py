@@ -38,7 +38,7 @@ class RandomSelection(Strategy):
     start: float = 1.0
     end: float = 0.2
     delta: float = 0.2
-    replay: Replay = field(default_factory=Replay, init=False, repr=False)
+    replay: Replay = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.select not in ("rows", "batches"):
@@ -49,6 +49,7 @@ class RandomSelection(Strategy):
 
     def setup(self, run: Run) -> None:
         self.seed = run.seed
+        self.replay = Replay()
         self.batches = run.batches_per_epoch
         if self.select == "batches":
             check_delta_of(self.delta, self.batches)

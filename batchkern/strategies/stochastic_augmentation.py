@@ -83,6 +83,7 @@ class StochasticAugmentation(Strategy):
         self._fires = bernoulli(min(1.0, max(0.0, math.cos(self.omega))))
 
     def setup(self, run: Run) -> None:
+        self.fired, self.kl_sum = 0, 0.0
         modules = dict(run.model.named_modules())
         for name in self.layers:
             if not name or name not in modules:

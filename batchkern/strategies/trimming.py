@@ -59,8 +59,13 @@ class Trimming(Strategy):
         check_keep(self.start, self.end)
         if self.backward not in ("masked", "compact", "auto"):
             raise UserError(f"backward must be masked, compact or auto, got {self.backward!r}")
+        if self.schedule is not None and not callable(self.schedule):
+            raise UserError(f"schedule must be a function of (epoch, epochs), got {self.schedule!r}")
 
     def setup(self, run: Run) -> None:
+        self.compact_below = 0.0
+        for epoch in range(run.epochs):
+            self.keep(epoch, run.epochs)  # a schedule that leaves its range should say so before the training
         normalised = has_batch_norm(run.model)
         if self.backward == "compact":
             self.compact_below = 1.0
@@ -72,14 +77,14 @@ class Trimming(Strategy):
         elif self.backward == "auto" and not normalised:
             self.compact_below = _break_even(run)
 
-    def keep(self, step: Step) -> float:
-        value = (self.schedule or linear(self.start, self.end))(step.batch.epoch, step.run.epochs)
+    def keep(self, epoch: int, epochs: int) -> float:
+        value = (self.schedule or linear(self.start, self.end))(epoch, epochs)
         if not 0 < value <= 1:
-            raise UserError(f"Trimming's schedule must give a fraction in (0, 1], got {value} in epoch {step.batch.epoch}")
+            raise UserError(f"Trimming's schedule must give a fraction in (0, 1], got {value} in epoch {epoch}")
         return value
 
     def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
-        keep, rows = self.keep(step), len(step.batch.indices)
+        keep, rows = self.keep(step.batch.epoch, step.run.epochs), len(step.batch.indices)
         step.kept = kept_rows(keep, rows)
         if step.kept == rows or keep >= self.compact_below:
             return None
@@ -87,7 +92,7 @@ class Trimming(Strategy):
         return rank_batches(score(), 1.0)[: step.kept].sort().values
 
     def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        keep = 1.0 if step.narrowed else self.keep(step)
+        keep = 1.0 if step.narrowed else self.keep(step.batch.epoch, step.run.epochs)
         return trimmed_cross_entropy(
             logits, target, keep, label_smoothing=step.run.label_smoothing, per_sample=True
         )
@@ -101,9 +106,9 @@ class Trimming(Strategy):
 
 def _break_even(run: Run) -> float:
     """The fraction below which a loss-only pass plus a full pass of the kept rows beats one full pass of all rows."""
-    images = torch.randn(run.batch_size, *run.shape, device=run.device)
     forward_times, full_times = [], []
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        images = torch.randn(run.batch_size, *run.shape, device=run.device)
         for _ in range(5):
             with torch.no_grad():
                 forward_times.append(_seconds(lambda: run.model(images), run.device))

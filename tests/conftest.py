@@ -1,0 +1,21 @@
+"""What every test shares: repeatable random numbers, Hypothesis without a clock, threads that do not spin."""
+
+from __future__ import annotations
+
+import os
+
+# Read when torch loads OpenMP. On a shared machine threads that wait by spinning make small operations 30x slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+from hypothesis import settings
+
+# A shared machine makes deadlines flaky. In CI a failure must not depend on which examples were drawn.
+settings.register_profile("batchkern", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("batchkern")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,185 @@
+"""Which implementation serves an operation, and what is said about it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import batchkern
+from batchkern import _backend, reference
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+CALLS = {
+    "trimmed_cross_entropy": lambda: batchkern.trimmed_cross_entropy(torch.randn(4, 3), torch.arange(4) % 3, 0.5),
+    "trimmed_mean": lambda: batchkern.trimmed_mean(torch.randn(4), 0.5),
+    "linear_trimmed_cross_entropy": lambda: batchkern.linear_trimmed_cross_entropy(
+        torch.randn(4, 2), torch.randn(3, 2), torch.arange(4) % 3, 0.5
+    ),
+    "augment_latent": lambda: batchkern.augment_latent(
+        torch.randn(4, 3), gaussian=1, dropout=1, sigma=1.0, tau=1.0, drop_prob=0.5, seed=1
+    ),
+    "soft_label_kl": lambda: batchkern.soft_label_kl(torch.randn(2, 3), torch.randn(4, 3)),
+    "rank_batches": lambda: batchkern.rank_batches(torch.randn(4), 0.5),
+}
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Any]:
+    """A registry without kernels, for this test alone."""
+    empty: dict[tuple[str, str], Any] = {}
+    monkeypatch.setattr(_backend, "_kernels", empty)
+    return empty
+
+
+def statuses() -> dict[tuple[str, str], _backend.Status]:
+    return {(s.op, s.device): s for s in _backend.status()}
+
+
+def test_every_operation_is_covered() -> None:
+    assert set(CALLS) == set(_backend.OPS)
+    for op in _backend.OPS:
+        assert callable(getattr(reference, op))
+        assert op in batchkern.__all__
+    assert len(_backend.status()) == len(_backend.OPS) * len(_backend.DEVICES)
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["no extension", "extension"])
+def test_without_kernels_everything_is_the_reference(
+    kernels: dict, monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    monkeypatch.setattr(_backend, "extension", types.ModuleType("_C") if loaded else None)
+    monkeypatch.setattr(_backend, "extension_error", "" if loaded else "undefined symbol: _ZN3c10")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for (op, device), status in statuses().items():
+        assert status.backend == "reference"
+        if not loaded:
+            assert "undefined symbol: _ZN3c10" in status.why
+        elif device == "cuda":
+            assert status.why == "no CUDA device is visible to this torch"
+        else:
+            assert status.why == "this release has no kernel for it"
+        assert _backend.implementation(op, torch.device(device)) is getattr(reference, op)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if loaded:
+        assert {s.why for s in _backend.status()} == {"this release has no kernel for it"}
+
+
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_a_registered_kernel_is_called(kernels: dict, op: str) -> None:
+    torch.manual_seed(1)
+    expected = CALLS[op]()
+    calls = []
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        inspect.signature(getattr(reference, op)).bind(*args, **kwargs)  # the documented contract
+        calls.append(op)
+        return getattr(reference, op)(*args, **kwargs)
+
+    _backend.register_kernel(op, "cpu", kernel)
+    torch.manual_seed(1)
+    torch.testing.assert_close(CALLS[op](), expected)
+    assert calls == [op]
+    for (name, device), status in statuses().items():
+        assert (status.backend == "kernel") == (name == op and device == "cpu")
+        assert bool(status.why) == (status.backend == "reference")
+
+
+@pytest.mark.parametrize("op", _backend.OPS)
+def test_what_a_kernel_returns_is_what_the_operation_returns(kernels: dict, op: str) -> None:
+    answer = torch.tensor(42.0)
+    pair = op in ("trimmed_cross_entropy", "linear_trimmed_cross_entropy")
+    _backend.register_kernel(op, "cpu", lambda *_, **__: (answer, answer) if pair else answer)
+    assert CALLS[op]() == 42
+
+
+def test_a_kernel_of_another_device_is_not_called(kernels: dict) -> None:
+    for op, call in CALLS.items():
+        _backend.register_kernel(op, "cuda", lambda *_, **__: pytest.fail("the CUDA kernel ran"))
+        call()
+        assert _backend.implementation(op, CPU) is getattr(reference, op)
+        assert _backend.implementation(op, torch.device("cuda", 3)) is not getattr(reference, op)
+    assert {s.backend for s in _backend.status() if s.device == "cuda"} == {"kernel"}
+    assert {s.backend for s in _backend.status() if s.device == "cpu"} == {"reference"}
+
+
+def test_other_devices_and_other_names(kernels: dict) -> None:
+    assert _backend.implementation("rank_batches", torch.device("meta")) is reference.rank_batches
+    with pytest.raises(AttributeError, match="no_such_op"):
+        _backend.implementation("no_such_op", CPU)
+
+
+@pytest.mark.parametrize("kind", ["normalized", "orthogonal", "hadamard", None])
+def test_no_operation_reads_a_value_on_a_gpu(kind: str | None) -> None:
+    # Fake tensors have a device and a shape but no values: a check or a branch on one raises here.
+    with FakeTensorMode(), torch.device("cuda"):
+        logits, target = torch.empty(8, 5, requires_grad=True), torch.empty(8, dtype=torch.int64)
+        keep = torch.empty((), dtype=torch.float64)
+        losses = logits[:, 0]
+        basis = None if kind is None else batchkern.random_basis(5, kind)
+        ledger = batchkern.BatchLedger(8, "cuda")
+        ledger.update(target, losses)
+        ledger.update(3, 2.5)
+        options = {"gaussian": 1, "dropout": 1, "sigma": 1.0, "tau": 1.0, "drop_prob": 0.5}
+        results = [
+            batchkern.trimmed_cross_entropy(logits, target, keep, label_smoothing=0.1, class_weight=torch.empty(5)),
+            batchkern.trimmed_cross_entropy(logits * 1, target, 0.5, inplace_backward=True),
+            batchkern.TrimmedCrossEntropyLoss(keep)(logits, target),
+            batchkern.trimmed_mean(losses, keep, mask=target > 0),
+            batchkern.linear_trimmed_cross_entropy(logits, torch.empty(7, 5), target, keep, bias=torch.empty(7)),
+            batchkern.augment_latent(logits, basis=basis, **options),
+            batchkern.augment_latent(logits, seed=1, **options),
+            batchkern.soft_label_kl(logits, torch.empty(16, 5), reference_grad=True),
+            batchkern.rank_batches(losses, 0.5),
+            ledger.rank(0.5),
+        ]
+    assert all(result.device.type == "cuda" for result in results)
+
+
+# --- import ----------------------------------------------------------------------------------------------
+
+PROGRAM = """
+import importlib.abc, json, sys
+
+class Block(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "batchkern._C":
+            raise {error}
+
+sys.meta_path.insert(0, Block())
+import torch, batchkern
+from batchkern import _backend
+
+loss = batchkern.trimmed_cross_entropy(torch.zeros(2, 2), torch.tensor([0, 1]), 1.0).item()
+print(json.dumps([loss, sorted({{(s.backend, s.why) for s in _backend.status()}})]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        ("ModuleNotFoundError(\"No module named 'batchkern._C'\", name=name)", "No module named 'batchkern._C'"),
+        ("ImportError('_C.so: undefined symbol: _ZN3c10\\nsecond line')", "_C.so: undefined symbol: _ZN3c10"),
+        ("ImportError()", "ImportError"),
+    ],
+    ids=["absent", "broken", "silent"],
+)
+def test_import_works_without_the_extension(error: str, why: str) -> None:
+    command = [sys.executable, "-c", PROGRAM.format(error=error)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loss, status = json.loads(result.stdout.splitlines()[-1])
+    assert loss == pytest.approx(0.6931472)
+    ((backend, said),) = status
+    assert backend == "reference"
+    assert said.endswith(why)

@@ -1,0 +1,53 @@
+"""Every snippet of the README runs; every command it shows exists."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SHELL = [
+    line.split("  #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+
+def test_there_is_something_to_run():
+    assert len(PYTHON) >= 2
+    assert any(line.startswith("batchkern ") for line in SHELL)
+
+
+@pytest.mark.parametrize("snippet", PYTHON, ids=range(len(PYTHON)))
+def test_python_snippets_run(snippet, tmp_path):
+    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, timeout=250)
+
+
+@pytest.mark.parametrize("line", [x for x in SHELL if x.startswith("batchkern ")])
+def test_batchkern_commands_run(line, tmp_path):
+    """In one working directory of their own; the lengthy comparison with fewer seeds and epochs."""
+    words = shlex.split(line)
+    if words[1] == "compare":
+        words += ["--seeds", "1", "--epochs", "5"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-m", "batchkern", *words[1:]], cwd=tmp_path, env=environment, check=True, timeout=250
+    )
+
+
+@pytest.mark.parametrize("line", [x for x in SHELL if x.startswith("make ")])
+def test_make_targets_exist(line):
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(shlex.split(line)[1:]) <= set(targets)
+
+
+def test_every_other_command_is_one_we_test_elsewhere():
+    known = ("batchkern ", "make ", "pip install --no-build-isolation ")
+    assert [line for line in SHELL if not line.startswith(known)] == []
