@@ -98,8 +98,9 @@ def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, dev
     try:
         with torch.no_grad():
             logits = model(torch.zeros(2, *shape, device=device))
-    except RuntimeError as error:
-        raise UserError(f"the model cannot take images of shape {shape}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"the model cannot take images of shape {shape}: {reason}") from error
     finally:
         model.train(training)
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):

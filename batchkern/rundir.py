@@ -21,6 +21,19 @@ CONFIG, METRICS, CHECKPOINT, WEIGHTS, CURVES = (
 )
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """All of ``content`` or, after a kill, the old file: never a part."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
 class RunDirectory:
     """Opens ``path`` for a new run, or for a run that goes on.
 
@@ -52,8 +65,9 @@ class RunDirectory:
     def _claim(self, overwrite: bool) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            contents = {entry.name for entry in self.path.iterdir()}
-            if contents and CONFIG not in contents:
+            # A kill during the first write of all leaves a part of it, which is no more than an empty directory.
+            contents = {entry.name for entry in self.path.iterdir()} - {CONFIG + ".part"}
+            if contents and not self._is_run():
                 raise UserError(f"{self.path} exists and is not a batchkern run; give another output directory")
             if contents and not overwrite:
                 raise UserError(f"{self.path} holds a run already; resume it, overwrite it, or give another directory")
@@ -62,10 +76,18 @@ class RunDirectory:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
+    def _is_run(self) -> bool:
+        """Whether config.json is ours: a model of the Hugging Face hub has a file of that name, beside its weights."""
+        try:
+            return "batchkern" in json.loads((self.path / CONFIG).read_text())["environment"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     def _check_same(self, settings: dict[str, Any]) -> None:
         try:
             recorded = json.loads((self.path / CONFIG).read_text())["settings"]
-        except (OSError, ValueError, KeyError):
+            recorded.keys()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self.path} holds no run to resume: {CONFIG} is missing or unreadable") from None
         asked = json.loads(json.dumps(settings))
         changed = [
@@ -77,20 +99,16 @@ class RunDirectory:
             raise UserError(f"{self.path} was trained with other settings and cannot be resumed: {'; '.join(changed)}")
 
     def _write(self, name: str, content: bytes) -> None:
-        """All of ``content`` or, after a kill, the old file: never a part."""
-        temporary = self.path / (name + ".part")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
-        except OSError as error:
-            raise UserError(f"{self.path / name} cannot be written: {error.strerror}") from None
+        write_file(self.path / name, content)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        with open(self.path / METRICS, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        try:
+            with open(self.path / METRICS, "a") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())  # before the checkpoint that counts on this row
+        except OSError as error:
+            raise UserError(f"{self.path / METRICS} cannot be written: {error.strerror}") from None
 
     def metrics(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
@@ -115,13 +133,20 @@ class RunDirectory:
             try:
                 state = torch.load(file, map_location="cpu", weights_only=True)
                 assert state is not None
-                rows = self.metrics()[: state["epochs_done"]]
+                # What follows these lines was written after the checkpoint; a kill may have cut it short.
+                lines = (self.path / METRICS).read_text().splitlines()[: state["epochs_done"]]
+                rows = [json.loads(line) for line in lines]
             except Exception as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(f"{file} cannot be read: {reason}") from None
+            if len(rows) < state["epochs_done"]:
+                raise UserError(
+                    f"{self.path / METRICS} has {len(rows)} rows, but {file} was saved after {state['epochs_done']} epochs"
+                )
         self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
         return state
 
     def save_weights(self, weights: dict[str, torch.Tensor]) -> None:
         save = require("safetensors.torch", "train").save
-        self._write(WEIGHTS, save({name: value.detach().cpu().contiguous() for name, value in weights.items()}))
+        # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
+        self._write(WEIGHTS, save({name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}))

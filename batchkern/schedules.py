@@ -40,8 +40,8 @@ def stages(values: dict[int, float]) -> EpochSchedule:
 
 def every(count: int) -> Callable[[int], bool]:
     """True at each multiple of ``count``, counting from 1."""
-    if count < 1:
-        raise UserError(f"every must be at least 1, got {count}")
+    if type(count) is not int or count < 1:
+        raise UserError(f"every must be a whole number of at least 1, got {count!r}")
     return lambda n: n % count == 0
 
 

@@ -26,6 +26,7 @@ from batchkern.configure import (
     check_counts,
     check_data,
     check_model,
+    check_one_process,
     check_range,
     describe_choice,
     describe_data,
@@ -119,6 +120,7 @@ class Trainer:
         checkpoint_every: int | None = None,
         progress: bool = True,
     ) -> None:
+        check_one_process()
         check_counts(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
         check_range("label_smoothing", label_smoothing, 0, 1)
         check_data(train, test, batch_size)
@@ -275,6 +277,8 @@ class Trainer:
             for batch in self._plan():
                 started = time.perf_counter()
                 self._update(batch)
+                if batch.ends_epoch and self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)  # the time of queued work is the training's
                 self.counts.seconds += time.perf_counter() - started
                 if batch.ends_epoch:
                     self._end_epoch(batch.epoch)
@@ -490,6 +494,7 @@ class Trainer:
     @torch.no_grad()
     def _inference(self, feed: Feed) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Labels, logits and class scores, batch by batch."""
+        training = self.model.training
         self.model.eval()
         try:
             for indices in torch.arange(len(feed.data)).split(EVALUATION_BATCH):
@@ -500,4 +505,4 @@ class Trainer:
                     scores = next((x for x in inferred if x is not None), logits)
                 yield target, logits, scores
         finally:
-            self.model.train()
+            self.model.train(training)

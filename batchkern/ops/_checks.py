@@ -69,7 +69,7 @@ def fraction(name: str, x: float | Tensor, like: Tensor) -> None:
 
 
 def number(name: str, x: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """A finite Python number in [low, high], or (low, high] with ``open_low``."""
+    """A Python number, not NaN, in [low, high], or in (low, high] with ``open_low``."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if not low <= x <= high or (open_low and x == low):

@@ -97,6 +97,9 @@ def _build(term: str, passive: Any) -> Strategy:
     for option in options:
         if option not in known:
             raise UserError(f"strategy {name} has no option {option!r}; it has {', '.join(known)}")
+        if isinstance(options[option], bool) != (known[option].type == "bool"):
+            allowed = "True or False" if known[option].type == "bool" else "another value than True or False"
+            raise UserError(f"strategy {name}: {option} must be {allowed}, got {options[option]!r}")
     if "passive" in known and passive is not None:
         options.setdefault("passive", passive)
     for option, field in known.items():
@@ -112,10 +115,11 @@ def _options(term: str, text: str) -> dict[str, Any]:
     try:
         call = ast.parse(f"f({text})", mode="eval").body
         assert isinstance(call, ast.Call)
-        if call.args or any(keyword.arg is None for keyword in call.keywords):
-            raise SyntaxError("options are name=value")
+        names = [keyword.arg for keyword in call.keywords]
+        if not isinstance(call.func, ast.Name) or call.args or None in names or len(set(names)) < len(names):
+            raise SyntaxError("options are name=value, each once")
         return {str(k.arg): _value(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
+    except (SyntaxError, ValueError, TypeError, AssertionError):
         raise UserError(f"strategy {term!r} is not of the form name(option=value, ...)") from None
 
 

@@ -76,6 +76,8 @@ def run_with_virtual(
     def stack(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal calls
         calls += 1
+        if not args or not isinstance(args[0], Tensor):
+            raise UserError("virtual samples need a layer whose first argument, not a keyword, is a tensor")
         return (virtual(args[0]), *args[1:])
 
     handle = layer.register_forward_pre_hook(stack)
@@ -85,6 +87,8 @@ def run_with_virtual(
         handle.remove()
     if calls != 1:
         raise UserError(f"virtual samples need a layer that runs once in a forward pass; this one ran {calls} times")
+    if len(logits) == len(images):
+        raise UserError("virtual samples need a layer that the logits depend on")
     return logits[: len(images)], logits[len(images) :]
 
 

@@ -54,8 +54,10 @@ class PassiveInjection(Strategy):
 
     def __post_init__(self) -> None:
         self._due = self.every if callable(self.every) else schedules.every(self.every)
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not isinstance(self.passive, ImageData | str):
+            raise UserError(f"passive must be ImageData or the name of a data set, got {self.passive!r}")
+        if self.batch_size is not None and (type(self.batch_size) is not int or self.batch_size < 1):
+            raise UserError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
 
     def setup(self, run: Run) -> None:
         data = load(self.passive) if isinstance(self.passive, str) else self.passive
@@ -101,7 +103,8 @@ class PassiveInjection(Strategy):
         return trimmed_cross_entropy(step.run.extras[HEAD](features[0]), target, 1.0)
 
     def finish(self, run: Run) -> None:
-        del run.extras[HEAD]
+        if HEAD in run.extras:  # not where a finished training is asked to go on
+            del run.extras[HEAD]
 
     def diagnostics(self) -> dict[str, float]:
         return {"passive_updates": self.injected}

@@ -65,10 +65,15 @@ class StochasticAugmentation(Strategy):
 
     def __post_init__(self) -> None:
         self.layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+        if not all(isinstance(name, str) for name in self.layers):
+            raise UserError(f"layers must be names of modules, got {self.layers}")
         if not 0 <= self.omega <= math.pi / 2:
             raise UserError(f"omega must be in [0, pi/2], got {self.omega}")
-        if self.gaussian < 0 or self.dropout < 0 or self.gaussian + self.dropout < 1:
-            raise UserError(f"gaussian and dropout must add up to at least 1, got {self.gaussian} and {self.dropout}")
+        copies = (self.gaussian, self.dropout)
+        if any(type(n) is not int or n < 0 for n in copies) or sum(copies) < 1:
+            raise UserError(
+                f"gaussian and dropout must be whole numbers that add up to at least 1, got {copies[0]!r} and {copies[1]!r}"
+            )
         if not 0 <= self.drop_prob < 1:
             raise UserError(f"drop_prob must be in [0, 1), got {self.drop_prob}")
         for name, value in (("eta", self.eta), ("sigma", self.sigma)):
@@ -101,7 +106,9 @@ class StochasticAugmentation(Strategy):
             with torch.no_grad():
                 images = torch.zeros(2, *run.shape, device=run.device)
                 run_with_virtual(run.model, module, lambda hidden: self.virtual(hidden, 0), images)
-        except RuntimeError as error:
+        except UserError as error:
+            raise UserError(f"layers: {name!r} cannot hold virtual samples: {error}") from error
+        except (RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"layers: virtual samples at the input of {name!r} do not fit the rest of the model, "
                 f"such as a skip connection around it ({str(error).splitlines()[0]})"

@@ -1,0 +1,138 @@
+"""The figures of a run and of a comparison. Nothing here touches matplotlib's global state or a display."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchkern.errors import require
+from batchkern.rundir import CONFIG, CURVES, METRICS, write_file
+
+UPDATES_PLOT, SECONDS_PLOT = "accuracy-updates.png", "accuracy-seconds.png"
+# Okabe and Ito's colours, which stay apart for colour-blind readers too; grey in place of yellow, which is
+# hardly seen on white.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#E69F00", "#808080")
+DPI = 120
+
+Rows = Sequence[Mapping[str, Any]]
+"""The epochs of a run, as in its metrics.jsonl."""
+
+
+def plot_run(directory: Path) -> None:
+    """Writes curves.png beside the metrics.jsonl it shows: losses, accuracies, the fraction kept, learning rate.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    rows = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
+    settings = json.loads((directory / CONFIG).read_text())["settings"]
+    strategies = " + ".join(strategy["name"] for strategy in settings["strategies"]) or "baseline"
+    figure = _figure(10, 6.5)
+    figure.suptitle(f"{strategies}: {settings['model']} on {settings['train']['name']}, seed {settings['seed']}")
+    loss, accuracy, kept, rate = figure.subplots(2, 2, sharex=True).flat
+    _curves(
+        loss, rows, "loss", train_loss="train, all samples", train_objective="objective, as minimised", test_loss="test"
+    )
+    # In percent, as everywhere else. Only a strategy that predicts in its own way makes two test accuracies.
+    percent = [{key: 100 * value for key, value in row.items() if "accuracy" in key} for row in rows]
+    lines = {"train_accuracy": "train", "test_accuracy": "test"}
+    if any(row["test_accuracy"] != row["test_accuracy_plain"] for row in rows):
+        lines |= {"test_accuracy": "test, as the strategy predicts", "test_accuracy_plain": "test, model alone"}
+    _curves(accuracy, percent, "accuracy (%)", **lines)
+    fractions = [{"kept": 100 * fraction} for fraction in kept_fractions(rows)]
+    _curves(kept, fractions, "samples that the loss counts (%)", kept="")
+    kept.set_ylim(0, 105)
+    _curves(rate, rows, "learning rate, end of epoch", lr="")
+    rate.set_ylim(bottom=0)
+    for axes in (kept, rate):
+        axes.set_xlabel("epoch")
+    _save(figure, directory / CURVES)
+
+
+def kept_fractions(rows: Rows) -> list[float]:
+    """Of the samples in each epoch's batches, the fraction that the loss counted."""
+    seen = np.diff([row["samples_seen"] for row in rows], prepend=0)
+    kept = np.diff([row["samples_kept"] for row in rows], prepend=0)
+    return (kept / np.maximum(seen, 1)).tolist()
+
+
+def plot_comparison(directory: Path, arms: Mapping[str, Sequence[Rows]], title: str) -> None:
+    """Writes test accuracy over updates and over seconds: a line for each arm, a band for the range of its seeds.
+
+    Args:
+        arms: the runs of each arm, one a seed. An arm without runs is left out.
+
+    Raises:
+        UserError: matplotlib is missing, or a file cannot be written.
+    """
+    for name, key, label in (
+        (UPDATES_PLOT, "updates", "updates of the model (passive ones not counted)"),
+        (SECONDS_PLOT, "seconds", "seconds of training (without evaluation)"),
+    ):
+        figure = _figure(9, 6)
+        axes = figure.subplots()
+        lowest = []
+        for place, (arm, runs) in enumerate(arms.items()):
+            if runs:
+                x, accuracies = on_common_grid(runs, key)
+                _band(axes, x, accuracies, arm, place)
+                lowest.append(accuracies[:, x >= x[0] + (x[-1] - x[0]) / 4].min())
+        if lowest:
+            # The first epochs of a slow arm would press all that matters into a line at the top.
+            axes.set_ylim(max(0.0, 0.99 * np.median(lowest) - 1), None)
+        axes.set(title=title, xlabel=label, ylabel="test accuracy (%)")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.25)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        _save(figure, directory / name)
+
+
+def on_common_grid(runs: Sequence[Rows], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Test accuracy in percent of all seeds at the same values of ``key``: x ``(points,)`` and ``(seeds, points)``.
+
+    Seeds take different times. Between its epochs a seed is interpolated; after its last it stays what it was.
+    """
+    xs = [np.array([row[key] for row in rows], dtype=float) for rows in runs]
+    ys = [np.array([100 * row["test_accuracy"] for row in rows]) for rows in runs]
+    if all(np.array_equal(x, xs[0]) for x in xs):
+        return xs[0], np.stack(ys)
+    grid = np.linspace(max(x[0] for x in xs), max(x[-1] for x in xs), 200)
+    return grid, np.stack([np.interp(grid, x, y) for x, y in zip(xs, ys, strict=True)])
+
+
+def _band(axes: Any, x: NDArray[np.float64], accuracies: NDArray[np.float64], arm: str, place: int) -> None:
+    colour = COLOURS[place % len(COLOURS)]
+    dashes = "--" if arm.startswith("random") or place >= len(COLOURS) else "-"
+    axes.fill_between(x, accuracies.min(axis=0), accuracies.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+    marker = "o" if len(x) == 1 else None  # a single point has no line
+    axes.plot(x, accuracies.mean(axis=0), dashes, color=colour, marker=marker, label=arm, linewidth=1.6)
+
+
+def _curves(axes: Any, rows: Rows, title: str, **labels: str) -> None:
+    """A line over the epochs for each key of ``rows`` in ``labels``."""
+    for place, (key, label) in enumerate(labels.items()):
+        values = [row[key] for row in rows]
+        colour = COLOURS[1 + place]
+        axes.plot(range(1, len(rows) + 1), values, "-o", color=colour, markersize=3, linewidth=1.6, label=label)
+    axes.set_title(title, fontsize="medium", loc="left")
+    axes.grid(alpha=0.25)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if any(labels.values()):
+        axes.legend(frameon=False, fontsize="small")
+
+
+def _figure(width: float, height: float) -> Any:
+    figure = require("matplotlib.figure", "train").Figure
+    return figure(figsize=(width, height), layout="constrained")
+
+
+def _save(figure: Any, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=DPI)
+    write_file(path, image.getvalue())

@@ -1,0 +1,154 @@
+"""The notation of the command line: what it accepts, and that all it refuses is refused in a sentence."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchkern.errors import UserError
+from batchkern.strategies import (
+    STRATEGIES,
+    HardBatches,
+    PassiveInjection,
+    RandomSelection,
+    Stepwise,
+    StochasticAugmentation,
+    Strategy,
+    Trimming,
+    parse,
+)
+from training import images
+
+PASSIVE = images(20)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        ("  ", []),
+        ("baseline", []),
+        ("trimming", [Trimming()]),
+        ("trimming()", [Trimming()]),
+        (" trimming ( end = 0.3 , start=.9 ) ", [Trimming(0.9, 0.3)]),
+        ("trimming(backward=compact)", [Trimming(backward="compact")]),
+        ("trimming(backward='compact')", [Trimming(backward="compact")]),
+        ("trimming(end=1)", [Trimming(end=1)]),
+        ("hard-batches(delta=0.5, order=index)", [HardBatches(0.5, "index")]),
+        ("stepwise", [Stepwise()]),
+        ("stepwise(fractions=(0.5,1.0),batch_multiples=[2,1])", [Stepwise((0.5, 1.0), (2, 1))]),
+        ("stepwise(reset_optimizer=True)", [Stepwise(reset_optimizer=True)]),
+        ("augmentation(omega=0.5,gaussian=3)", [StochasticAugmentation(0.5, 3)]),
+        ("augmentation(layers=('conv1', 'fc'))", [StochasticAugmentation(layers=("conv1", "fc"))]),
+        ("augmentation(layers=fc)", [StochasticAugmentation(layers=("fc",))]),
+        ("random(select=batches)", [RandomSelection("batches")]),
+        ("passive(passive=digits,every=20)", [PassiveInjection("digits", 20)]),
+        ("passive(passive='a+b(c)/d')", [PassiveInjection("a+b(c)/d")]),
+        ("trimming(\n  end=0.3\n)\n+ augmentation", [Trimming(end=0.3), StochasticAugmentation()]),
+        ("trimming+stepwise+augmentation", [Trimming(), Stepwise(), StochasticAugmentation()]),
+    ],
+)
+def test_accepted(text, expected):
+    assert [s.describe() for s in parse(text)] == [s.describe() for s in expected]
+
+
+def test_the_passive_set_is_filled_in_where_none_is_named():
+    assert parse("passive(every=3)", passive=PASSIVE)[0].passive is PASSIVE
+    assert parse("passive(passive=digits)", passive=PASSIVE)[0].passive == "digits"
+    assert parse("trimming", passive=PASSIVE)[0].describe() == Trimming().describe()
+
+
+def test_all_strategies_have_a_name():
+    passive = parse("+".join(["trimming", "passive", "hard-batches", "augmentation"]), passive=PASSIVE)
+    assert [type(s) for s in passive] == [Trimming, PassiveInjection, HardBatches, StochasticAugmentation]
+    assert set(STRATEGIES) == {"trimming", "hard-batches", "stepwise", "augmentation", "passive", "random"}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("triming", r"unknown strategy 'triming'.*did you mean trimming\?"),
+        ("Trimming", "unknown strategy 'Trimming'"),
+        ("xyz", "unknown strategy 'xyz'; there are trimming, hard-batches"),
+        ("baseline+trimming", "unknown strategy 'baseline'"),
+        ("trimming(stop=0.3)", "trimming has no option 'stop'; it has start, end, backward, schedule"),
+        ("trimming(compact_below=0.3)", "trimming has no option 'compact_below'"),
+        ("trimming(end=2)", "end must be in"),
+        ("trimming(end=0)", "end must be in"),
+        ("trimming(end=high)", "end"),
+        ("trimming(end='0.3')", "end"),
+        ("trimming(end=None)", "end"),
+        ("trimming(end=True)", "end"),
+        ("trimming(end=nan)", "end"),
+        ("trimming(backward=both)", "backward must be"),
+        ("trimming(backward=3)", "backward"),
+        ("trimming(schedule=cosine)", "schedule"),
+        ("trimming(0.3)", "not of the form"),
+        ("trimming(end)", "not of the form"),
+        ("trimming(end=0.3", "not of the form"),
+        ("trimming end=0.3)", "not of the form"),
+        ("trimming(end=0.3))", "not of the form"),
+        ("trimming(start=0.9)(end=0.3)", "not of the form"),
+        ("trimming(start=0.9).x(end=0.3)", "not of the form"),
+        ("trimming(end=0.3,end=0.4)", "not of the form"),
+        ("trimming(**{'end': 0.3})", "not of the form"),
+        ("trimming(*[1])", "not of the form"),
+        ("trimming(end=__import__('os'))", "not of the form"),
+        ("trimming(end=f.x)", "not of the form"),
+        ("trimming(end={[]: 1})", "not of the form"),
+        ("trimming(end=0.3);x", "not of the form"),
+        ("+trimming", "not of the form"),
+        ("trimming+", "not of the form"),
+        ("trimming++augmentation", "not of the form"),
+        ("trimming stepwise", "not of the form"),
+        ("trimming(end='\0')", "end|not of the form"),
+        ("passive", "strategy passive needs the option passive"),
+        ("passive(every=20)", "strategy passive needs the option passive"),
+        ("passive(passive=3)", "passive"),
+        ("passive(passive=digits,every=0)", "every"),
+        ("passive(passive=digits,every=often)", "every"),
+        ("passive(passive=digits,every=2.5)", "every"),
+        ("passive(passive=digits,freeze_bn=maybe)", "freeze_bn"),
+        ("augmentation(vote=false)", "vote"),
+        ("augmentation(vote=0)", "vote"),
+        ("augmentation(two_step=no)", "two_step"),
+        ("augmentation(gaussian=1.5)", "gaussian"),
+        ("augmentation(omega=steep)", "omega"),
+        ("augmentation(layers=3)", "layers"),
+        ("augmentation(layers=(3,))", "layers"),
+        ("stepwise(fractions=0.5)", "fractions"),
+        ("stepwise(fractions=(0.5,high))", "not of the form"),
+        ("stepwise(fractions=('a','b'),batch_multiples=(1,1))", "fractions"),
+        ("stepwise(reset_optimizer=yes)", "reset_optimizer"),
+        ("hard-batches(delta=0.2,ledger=3)", "hard-batches has no option 'ledger'"),
+        ("random(select=columns)", "select"),
+        ("trimming+trimming", "trimming and trimming both decide the loss"),
+        ("hard-batches+stepwise", "hard-batches and stepwise both decide the batch plan"),
+    ],
+)
+def test_refused(text, named):
+    with pytest.raises(UserError, match=named):
+        parse(text)
+
+
+words = st.sampled_from(
+    ["trimming", "augmentation", "passive", "stepwise", "(", ")", "+", "=", ",", "end", "omega", "0.3", "'", '"', "-1", "[", "]"]
+    + ["{", "}", "\\", "\n", " ", "lambda", ":", "*", "None", "True", "#", "end=0.2", "f", "."]
+)
+
+
+@given(st.lists(words, max_size=12).map("".join) | st.text(max_size=30))
+def test_whatever_is_written_the_answer_is_strategies_or_a_sentence(text):
+    try:
+        strategies = parse(text)
+    except UserError as error:
+        assert str(error)
+    else:
+        assert all(isinstance(s, Strategy) for s in strategies)
+
+
+def test_options_survive_the_way_through_text():
+    strategy = StochasticAugmentation(omega=math.pi / 5, eta=0.3, two_step=True, per="epoch", layers=("a", "b.c"))
+    options = ",".join(f"{key}={value!r}" for key, value in strategy.describe().items() if key != "name")
+    assert parse(f"augmentation({options})")[0].describe() == strategy.describe()

@@ -1,0 +1,458 @@
+"""A run that is killed and resumed, as often as may be, ends as one that never was: bit for bit.
+
+Compared are the last checkpoint, so that nothing is left out (weights, optimizer, heads, random numbers, ledgers, place
+in the plan, counts), the saved weights, and metrics.jsonl; seconds alone may differ.
+
+Most kills are an exception that nothing catches, with a fresh trainer after it. That a SIGKILL is no different is seen for
+every strategy in processes that end themselves by one: forks of one process that has torch loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchkern.errors import UserError
+from batchkern.rundir import CHECKPOINT, METRICS, WEIGHTS
+from batchkern.strategies import (
+    HardBatches,
+    PassiveInjection,
+    RandomSelection,
+    Stepwise,
+    StochasticAugmentation,
+    Trimming,
+    trimming,
+)
+from training import flat, images, net, single_thread, trainer, without_plots
+
+UPDATES = 18  # 3 epochs of 6
+PASSIVE = images(20, seed=5, classes=3)
+STRONG = {"eta": 1.0, "sigma": 0.5, "tau": 0.6}
+SCENARIOS = {
+    "baseline": lambda: [],
+    "trimming": lambda: [Trimming(backward="compact")],
+    "hard-batches": lambda: [HardBatches(0.5)],
+    "stepwise": lambda: [Stepwise((0.5, 1.0), (1, 2), reset_optimizer=True)],
+    "augmentation": lambda: [StochasticAugmentation(**STRONG, layers=("conv2", "fc"), two_step=True)],
+    "passive": lambda: [PassiveInjection(PASSIVE, 4)],
+    "random rows": lambda: [RandomSelection()],
+    "random batches": lambda: [RandomSelection("batches", delta=0.5)],
+    "all": lambda: [
+        HardBatches(0.5),
+        Trimming(),
+        PassiveInjection(PASSIVE, 3),
+        StochasticAugmentation(**STRONG),
+    ],
+}
+SETTINGS = {
+    "all": {"optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "label_smoothing": 0.1},
+    "baseline": {"amp": "fp16", "schedule": "cosine"},
+}
+# In CI a failure must not depend on what was drawn.
+SEED = 0 if "CI" in os.environ else int(time.time())
+one_thread = single_thread()
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    without_plots(monkeypatch)
+
+
+class KilledError(BaseException):
+    """Passes every ``except Exception``, as a signal would."""
+
+
+def die() -> None:
+    raise KilledError
+
+
+def start(name: str, out: Path, every: int | None = None):
+    """A new process' trainer on ``out``: whatever it needs of the past must come from the checkpoint."""
+    going_on = (out / CHECKPOINT).exists()
+    # Weights and random numbers of another run, where the checkpoint should bring its own.
+    model = net(seed=99 if going_on else 0, dropout=0.25, norm=name == "all")
+    torch.manual_seed(random.randrange(2**32))
+    return trainer(
+        SCENARIOS[name](),
+        model,
+        epochs=3,
+        augment="crop+flip",
+        out=out,
+        resume=out.exists(),
+        checkpoint_every=every,
+        **SETTINGS.get(name, {}),
+    )
+
+
+MOMENTS = ("update", "descend", "updated", "metrics", "checkpoint", "checkpointed", "weights")
+
+
+def arm(run, moment: str, number: int, die=die) -> None:
+    """Lets ``run`` die at the ``number``-th time, counted from 1, that it comes to ``moment``."""
+    times = 0
+
+    def due() -> bool:
+        nonlocal times
+        times += 1
+        return times == number
+
+    def wrap(holder, method: str, before=None, after=None) -> None:
+        inner = getattr(holder, method)
+
+        def wrapped(*args):
+            now = due()
+            if now and before:
+                before(*args)
+            result = inner(*args)
+            if now and after:
+                after(*args)
+            return result
+
+        setattr(holder, method, wrapped)
+
+    def half_a_checkpoint(state) -> None:
+        part = run.directory.path / (CHECKPOINT + ".part")
+        torch.save(state, part)
+        part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+        die()
+
+    def at(*_) -> None:
+        die()
+
+    match moment:
+        case "update":
+            wrap(run, "_update", before=at)
+        case "descend":  # the weights have changed, nothing else has
+            wrap(run, "_descend", after=at)
+        case "updated":
+            wrap(run, "_update", after=at)
+        case "metrics":  # the epoch is in the metrics, and not in the checkpoint
+            wrap(run.directory, "append_metrics", after=at)
+        case "checkpoint":
+            wrap(run.directory, "save_checkpoint", before=half_a_checkpoint)
+        case "checkpointed":
+            wrap(run.directory, "save_checkpoint", after=at)
+        case "weights":
+            wrap(run.directory, "save_weights", before=at)
+
+
+def killed(name: str, out: Path, moment: str, number: int, every: int | None) -> bool:
+    """Whether the run was killed there; if not, it came to its end."""
+    run = start(name, out, every)
+    arm(run, moment, number)
+    try:
+        run.fit()
+    except KilledError:
+        return True
+    return False
+
+
+@cache
+def whole(name: str) -> tuple:
+    """What a run ends with that is never interrupted; with nothing saved between epochs."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        start(name, out).fit()
+        return outcome(out)
+
+
+def outcome(out: Path) -> tuple:
+    state = torch.load(out / CHECKPOINT, weights_only=True)
+    assert state["counts"].pop("seconds") > 0
+    rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+    assert all(row.pop("seconds") > 0 for row in rows)
+    return state, rows, (out / WEIGHTS).read_bytes()
+
+
+def difference(ours, theirs, where="") -> str:
+    """The first place where two trees of dicts, sequences and tensors are not the same, bit for bit."""
+    if type(ours) is not type(theirs):
+        return f"{where}: {type(ours)} and {type(theirs)}"
+    if isinstance(ours, dict):
+        if list(ours) != list(theirs):
+            return f"{where}: {list(ours)} and {list(theirs)}"
+        pairs = [(ours[key], theirs[key], f"{where}.{key}") for key in ours]
+    elif isinstance(ours, list | tuple):
+        if len(ours) != len(theirs):
+            return f"{where}: {len(ours)} and {len(theirs)} items"
+        pairs = [(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(ours, theirs, strict=True))]
+    elif isinstance(ours, torch.Tensor):
+        same = ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+        return "" if same else f"{where}: {ours} and {theirs}"
+    else:
+        return "" if ours == theirs else f"{where}: {ours!r} and {theirs!r}"
+    return next(filter(None, (difference(*pair) for pair in pairs)), "")
+
+
+def assert_as_if_never_killed(name: str, out: Path) -> None:
+    assert difference(outcome(out), whole(name)) == ""
+    assert not list(out.glob("*.part"))
+
+
+# --- every update, and random moments -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_killed_after_every_single_update(name, tmp_path):
+    """Each process makes one update, saves it, and dies in the next."""
+    out, processes, before = tmp_path / "run", 0, -1
+    while killed(name, out, "descend", 2, every=1):
+        processes += 1
+        batches = torch.load(out / CHECKPOINT, weights_only=True)
+        now = batches["counts"]["updates"] + batches["strategies"][-1].get("injected", 0)
+        assert now >= before
+        before = now
+        assert processes < 60
+    assert processes >= 8
+    assert_as_if_never_killed(name, out)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_killed_at_random_moments(name, tmp_path):
+    print(f"SEED {SEED}")  # shown where the test fails
+    numbers = random.Random(f"{SEED} {name}")
+    for case in range(4):
+        out, kills, every = tmp_path / str(case), 0, numbers.choice([1, 2, 4, 5, None])
+        while kills < 3:
+            moment = numbers.choice(MOMENTS)
+            print(f"case {case}: every {every}, killed at {moment}, ", end="")
+            number = numbers.randint(1, {"metrics": 3, "weights": 1, "checkpoint": 4, "checkpointed": 4}.get(moment, 14))
+            print(number)
+            if not killed(name, out, moment, number, every):
+                break
+            kills += 1
+        else:
+            start(name, out, every).fit()
+        assert_as_if_never_killed(name, out)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_killed_while_writing_and_at_the_end_of_epochs(name, tmp_path):
+    for moment in ("checkpoint", "metrics", "checkpointed", "weights"):
+        out = tmp_path / moment
+        while killed(name, out, moment, 2 if moment != "weights" else 1, None):
+            if moment in ("metrics", "checkpoint"):
+                break  # it would come no further than this
+            if moment == "weights":
+                assert not (out / WEIGHTS).exists()
+                break
+        start(name, out).fit()
+        assert_as_if_never_killed(name, out)
+
+
+# --- real kills -----------------------------------------------------------------------------------------------------
+
+
+def zygote() -> None:
+    """Forks a process for every job it reads, a line of JSON each, and answers with the way it ended."""
+    import types
+
+    sys.modules["batchkern.plots"] = types.SimpleNamespace(plot_run=lambda path: None)
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                work(**json.loads(line))
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+def work(name: str, out: str, every: int | None, moment: str | None = None, number: int = 0) -> None:
+    run = start(name, Path(out), every)
+    if moment:
+        arm(run, moment, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    run.fit()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Runs :func:`work` in a process of its own; its exit code, negative for a signal."""
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "import test_resume; test_resume.zygote()"]
+    with subprocess.Popen(
+        command, env=environment, cwd=here, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as parent:
+
+        def process(**job) -> int:
+            parent.stdin.write(json.dumps(job) + "\n")
+            parent.stdin.flush()
+            answer = parent.stdout.readline()
+            assert answer, "the process that forks has died"
+            return int(answer)
+
+        yield process
+        parent.stdin.close()
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_sigkill_at_a_random_update_and_another_one(name, tmp_path, processes):
+    print(f"SEED {SEED}")
+    numbers = random.Random(f"{SEED} {name} real")
+    out = str(tmp_path / "run")
+    for kill in range(2):
+        every, moment, number = numbers.choice([2, 3, 5]), numbers.choice(MOMENTS[:3]), numbers.randint(2, 6)
+        print(f"kill {kill}: every {every}, at {moment} {number}")
+        assert processes(name=name, out=out, every=every, moment=moment, number=number) == -signal.SIGKILL
+    assert processes(name=name, out=out, every=3) == 0
+    assert_as_if_never_killed(name, tmp_path / "run")
+
+
+def test_a_sigkill_between_the_gth_active_batch_and_its_passive_one(tmp_path, processes):
+    job = {"name": "passive", "out": str(tmp_path / "run"), "every": 1}
+    assert processes(**job, moment="update", number=5) == -signal.SIGKILL
+    state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    assert state["counts"]["updates"] == 4
+    assert state["strategies"][0]["pending"] is not None
+    assert state["strategies"][0]["injected"] == 0
+    assert processes(**job) == 0
+    assert_as_if_never_killed("passive", tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["hard-batches", "random batches"])
+@pytest.mark.parametrize("updates", [6, 8, 9, 17])
+def test_a_sigkill_in_a_replay_round(name, updates, tmp_path, processes):
+    """Rounds of three begin after 6, 9, 12 and 15 updates: at a border, the next round has not been chosen."""
+    job = {"name": name, "out": str(tmp_path / "run"), "every": 1}
+    assert processes(**job, moment="update", number=updates + 1) == -signal.SIGKILL
+    replay = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["strategies"][0]["replay"]
+    assert replay["updates"] == updates
+    assert replay["place"] == {6: 0, 8: 2, 9: 3, 17: 2}[updates]
+    assert processes(**job) == 0
+    assert_as_if_never_killed(name, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["baseline", "all"])
+def test_a_sigkill_before_the_first_checkpoint(name, tmp_path, processes):
+    job = {"name": name, "out": str(tmp_path / "run"), "every": None}
+    for number in (1, 5):
+        assert processes(**job, moment="update", number=number) == -signal.SIGKILL
+        assert not (tmp_path / "run" / CHECKPOINT).exists()
+    assert processes(**job) == 0
+    assert_as_if_never_killed(name, tmp_path / "run")
+
+
+def test_a_sigkill_while_the_run_is_set_up(tmp_path, processes):
+    """Before the trainer exists there is a directory, and the model has not been drawn from it."""
+    out = tmp_path / "run"
+    assert processes(name="trimming", out=str(out), every=None, moment="update", number=1) == -signal.SIGKILL
+    (out / METRICS).unlink()
+    assert processes(name="trimming", out=str(out), every=None) == 0
+    assert_as_if_never_killed("trimming", out)
+
+
+# --- what else a resume must and must not do ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_finished_run_has_nothing_left_to_do(name, tmp_path):
+    out = tmp_path / "run"
+    start(name, out).fit()
+    files = {entry.name: entry.read_bytes() for entry in out.iterdir()}
+    run = start(name, out)
+    last = run.fit()
+    assert run.weights == []
+    assert last == run.history[-1]
+    assert list(run.run.extras) == []
+    assert {entry.name: entry.read_bytes() for entry in out.iterdir()} == files
+    assert torch.equal(flat(run.model), torch.cat([v.double().flatten() for v in whole(name)[0]["model"].values()]))
+
+
+def test_runs_that_are_resumed_side_by_side_do_not_share_their_random_numbers(tmp_path):
+    """Trainers are made first and trained later, as a comparison does; each draws the dropout of its own run."""
+    for name in ("trimming", "hard-batches"):
+        assert killed(name, tmp_path / name, "update", 9, every=2)
+    runs = {name: start(name, tmp_path / name, every=2) for name in ("trimming", "hard-batches")}
+    torch.manual_seed(123)
+    for run in runs.values():
+        run.evaluate()
+        run.fit()
+    for name in runs:
+        assert_as_if_never_killed(name, tmp_path / name)
+
+
+def test_a_model_by_name_is_drawn_again_where_there_is_no_checkpoint(tmp_path):
+    data = images(24, shape=(1, 8, 8))
+    options = {"model": "cnn", "train": data, "test": data, "epochs": 2}
+    whole = trainer(**options)
+    whole.fit()
+    run = trainer(**options, out=tmp_path / "run")
+    arm(run, "update", 2)
+    with pytest.raises(KilledError):
+        run.fit()
+    torch.manual_seed(77)
+    resumed = trainer(**options, out=tmp_path / "run", resume=True)
+    resumed.fit()
+    assert all(torch.equal(a, b) for a, b in zip(resumed.weights, whole.weights, strict=True))
+
+
+def test_what_auto_trimming_decided_is_not_decided_again(tmp_path, monkeypatch):
+    def timed(forward, full):
+        seconds = iter([forward, full] * 5)
+        monkeypatch.setattr(trimming, "_seconds", lambda action, device: action() is None or next(seconds))
+
+    def run(**options):
+        return trainer([Trimming(backward="auto")], net(dropout=0.25), epochs=3, **options)
+
+    timed(1.0, 4.0)
+    whole = run()
+    whole.fit()
+    timed(1.0, 4.0)
+    first = run(out=tmp_path / "run", checkpoint_every=1)
+    arm(first, "update", 9)
+    with pytest.raises(KilledError):
+        first.fit()
+    timed(1.0, 1.0)  # the machine is busy now: compact would not pay
+    second = run(out=tmp_path / "run", checkpoint_every=1, resume=True)
+    row = second.fit()
+    assert second.strategies[0].compact_below == 0.75
+    assert all(torch.equal(a, b) for a, b in zip(first.weights + second.weights, whole.weights, strict=True))
+    assert row["samples_forward"] == whole.history[-1]["samples_forward"] > 3 * 44
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"epochs": 4}, "epochs was 3, now 4"),
+        ({"lr": 0.5}, "lr was 0.03, now 0.5"),
+        ({"seed": 1}, "seed was 0, now 1"),
+        ({"strategies": [Trimming(end=0.3)]}, "strategies was .*0.2.*, now .*0.3"),
+        ({"train": images(44, seed=8)}, "train was .*noise-44-0.*, now .*noise-44-8"),
+        ({"model": net(norm=True)}, "model was .*Net with .*, now"),
+    ],
+)
+def test_another_run_is_not_resumed(tmp_path, change, named):
+    options = {"strategies": [Trimming()], "epochs": 3}
+    run = trainer(**options, out=tmp_path / "run", checkpoint_every=1)
+    arm(run, "update", 3)
+    with pytest.raises(KilledError):
+        run.fit()
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    with pytest.raises(UserError, match=f"cannot be resumed: {named}"):
+        trainer(**options | change, out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
+
+
+def test_how_often_to_save_and_where_to_run_may_change(tmp_path):
+    assert killed("passive", tmp_path / "run", "update", 9, every=4)
+    assert killed("passive", tmp_path / "run", "update", 4, every=1)
+    start("passive", tmp_path / "run", None).fit()
+    assert_as_if_never_killed("passive", tmp_path / "run")

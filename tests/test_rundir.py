@@ -1,0 +1,241 @@
+"""The directory of a run: what may be written where, and that a kill at any moment leaves something to go on from."""
+
+import json
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from batchkern.errors import UserError
+from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, WEIGHTS, RunDirectory
+
+SETTINGS = {"epochs": 3, "strategies": [{"name": "trimming", "end": 0.2}], "model": "cnn"}
+ENVIRONMENT = {"batchkern": "1.0", "torch": torch.__version__}
+
+
+def opened(path, settings=None, *, overwrite=False, resume=False):
+    return RunDirectory(path, settings or SETTINGS, ENVIRONMENT, overwrite=overwrite, resume=resume)
+
+
+def state(epochs_done):
+    return {"epochs_done": epochs_done, "model": {"weight": torch.arange(3.0)}}
+
+
+def names(path):
+    return {entry.name for entry in path.iterdir()}
+
+
+def test_a_new_run(tmp_path):
+    path = tmp_path / "runs" / "first"
+    directory = opened(path)
+    assert names(path) == {CONFIG, METRICS}
+    assert json.loads((path / CONFIG).read_text()) == {
+        "settings": SETTINGS,
+        "environment": ENVIRONMENT,
+    }
+    assert directory.metrics() == []
+    directory.append_metrics({"epoch": 0, "train_loss": 0.1})
+    directory.append_metrics({"epoch": 1, "train_loss": 1 / 3})
+    assert directory.metrics() == [{"epoch": 0, "train_loss": 0.1}, {"epoch": 1, "train_loss": 1 / 3}]
+    assert len((path / METRICS).read_text().splitlines()) == 2
+
+
+def test_an_empty_directory_will_do(tmp_path):
+    opened(tmp_path)
+    assert names(tmp_path) == {CONFIG, METRICS}
+
+
+def test_a_run_is_not_written_over_unasked(tmp_path):
+    opened(tmp_path).append_metrics({"epoch": 0})
+    with pytest.raises(UserError, match="holds a run already; resume it, overwrite it, or give another directory"):
+        opened(tmp_path)
+    assert opened(tmp_path, resume=True).metrics() == [{"epoch": 0}]
+
+
+def test_what_is_not_a_run_is_never_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="exists and is not a batchkern run"):
+            opened(tmp_path, overwrite=overwrite)
+    assert names(tmp_path) == {"thesis.tex"}
+
+
+def test_a_config_of_something_else_is_not_a_run(tmp_path):
+    (tmp_path / CONFIG).write_text('{"model_type": "bert"}')
+    (tmp_path / WEIGHTS).write_bytes(b"precious")
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="exists and is not a batchkern run"):
+            opened(tmp_path, overwrite=overwrite)
+    assert (tmp_path / WEIGHTS).read_bytes() == b"precious"
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
+    directory = opened(tmp_path)
+    directory.append_metrics({"epoch": 0})
+    directory.save_checkpoint(state(1))
+    directory.save_weights({"weight": torch.zeros(2)})
+    (tmp_path / CURVES).write_bytes(b"png")
+    (tmp_path / "notes.txt").write_text("mine")
+    opened(tmp_path, {"epochs": 5}, overwrite=True)
+    assert names(tmp_path) == {CONFIG, METRICS, "notes.txt"}
+    assert json.loads((tmp_path / CONFIG).read_text())["settings"] == {"epochs": 5}
+    assert (tmp_path / METRICS).read_text() == ""
+
+
+def test_overwrite_and_resume_exclude_each_other(tmp_path):
+    with pytest.raises(UserError, match="overwrite and resume exclude each other"):
+        opened(tmp_path, overwrite=True, resume=True)
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="cannot be written"):
+            opened(path)
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+
+def test_the_checkpoint_and_the_metrics_up_to_it(tmp_path):
+    directory = opened(tmp_path)
+    for epoch in range(3):
+        directory.append_metrics({"epoch": epoch, "loss": epoch / 7})
+        if epoch == 1:
+            directory.save_checkpoint(state(2))
+    resumed = opened(tmp_path, resume=True)
+    assert len(resumed.metrics()) == 3  # nothing is lost before the checkpoint is known to be readable
+    loaded = resumed.load_checkpoint()
+    assert loaded["epochs_done"] == 2
+    assert torch.equal(loaded["model"]["weight"], torch.arange(3.0))
+    assert resumed.metrics() == [{"epoch": 0, "loss": 0.0}, {"epoch": 1, "loss": 1 / 7}]
+
+
+def test_killed_before_the_first_checkpoint(tmp_path):
+    directory = opened(tmp_path)
+    directory.append_metrics({"epoch": 0})
+    resumed = opened(tmp_path, resume=True)
+    assert resumed.load_checkpoint() is None
+    assert resumed.metrics() == []
+    (tmp_path / METRICS).unlink()  # between the two files of a new run
+    assert opened(tmp_path, resume=True).load_checkpoint() is None
+    assert (tmp_path / METRICS).read_text() == ""
+
+
+@pytest.mark.parametrize("rest", ["{", '{"epoch": 2, "lo', "\n", "\0\0\0\0"])
+def test_killed_in_the_middle_of_a_line_of_metrics(tmp_path, rest):
+    directory = opened(tmp_path)
+    directory.append_metrics({"epoch": 0})
+    directory.append_metrics({"epoch": 1})
+    directory.save_checkpoint(state(2))
+    with open(tmp_path / METRICS, "a") as file:
+        file.write(rest)
+    resumed = opened(tmp_path, resume=True)
+    assert resumed.load_checkpoint()["epochs_done"] == 2
+    assert (tmp_path / METRICS).read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+
+
+def test_metrics_that_lost_rows_of_the_checkpoint(tmp_path):
+    directory = opened(tmp_path)
+    directory.append_metrics({"epoch": 0})
+    directory.save_checkpoint(state(2))
+    with pytest.raises(UserError, match=r"metrics.jsonl .*1 .*2"):
+        opened(tmp_path, resume=True).load_checkpoint()
+
+
+@pytest.mark.parametrize("written", [0, 100])
+def test_killed_while_writing_a_checkpoint(tmp_path, written, monkeypatch):
+    directory = opened(tmp_path)
+    directory.append_metrics({"epoch": 0})
+    directory.save_checkpoint(state(1))
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / (CHECKPOINT + ".part")).write_bytes(whole[:written])
+    resumed = opened(tmp_path, resume=True)
+    assert resumed.load_checkpoint()["epochs_done"] == 1
+    resumed.save_checkpoint(state(1))
+    assert names(tmp_path) == {CONFIG, METRICS, CHECKPOINT}
+
+
+def test_killed_while_writing_the_very_first_file(tmp_path):
+    (tmp_path / (CONFIG + ".part")).write_bytes(b'{"sett')
+    with pytest.raises(UserError, match="holds no run to resume"):
+        opened(tmp_path, resume=True)
+    opened(tmp_path)  # which is as good as an empty directory
+    assert names(tmp_path) == {CONFIG, METRICS}
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, monkeypatch):
+    directory = opened(tmp_path)
+    directory.append_metrics({"epoch": 0})
+    directory.save_checkpoint(state(1))
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"checkpoint.pt cannot be written: No space left on device"):
+        directory.save_checkpoint(state(9))
+    with pytest.raises(UserError, match=r"model.safetensors cannot be written: No space left on device"):
+        directory.save_weights({"weight": torch.zeros(2)})
+    assert not (tmp_path / WEIGHTS).exists()
+    assert opened(tmp_path, resume=True).load_checkpoint.__func__ is RunDirectory.load_checkpoint
+    monkeypatch.undo()
+    assert opened(tmp_path, resume=True).load_checkpoint()["epochs_done"] == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_metrics_on_a_full_disk(tmp_path):
+    directory = opened(tmp_path)
+    (tmp_path / METRICS).unlink()
+    (tmp_path / METRICS).symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No space left on device"):
+        directory.append_metrics({"epoch": 0})
+
+
+def test_other_settings_are_named(tmp_path):
+    opened(tmp_path)
+    changed = SETTINGS | {"epochs": 4, "lr": 0.1}
+    with pytest.raises(UserError, match=r"cannot be resumed: epochs was 3, now 4; lr was None, now 0.1$"):
+        opened(tmp_path, changed, resume=True)
+    without = {key: SETTINGS[key] for key in ("epochs", "model")}
+    with pytest.raises(UserError, match="strategies was .*trimming.*, now None"):
+        opened(tmp_path, without, resume=True)
+
+
+def test_settings_are_compared_as_json(tmp_path):
+    opened(tmp_path, {"shape": (1, 2)})
+    opened(tmp_path, {"shape": [1, 2]}, resume=True)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", "nonsense"])
+def test_no_run_to_resume(tmp_path, content):
+    if content is not None:
+        (tmp_path / CONFIG).write_text(content)
+    with pytest.raises(UserError, match="holds no run to resume"):
+        opened(tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_broken_checkpoint_is_named_and_the_metrics_stay(tmp_path, content):
+    directory = opened(tmp_path)
+    directory.append_metrics({"epoch": 0})
+    (tmp_path / CHECKPOINT).write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read"):
+        opened(tmp_path, resume=True).load_checkpoint()
+    assert len(directory.metrics()) == 1
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_saved_whole_whatever_their_memory(tmp_path):
+    """Tied and strided ones too: that must not fail at the end of a long training."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    model.register_buffer("view", torch.arange(6.0).view(2, 3).T)
+    opened(tmp_path).save_weights(model.state_dict())
+    saved = safetensors.load_file(tmp_path / WEIGHTS)
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())

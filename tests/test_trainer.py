@@ -1,0 +1,636 @@
+"""The trainer: the plain baseline against a loop in plain PyTorch, what a run writes, counts, refuses and repeats."""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import batchkern
+from batchkern.data import TensorImages, load
+from batchkern.errors import UserError
+from batchkern.rundir import CHECKPOINT, CONFIG, METRICS, WEIGHTS
+from batchkern.strategies import (
+    HardBatches,
+    PassiveInjection,
+    RandomSelection,
+    Stepwise,
+    StochasticAugmentation,
+    Strategy,
+    Trimming,
+)
+from batchkern.trainer import Interrupted
+from training import (
+    CLASSES,
+    DIFFERENT,
+    EXACT,
+    descend,
+    flat,
+    furthest,
+    images,
+    net,
+    normalised,
+    sgd,
+    single_thread,
+    trainer,
+    without_plots,
+)
+
+EPOCHS = 3  # of 6 batches: 5 of 8 rows, and one of 4
+PASSIVE = images(20, seed=5, classes=3)
+one_thread = single_thread()
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    without_plots(monkeypatch)
+
+
+def baseline_loop(run, optimizer, model, *, factor=lambda progress: 1.0, smoothing=0.0, inputs=None, mutation=""):
+    """Minimise the mean cross entropy of each batch in turn; also the sum of the losses of each epoch's rows."""
+    weights, sums = [], []
+    plain, labels = normalised(run.feed.data), run.feed.data.labels
+    rates = [group["lr"] for group in optimizer.param_groups]
+    epochs = run.run.epochs
+    for epoch in range(epochs):
+        sums.append(0.0)
+        for place, rows in enumerate(run.batches.epoch(epoch)):
+            update = 6 * epoch + place
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor((update + (mutation == "rate of the next update")) / (6 * epochs))
+            x = plain[rows] if inputs is None else inputs(rows, update)
+            losses = F.cross_entropy(model(x), labels[rows], reduction="none", label_smoothing=smoothing)
+            sums[-1] += float(losses.detach().sum())
+            descend(optimizer, losses.sum() / (8 if mutation == "over the full batch size" else len(rows)))
+            weights.append(flat(model))
+    return weights, sums
+
+
+def fresh(run):
+    return copy.deepcopy(run.initial).train()
+
+
+# --- the updates ----------------------------------------------------------------------------------------------------
+
+
+def test_sgd():
+    run = trainer(epochs=EPOCHS)
+    run.fit()
+    model = fresh(run)
+    assert furthest(run.weights, baseline_loop(run, sgd(model), model)[0]) <= EXACT
+    for mutation in ("over the full batch size",):
+        model = fresh(run)
+        assert furthest(run.weights, baseline_loop(run, sgd(model), model, mutation=mutation)[0]) > DIFFERENT
+
+
+def test_batch_norm_and_label_smoothing():
+    run = trainer(model=net(norm=True), epochs=EPOCHS, label_smoothing=0.3)
+    run.fit()
+    model = fresh(run)
+    assert furthest(run.weights, baseline_loop(run, sgd(model), model, smoothing=0.3)[0]) <= EXACT
+    assert flat(run.model.norm).abs().sum() != flat(run.initial.norm).abs().sum()
+
+
+@pytest.mark.parametrize(("name", "cls"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_adam_and_adamw(name, cls):
+    run = trainer(epochs=1, optimizer=name, lr=1e-3, weight_decay=0.1, momentum=0.8)
+    run.fit()
+    model = fresh(run)
+    optimizer = cls(model.parameters(), lr=1e-3, betas=(0.8, 0.999), weight_decay=0.1)
+    assert furthest(run.weights, baseline_loop(run, optimizer, model)[0]) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factor"),
+    [
+        ("constant", lambda p: 1.0),
+        ("cosine", lambda p: 0.5 + 0.5 * math.cos(math.pi * p)),
+        ("step", lambda p: 0.5 if 1 / 3 <= p < 2 / 3 else 0.25 if p >= 2 / 3 else 1.0),
+        (lambda p: 1.0 - p, lambda p: 1.0 - p),
+    ],
+)
+def test_schedules(schedule, factor):
+    run = trainer(epochs=EPOCHS, schedule=schedule)
+    row = run.fit()
+    model = fresh(run)
+    assert furthest(run.weights, baseline_loop(run, sgd(model), model, factor=factor)[0]) <= EXACT
+    assert row["lr"] == pytest.approx(0.03 * factor(17 / 18))
+    if schedule != "constant":
+        model = fresh(run)
+        late = baseline_loop(run, sgd(model), model, factor=factor, mutation="rate of the next update")[0]
+        assert furthest(run.weights, late) > DIFFERENT
+
+
+def test_an_optimizer_of_the_users():
+    """Its groups keep their own rates, each times the schedule's factor."""
+
+    def factory(parameters):
+        # Not the trainer's affair how: here, the last layer learns faster.
+        groups = [{"params": parameters[:-2]}, {"params": parameters[-2:], "lr": 0.05}]
+        return torch.optim.SGD(groups, lr=0.01, nesterov=True, momentum=0.5)
+
+    run = trainer(epochs=EPOCHS, optimizer=factory, schedule="cosine", lr=99.0)
+    run.fit()
+    model = fresh(run)
+    weights, _ = baseline_loop(
+        run, factory(list(model.parameters())), model, factor=lambda p: 0.5 + 0.5 * math.cos(math.pi * p)
+    )
+    assert furthest(run.weights, weights) <= EXACT
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop", "crop+flip"])
+def test_augmented_images_are_those_of_the_update(augment):
+    run = trainer(epochs=EPOCHS, augment=augment)
+    run.fit()
+    model = fresh(run)
+    draw = type(run.feed).batch  # the arbitrary part: which image is moved where in which update
+    weights, _ = baseline_loop(run, sgd(model), model, inputs=lambda rows, update: draw(run.feed, rows, update)[0])
+    assert furthest(run.weights, weights) <= EXACT
+    model = fresh(run)
+    assert furthest(run.weights, baseline_loop(run, sgd(model), model)[0]) > DIFFERENT
+
+
+def test_passive_images_are_not_augmented():
+    run = trainer([PassiveInjection(PASSIVE, 1)], epochs=1, augment="crop+flip")
+    steps = []
+    batch = run.strategies[0].feed.batch
+    run.strategies[0].feed.batch = lambda rows, step: steps.append(step) or batch(rows, step)
+    run.fit()
+    assert steps == [None] * 6
+
+
+def test_a_model_of_the_users_is_trained_in_place():
+    model = net()
+    before = flat(model)
+    run = trainer(model=model)
+    assert run.model is model
+    run.fit()
+    assert not torch.equal(flat(model), before)
+
+
+def test_a_model_by_name_is_drawn_from_the_seed_alone():
+    data = images(20, shape=(1, 8, 8))
+    torch.manual_seed(5)
+    first = trainer(model="cnn", train=data, test=data)
+    state = torch.get_rng_state()
+    torch.manual_seed(6)
+    assert torch.equal(flat(first.model), flat(trainer(model="cnn", train=data, test=data).model))
+    assert not torch.equal(flat(first.model), flat(trainer(model="cnn", train=data, test=data, seed=1).model))
+    torch.manual_seed(5)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --- repeatable -----------------------------------------------------------------------------------------------------
+
+EVERYTHING = [
+    lambda: [],
+    lambda: [Trimming(backward="compact"), PassiveInjection(PASSIVE, 4)],
+    lambda: [HardBatches(0.5), StochasticAugmentation(eta=1.0)],
+    lambda: [Stepwise((0.5, 1.0), (1, 2)), RandomSelection()],
+]
+
+
+@pytest.mark.parametrize("strategies", EVERYTHING)
+def test_the_same_seed_gives_the_same_weights_and_another_one_does_not(strategies):
+    runs = []
+    for seed, noise in ((3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(noise)  # what was drawn before a training does not reach it
+        runs.append(trainer(strategies(), net(dropout=0.2), epochs=EPOCHS, seed=seed, augment="crop+flip"))
+        runs[-1].fit()
+    assert furthest(runs[0].weights, runs[1].weights) == 0
+    assert [row | {"seconds": 0} for row in runs[0].history] == [row | {"seconds": 0} for row in runs[1].history]
+    assert furthest(runs[0].weights, runs[2].weights) > DIFFERENT
+
+
+def test_evaluation_does_not_disturb_the_training():
+    runs = [trainer(model=net(norm=True, dropout=0.5), test=images(rows, seed=1), epochs=EPOCHS) for rows in (8, 900)]
+    evaluated = runs[1]._update
+
+    def update(batch):
+        evaluated(batch)
+        runs[1].evaluate()
+        runs[1].predict(PASSIVE)
+
+    runs[1]._update = update
+    for run in runs:
+        run.fit()
+    assert furthest(runs[0].weights, runs[1].weights) == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_model_in_the_mode_it_was_in(training):
+    run = trainer(model=net(norm=True))
+    run.model.train(training)
+    run.evaluate()
+    run.predict(PASSIVE)
+    assert run.model.training is training
+    assert run.model.norm.training is training
+
+
+def test_streamed_images_train_to_the_same_weights_as_those_in_memory(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    pil = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = images(44)
+    cells = [pil.fromarray(image.numpy()) for image in data.images[:, 0]]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(data.classes))})
+    table = datasets.Dataset.from_dict({"image": cells, "label": data.labels.tolist()}, features=features)
+    table.to_parquet(tmp_path / "train.parquet")
+    streamed = load(str(tmp_path / "train.parquet"), memory_limit=0)
+    assert not isinstance(streamed, TensorImages)
+    runs = [trainer([HardBatches(0.5)], train=d, epochs=EPOCHS, augment="crop+flip") for d in (data, streamed)]
+    for run in runs:
+        run.fit()
+    assert furthest(runs[0].weights, runs[1].weights) == 0
+
+
+# --- what is measured -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategies", [lambda: [], lambda: [Trimming(0.5, 0.5)], lambda: [RandomSelection("rows", 0.5, 0.5)]])
+def test_the_loss_in_the_metrics_is_that_of_every_row(strategies):
+    run = trainer(strategies(), epochs=EPOCHS)
+    run.fit()
+    inputs, labels = normalised(run.feed.data), run.feed.data.labels
+    before = [run.initial, *(weights_in(run, w) for w in run.weights[:-1])]
+    for epoch, row in enumerate(run.history):
+        losses, correct = [], []
+        for place, rows in enumerate(run.batches.epoch(epoch)):
+            with torch.no_grad():
+                logits = before[6 * epoch + place](inputs[rows])
+            losses.append(F.cross_entropy(logits, labels[rows], reduction="none"))
+            correct.append(logits.argmax(1) == labels[rows])
+        assert row["train_loss"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+        assert row["train_accuracy"] == pytest.approx(float(torch.cat(correct).double().mean()))
+        if not strategies():
+            assert row["train_objective"] == pytest.approx(row["train_loss"], rel=1e-5)
+        if strategies() and isinstance(strategies()[0], Trimming):
+            kept = [x.topk(max(round(0.5 * len(x)), 1)).values.mean() * len(x) for x in losses]
+            assert row["train_objective"] == pytest.approx(float(sum(kept)) / 44, rel=1e-5)
+            assert row["train_objective"] > row["train_loss"]
+
+
+def weights_in(run, vector):
+    model = copy.deepcopy(run.initial)
+    nn.utils.vector_to_parameters(vector.float(), model.parameters())
+    return model
+
+
+def test_the_objective_counts_the_penalty_and_the_loss_does_not():
+    run = trainer([StochasticAugmentation(0.0, eta=5.0, sigma=1.0, tau=2.0)], epochs=1, lr=1e-9)
+    row = run.fit()
+    inputs, labels = normalised(run.feed.data), run.feed.data.labels
+    assert row["train_loss"] == pytest.approx(F.cross_entropy(run.initial(inputs), labels).item(), rel=1e-4)
+    assert row["train_objective"] > row["train_loss"] + 0.01
+
+
+def test_the_test_figures():
+    run = trainer(test=images(600, seed=3), epochs=1)  # more than one batch of evaluation
+    row = run.fit()
+    model = copy.deepcopy(run.model).eval()
+    data = images(600, seed=3)
+    with torch.no_grad():
+        logits = model(normalised(data, run.feed.data))
+    assert row["test_loss"] == pytest.approx(float(F.cross_entropy(logits, data.labels)), rel=1e-5)
+    assert row["test_accuracy"] == row["test_accuracy_plain"]
+    assert row["test_accuracy"] == pytest.approx(float((logits.argmax(1) == data.labels).double().mean()))
+    assert run.evaluate() == {key: row[key] for key in ("test_loss", "test_accuracy", "test_accuracy_plain")}
+    predicted = run.predict(data)
+    assert predicted.dtype == torch.int64
+    assert torch.equal(predicted, logits.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("strategies", "updates", "seen", "forward", "backward", "kept"),
+    [
+        (lambda: [], 18, 132, 132, 132, 132),
+        (lambda: [Trimming(0.5, 0.5)], 18, 132, 132, 132, 66),
+        (lambda: [Trimming(0.5, 0.5, backward="compact")], 18, 132, 132 + 66, 66, 66),
+        (lambda: [RandomSelection("rows", 0.5, 0.5)], 18, 132, 132, 132, 66),
+        (lambda: [StochasticAugmentation(0.0)], 18, 132, 132, 132, 132),
+        (lambda: [StochasticAugmentation(0.0, two_step=True)], 18, 132, 264, 264, 132),
+        (lambda: [StochasticAugmentation(math.pi / 2, two_step=True)], 18, 132, 132, 132, 132),
+        (lambda: [PassiveInjection(PASSIVE, 2)], 18, 132, 132, 132, 132),
+        (lambda: [Stepwise((0.5, 1.0), (1, 1))], 3 + 12, 22 + 88, 110, 110, 110),
+    ],
+)
+def test_counts(strategies, updates, seen, forward, backward, kept):
+    row = trainer(strategies(), epochs=EPOCHS).fit()
+    names = ("updates", "samples_seen", "samples_forward", "samples_backward", "samples_kept")
+    assert [row[name] for name in names] == [updates, seen, forward, backward, kept]
+    assert row["seconds"] > 0
+
+
+# --- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_the_files_of_a_run(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = net(norm=True)
+    strategies = [Trimming(), PassiveInjection(PASSIVE, 4, batch_size=5), StochasticAugmentation(eta=0.5)]
+    run = trainer(strategies, model, epochs=EPOCHS, out=tmp_path / "run", seed=9, schedule="cosine")
+    run.fit()
+    path = tmp_path / "run"
+    assert {f.name for f in path.iterdir()} >= {CONFIG, METRICS, CHECKPOINT, WEIGHTS}
+    assert not list(path.glob("*.part"))
+
+    config = json.loads((path / CONFIG).read_text())
+    assert config["environment"]["batchkern"] == batchkern.__version__
+    assert config["environment"]["torch"] == torch.__version__
+    settings = config["settings"]
+    assert settings["strategies"] == [s.describe() for s in strategies_as_json(strategies)]
+    assert settings["strategies"][1]["passive"] == PASSIVE.name
+    expected = {"epochs": 3, "batch_size": 8, "optimizer": "sgd", "lr": 0.03, "momentum": 0.9, "weight_decay": 1e-3}
+    expected |= {"schedule": "cosine", "amp": "none", "augment": "none", "label_smoothing": 0.0, "seed": 9}
+    assert {key: settings[key] for key in expected} == expected
+    assert settings["train"]["name"] == "noise-44-0"
+    assert settings["train"]["rows"] == 44
+    assert settings["test"]["rows"] == 20
+    assert settings["model"] == f"Net with {sum(p.numel() for p in model.parameters())} parameters"
+
+    rows = [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
+    assert rows == run.history
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert rows[-1].keys() >= {
+        *("updates", "samples_seen", "samples_forward", "samples_backward", "samples_kept", "seconds", "lr"),
+        *("train_loss", "train_objective", "train_accuracy", "test_loss", "test_accuracy", "test_accuracy_plain"),
+        *("passive_updates", "augmented_updates", "virtual_kl"),
+    }
+
+    weights = safetensors.load_file(path / WEIGHTS)
+    assert weights.keys() == model.state_dict().keys() == net(norm=True).state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in weights.items())
+
+    state = torch.load(path / CHECKPOINT, weights_only=True)
+    assert state["epochs_done"] == 3
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in state["model"].items())
+
+
+def strategies_as_json(strategies):
+    for strategy in strategies:
+        described = json.loads(json.dumps(strategy.describe()))
+        strategy.describe = lambda described=described: described
+    return strategies
+
+
+def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer(epochs=1, checkpoint_every=1).fit()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("every", [None, 1, 4, 5, 6, 100])
+def test_checkpoints_are_saved_as_often_as_asked(tmp_path, every):
+    run = trainer(epochs=EPOCHS, out=tmp_path / "run", checkpoint_every=every)
+    saved = []
+    save = run.directory.save_checkpoint
+    run.directory.save_checkpoint = lambda state: saved.append(run.counts.updates) or save(state)
+    run.fit()
+    assert saved == sorted({6, 12, 18} | set(range(every or 6, 19, every or 6)))
+
+
+def test_a_directory_in_use_is_refused_before_training(tmp_path):
+    trainer(epochs=1, out=tmp_path).fit()
+    with pytest.raises(UserError, match="holds a run already"):
+        trainer(epochs=1, out=tmp_path)
+    trainer(epochs=2, out=tmp_path, overwrite=True).fit()
+    assert len((tmp_path / METRICS).read_text().splitlines()) == 2
+    with pytest.raises(UserError, match="resume=True needs the run's directory as out"):
+        trainer(epochs=2, resume=True)
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------------------
+
+
+class Poisoned(nn.Module):
+    """A model that gives NaN from some forward pass in training on."""
+
+    def __init__(self, passes):
+        super().__init__()
+        self.net, self.passes = net(), passes
+
+    def forward(self, x):
+        if self.training:
+            self.passes -= 1
+        return self.net(x) * (math.nan if self.training and self.passes < 0 else 1.0)
+
+
+@pytest.mark.parametrize("strategies", [lambda: [], lambda: [Trimming(0.5, 0.5)]])
+def test_a_loss_that_is_not_finite_ends_the_training_with_a_sentence(tmp_path, strategies):
+    run = trainer(strategies(), Poisoned(9), epochs=EPOCHS, out=tmp_path, checkpoint_every=4)
+    with pytest.raises(UserError, match=r"not finite at update 10; the last finite checkpoint is kept in .*checkpoint.pt"):
+        run.fit()
+    assert len(run.weights) == 9  # the update is not made
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    assert state["counts"]["updates"] == 8
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    assert len(run.history) == 1
+    with pytest.raises(UserError, match=r"not finite at update 2; a lower learning rate may help"):
+        trainer(strategies(), Poisoned(1)).fit()
+
+
+def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(tmp_path):
+    options = {"epochs": EPOCHS, "augment": "flip"}
+    whole = trainer(model=net(dropout=0.3), **options)
+    whole.fit()
+    run = trainer(model=net(dropout=0.3), out=tmp_path, **options)
+    update, handler = run._update, signal.getsignal(signal.SIGINT)
+
+    def interrupted(batch):
+        if run.counts.updates == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        update(batch)
+
+    run._update = interrupted
+    with pytest.raises(Interrupted, match=f"after update 8; checkpoint written to {tmp_path}; resume it"):
+        run.fit()
+    assert issubclass(Interrupted, KeyboardInterrupt)
+    assert len(run.weights) == 8
+    assert signal.getsignal(signal.SIGINT) is handler
+    resumed = trainer(model=net(seed=1, dropout=0.3), out=tmp_path, resume=True, **options)
+    resumed.fit()
+    assert furthest(run.weights + resumed.weights, whole.weights) == 0
+
+    run = trainer()
+    run._update = lambda batch: os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(Interrupted, match="nothing is saved, since the run has no directory"):
+        run.fit()
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    run = trainer()
+
+    def twice(batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    run._update = twice
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        run.fit()
+    assert not isinstance(stopped.value, Interrupted)
+
+
+class Odd(nn.Module):
+    def forward(self, x):
+        return (x.flatten(1)[:, :CLASSES],)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: net(classes=7), r"logits of shape \(batch, 4\), got \(2, 7\)"),
+        (lambda: net(channels=3), r"cannot take images of shape \(1, 6, 6\)"),
+        (Odd, "got tuple"),
+        (lambda: "cnm", "unknown model 'cnm'"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_is_refused_before_training(model, reason):
+    with pytest.raises(UserError, match=reason):
+        trainer(model=model())
+
+
+def test_looking_whether_the_model_fits_leaves_it_as_it_was():
+    model = net(norm=True)
+    before = flat(model)
+    trainer(model=model)
+    assert torch.equal(before, flat(model))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"epochs": 0}, "epochs"),
+        ({"epochs": 2.5}, "epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 45}, "batch_size is 45, but noise-44-0 has 44 samples"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"optimizer": "lamb"}, "optimizer must be one of sgd, adam, adamw"),
+        ({"lr": 0.0}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"momentum": 1.5}, "momentum"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"schedule": "linear"}, "schedule must be one of constant, cosine, step"),
+        ({"amp": "fp8"}, "amp must be one of none, bf16, fp16"),
+        ({"augment": "mixup"}, "augment"),
+        ({"label_smoothing": 1.5}, "label_smoothing"),
+        ({"device": "tpu"}, "device"),
+        ({"strategies": [StochasticAugmentation()], "classifier": "head"}, "classifier 'head' is not in the model"),
+        ({"test": images(20, shape=(1, 7, 7))}, "shape"),
+        ({"test": images(20, classes=3)}, "classes"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_training(options, named):
+    with pytest.raises(UserError, match=named):
+        trainer(**options)
+
+
+def test_predicting_images_of_another_shape_is_refused():
+    with pytest.raises(UserError, match=r"images of shape \(1, 7, 7\); the model was trained on \(1, 6, 6\)"):
+        trainer().predict(images(8, shape=(1, 7, 7)))
+
+
+# --- options --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategies", EVERYTHING)
+def test_bf16_trains_and_keeps_its_weights_in_float32(strategies):
+    data = images(120)
+    runs = [trainer(strategies(), net(), data, epochs=4, amp=amp, lr=0.02) for amp in ("bf16", "none")]
+    rows = [run.fit() for run in runs]
+    assert all(p.dtype == torch.float32 for p in runs[0].model.parameters())
+    assert furthest(runs[0].weights, runs[1].weights) > DIFFERENT
+    assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], abs=0.3)
+    assert rows[0]["train_loss"] < runs[0].history[0]["train_loss"]
+
+
+def test_fp16_scales_its_loss():
+    run = trainer(epochs=6, amp="fp16", train=images(120))
+    run.fit()
+    assert run.scaler.is_enabled()
+    assert run.history[-1]["train_loss"] < run.history[0]["train_loss"] - 0.2
+    assert torch.isfinite(run.weights[-1]).all()  # an update that overflowed is left out, and the scale lowered
+
+
+def test_the_classifier_decides_where_virtual_samples_and_the_passive_head_are():
+    strategies = [StochasticAugmentation(0.0), PassiveInjection(PASSIVE, 1)]
+    run = trainer(strategies, classifier="hidden")
+    assert strategies[0].modules == [run.model.hidden]
+    assert run.run.extras["passive_head"].in_features == 54
+    assert run.settings["classifier"] == "hidden"
+    run.fit()
+
+
+def test_fit_returns_the_last_row_and_does_nothing_more_when_asked_again():
+    run = trainer([HardBatches(0.5)], epochs=EPOCHS)
+    row = run.fit()
+    assert row is run.history[-1]
+    before = flat(run.model)
+    assert run.fit() == row
+    assert torch.equal(before, flat(run.model))
+    assert len(run.history) == EPOCHS
+
+
+def test_training_outside_the_main_thread():
+    import threading
+
+    run, rows = trainer(epochs=1), []
+    thread = threading.Thread(target=lambda: rows.append(run.fit()))
+    thread.start()
+    thread.join()
+    assert len(rows) == 1
+
+
+def test_a_strategy_of_the_users_own_sees_every_seam():
+    from dataclasses import dataclass
+
+    calls = []
+
+    @dataclass
+    class Spy(Strategy):
+        name = "spy"
+        weight: float = 2.0
+
+        def setup(self, run):
+            calls.append("setup")
+
+        def observe(self, step, losses):
+            calls.append(("observe", step.update, len(losses)))
+
+        def diagnostics(self):
+            return {"spied": float(len(calls))}
+
+        def finish(self, run):
+            calls.append("finish")
+
+    run = trainer([Spy()], epochs=1)
+    row = run.fit()
+    assert calls == ["setup", *(("observe", u, 8 if u < 5 else 4) for u in range(6)), "finish"]
+    assert row["spied"] == 7
+    assert run.settings["strategies"] == [{"name": "spy", "weight": 2.0}]
+    plain = trainer(epochs=1)
+    plain.fit()
+    assert furthest(run.weights, plain.weights) == 0
+
+
+def test_no_gradients_of_the_users_are_trained_on():
+    """A model that comes with gradients, or frozen layers, is trained as it is."""
+    model = net()
+    model.conv1.requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 1e3)
+    frozen = flat(model.conv1)
+    run = trainer(model=model, epochs=1)
+    run.fit()
+    reference = fresh(run)
+    assert furthest(run.weights, baseline_loop(run, sgd(reference), reference)[0]) <= EXACT
+    assert torch.equal(frozen, flat(model.conv1))
+    with contextlib.suppress(AttributeError):
+        del model.conv1.weight.grad
