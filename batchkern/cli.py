@@ -250,7 +250,7 @@ def compare(
     seeds: Annotated[int, _option(help="runs of each arm")] = 3,
     jobs: Annotated[int | None, _option(help="runs side by side; default: CPU cores, or 1 on a GPU")] = None,
     model: ModelOption = "cnn",
-    epochs: EpochsOption = 20,
+    epochs: EpochsOption = 15,
     batch_size: BatchSizeOption = 32,
     optimizer: OptimizerOption = "sgd",
     lr: LrOption = 0.05,

@@ -39,6 +39,8 @@ def plot_run(directory: Path) -> None:
     _curves(
         loss, rows, "loss", train_loss="train, all samples", train_objective="objective, as minimised", test_loss="test"
     )
+    if all(row["train_loss"] > 0 and row["test_loss"] > 0 and row["train_objective"] > 0 for row in rows):
+        loss.set_yscale("log")
     # In percent, as everywhere else. Only a strategy that predicts in its own way makes two test accuracies.
     percent = [{key: 100 * value for key, value in row.items() if "accuracy" in key} for row in rows]
     lines = {"train_accuracy": "train", "test_accuracy": "test"}
@@ -77,15 +79,16 @@ def plot_comparison(directory: Path, arms: Mapping[str, Sequence[Rows]], title: 
     ):
         figure = _figure(9, 6)
         axes = figure.subplots()
-        lowest = []
+        ends = []
         for place, (arm, runs) in enumerate(arms.items()):
             if runs:
                 x, accuracies = on_common_grid(runs, key)
                 _band(axes, x, accuracies, arm, place)
-                lowest.append(accuracies[:, x >= x[0] + (x[-1] - x[0]) / 4].min())
-        if lowest:
-            # The first epochs of a slow arm would press all that matters into a line at the top.
-            axes.set_ylim(max(0.0, 0.99 * np.median(lowest) - 1), None)
+                ends += [*accuracies[:, -1], accuracies.max()]
+        if ends:
+            # Not from where the runs begin: that would press how they end, which matters, into a line at the top.
+            span = max(max(ends) - min(ends), 1.0)
+            axes.set_ylim(max(0.0, min(ends) - span), max(ends) + 0.1 * span)
         axes.set(title=title, xlabel=label, ylabel="test accuracy (%)")
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
@@ -109,17 +112,19 @@ def on_common_grid(runs: Sequence[Rows], key: str) -> tuple[NDArray[np.float64],
 def _band(axes: Any, x: NDArray[np.float64], accuracies: NDArray[np.float64], arm: str, place: int) -> None:
     colour = COLOURS[place % len(COLOURS)]
     dashes = "--" if arm.startswith("random") or place >= len(COLOURS) else "-"
-    axes.fill_between(x, accuracies.min(axis=0), accuracies.max(axis=0), color=colour, alpha=0.12, linewidth=0)
+    axes.fill_between(x, accuracies.min(axis=0), accuracies.max(axis=0), color=colour, alpha=0.1, linewidth=0)
     marker = "o" if len(x) == 1 else None  # a single point has no line
     axes.plot(x, accuracies.mean(axis=0), dashes, color=colour, marker=marker, label=arm, linewidth=1.6)
 
 
 def _curves(axes: Any, rows: Rows, title: str, **labels: str) -> None:
     """A line over the epochs for each key of ``rows`` in ``labels``."""
-    for place, (key, label) in enumerate(labels.items()):
-        values = [row[key] for row in rows]
-        colour = COLOURS[1 + place]
-        axes.plot(range(1, len(rows) + 1), values, "-o", color=colour, markersize=3, linewidth=1.6, label=label)
+    epochs = range(1, len(rows) + 1)
+    for (key, label), colour, dashes in zip(labels.items(), COLOURS[1:], ("-o", "--o", "-o"), strict=False):
+        values = [row[key] for row in rows]  # the second line often lies on another
+        axes.plot(
+            epochs, values, dashes, color=colour, markersize=3, linewidth=1.6, label=label, zorder=2 + (dashes == "--o")
+        )
     axes.set_title(title, fontsize="medium", loc="left")
     axes.grid(alpha=0.25)
     axes.xaxis.get_major_locator().set_params(integer=True)

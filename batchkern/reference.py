@@ -247,8 +247,13 @@ class SoftLabelKL(torch.autograd.Function):
         log_p = F.log_softmax(wide(reference) / temperature, dim=1).repeat(copies, 1)
         log_q = F.log_softmax(wide(virtual) / temperature, dim=1)
         p, q = log_p.exp(), log_q.exp()
-        t = log_p - log_q
-        t = torch.where((log_p == -math.inf) & (log_q == -math.inf), 0.0, t)
+        absent = (log_p == -math.inf) & (log_q == -math.inf)
+        # Next to its reference a row's log P - log Q would hold little but the rounding of two logarithms. There the
+        # difference d of two close logits is exact, and lse_Q - lse_P = log sum P e^-d follows from it.
+        d = (wide(reference).repeat(copies, 1) - wide(virtual)).masked_fill(absent, 0.0) / temperature
+        close = (d.abs() < 0.5).all(dim=1, keepdim=True)
+        t = torch.where(close, d + torch.log1p((p * torch.expm1(-d)).sum(dim=1, keepdim=True)), log_p - log_q)
+        t = t.masked_fill(absent, 0.0)
 
         series = sum((n - 1) / math.factorial(n) * t**n for n in range(2, 13))
         direct = t * t.exp() - torch.expm1(t)
@@ -257,7 +262,7 @@ class SoftLabelKL(torch.autograd.Function):
         terms = torch.where((t > -20) & (t <= 1), near, far)
         kl = torch.where(t == math.inf, math.inf, terms).sum(dim=1)
 
-        grad_virtual = (q - p) / temperature
+        grad_virtual = torch.where(close, -q * torch.expm1(t), q - p) / temperature
         grad_reference = torch.where(p == 0, 0.0, p * (t - kl[:, None])) / temperature
         ctx.save_for_backward(grad_reference, grad_virtual)
         ctx.facts = copies, len(reference), reference.dtype, virtual.dtype

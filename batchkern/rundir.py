@@ -140,9 +140,8 @@ class RunDirectory:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 raise UserError(f"{file} cannot be read: {reason}") from None
             if len(rows) < state["epochs_done"]:
-                raise UserError(
-                    f"{self.path / METRICS} has {len(rows)} rows, but {file} was saved after {state['epochs_done']} epochs"
-                )
+                done = state["epochs_done"]
+                raise UserError(f"{self.path / METRICS} has {len(rows)} rows, but {file} was saved after {done} epochs")
         self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
         return state
 

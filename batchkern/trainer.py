@@ -190,7 +190,8 @@ class Trainer:
         self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self._not_finite = torch.full((), -1, dtype=torch.int64, device=self.device)
         self._stop = False
-        self._seeded = False
+        self._rng: tuple[Tensor, Tensor | None] | None = None
+        """States of torch's generators where this run goes on, once it has begun."""
         self.directory = self._open(out, overwrite=overwrite, resume=resume)
 
     def _feed(self, data: ImageData, *, augment: str = "none", seed: int = 0) -> Feed:
@@ -227,7 +228,7 @@ class Trainer:
         if self.directory is None:
             return
         self._check_finite()
-        cuda = self.device.type == "cuda"
+        rng, cuda_rng = self._rng_states()
         self.directory.save_checkpoint(
             {
                 "epochs_done": len(self.history),
@@ -239,8 +240,8 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "batches": self.batches.state_dict(),
                 "strategies": [strategy.state_dict() for strategy in self.strategies],
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+                "rng": rng,
+                "cuda_rng": cuda_rng,
             }
         )
 
@@ -254,10 +255,7 @@ class Trainer:
         self.batches.load_state_dict(state["batches"])
         for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
             strategy.load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self._seeded = True
+        self._rng = state["rng"], state["cuda_rng"]
 
     # --- the training ------------------------------------------------------------------------------------------
 
@@ -268,12 +266,9 @@ class Trainer:
             UserError: the loss is not finite, or a file cannot be written.
             Interrupted: Ctrl-C, after the update under way and a checkpoint. A second Ctrl-C stops at once.
         """
-        if not self._seeded:
-            torch.manual_seed(derived_seed(self.seed, "fit"))
-            self._seeded = True
         self.model.train()
         label = "+".join(s.name for s in self.strategies) or "baseline"
-        with self._sigint(), ProgressBar(label, enabled=self.progress) as bar:
+        with self._own_rng(), self._sigint(), ProgressBar(label, enabled=self.progress) as bar:
             for batch in self._plan():
                 started = time.perf_counter()
                 self._update(batch)
@@ -289,6 +284,25 @@ class Trainer:
                 if self._stop:
                     self._interrupt()
         return self._finish()
+
+    @contextlib.contextmanager
+    def _own_rng(self) -> Iterator[None]:
+        """Torch's generators as this run left them, whatever was drawn in between, by another trainer say."""
+        if self._rng is None:
+            torch.manual_seed(derived_seed(self.seed, "fit"))
+        else:
+            rng, cuda_rng = self._rng
+            torch.set_rng_state(rng)
+            if self.device.type == "cuda" and cuda_rng is not None:
+                torch.cuda.set_rng_state(cuda_rng, self.device)
+        try:
+            yield
+        finally:
+            self._rng = self._rng_states()
+
+    def _rng_states(self) -> tuple[Tensor, Tensor | None]:
+        cuda = self.device.type == "cuda"
+        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
 
     @contextlib.contextmanager
     def _sigint(self) -> Iterator[None]:

@@ -3,8 +3,8 @@
 Compared are the last checkpoint, so that nothing is left out (weights, optimizer, heads, random numbers, ledgers, place
 in the plan, counts), the saved weights, and metrics.jsonl; seconds alone may differ.
 
-Most kills are an exception that nothing catches, with a fresh trainer after it. That a SIGKILL is no different is seen for
-every strategy in processes that end themselves by one: forks of one process that has torch loaded.
+Most kills are an exception that nothing catches, with a fresh trainer after it. That a SIGKILL is no different is seen
+for every strategy in processes that end themselves by one: forks of one process that has torch loaded.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from training import flat, images, net, single_thread, trainer, without_plots
 
 from batchkern.errors import UserError
 from batchkern.rundir import CHECKPOINT, METRICS, WEIGHTS
@@ -34,7 +35,6 @@ from batchkern.strategies import (
     Trimming,
     trimming,
 )
-from training import flat, images, net, single_thread, trainer, without_plots
 
 UPDATES = 18  # 3 epochs of 6
 PASSIVE = images(20, seed=5, classes=3)
@@ -208,14 +208,12 @@ def assert_as_if_never_killed(name: str, out: Path) -> None:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_after_every_single_update(name, tmp_path):
     """Each process makes one update, saves it, and dies in the next."""
-    out, processes, before = tmp_path / "run", 0, -1
-    while killed(name, out, "descend", 2, every=1):
+    out, processes = tmp_path / "run", 0
+    while killed(name, out, "update", 2, every=1):
         processes += 1
-        batches = torch.load(out / CHECKPOINT, weights_only=True)
-        now = batches["counts"]["updates"] + batches["strategies"][-1].get("injected", 0)
-        assert now >= before
-        before = now
-        assert processes < 60
+        state = torch.load(out / CHECKPOINT, weights_only=True)
+        passive = sum(strategy.get("injected", 0) for strategy in state["strategies"])
+        assert state["counts"]["updates"] + passive == processes
     assert processes >= 8
     assert_as_if_never_killed(name, out)
 
@@ -229,7 +227,8 @@ def test_killed_at_random_moments(name, tmp_path):
         while kills < 3:
             moment = numbers.choice(MOMENTS)
             print(f"case {case}: every {every}, killed at {moment}, ", end="")
-            number = numbers.randint(1, {"metrics": 3, "weights": 1, "checkpoint": 4, "checkpointed": 4}.get(moment, 14))
+            most = {"metrics": 3, "weights": 1, "checkpoint": 4, "checkpointed": 4}.get(moment, 14)
+            number = numbers.randint(1, most)
             print(number)
             if not killed(name, out, moment, number, every):
                 break
@@ -241,14 +240,10 @@ def test_killed_at_random_moments(name, tmp_path):
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_while_writing_and_at_the_end_of_epochs(name, tmp_path):
-    for moment in ("checkpoint", "metrics", "checkpointed", "weights"):
+    for moment, number in (("checkpoint", 2), ("metrics", 2), ("checkpointed", 3), ("weights", 1)):
         out = tmp_path / moment
-        while killed(name, out, moment, 2 if moment != "weights" else 1, None):
-            if moment in ("metrics", "checkpoint"):
-                break  # it would come no further than this
-            if moment == "weights":
-                assert not (out / WEIGHTS).exists()
-                break
+        assert killed(name, out, moment, number, every=None)
+        assert not (out / WEIGHTS).exists()
         start(name, out).fit()
         assert_as_if_never_killed(name, out)
 
@@ -262,6 +257,7 @@ def zygote() -> None:
 
     sys.modules["batchkern.plots"] = types.SimpleNamespace(plot_run=lambda path: None)
     torch.set_num_threads(1)
+    trainer(epochs=1).fit()  # what torch loads at its first update takes longer than a whole run
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -286,7 +282,11 @@ def work(name: str, out: str, every: int | None, moment: str | None = None, numb
 def processes():
     """Runs :func:`work` in a process of its own; its exit code, negative for a signal."""
     here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",  # with a GPU in sight, autograd's threads would not survive a fork
+    }
     command = [sys.executable, "-c", "import test_resume; test_resume.zygote()"]
     with subprocess.Popen(
         command, env=environment, cwd=here, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -307,9 +307,9 @@ def processes():
 def test_a_sigkill_at_a_random_update_and_another_one(name, tmp_path, processes):
     print(f"SEED {SEED}")
     numbers = random.Random(f"{SEED} {name} real")
-    out = str(tmp_path / "run")
+    out, most = str(tmp_path / "run"), 4 if name == "stepwise" else 8  # which has 9 updates, the others 18
     for kill in range(2):
-        every, moment, number = numbers.choice([2, 3, 5]), numbers.choice(MOMENTS[:3]), numbers.randint(2, 6)
+        every, moment, number = numbers.choice([2, 3, 5]), numbers.choice(MOMENTS[:3]), numbers.randint(1, most)
         print(f"kill {kill}: every {every}, at {moment} {number}")
         assert processes(name=name, out=out, every=every, moment=moment, number=number) == -signal.SIGKILL
     assert processes(name=name, out=out, every=3) == 0
@@ -407,7 +407,7 @@ def test_a_model_by_name_is_drawn_again_where_there_is_no_checkpoint(tmp_path):
 def test_what_auto_trimming_decided_is_not_decided_again(tmp_path, monkeypatch):
     def timed(forward, full):
         seconds = iter([forward, full] * 5)
-        monkeypatch.setattr(trimming, "_seconds", lambda action, device: action() is None or next(seconds))
+        monkeypatch.setattr(trimming, "_seconds", lambda action, device: (action(), next(seconds))[1])
 
     def run(**options):
         return trainer([Trimming(backward="auto")], net(dropout=0.25), epochs=3, **options)

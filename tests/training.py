@@ -160,7 +160,9 @@ def furthest(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-def fake_run(*, rows: int = 44, epochs: int = 2, batch_size: int = 8, seed: int = 0, model: nn.Module | None = None) -> Run:
+def fake_run(
+    rows: int = 44, epochs: int = 2, batch_size: int = 8, seed: int = 0, model: nn.Module | None = None
+) -> Run:
     """What a strategy's ``setup`` is given, without a trainer."""
     return Run(
         model=net() if model is None else model,

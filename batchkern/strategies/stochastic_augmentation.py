@@ -71,9 +71,7 @@ class StochasticAugmentation(Strategy):
             raise UserError(f"omega must be in [0, pi/2], got {self.omega}")
         copies = (self.gaussian, self.dropout)
         if any(type(n) is not int or n < 0 for n in copies) or sum(copies) < 1:
-            raise UserError(
-                f"gaussian and dropout must be whole numbers that add up to at least 1, got {copies[0]!r} and {copies[1]!r}"
-            )
+            raise UserError(f"gaussian and dropout must be whole numbers that add up to at least 1, got {copies}")
         if not 0 <= self.drop_prob < 1:
             raise UserError(f"drop_prob must be in [0, 1), got {self.drop_prob}")
         for name, value in (("eta", self.eta), ("sigma", self.sigma)):

@@ -69,16 +69,13 @@ def test_values(temperature: float, scale: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
-@pytest.mark.parametrize("classes", [10, 1000])
+@pytest.mark.parametrize("classes", [10, 300])
 def test_virtual_rows_next_to_their_reference(distance: float, classes: int) -> None:
     reference = 2 * torch.randn(ROWS, classes)
     virtual = reference + distance * torch.randn(ROWS, classes)
     expected = [exact(p, q) for p, q in zip(reference.tolist(), virtual.tolist(), strict=True)]
     got = divergences(reference, virtual)
-    # t carries the rounding of two log-probabilities, half a step each; the divergence is about t^2 / 2.
-    log_p = reference.double().log_softmax(1).abs().amax().item()
-    noise = 2.0**-24 * log_p / distance
-    assert relative_error(got, expected) < 4 * (noise + noise**2) + 1e-5
+    assert relative_error(got, expected) < 2e-5
     # The plain sum must be much worse, or this test shows nothing.
     if distance <= 1e-3:
         assert relative_error(naive(reference, virtual), expected) > 20 * relative_error(got, expected)

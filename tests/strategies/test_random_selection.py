@@ -2,14 +2,11 @@
 
 import collections
 import copy
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-from batchkern.errors import UserError
-from batchkern.seeding import generator
-from batchkern.strategies import HardBatches, RandomSelection, Trimming
 from training import (
     DIFFERENT,
     EXACT,
@@ -25,6 +22,10 @@ from training import (
     single_thread,
     trainer,
 )
+
+from batchkern.errors import UserError
+from batchkern.seeding import generator
+from batchkern.strategies import HardBatches, RandomSelection, Trimming
 
 EPOCHS = 3
 one_thread = single_thread()
@@ -57,10 +58,16 @@ def test_each_update_is_over_k_random_rows(smoothing):
     assert furthest(run.weights, rows_loop(run, smoothing=smoothing)) <= EXACT
 
 
-@pytest.mark.parametrize("mutation", ["drawn once", "one more", "hardest", "the others", "mean over the batch"])
-def test_a_wrong_selection_would_show(mutation):
+@cache
+def finished():
     run = trainer([RandomSelection()], epochs=EPOCHS)
     run.fit()
+    return run
+
+
+@pytest.mark.parametrize("mutation", ["drawn once", "one more", "hardest", "the others", "mean over the batch"])
+def test_a_wrong_selection_would_show(mutation):
+    run = finished()
     assert furthest(run.weights, rows_loop(run, mutation)) > DIFFERENT
 
 
@@ -101,12 +108,12 @@ def chi_square(counts, expected):
 
 
 def test_every_row_is_kept_equally_often():
-    """Rows with a gradient, over 2000 updates of a batch of 10 of which 3 are kept."""
+    """Rows with a gradient, over 1000 updates of a batch of 10 of which 3 are kept."""
     strategy, run = RandomSelection("rows", 0.3, 0.3), fake_run()
     strategy.setup(run)
     kept, pairs = collections.Counter(), collections.Counter()
     target = torch.arange(10) % 4
-    for update in range(2000):
+    for update in range(1000):
         logits = torch.zeros(10, 4, requires_grad=True)
         loss, _ = strategy.loss(fake_step(run, update=update, rows=10), logits, target)
         loss.backward()
@@ -115,7 +122,7 @@ def test_every_row_is_kept_equally_often():
         kept.update(rows)
         pairs[rows[0], rows[1]] += 1
     # Drawn without replacement, a row's count varies less than in independent draws: 9/10 of 7/9 of it.
-    assert chi_square([kept[row] for row in range(10)], 600) < 27.9 * 0.7  # 9 degrees of freedom, p = 0.001
+    assert chi_square([kept[row] for row in range(10)], 300) < 27.9 * 0.7  # 9 degrees of freedom, p = 0.001
     assert len(pairs) > 30
 
 

@@ -2,18 +2,14 @@
 
 import collections
 import copy
+import itertools
 import math
+from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-from batchkern import models, reference
-from batchkern.basis import Hadamard, random_basis
-from batchkern.errors import UserError
-from batchkern.seeding import derived_seed, generator
-from batchkern.strategies import StochasticAugmentation, stochastic_augmentation
 from training import (
     DIFFERENT,
     EXACT,
@@ -30,6 +26,12 @@ from training import (
     single_thread,
     trainer,
 )
+
+from batchkern import models, reference
+from batchkern.basis import Hadamard, random_basis
+from batchkern.errors import UserError
+from batchkern.seeding import derived_seed, generator
+from batchkern.strategies import StochasticAugmentation, stochastic_augmentation
 
 EPOCHS = 3
 # Strong enough that every part of it shows in the weights.
@@ -99,6 +101,7 @@ def paper_loop(run: RecordingTrainer, draws: Draws, mutation="", *, two_step=Fal
     optimizer, weights, place = sgd(model), [], 0
     inputs, labels = normalised(run.feed.data), run.feed.data.labels
     eta = draws.strategy.eta * (2 if mutation == "eta doubled" else 1)
+
     def outputs(rows, augmented):
         """Logits of the batch and of each virtual copy of it."""
         if not augmented:
@@ -181,6 +184,11 @@ def test_with_batch_norm_and_label_smoothing():
     assert furthest(run.weights, paper_loop(run, draws, smoothing=0.1)) <= EXACT
 
 
+@cache
+def finished(two_step):
+    return augmented_run(two_step=two_step)
+
+
 @pytest.mark.parametrize("two_step", [False, True])
 @pytest.mark.parametrize(
     "mutation",
@@ -200,12 +208,12 @@ def test_with_batch_norm_and_label_smoothing():
     ],
 )
 def test_a_wrong_reading_would_show(mutation, two_step):
-    run, draws = augmented_run(two_step=two_step)
+    run, draws = finished(two_step)
     assert furthest(run.weights, paper_loop(run, draws, mutation, two_step=two_step)) > DIFFERENT
 
 
 def test_one_update_and_two_differ():
-    run, draws = augmented_run()
+    run, draws = finished(two_step=False)
     assert furthest(run.weights[-1:], paper_loop(run, draws, two_step=True)[-1:]) > DIFFERENT
 
 
@@ -250,7 +258,7 @@ def test_fires_at_the_rate_cos_omega(omega, per):
     deviation = math.sqrt(count * p * (1 - p))
     assert abs(sum(fired) - count * p) < 4 * deviation
     # One decision says nothing about the next.
-    both = sum(a and b for a, b in zip(fired, fired[1:], strict=False))
+    both = sum(a and b for a, b in itertools.pairwise(fired))
     assert abs(both - count * p**2) < 5 * math.sqrt(count * p**2 * (1 - p**2))
 
 
@@ -310,9 +318,7 @@ def test_the_majority_decides_and_ties_go_to_the_raw_prediction(monkeypatch):
     strategy.setup(run)
     votes = torch.cartesian_prod(*[torch.arange(4)] * 5)  # (1024, 5), the first one being the raw prediction
     logits = F.one_hot(votes.T, 4).float() * torch.rand(5, len(votes), 1).clamp(min=0.1)
-    monkeypatch.setattr(
-        stochastic_augmentation, "run_with_virtual", lambda *_: (logits[0], logits[1:].reshape(-1, 4))
-    )
+    monkeypatch.setattr(stochastic_augmentation, "run_with_virtual", lambda *_: (logits[0], logits[1:].reshape(-1, 4)))
     decided = strategy.infer(run, torch.zeros(len(votes), *run.shape)).argmax(1)
     for outcome, ballot in zip(decided.tolist(), votes.tolist(), strict=True):
         counts = collections.Counter(ballot)
@@ -358,7 +364,7 @@ def test_evaluation_reports_the_vote_and_the_plain_model():
 
 
 class Odd(nn.Module):
-    """A layer that runs twice, one that never runs, one beside the path to the logits, one that is called by keyword."""
+    """A layer that runs twice, one that never does, one beside the path to the logits, one called by keyword."""
 
     def __init__(self):
         super().__init__()

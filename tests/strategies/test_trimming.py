@@ -1,15 +1,12 @@
-"""Mini-batch trimming against the paper's loop: topk of the per-sample losses, the fraction falling from epoch to epoch."""
+"""Mini-batch trimming against the paper's loop: topk of the per-sample losses, its fraction falling by epochs."""
 
 import copy
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-from batchkern import schedules
-from batchkern.errors import UserError
-from batchkern.strategies import Trimming, trimming
 from training import (
     DIFFERENT,
     EXACT,
@@ -26,6 +23,10 @@ from training import (
     single_thread,
     trainer,
 )
+
+from batchkern import schedules
+from batchkern.errors import UserError
+from batchkern.strategies import Trimming, trimming
 
 EPOCHS = 3
 one_thread = single_thread()
@@ -71,14 +72,20 @@ def test_each_update_is_the_papers(backward, smoothing, start, end):
     assert furthest(run.weights, paper_loop(run, start=start, end=end, smoothing=smoothing)) <= EXACT
 
 
+@cache
+def finished(backward):
+    run = trainer([Trimming(backward=backward)], epochs=EPOCHS)
+    run.fit()
+    return run
+
+
 @pytest.mark.parametrize("backward", ["masked", "compact"])
 @pytest.mark.parametrize(
     "mutation",
     ["easiest", "one more", "one fewer", "all", "the first rows", "mean over the batch", "fraction of the next epoch"],
 )
 def test_a_wrong_selection_would_show(backward, mutation):
-    run = trainer([Trimming(backward=backward)], epochs=EPOCHS)
-    run.fit()
+    run = finished(backward)
     assert furthest(run.weights, paper_loop(run, mutation)) > DIFFERENT
 
 
@@ -129,8 +136,8 @@ def test_counts_of_samples():
 def official_count(epoch: int, epochs: int, batch: int) -> int:
     """The rule of the official code (hfassold/mbtrim), in its order of operations.
 
-    It interpolates the *number* of rows from all of the batch to a fifth of it over the epochs, rounds it as Python does
-    (half to even), and keeps one row at the least. With one epoch it would divide by zero; here that keeps all.
+    It interpolates the *number* of rows from all of the batch to a fifth of it over the epochs, rounds it as Python
+    does (half to even), and keeps one row at the least. With one epoch it would divide by zero; here that keeps all.
     """
     first, last = 1.0 * batch, 0.2 * batch
     rows = epoch * (last - first) / (epochs - 1) + first if epochs > 1 else first
