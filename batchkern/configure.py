@@ -58,8 +58,12 @@ def pick_device(device: torch.device | str | None) -> torch.device:
         picked = torch.device(device)
     except RuntimeError:
         raise UserError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
+    if picked.type not in ("cpu", "cuda"):
+        raise UserError(f"device must be cpu, cuda or cuda:N, got {str(device)!r}")
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device is {device}, but this torch ({torch.__version__}) sees no CUDA device")
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {device}, but torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
     return picked
 
 
@@ -74,11 +78,13 @@ def build_optimizer(
         return optimizer(parameters)
     if optimizer not in OPTIMIZERS:
         raise UserError(f"optimizer must be one of {', '.join(OPTIMIZERS)} or a function, got {optimizer!r}")
-    check_range("lr", lr, 0, math.inf, open_low=True)
+    check_range("lr", lr, 0, torch.finfo(torch.float32).max, open_low=True)
     check_range("momentum", momentum, 0, 1)
     check_range("weight_decay", weight_decay, 0, math.inf)
     if optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if momentum == 1:
+        raise UserError(f"momentum must be below 1 for {optimizer}, where it is the first beta, got {momentum!r}")
     cls = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
     return cls(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
 

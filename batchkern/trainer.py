@@ -228,6 +228,7 @@ class Trainer:
         if self.directory is None:
             return
         self._check_finite()
+        self._check_weights()
         rng, cuda_rng = self._rng_states()
         self.directory.save_checkpoint(
             {
@@ -445,8 +446,14 @@ class Trainer:
         if update >= 0:
             self._diverged(update)
 
-    def _diverged(self, update: int) -> None:
-        message = f"the loss is not finite at update {update + 1}"
+    def _check_weights(self) -> None:
+        """A step after a finite loss can overflow, and must not be saved over a checkpoint that is finite."""
+        weights = [*self.model.parameters(), *self.run.extras.parameters()]
+        if not torch.stack([weight.detach().isfinite().all() for weight in weights]).all():
+            self._diverged(self.counts.updates - 1, "the weights are not finite after")
+
+    def _diverged(self, update: int, what: str = "the loss is not finite at") -> None:
+        message = f"{what} update {update + 1}"
         if self.directory and (self.directory.path / CHECKPOINT).exists():
             message += f"; the last finite checkpoint is kept in {self.directory.path / CHECKPOINT}"
         raise UserError(message + "; a lower learning rate may help")
@@ -455,6 +462,7 @@ class Trainer:
 
     def _end_epoch(self, epoch: int) -> None:
         self._check_finite()
+        self._check_weights()
         loss, objective, correct, _ = (self._sums / self._sums[3].clamp(min=1)).tolist()
         row: dict[str, Any] = {
             "epoch": epoch,
