@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 FEW_SEEDS = 10
 """Below this, the note under a comparison warns."""
-PIPE_WIDTH = 140
+PIPE_WIDTH = 500
 
 
 def main() -> NoReturn:
@@ -416,7 +416,7 @@ def _table(*headings: str, numbers: bool = False) -> Table:
     """Words, or a column of words and then ``numbers``."""
     table: Table = require("rich.table", "train").Table(box=require("rich.box", "train").SIMPLE_HEAD, pad_edge=False)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if numbers and place else "left")
+        table.add_column(heading, justify="right" if numbers and place else "left", overflow="fold")
     return table
 
 

@@ -33,7 +33,7 @@ from batchkern.data import ImageData, load, load_pair
 from batchkern.errors import UserError, require
 from batchkern.plots import SECONDS_PLOT, UPDATES_PLOT, plot_comparison
 from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, WEIGHTS, write_file
-from batchkern.strategies import PassiveInjection, parse
+from batchkern.strategies import PassiveInjection, parse, split_terms
 from batchkern.trainer import Interrupted, Trainer
 
 RESULTS = "results.json"
@@ -115,15 +115,8 @@ def slug(text: str) -> str:
 
 
 def split_arms(text: str) -> list[str]:
-    """Arms joined by commas; one inside parentheses joins nothing."""
-    pieces, depth = [""], 0
-    for character in text:
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if character == "," and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += character
-    return [piece.strip() for piece in pieces if piece.strip()]
+    """Arms joined by commas."""
+    return [arm for arm in split_terms(text, ",") if arm]
 
 
 def wants_passive(strategy: str) -> bool:

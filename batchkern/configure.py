@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,9 @@ def check_data(train: ImageData, test: ImageData, batch_size: int) -> None:
     if test.classes != train.classes:
         raise UserError(f"test data have {len(test.classes)} classes that are not the {len(train.classes)} of training")
     if len(train) < batch_size:
-        raise UserError(f"batch_size is {batch_size}, but {train.name} has {len(train)} samples; it must be at most that")
+        raise UserError(
+            f"batch_size is {batch_size}, but {train.name} has {len(train)} samples; it must be at most that"
+        )
 
 
 def pick_device(device: torch.device | str | None) -> torch.device:
@@ -131,4 +134,7 @@ def describe_model(model: nn.Module | str) -> str:
 
 
 def describe_choice(choice: str | Callable[..., Any]) -> str:
-    return choice if isinstance(choice, str) else getattr(choice, "__qualname__", repr(choice))
+    """A name, or a function's; without an address, which is another in the process that resumes the run."""
+    if isinstance(choice, str):
+        return choice
+    return getattr(choice, "__qualname__", None) or re.sub(r" at 0x[0-9a-fA-F]+", "", repr(choice))

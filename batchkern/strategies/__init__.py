@@ -35,6 +35,7 @@ __all__ = [
     "Trimming",
     "check_combination",
     "parse",
+    "split_terms",
 ]
 
 STRATEGIES: dict[str, type[Strategy]] = {
@@ -66,17 +67,17 @@ def parse(text: str, *, passive: Any = None) -> list[Strategy]:
     """
     if text.strip() in ("", "baseline"):
         return []
-    strategies = [_build(term, passive) for term in _split(text)]
+    strategies = [_build(term, passive) for term in split_terms(text, "+")]
     check_combination(strategies)
     return strategies
 
 
-def _split(text: str) -> list[str]:
-    """Terms joined by ``+``; one inside parentheses joins nothing."""
+def split_terms(text: str, separator: str) -> list[str]:
+    """``text`` at each ``separator`` that no parentheses enclose, stripped."""
     pieces, depth = [""], 0
     for character in text:
         depth += {"(": 1, ")": -1}.get(character, 0)
-        if character == "+" and depth == 0:
+        if character == separator and depth == 0:
             pieces.append("")
         else:
             pieces[-1] += character

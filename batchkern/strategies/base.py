@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from batchkern.configure import describe_choice
 from batchkern.data import ImageData
 from batchkern.errors import UserError
 from batchkern.ops import trimmed_cross_entropy
@@ -115,9 +116,7 @@ class Strategy:
 
     def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and per-sample losses ``(B,)`` detached."""
-        return trimmed_cross_entropy(
-            logits, target, 1.0, label_smoothing=step.run.label_smoothing, per_sample=True
-        )
+        return trimmed_cross_entropy(logits, target, 1.0, label_smoothing=step.run.label_smoothing, per_sample=True)
 
     def observe(self, step: Step, losses: Tensor) -> None:
         """Sees the detached losses ``(B,)`` of every row of an active batch, before the next batch is planned."""
@@ -151,5 +150,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, ImageData):
         return value.name
     if callable(value):
-        return getattr(value, "__qualname__", repr(value))
+        return describe_choice(value)
     return list(value) if isinstance(value, tuple) else value

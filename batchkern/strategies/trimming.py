@@ -71,7 +71,7 @@ class Trimming(Strategy):
             self.compact_below = 1.0
             if normalised:
                 warnings.warn(
-                    "Trimming(backward='compact') on a model with batch norm: kept rows are normalised among themselves",
+                    "Trimming(backward='compact') on a model with batch norm: kept rows get statistics of their own",
                     stacklevel=2,
                 )
         elif self.backward == "auto" and not normalised:
@@ -93,9 +93,7 @@ class Trimming(Strategy):
 
     def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         keep = 1.0 if step.narrowed else self.keep(step.batch.epoch, step.run.epochs)
-        return trimmed_cross_entropy(
-            logits, target, keep, label_smoothing=step.run.label_smoothing, per_sample=True
-        )
+        return trimmed_cross_entropy(logits, target, keep, label_smoothing=step.run.label_smoothing, per_sample=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"compact_below": self.compact_below}

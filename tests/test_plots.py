@@ -1,0 +1,196 @@
+"""The figures: what lines they hold, beside that they are small PNG files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from batchkern import plots
+from batchkern.errors import UserError
+from batchkern.plots import (
+    SECONDS_PLOT,
+    UPDATES_PLOT,
+    kept_fractions,
+    on_common_grid,
+    plot_comparison,
+    plot_run,
+)
+from batchkern.rundir import CONFIG, CURVES, METRICS
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved, by the name of its file."""
+    saved = {}
+    save = plots._save
+
+    def remember(figure, path):
+        saved[path.name] = figure
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", remember)
+    return saved
+
+
+def rows(epochs=4, *, seed=0, speed=1.0, vote=0.0):
+    return [
+        {
+            "epoch": epoch,
+            "updates": 10 * (epoch + 1),
+            "seconds": speed * (epoch + 1),
+            "samples_seen": 100 * (epoch + 1),
+            "samples_kept": 100 + 50 * epoch,
+            "lr": 0.1 / (epoch + 1),
+            "train_loss": 2.0 / (epoch + 1),
+            "train_objective": 2.5 / (epoch + 1),
+            "test_loss": 1.0 / (epoch + 1),
+            "train_accuracy": 0.5 + 0.1 * epoch,
+            "test_accuracy": 0.4 + 0.1 * epoch + 0.01 * seed + vote,
+            "test_accuracy_plain": 0.4 + 0.1 * epoch + 0.01 * seed,
+        }
+        for epoch in range(epochs)
+    ]
+
+
+def write_run(directory, content, strategies=("trimming",)):
+    settings = {
+        "strategies": [{"name": name} for name in strategies],
+        "model": "cnn",
+        "train": {"name": "digits"},
+        "seed": 3,
+    }
+    (directory / CONFIG).write_text(json.dumps({"settings": settings}))
+    (directory / METRICS).write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+def assert_small_png(path):
+    content = path.read_bytes()
+    assert content.startswith(b"\x89PNG\r\n")
+    assert 5_000 < len(content) < 200_000
+
+
+def lines(axes):
+    return {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+
+
+def test_curves_of_a_run(tmp_path, figures):
+    content = rows()
+    write_run(tmp_path, content, ["trimming", "passive"])
+    plot_run(tmp_path)
+    assert_small_png(tmp_path / CURVES)
+    figure = figures[CURVES]
+    assert figure.get_suptitle() == "trimming + passive: cnn on digits, seed 3"
+    loss, accuracy, kept, rate = figure.get_axes()
+    expected = {"train, all samples": "train_loss", "objective, as minimised": "train_objective", "test": "test_loss"}
+    assert {k: list(v) for k, v in lines(loss).items()} == {k: [r[v] for r in content] for k, v in expected.items()}
+    assert loss.get_yscale() == "log"
+    shown = lines(accuracy)
+    assert set(shown) == {"train", "test"}
+    assert shown["test"] == pytest.approx([40, 50, 60, 70])
+    assert kept.get_lines()[0].get_ydata() == pytest.approx([100, 50, 50, 50])
+    assert list(rate.get_lines()[0].get_ydata()) == [row["lr"] for row in content]
+    assert all(list(axes.get_lines()[0].get_xdata()) == [1, 2, 3, 4] for axes in figure.get_axes())
+
+
+def test_two_test_accuracies_where_a_strategy_predicts_in_its_own_way(tmp_path, figures):
+    write_run(tmp_path, rows(vote=0.05), [])
+    plot_run(tmp_path)
+    accuracy = lines(figures[CURVES].get_axes()[1])
+    assert accuracy["test, as the strategy predicts"] == pytest.approx([45, 55, 65, 75])
+    assert accuracy["test, model alone"] == pytest.approx([40, 50, 60, 70])
+    assert figures[CURVES].get_suptitle().startswith("baseline: ")
+
+
+def test_odd_runs_have_curves_too(tmp_path, figures):
+    """One epoch alone is a point; a loss of zero has no logarithm."""
+    only = rows(1)
+    only[0]["train_loss"] = 0.0
+    write_run(tmp_path, only)
+    plot_run(tmp_path)
+    assert_small_png(tmp_path / CURVES)
+    assert all(line.get_marker() == "o" for axes in figures[CURVES].get_axes() for line in axes.get_lines())
+    assert figures[CURVES].get_axes()[0].get_yscale() == "linear"
+
+
+def test_kept_fractions_are_of_each_epoch():
+    assert kept_fractions(rows()) == [1.0, 0.5, 0.5, 0.5]
+    assert kept_fractions([]) == []
+
+
+def test_the_same_updates_need_no_grid():
+    x, accuracies = on_common_grid([rows(seed=0), rows(seed=1)], "updates")
+    assert list(x) == [10, 20, 30, 40]
+    assert accuracies == pytest.approx(np.array([[40, 50, 60, 70], [41, 51, 61, 71]]))
+
+
+def test_seconds_are_interpolated_and_the_end_is_held():
+    x, accuracies = on_common_grid([rows(2, speed=1.0), rows(2, speed=2.0)], "seconds")  # at 1, 2 and at 2, 4 seconds
+    assert (x[0], x[-1]) == (2, 4)  # before 2 s the second has no accuracy yet
+    assert accuracies[0] == pytest.approx(np.full(len(x), 50))  # the first is through at 2 s
+    assert accuracies[1] == pytest.approx(np.linspace(40, 50, len(x)))
+
+
+@pytest.mark.parametrize(("name", "key"), [(UPDATES_PLOT, "updates"), (SECONDS_PLOT, "seconds")])
+def test_lines_and_bands_of_a_comparison(tmp_path, figures, name, key):
+    arms = {f"arm-{n}": [rows(seed=n), rows(seed=n + 2)] for n in range(7)} | {"random(select=rows)": [rows(seed=9)]}
+    plot_comparison(tmp_path, {**arms, "all failed": []}, "a title")
+    assert_small_png(tmp_path / name)
+    (axes,) = figures[name].get_axes()
+    assert axes.get_title() == "a title"
+    assert key in axes.get_xlabel()
+    assert axes.get_ylabel() == "test accuracy (%)"
+    assert [text.get_text() for text in figures[name].legends[0].get_texts()] == list(arms)
+    for number, (line, band) in enumerate(zip(axes.get_lines()[:7], axes.collections[:7], strict=True)):
+        assert line.get_ydata() == pytest.approx(np.array([41, 51, 61, 71]) + number)
+        assert list(line.get_xdata()) == [row[key] for row in arms["arm-0"][0]]
+        corners = band.get_paths()[0].vertices
+        first = corners[corners[:, 0] == line.get_xdata()[0], 1]
+        assert (first.min(), first.max()) == pytest.approx((40 + number, 42 + number))
+    assert len({line.get_color() for line in axes.get_lines()}) == 8
+    assert [line.get_linestyle() for line in axes.get_lines()] == ["-"] * 7 + ["--"]
+    # All ends are on the page, and no page goes far beyond.
+    low, high = axes.get_ylim()
+    ends = [100 * run[-1]["test_accuracy"] for runs in arms.values() for run in runs]
+    assert low < min(ends)
+    assert max(ends) < high < max(ends) + 5
+
+
+def test_arms_that_are_more_than_colours_differ_by_dashes(tmp_path, figures):
+    plot_comparison(tmp_path, {f"arm-{n}": [rows(seed=n)] for n in range(10)}, "many")
+    looks = [(line.get_color(), line.get_linestyle()) for line in figures[UPDATES_PLOT].get_axes()[0].get_lines()]
+    assert len(set(looks)) == 10
+
+
+@pytest.mark.parametrize("arms", [{}, {"baseline": []}, {"baseline": [rows(1)]}])
+def test_comparisons_with_little_to_show(tmp_path, figures, arms):
+    plot_comparison(tmp_path, arms, "little")
+    assert (tmp_path / UPDATES_PLOT).exists()
+    assert (tmp_path / SECONDS_PLOT).exists()
+    assert all(line.get_marker() == "o" for line in figures[UPDATES_PLOT].get_axes()[0].get_lines())
+
+
+def test_a_file_that_cannot_be_written_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"accuracy-updates\.png cannot be written"):
+        plot_comparison(tmp_path / "missing", {}, "nowhere")
+    write_run(tmp_path, rows())
+    (tmp_path / CURVES).mkdir()
+    with pytest.raises(UserError, match=r"curves\.png cannot be written"):
+        plot_run(tmp_path)
+
+
+def test_no_display_and_no_global_state(tmp_path):
+    write_run(tmp_path, rows())
+    code = (
+        "import sys; from pathlib import Path; from batchkern.plots import plot_run; "
+        f"plot_run(Path({str(tmp_path)!r})); sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    environment = {"PATH": "", "PYTHONPATH": str(Path(plots.__file__).parents[1]), "MPLBACKEND": "qtagg"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+    assert_small_png(tmp_path / CURVES)
