@@ -45,8 +45,8 @@ class RunDirectory:
         resume: go on from the checkpoint here, whose settings must equal these.
 
     Raises:
-        UserError: the directory holds a run and neither is asked for, holds something else, cannot be written, or cannot
-            be resumed.
+        UserError: the directory holds a run and neither is asked for, holds something else, cannot be written, or
+            cannot be resumed.
     """
 
     def __init__(

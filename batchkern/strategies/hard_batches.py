@@ -35,8 +35,8 @@ class HardBatches(Strategy):
 
     Args:
         delta: fraction of the batches replayed in each round, in (0, 1].
-        order: ``"loss"``: replayed in descending loss (Algorithm 2). ``"index"``: in the order of the data set, which is
-            what the official code does.
+        order: ``"loss"``: replayed in descending loss (Algorithm 2). ``"index"``: in the order of the first
+            epoch, which is what the official code does.
     """
 
     name: ClassVar[str] = "hard-batches"

@@ -26,7 +26,7 @@ HEAD = "passive_head"
 
 @dataclass
 class PassiveInjection(Strategy):
-    """After every g-th batch of the training set, one batch of another data set through the shared trunk and its own head.
+    """After every g-th batch of the training set, one of another data set, through the shared trunk and its own head.
 
     Active batches are counted over the whole training, so a small data set gets its passive batches too:
     floor(active updates / g) of them. The head stands beside the model and is gone at the end. In an update that does

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,8 +31,8 @@ class Stepwise(Strategy):
         decay_every: in (0, 1].
         gradients: what the rate of eq. 9 multiplies. ``"sum"``: the sum of a batch's gradients, the convention of
             eq. 7; on mean gradients that is lambda in the first and last step and lambda / (10 n) in between.
-            ``"mean"``: eq. 9 read literally on mean gradients, a further factor of 1 / b. The words "lambda = lambda' for
-            next i" below eq. 9 are read as naming the rate, not as compounding it.
+            ``"mean"``: eq. 9 read literally on mean gradients, a further factor of 1 / b. The words "lambda = lambda'
+            for next i" below eq. 9 are read as naming the rate, not as compounding it.
         reset_optimizer: forget the optimizer's state (momentum) at the start of each step.
     """
 
@@ -50,7 +51,7 @@ class Stepwise(Strategy):
     def __post_init__(self) -> None:
         f, m = tuple(self.fractions), tuple(self.batch_multiples)
         self.fractions, self.batch_multiples = f, m
-        if not f or any(not 0 < x <= 1 for x in f) or any(a >= b for a, b in zip(f, f[1:], strict=False)):
+        if not f or any(not 0 < x <= 1 for x in f) or any(a >= b for a, b in pairwise(f)):
             raise UserError(f"fractions must increase within (0, 1], got {f}")
         if len(m) != len(f) or any(type(x) is not int or x < 1 for x in m):
             raise UserError(f"batch_multiples must be {len(f)} whole numbers of at least 1, one a fraction, got {m}")

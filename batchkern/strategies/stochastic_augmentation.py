@@ -36,7 +36,7 @@ class StochasticAugmentation(Strategy):
         omega: in [0, pi / 2]; pi / 3 augments every second iteration on average.
         gaussian, dropout: copies of each kind; together M, at least 1.
         eta: weight of the penalty, at least 0; the paper's search found 0.01 and 0.1.
-        sigma, tau: standard deviation and clip of the noise, in the units of the layer's input; the paper gives no values.
+        sigma, tau: standard deviation and clip of the noise, in the units of the layer's input; not in the paper.
         drop_prob: of the dropout copies, in [0, 1).
         basis: ``"normalized"`` (the paper's), ``"orthogonal"``, ``"hadamard"`` (no Q x Q matrix) or ``"none"``.
         layers: names of eligible modules; default: the model's classifier, its last linear layer.
