@@ -48,8 +48,9 @@ def main() -> NoReturn:
         require("rich", "train")
     except UserError as error:
         _fail(f"error: {error}")
-    warnings.showwarning = _show_warning
-    _app()(prog_name="batchkern")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        _app()(prog_name="batchkern")
     raise SystemExit(0)
 
 
@@ -196,7 +197,8 @@ def train(
         resume=resume,
         overwrite=overwrite,
         checkpoint_every=checkpoint_every,
-        progress=not no_progress,
+        # Without a terminal at stdout the bar, which is on stderr, would draw the lines below to itself.
+        progress=not no_progress and sys.stdout.isatty(),
     )
     try:
         row = trainer.fit()
@@ -338,7 +340,9 @@ class _Report:
 def comparison_table(summary: Sequence[dict[str, Any]]) -> Table:
     """One row for each arm, from the summary of results.json."""
     columns = [key for key in COUNTS if any(arm[key] is not None for arm in summary)]
-    table = _table("arm", "test accuracy (%)", *(key.replace("_", " ") for key in columns), numbers=True)
+    headings = ("arm", "test_accuracy (%)", *columns)
+    # In two lines each, so that the usual table fits into 80 columns.
+    table = _table(*(heading.replace("_", "\n") for heading in headings), numbers=True)
     for arm in summary:
         failed = f" ({len(arm['failed'])} failed)" if arm["failed"] else ""
         accuracy = arm["test_accuracy"]
@@ -383,7 +387,9 @@ def info(as_json: Annotated[bool, _option("--json", help="print JSON")] = False)
     build = facts["extension"]
     shown = {key: facts[key] for key in ("batchkern", "torch", "python", "cuda")}
     shown["GPU"] = ", ".join(facts["gpus"]) or "none"
-    shown["batchkern._C"] = build["why"] or ", ".join(f"{key} {value}" for key, value in build["facts"].items())
+    shown["batchkern._C"] = build["why"] or "built"
+    for key, value in (build["facts"] or {}).items():
+        shown[f"  {key}"] = ", ".join(map(str, value)) if isinstance(value, list) else value
     for key, value in shown.items():
         plain.add_row(key, str(value))
     backends = _table("operation", "device", "backend", "why")
@@ -413,15 +419,18 @@ def environment() -> dict[str, Any]:
 
 
 def _table(*headings: str, numbers: bool = False) -> Table:
-    """Words, or a column of words and then ``numbers``."""
-    table: Table = require("rich.table", "train").Table(box=require("rich.box", "train").SIMPLE_HEAD, pad_edge=False)
+    """Columns of words, or one and then ``numbers``."""
+    box, table = require("rich.box", "train"), require("rich.table", "train").Table
+    made: Table = table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0 if numbers else 1), pad_edge=False)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if numbers and place else "left", overflow="fold")
-    return table
+        made.add_column(heading, justify="right" if numbers and place else "left", overflow="fold")
+    return made
 
 
 def _print_tables(*tables: Table) -> None:
     console = require("rich.console", "train").Console
-    for table in tables:
+    for place, table in enumerate(tables):
+        if place:
+            print()
         # In a pipe nothing says how wide a line may be, and rich would guess 80 columns and break them.
         (console() if sys.stdout.isatty() else console(width=PIPE_WIDTH)).print(table)

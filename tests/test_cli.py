@@ -15,7 +15,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -40,10 +39,9 @@ NO_GPU = not torch.cuda.is_available()
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, tmp_path_factory, monkeypatch):
-    """A working directory and a cache of this test's own; the warnings of main() end with it."""
+    """A working directory and a cache of this test's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))  # for processes, where it is not installed
 
 
@@ -198,7 +196,7 @@ def test_info_says_what_was_built_and_what_serves(batchkern, monkeypatch):
     class Extension:
         @staticmethod
         def build_facts():
-            return {"torch": "9.9", "cuda": "no"}
+            return {"torch": "9.9", "cuda_architectures": ["8.0", "9.0"]}
 
     monkeypatch.setattr(_backend, "extension", Extension)
     monkeypatch.setattr(_backend, "extension_error", "")
@@ -206,7 +204,7 @@ def test_info_says_what_was_built_and_what_serves(batchkern, monkeypatch):
     assert json.loads(batchkern("info", "--json")[1])["extension"] == {"facts": Extension.build_facts(), "why": ""}
     status, out, _ = batchkern("info")
     assert status == 0
-    assert re.search(r"batchkern\._C +torch 9\.9, cuda no", out)
+    assert re.search(r"batchkern\._C +built *\n  torch +9\.9 *\n  cuda_architectures +8\.0, 9\.0 *\n", out)
     assert re.search(r"rank_batches +cpu +kernel", out)
     assert re.search(r"rank_batches +cuda +reference +\w+", out)
     monkeypatch.setattr(_backend, "extension", None)
