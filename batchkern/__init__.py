@@ -1,4 +1,4 @@
-"""Fused kernels for training with selected mini-batches, and five published strategies that use them."""
+"""Operations for training with selected mini-batches, and five published strategies that use them."""
 
 from batchkern._version import __version__
 from batchkern.basis import Hadamard, random_basis

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from batchkern import schedules
-from batchkern.data import ImageData
+from batchkern.data import ImageData, TensorImages
 from batchkern.errors import UserError
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -123,7 +123,9 @@ def describe_data(data: ImageData) -> dict[str, Any]:
         "rows": len(data),
         "classes": len(data.classes),
         "shape": list(data.shape),
-        "labels_crc32": zlib.crc32(data.labels.numpy().tobytes()),
+        "labels_crc32": zlib.crc32(data.labels.numpy().data),
+        # Streamed images are too many to read before each training.
+        "images_crc32": zlib.crc32(data.images.contiguous().numpy().data) if isinstance(data, TensorImages) else None,
     }
 
 

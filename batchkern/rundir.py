@@ -3,6 +3,8 @@ be written at all."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 from pathlib import Path
@@ -31,6 +33,8 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
@@ -114,15 +118,10 @@ class RunDirectory:
         return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        temporary = self.path / (CHECKPOINT + ".part")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / CHECKPOINT)
-        except OSError as error:
-            raise UserError(f"{self.path / CHECKPOINT} cannot be written: {error.strerror}") from None
+        # By way of memory: on a full disk torch's own writer fails with an error that hides the reason.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        self._write(CHECKPOINT, buffer.getvalue())
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, and the metrics cut back to it; ``None`` where the run was killed before the first."""

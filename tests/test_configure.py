@@ -85,8 +85,11 @@ def test_checking_a_model_leaves_it_as_it_was():
 
 
 def test_descriptions_tell_data_sets_apart():
-    a, b = images(8), images(8)
+    a, b, c = images(8), images(8), images(8)
     b.labels = b.labels.flip(0)
+    c.images = 255 - c.images
+    assert configure.describe_data(a) == configure.describe_data(images(8))
     assert configure.describe_data(a) != configure.describe_data(b)
+    assert configure.describe_data(a) != configure.describe_data(c)
     assert configure.describe_data(a)["shape"] == [1, 8, 8]
     assert configure.describe_model(nn.Linear(3, 2)) == "Linear with 8 parameters"

@@ -227,6 +227,12 @@ def test_digits_are_lossless_and_split_once_for_all():
     assert torch.equal(pair[0].labels, train.labels)
 
 
+def test_held_out_counts_labels_and_not_up_to_them():
+    small = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 1])
+    for one, other in zip(held_out(small), held_out(small * 10**15), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_held_out_is_pinned_and_blind_to_seeds():
     labels = torch.arange(40) % 2
     torch.manual_seed(1)

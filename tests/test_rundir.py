@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -239,3 +241,21 @@ def test_weights_are_saved_whole_whatever_their_memory(tmp_path):
     saved = safetensors.load_file(tmp_path / WEIGHTS)
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_checkpoint_that_does_not_fit_says_so_and_leaves_the_last(tmp_path):
+    """In a process of its own, which may write no file above 4 kB: what a full disk does, without filling one."""
+    script = f"""
+import resource, torch
+from pathlib import Path
+from batchkern.rundir import RunDirectory
+directory = RunDirectory(Path({str(tmp_path / "run")!r}), {{}}, {{"batchkern": "1"}}, overwrite=False, resume=False)
+directory.save_checkpoint({{"epochs_done": 0}})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+directory.save_checkpoint({{"epochs_done": 0, "model": torch.zeros(10_000)}})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "UserError" in done.stderr
+    assert f"{CHECKPOINT} cannot be written: File too large" in done.stderr
+    assert names(tmp_path / "run") == {CONFIG, METRICS, CHECKPOINT}
+    assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True) == {"epochs_done": 0}

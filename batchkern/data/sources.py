@@ -60,6 +60,7 @@ def held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
     out: nothing of a class with fewer than three rows.
     """
     count = len(labels)
+    labels = labels.unique(return_inverse=True)[1]  # a label may be any number: what is counted must not
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     order = shuffled[labels[shuffled].argsort(stable=True)]  # by class, shuffled within it
     sizes = labels.bincount()

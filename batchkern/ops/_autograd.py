@@ -40,7 +40,9 @@ def boundary(x: Tensor, *, into_storage: bool = False) -> Tensor:
 
 def check_inplace_backward(logits: Tensor) -> None:
     """Raises where autograd, or whoever else sees this storage, would notice that it was overwritten."""
-    if logits.requires_grad and logits.is_leaf:
-        raise ValueError("inplace_backward must be False where logits is a leaf: its values would be lost")
+    base: Tensor | None = logits._base
+    owner = logits if base is None else base
+    if owner.requires_grad and owner.is_leaf:
+        raise ValueError("inplace_backward must be False where logits is a leaf or its view: its values would be lost")
     if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError(f"inplace_backward must be False where logits overlaps itself, got strides {logits.stride()}")

@@ -638,3 +638,9 @@ def test_group_cases_split_a_tie_between_ranks() -> None:
     kept = group_step(inputs, weight, target, keep, {})[1].any(1)
     assert kept.sum() == 7
     assert (kept & ~kept.flip(0))[:HALF].sum() == 1
+
+
+def test_inplace_backward_refuses_a_view_of_a_leaf() -> None:
+    logits = torch.randn(4, 6, requires_grad=True)
+    with pytest.raises(ValueError, match="inplace_backward must be False where logits is a leaf or its view"):
+        batchkern.trimmed_cross_entropy(logits.view(6, 4), torch.zeros(6, dtype=torch.long), 0.5, inplace_backward=True)
