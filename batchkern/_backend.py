@@ -1,4 +1,4 @@
-"""Which implementation serves an operation on a device: a registered kernel, else the plain-PyTorch reference.
+"""Which implementation serves an operation on a device: a kernel, else the plain-PyTorch reference.
 
 ``batchkern._C`` holds the schemas and kernels. Importing batchkern never fails because it is missing or was built for
 another torch: every operation then runs its reference, and ``batchkern info`` says why.
@@ -7,14 +7,11 @@ another torch: every operation then runs its reference, and ``batchkern info`` s
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
 
 import torch
-
-from batchkern import reference
+from torch import Tensor
 
 OPS = (
     "trimmed_cross_entropy",
@@ -41,18 +38,22 @@ def _import_extension() -> tuple[ModuleType | None, str]:
 
 
 extension, extension_error = _import_extension()
-_kernels: dict[tuple[str, str], Callable[..., Any]] = {}
 
 
-def register_kernel(op: str, device: str, function: Callable[..., Any]) -> None:
-    """Make ``function`` serve ``op`` on device type ``device``; same signature as ``reference.<op>``."""
-    _kernels[op, device] = function
+def _find_kernels() -> set[tuple[str, str]]:
+    """The operations and device types for which the loaded libraries registered a kernel."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    if extension is None:
+        return set()
+    return {(op, device) for op in OPS for device in DEVICES if has(f"batchkern::{op}", device.upper())}
 
 
-def implementation(op: str, device: torch.device) -> Callable[..., Any]:
-    """What computes ``op`` for tensors on ``device``."""
-    kernel: Callable[..., Any] | None = _kernels.get((op, device.type))
-    return getattr(reference, op) if kernel is None else kernel
+_kernels = _find_kernels()
+
+
+def has_kernel(op: str, x: Tensor) -> bool:
+    """Whether ``op`` has a kernel for tensors like ``x``. There are none for float64, which the reference serves."""
+    return (op, x.device.type) in _kernels and x.dtype != torch.float64
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ def status() -> list[Status]:
 
 
 def _status(op: str, device: str) -> Status:
-    if (op, device) in _kernels:
-        return Status(op, device, "kernel", "")
+    if extension is not None and (op, device) in _kernels:
+        return Status(op, device, "kernel", f"C++, {extension.cpu_level()}" if device == "cpu" else "CUDA or Triton")
     if extension is None:
         return Status(op, device, "reference", extension_error)
     if device == "cuda" and not torch.cuda.is_available():

@@ -65,15 +65,28 @@ def select_and_normalize(
     if group is None:
         kept, k = select(losses, valid, keep)
         return kept, k if weight is None else torch.where(kept, weight, 0).sum()
+    losses_all, valid_all, weight_all = gather(losses, valid, weight, group)
+    kept_all, _ = select(losses_all, valid_all, keep)
+    return share_of_group(kept_all, weight_all, len(losses), group)
+
+
+def gather(
+    losses: Tensor, valid: Tensor, weight: Tensor | None, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, valid and weight of the concatenated batch of a group, in one all-gather."""
     ones = torch.ones_like(losses) if weight is None else weight
     mine = torch.stack([losses, valid.to(losses.dtype), ones.to(losses.dtype)])
     world = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(world, mine, group=group)
     losses_all, valid_all, weight_all = torch.cat(world, dim=1)
-    kept_all, _ = select(losses_all, valid_all.bool(), keep)
-    start = dist.get_rank(group) * len(losses)
-    normalizer = torch.where(kept_all, weight_all, 0).sum() / len(world)
-    return kept_all[start : start + len(losses)], normalizer
+    return losses_all, valid_all.bool(), weight_all
+
+
+def share_of_group(kept: Tensor, weight: Tensor, rows: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """This rank's ``rows`` of ``kept``, and the normalizer of the concatenated batch over the world size."""
+    start = dist.get_rank(group) * rows
+    normalizer = torch.where(kept, weight, 0).sum() / dist.get_world_size(group)
+    return kept[start : start + rows], normalizer
 
 
 # --- losses ----------------------------------------------------------------------------------------------------

@@ -7,35 +7,44 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+// keep_tensor, where it is given, is read when the operation runs, instead of keep. lse (B, 2) holds a row's
+// maximum m and the log of its sum of exp(z - m): together they keep the digits that one float32 would lose.
 TORCH_LIBRARY(batchkern, m) {
     m.def(
-        "trimmed_cross_entropy(Tensor logits, Tensor target, Tensor keep, *, Tensor? class_weight=None, "
-        "int ignore_index=-100, float label_smoothing=0.0) "
+        "trimmed_cross_entropy(Tensor logits, Tensor target, float keep, *, Tensor? keep_tensor=None, "
+        "Tensor? class_weight=None, int ignore_index=-100, float label_smoothing=0.0) "
         "-> (Tensor loss, Tensor losses, Tensor lse, Tensor kept, Tensor normalizer)");
     m.def(
         "trimmed_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor lse, Tensor kept, "
-        "Tensor normalizer, *, Tensor? class_weight=None, int ignore_index=-100, "
-        "float label_smoothing=0.0) -> Tensor");
+        "Tensor normalizer, *, Tensor? class_weight=None, float label_smoothing=0.0) -> Tensor");
     m.def(
         "trimmed_cross_entropy_backward_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor lse, "
-        "Tensor kept, Tensor normalizer, *, Tensor? class_weight=None, int ignore_index=-100, "
-        "float label_smoothing=0.0) -> Tensor(a!)");
+        "Tensor kept, Tensor normalizer, *, Tensor? class_weight=None, float label_smoothing=0.0) -> "
+        "Tensor(a!)");
     m.def(
-        "trimmed_mean(Tensor losses, Tensor keep, *, Tensor? mask=None) "
+        "trimmed_mean(Tensor losses, float keep, *, Tensor? keep_tensor=None, Tensor? mask=None) "
         "-> (Tensor mean, Tensor kept, Tensor normalizer)");
     m.def(
-        "linear_trimmed_cross_entropy(Tensor hidden, Tensor weight, Tensor target, Tensor keep, *, "
-        "Tensor? bias=None, int ignore_index=-100, float label_smoothing=0.0, int? chunk_rows=None) "
-        "-> (Tensor loss, Tensor losses, Tensor lse, Tensor kept, Tensor normalizer)");
+        "linear_trimmed_cross_entropy(Tensor hidden, Tensor weight, Tensor target, float keep, *, "
+        "Tensor? keep_tensor=None, Tensor? bias=None, int ignore_index=-100, float label_smoothing=0.0, "
+        "int? chunk_rows=None) -> (Tensor loss, Tensor losses, Tensor lse, Tensor kept, Tensor normalizer)");
+    // basis: (Q, Q), or the signs (Q,) of a Hadamard transform.
     m.def(
         "augment_latent(Tensor x, Tensor seed, *, int gaussian, int dropout, float sigma, float tau, "
         "float drop_prob, bool rescale_dropout=False, Tensor? basis=None) -> Tensor");
     m.def(
         "augment_latent_backward(Tensor grad, Tensor seed, *, int gaussian, int dropout, float drop_prob, "
         "bool rescale_dropout=False) -> Tensor");
+    // Gradients are float32, those of the sum of kl; empty unless asked for.
     m.def(
         "soft_label_kl(Tensor reference_logits, Tensor virtual_logits, *, float temperature=1.0, "
-        "bool reference_grad=False) -> (Tensor kl, Tensor grad_virtual, Tensor grad_reference)");
+        "bool reference_grad=False, bool virtual_grad=True) "
+        "-> (Tensor mean, Tensor kl, Tensor grad_virtual, Tensor grad_reference)");
     m.def("rank_batches(Tensor losses, SymInt k) -> Tensor");
 }
 
@@ -76,8 +85,23 @@ pybind11::dict build_facts() {
     return facts;
 }
 
+std::vector<std::string> cpu_levels() {
+    std::vector<std::string> names;
+    for (auto level = batchkern::levels(); *level; ++level) names.emplace_back((*level)->level);
+    return names;
+}
+
+void use_cpu_level(const std::string& name) {
+    TORCH_CHECK_VALUE(batchkern::use_level(name.c_str()), "level must be one of ", cpu_levels(), ", got ",
+                      name);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+    m.def("cpu_levels", &cpu_levels,
+          "Instruction sets that the CPU kernels have on this processor, best first.");
+    m.def("cpu_level", [] { return batchkern::kernels().level; }, "The one that is used.");
+    m.def("use_cpu_level", &use_cpu_level, "Use another one, to test or to measure.");
     m.def("build_facts", &build_facts, "What this module was compiled with, as a dict.");
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
-import inspect
 import subprocess
 import sys
 import types
@@ -36,15 +35,17 @@ CALLS = {
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, str], Any]:
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry without kernels, for this test alone."""
-    empty: dict[tuple[str, str], Any] = {}
-    monkeypatch.setattr(_backend, "_kernels", empty)
-    return empty
+    monkeypatch.setattr(_backend, "_kernels", set())
 
 
 def statuses() -> dict[tuple[str, str], _backend.Status]:
     return {(s.op, s.device): s for s in _backend.status()}
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    monkeypatch.setattr(reference, op, lambda *_, **__: pytest.fail(f"reference.{op} ran"))
 
 
 def test_every_operation_is_covered() -> None:
@@ -57,12 +58,12 @@ def test_every_operation_is_covered() -> None:
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["no extension", "extension"])
 def test_without_kernels_everything_is_the_reference(
-    kernels: dict, monkeypatch: pytest.MonkeyPatch, loaded: bool
+    no_kernels: None, monkeypatch: pytest.MonkeyPatch, loaded: bool
 ) -> None:
     monkeypatch.setattr(_backend, "extension", types.ModuleType("_C") if loaded else None)
     monkeypatch.setattr(_backend, "extension_error", "" if loaded else "undefined symbol: _ZN3c10")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for (op, device), status in statuses().items():
+    for (_, device), status in statuses().items():
         assert status.backend == "reference"
         if not loaded:
             assert "undefined symbol: _ZN3c10" in status.why
@@ -70,54 +71,40 @@ def test_without_kernels_everything_is_the_reference(
             assert status.why == "no CUDA device is visible to this torch"
         else:
             assert status.why == "this release has no kernel for it"
-        assert _backend.implementation(op, torch.device(device)) is getattr(reference, op)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     if loaded:
         assert {s.why for s in _backend.status()} == {"this release has no kernel for it"}
 
 
 @pytest.mark.parametrize("op", _backend.OPS)
-def test_a_registered_kernel_is_called(kernels: dict, op: str) -> None:
-    torch.manual_seed(1)
-    expected = CALLS[op]()
+def test_without_kernels_the_reference_is_called(no_kernels: None, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     calls = []
+    real = getattr(reference, op)
+    monkeypatch.setattr(reference, op, lambda *args, **kwargs: (calls.append(op), real(*args, **kwargs))[1])
+    CALLS[op]()
+    assert calls[0] == op  # linear_trimmed_cross_entropy calls another
 
-    def kernel(*args: Any, **kwargs: Any) -> Any:
-        inspect.signature(getattr(reference, op)).bind(*args, **kwargs)  # the documented contract
-        calls.append(op)
-        return getattr(reference, op)(*args, **kwargs)
 
-    _backend.register_kernel(op, "cpu", kernel)
+@pytest.mark.parametrize("op", [op for op in _backend.OPS if op != "linear_trimmed_cross_entropy"])
+def test_a_cpu_kernel_serves_every_operation(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    # So that a kernel that is missing from the build cannot hide behind the reference.
     torch.manual_seed(1)
-    torch.testing.assert_close(CALLS[op](), expected)
-    assert calls == [op]
-    for (name, device), status in statuses().items():
-        assert (status.backend == "kernel") == (name == op and device == "cpu")
-        assert bool(status.why) == (status.backend == "reference")
+    result = CALLS[op]()
+    status = statuses()[op, "cpu"]
+    assert (status.backend, status.why) == ("kernel", f"C++, {_backend.extension.cpu_level()}")
+    with monkeypatch.context() as patch:
+        patch.setattr(_backend, "_kernels", set())
+        torch.manual_seed(1)
+        torch.testing.assert_close(result, CALLS[op](), rtol=1e-5, atol=1e-6)
+    forbid(monkeypatch, op)
+    CALLS[op]()
 
 
-@pytest.mark.parametrize("op", _backend.OPS)
-def test_what_a_kernel_returns_is_what_the_operation_returns(kernels: dict, op: str) -> None:
-    answer = torch.tensor(42.0)
-    pair = op in ("trimmed_cross_entropy", "linear_trimmed_cross_entropy")
-    _backend.register_kernel(op, "cpu", lambda *_, **__: (answer, answer) if pair else answer)
-    assert CALLS[op]() == 42
-
-
-def test_a_kernel_of_another_device_is_not_called(kernels: dict) -> None:
-    for op, call in CALLS.items():
-        _backend.register_kernel(op, "cuda", lambda *_, **__: pytest.fail("the CUDA kernel ran"))
-        call()
-        assert _backend.implementation(op, CPU) is getattr(reference, op)
-        assert _backend.implementation(op, torch.device("cuda", 3)) is not getattr(reference, op)
-    assert {s.backend for s in _backend.status() if s.device == "cuda"} == {"kernel"}
-    assert {s.backend for s in _backend.status() if s.device == "cpu"} == {"reference"}
-
-
-def test_other_devices_and_other_names(kernels: dict) -> None:
-    assert _backend.implementation("rank_batches", torch.device("meta")) is reference.rank_batches
-    with pytest.raises(AttributeError, match="no_such_op"):
-        _backend.implementation("no_such_op", CPU)
+def test_float64_and_other_devices_have_no_kernel() -> None:
+    assert _backend.has_kernel("rank_batches", torch.empty(0))
+    assert not _backend.has_kernel("rank_batches", torch.empty(0, dtype=torch.float64))
+    assert not _backend.has_kernel("rank_batches", torch.empty(0, device="meta"))
+    assert batchkern.rank_batches(torch.empty(5, device="meta"), 0.5).device.type == "meta"
 
 
 @pytest.mark.parametrize("kind", ["normalized", "orthogonal", "hadamard", None])

@@ -22,18 +22,18 @@ FACTS = _C.build_facts()
 
 # The arguments of every operator and the number of its results: kernels, autograd and fakes rely on them.
 OPERATORS = {
-    "trimmed_cross_entropy": ("logits target keep * class_weight ignore_index label_smoothing", 5),
+    "trimmed_cross_entropy": ("logits target keep * keep_tensor class_weight ignore_index label_smoothing", 5),
     "trimmed_cross_entropy_backward": (
-        "grad logits target lse kept normalizer * class_weight ignore_index label_smoothing",
+        "grad logits target lse kept normalizer * class_weight label_smoothing",
         1,
     ),
     "trimmed_cross_entropy_backward_": (
-        "grad logits target lse kept normalizer * class_weight ignore_index label_smoothing",
+        "grad logits target lse kept normalizer * class_weight label_smoothing",
         1,
     ),
-    "trimmed_mean": ("losses keep * mask", 3),
+    "trimmed_mean": ("losses keep * keep_tensor mask", 3),
     "linear_trimmed_cross_entropy": (
-        "hidden weight target keep * bias ignore_index label_smoothing chunk_rows",
+        "hidden weight target keep * keep_tensor bias ignore_index label_smoothing chunk_rows",
         5,
     ),
     "augment_latent": (
@@ -41,7 +41,7 @@ OPERATORS = {
         1,
     ),
     "augment_latent_backward": ("grad seed * gaussian dropout drop_prob rescale_dropout", 1),
-    "soft_label_kl": ("reference_logits virtual_logits * temperature reference_grad", 3),
+    "soft_label_kl": ("reference_logits virtual_logits * temperature reference_grad virtual_grad", 4),
     "rank_batches": ("losses k", 1),
 }
 

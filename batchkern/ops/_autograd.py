@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise RuntimeError("batchkern operations cannot be differentiated twice: their gradient is a kernel")
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """For the backward of a Function: a gradient of its result raises.
+
+    torch's decorator of this name lets it pass, as a constant, where the upstream gradient is one: ``loss.backward(
+    create_graph=True)`` followed by a penalty on the gradient would be silently wrong.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled graphs refuse by themselves
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        return tuple(_Refuse.apply(x.detach().requires_grad_()) if isinstance(x, Tensor) else x for x in results)
+
+    return wrapper
 
 
 class _Boundary(torch.autograd.Function):
@@ -21,19 +50,15 @@ class _Boundary(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if ctx.storage is None:
             return grad, None
-        if ctx.storage._version != ctx.version:
-            raise RuntimeError(
-                "inplace_backward=True: the logits were changed after the forward pass "
-                f"(version {ctx.storage._version}, expected {ctx.version}), so their storage cannot take the gradient"
-            )
+        check_unchanged(ctx.storage, ctx.version)
         return ctx.storage.copy_(grad), None
 
 
 def boundary(x: Tensor, *, into_storage: bool = False) -> Tensor:
     """``x``, with a gradient that cannot be differentiated again.
 
-    Kernels have no second derivative, so the reference must not have one either: code that runs on one backend would
-    fail on another. With ``into_storage`` the gradient is written over the storage of ``x``.
+    For the reference, which must have no second derivative because kernels have none: code that runs on one backend
+    would fail on another. With ``into_storage`` the gradient is written over the storage of ``x``.
     """
     return _Boundary.apply(x, into_storage)
 
@@ -46,3 +71,12 @@ def check_inplace_backward(logits: Tensor) -> None:
         raise ValueError("inplace_backward must be False where logits is a leaf or its view: its values would be lost")
     if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
         raise ValueError(f"inplace_backward must be False where logits overlaps itself, got strides {logits.stride()}")
+
+
+def check_unchanged(logits: Tensor, version: int) -> None:
+    """Raises where ``logits`` is not what it was at the forward pass of an ``inplace_backward``."""
+    if logits._version != version:
+        raise RuntimeError(
+            "inplace_backward=True: the logits were changed after the forward pass "
+            f"(version {logits._version}, expected {version}), so their storage cannot take the gradient"
+        )

@@ -40,9 +40,8 @@ def same_device(name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device}, the device of the other arguments, got {x.device}")
 
 
-def target(x: Tensor, *, rows: int, classes: int, ignore_index: int, like: Tensor) -> None:
-    """Out of range raises here on a CPU; on a GPU the gather that reads it trips a device-side assert."""
-    vector("target", x, rows=rows, like=like, dtypes=(torch.int64,))
+def target_values(x: Tensor, *, classes: int, ignore_index: int) -> None:
+    """For the reference: a kernel looks at each target itself. On a GPU the gather trips a device-side assert."""
     if not readable(x):
         return
     wrong = (x != ignore_index) & ((x < 0) | (x >= classes))
@@ -66,6 +65,11 @@ def fraction(name: str, x: float | Tensor, like: Tensor) -> None:
         raise TypeError(f"{name} must be a float in (0, 1] or a 0-dim float64 tensor, got {type(x).__name__}")
     if not 0 < x <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {x}")
+
+
+def split_keep(x: float | Tensor) -> tuple[float, Tensor | None]:
+    """A checked fraction as the two arguments of a kernel: a number, or the tensor that replaces it."""
+    return (1.0, x) if isinstance(x, Tensor) else (x, None)
 
 
 def number(name: str, x: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:

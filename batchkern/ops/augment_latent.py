@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from batchkern import _backend
+from batchkern import _backend, reference
 from batchkern.basis import Basis, Hadamard
 from batchkern.ops import _checks as check
-from batchkern.ops._autograd import boundary
+from batchkern.ops._autograd import boundary, once_differentiable
 
 
 def augment_latent(
@@ -57,11 +59,17 @@ def augment_latent(
     if basis is not None:
         _check_basis(basis, x)
         basis = basis.detach() if isinstance(basis, Tensor) else basis
-    compute = _backend.implementation("augment_latent", x.device)
+    numbers = _seed_tensor(seed, x.device)
+    if _backend.has_kernel("augment_latent", x):
+        matrix = basis.signs if isinstance(basis, Hadamard) else basis
+        stacked: Tensor = _AugmentLatent.apply(
+            x, numbers, gaussian, dropout, sigma, tau, drop_prob, rescale_dropout, matrix
+        )
+        return stacked
     with torch.autocast(x.device.type, enabled=False):  # autocast would round the noise to its own dtype
-        stacked: Tensor = compute(
+        return reference.augment_latent(
             boundary(x),
-            _seed_tensor(seed, x.device),
+            numbers,
             gaussian=gaussian,
             dropout=dropout,
             sigma=sigma,
@@ -70,7 +78,59 @@ def augment_latent(
             basis=basis,
             rescale_dropout=rescale_dropout,
         )
-    return stacked
+
+
+class _AugmentLatent(torch.autograd.Function):
+    """Saves the seed alone: the backward pass draws the masks again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        seed: Tensor,
+        gaussian: int,
+        dropout: int,
+        sigma: float,
+        tau: float,
+        drop_prob: float,
+        rescale_dropout: bool,
+        basis: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.masks = gaussian, dropout, drop_prob, rescale_dropout
+        stacked: Tensor = torch.ops.batchkern.augment_latent.default(
+            x,
+            seed,
+            gaussian=gaussian,
+            dropout=dropout,
+            sigma=sigma,
+            tau=tau,
+            drop_prob=drop_prob,
+            rescale_dropout=rescale_dropout,
+            basis=basis,
+        )
+        return stacked
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (seed,) = ctx.saved_tensors
+        gaussian, dropout, drop_prob, rescale_dropout = ctx.masks
+        result: Tensor = torch.ops.batchkern.augment_latent_backward.default(
+            grad, seed, gaussian=gaussian, dropout=dropout, drop_prob=drop_prob, rescale_dropout=rescale_dropout
+        )
+        return result, None, None, None, None, None, None, None, None
+
+
+if _backend.extension is not None:
+
+    @torch.library.register_fake("batchkern::augment_latent")
+    def _(x: Tensor, seed: Tensor, *, gaussian: int, dropout: int, **options: Any) -> Tensor:
+        return x.new_empty((1 + gaussian + dropout) * x.shape[0], x.shape[1])
+
+    @torch.library.register_fake("batchkern::augment_latent_backward")
+    def _(grad: Tensor, seed: Tensor, *, gaussian: int, dropout: int, **options: Any) -> Tensor:
+        return grad.new_empty(grad.shape[0] // (1 + gaussian + dropout), grad.shape[1])
 
 
 def _check_basis(basis: Basis, x: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchkern import _backend
+from batchkern import reference
 from batchkern.ops import _checks as check
 from batchkern.ops._autograd import boundary
 
@@ -51,12 +51,13 @@ def linear_trimmed_cross_entropy(
         raise ValueError(f"weight must have shape (V, {hidden.shape[1]}) to match hidden, got {tuple(weight.shape)}")
     if bias is not None:
         check.vector("bias", bias, rows=words, like=hidden, dtypes=(hidden.dtype,))
-    check.target(target, rows=len(hidden), classes=words, ignore_index=ignore_index, like=hidden)
+    check.vector("target", target, rows=hidden.shape[0], like=hidden, dtypes=(torch.int64,))
+    check.target_values(target, classes=words, ignore_index=ignore_index)
     check.fraction("keep", keep, hidden)
     check.number("label_smoothing", label_smoothing, 0, 1)
     if chunk_rows is not None:
         check.count("chunk_rows", chunk_rows, low=1)
-    loss, losses = _backend.implementation("linear_trimmed_cross_entropy", hidden.device)(
+    loss, losses = reference.linear_trimmed_cross_entropy(
         boundary(hidden),
         boundary(weight),
         target,

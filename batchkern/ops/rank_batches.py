@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchkern import _backend
+from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 
 
@@ -30,8 +30,17 @@ def rank_batches(losses: Tensor, fraction: float) -> Tensor:
         raise TypeError("fraction must be a float, got a tensor: it decides the shape of the result")
     check.fraction("fraction", fraction, losses)
     count = min(len(losses), max(1, math.floor(fraction * len(losses))))
-    indices: Tensor = _backend.implementation("rank_batches", losses.device)(losses, count)
+    if not _backend.has_kernel("rank_batches", losses):
+        return reference.rank_batches(losses, count)
+    indices: Tensor = torch.ops.batchkern.rank_batches.default(losses.detach(), count)
     return indices
+
+
+if _backend.extension is not None:
+
+    @torch.library.register_fake("batchkern::rank_batches")
+    def _(losses: Tensor, k: int) -> Tensor:
+        return losses.new_empty(k, dtype=torch.int64)
 
 
 class BatchLedger:

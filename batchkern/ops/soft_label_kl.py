@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from batchkern import _backend
+from batchkern import reference as plain
 from batchkern.ops import _checks as check
-from batchkern.ops._autograd import boundary
+from batchkern.ops._autograd import boundary, once_differentiable
 
 
 def soft_label_kl(
@@ -46,8 +50,69 @@ def soft_label_kl(
             f"got {tuple(virtual_logits.shape)}"
         )
     check.number("temperature", temperature, 0, open_low=True)
-    reference = boundary(reference_logits) if reference_grad else reference_logits.detach()
-    compute = _backend.implementation("soft_label_kl", reference_logits.device)
-    divergences: Tensor = compute(reference, boundary(virtual_logits), temperature=temperature)
-    mean = divergences.mean()
+    reference = reference_logits if reference_grad else reference_logits.detach()
+    if _backend.has_kernel("soft_label_kl", reference):
+        call: dict[str, Any] = {"temperature": temperature}
+        mean: Tensor = _SoftLabelKL.apply(reference, virtual_logits, call)
+        divergences = call["divergences"]
+    else:
+        divergences = plain.soft_label_kl(boundary(reference), boundary(virtual_logits), temperature=temperature)
+        mean = divergences.mean()
     return (mean, divergences.detach()) if per_sample else mean
+
+
+class _SoftLabelKL(torch.autograd.Function):
+    """The forward pass makes the gradient; the backward pass scales it where it lies.
+
+    A second backward pass (``retain_graph=True``) finds it used up and runs the kernel again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reference: Tensor, virtual: Tensor, call: dict[str, Any]) -> Tensor:
+        ctx.options = {
+            "temperature": call["temperature"],
+            "reference_grad": ctx.needs_input_grad[0],
+            "virtual_grad": ctx.needs_input_grad[1],
+        }
+        outputs: tuple[Tensor, ...] = torch.ops.batchkern.soft_label_kl.default(reference, virtual, **ctx.options)
+        mean, call["divergences"], *grads = outputs
+        ctx.save_for_backward(reference, virtual, *grads)
+        ctx.used = False
+        return mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        reference, virtual, *grads = ctx.saved_tensors
+        if ctx.used:
+            _, _, *grads = torch.ops.batchkern.soft_label_kl.default(reference, virtual, **ctx.options)
+        scale = grad / max(virtual.shape[0], 1)
+        if torch.compiler.is_compiling():
+            to_reference, to_virtual = (scale * x for x in reversed(grads))
+        else:
+            ctx.used = True
+            # Through .data, since autograd would take the scaling for a mistake of the caller.
+            to_reference, to_virtual = (x.data.mul_(scale) for x in reversed(grads))
+        return (
+            to_reference.to(reference.dtype) if ctx.needs_input_grad[0] else None,
+            to_virtual.to(virtual.dtype) if ctx.needs_input_grad[1] else None,
+            None,
+        )
+
+
+if _backend.extension is not None:
+
+    @torch.library.register_fake("batchkern::soft_label_kl")
+    def _(
+        reference_logits: Tensor,
+        virtual_logits: Tensor,
+        *,
+        temperature: float = 1.0,
+        reference_grad: bool = False,
+        virtual_grad: bool = True,
+    ) -> Any:
+        rows, classes = virtual_logits.shape
+        divergences = virtual_logits.new_empty(rows, dtype=torch.float32)
+        to_virtual = divergences.new_empty(rows if virtual_grad else 0, classes)
+        to_reference = divergences.new_empty(reference_logits.shape[0] if reference_grad else 0, classes)
+        return divergences.new_empty(()), divergences, to_virtual, to_reference

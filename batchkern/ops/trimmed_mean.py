@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from batchkern import _backend
+from batchkern import _backend, reference
 from batchkern.ops import _checks as check
-from batchkern.ops._autograd import boundary
+from batchkern.ops._autograd import boundary, once_differentiable
 
 
 def trimmed_mean(
@@ -34,6 +36,56 @@ def trimmed_mean(
     check.fraction("keep", keep, losses)
     if mask is not None:
         check.vector("mask", mask, rows=len(losses), like=losses, dtypes=(torch.bool,))
-    compute = _backend.implementation("trimmed_mean", losses.device)
-    mean: Tensor = compute(boundary(losses), keep, mask=mask, group=group)
+    if not _backend.has_kernel("trimmed_mean", losses):
+        return reference.trimmed_mean(boundary(losses), keep, mask=mask, group=group)
+    mean: Tensor = _TrimmedMean.apply(losses, keep, mask, group)
     return mean
+
+
+class _TrimmedMean(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, losses: Tensor, keep: float | Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
+    ) -> Tensor:
+        if group is None:
+            mean, kept, normalizer = trimmed_mean_op(losses, *check.split_keep(keep), mask)
+        else:
+            valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
+            kept, normalizer = select_over_group(losses.float(), valid, None, keep, group)
+            mean = torch.where(kept, losses.float(), 0).sum() / normalizer
+        ctx.save_for_backward(kept, normalizer)
+        ctx.dtype = losses.dtype
+        return mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, normalizer = ctx.saved_tensors
+        return torch.where(kept, grad / normalizer, 0.0).to(ctx.dtype), None, None, None
+
+
+def trimmed_mean_op(
+    losses: Tensor, keep: float, keep_tensor: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, kept rows ``(B,)`` bool and k, by the kernel."""
+    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.batchkern.trimmed_mean.default(
+        losses, keep, keep_tensor=keep_tensor, mask=mask
+    )
+    return outputs
+
+
+def select_over_group(
+    losses: Tensor, valid: Tensor, weight: Tensor | None, keep: float | Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """``reference.select_and_normalize``, with the selection by the kernel."""
+    losses_all, valid_all, weight_all = reference.gather(losses, valid, weight, group)
+    _, kept_all, _ = trimmed_mean_op(losses_all, *check.split_keep(keep), valid_all)
+    return reference.share_of_group(kept_all, weight_all, len(losses), group)
+
+
+if _backend.extension is not None:
+
+    @torch.library.register_fake("batchkern::trimmed_mean")
+    def _(losses: Tensor, keep: float, keep_tensor: Tensor | None = None, mask: Tensor | None = None) -> Any:
+        scalar = losses.new_empty((), dtype=torch.float32)
+        return scalar, torch.empty_like(losses, dtype=torch.bool), torch.empty_like(scalar)

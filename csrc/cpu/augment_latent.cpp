@@ -1,0 +1,138 @@
+// augment_latent on a CPU: noise, masks and Hadamard transforms by kernels; a dense basis by torch's matmul.
+#include <torch/library.h>
+
+#include <cmath>
+#include <vector>
+
+#include "tensors.h"
+
+namespace batchkern {
+namespace {
+
+// The noise of a dense basis goes through a reused buffer of at most this many floats: 16 MB.
+constexpr int64_t kNoiseFloats = int64_t{4} << 20;
+
+Mask mask_of(int64_t row, const at::Tensor& seed, double drop_prob, bool rescale) {
+    // Below it: dropped. A probability of 1 has no 32-bit threshold, but its scale is 0.
+    const double threshold = std::nearbyint(drop_prob * 0x1p32);
+    const bool all = threshold > 4294967295.0;
+    return {static_cast<uint64_t>(row), static_cast<uint64_t>(seed.item<int64_t>()),
+            all ? 0xffffffffu : static_cast<uint32_t>(threshold),
+            all ? 0.0f : static_cast<float>(rescale ? 1 / (1 - drop_prob) : 1.0)};
+}
+
+void check_seed(const at::Tensor& seed) {
+    TORCH_CHECK_VALUE(seed.dim() == 0 && seed.scalar_type() == at::kLong, "seed must be 0-dim int64");
+}
+
+at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t gaussian, int64_t dropout,
+                          double sigma, double tau, double drop_prob, bool rescale_dropout,
+                          const std::optional<at::Tensor>& basis) {
+    const ElementType type = element_type(x_, "x");
+    TORCH_CHECK_VALUE(x_.dim() == 2 && gaussian >= 0 && dropout >= 0, "x must be (B, Q), got ", x_.sizes());
+    check_seed(seed);
+    const at::Tensor x = dense_rows(x_);
+    const int64_t batch = x.size(0), width = x.size(1), copies = 1 + gaussian + dropout;
+    const int64_t bytes = width * x.element_size();
+    const bool hadamard = basis && basis->dim() == 1, dense = basis && basis->dim() == 2;
+    TORCH_CHECK_VALUE(!basis || (hadamard && basis->size(0) == width) ||
+                          (dense && basis->size(0) == width && basis->size(1) == width),
+                      "basis must be (", width, ", ", width, ") or signs (", width, ",), got ",
+                      basis->sizes());
+    at::Tensor matrix;
+    if (basis) matrix = basis->to(at::kFloat).contiguous();
+    const uint64_t key = static_cast<uint64_t>(seed.item<int64_t>());
+    Mask mask = mask_of(0, seed, drop_prob, rescale_dropout);
+    at::Tensor out = at::empty({copies * batch, width}, x.options());
+
+    // Copies of a row are neighbours here, so that every thread gets as many of each kind.
+    int64_t padded = 1;
+    while (padded < width) padded *= 2;
+    at::parallel_for(0, copies * batch, grain(8 * width), [&](int64_t begin, int64_t end) {
+        const Kernels& k = kernels();
+        std::vector<float> noise(width), buffer(padded);
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t b = i / copies, copy = i % copies, row = copy * batch + b;
+            const void* from = row_pointer(x, b);
+            void* to = mutable_row_pointer(out, row);
+            if (copy > gaussian) {
+                Mask of_row = mask;
+                of_row.row = static_cast<uint64_t>(row);
+                k.dropout_row[type](of_row, from, to, width);
+            } else if (copy == 0 || (dense && type == kFloat32)) {
+                memcpy(to, from, bytes);  // a float matmul adds the noise where it lies
+            } else if (!dense) {
+                k.noise_row({noise.data(), width, static_cast<uint64_t>(row), key, sigma, tau});
+                if (hadamard)
+                    k.hadamard_row(noise.data(), buffer.data(), matrix.const_data_ptr<float>(), width);
+                k.add_noise_row[type](from, noise.data(), to, width);
+            }
+        }
+    });
+    if (!dense || gaussian == 0 || batch == 0 || width == 0) return out;
+
+    const int64_t last = (1 + gaussian) * batch, chunk = std::max<int64_t>(1, kNoiseFloats / width);
+    at::Tensor buffer = at::empty({std::min(chunk, last - batch), width}, matrix.options());
+    for (int64_t first = batch; first < last; first += chunk) {
+        const int64_t rows = std::min(chunk, last - first);
+        at::Tensor noise = buffer.narrow(0, 0, rows);
+        at::parallel_for(0, rows, grain(8 * width), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i)
+                kernels().noise_row({static_cast<float*>(mutable_row_pointer(noise, i)), width,
+                                     static_cast<uint64_t>(first + i), key, sigma, tau});
+        });
+        at::Tensor part = out.narrow(0, first, rows);
+        if (type == kFloat32) {
+            part.addmm_(noise, matrix.t());
+            continue;
+        }
+        const at::Tensor projected = at::mm(noise, matrix.t());
+        at::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i)
+                kernels().add_noise_row[type](row_pointer(x, (first + i) % batch),
+                                              static_cast<const float*>(row_pointer(projected, i)),
+                                              mutable_row_pointer(part, i), width);
+        });
+    }
+    return out;
+}
+
+at::Tensor augment_latent_backward(const at::Tensor& grad_, const at::Tensor& seed, int64_t gaussian,
+                                   int64_t dropout, double drop_prob, bool rescale_dropout) {
+    const ElementType type = element_type(grad_, "grad");
+    const int64_t copies = 1 + gaussian + dropout;
+    TORCH_CHECK_VALUE(grad_.dim() == 2 && grad_.size(0) % copies == 0, "grad must be (", copies,
+                      " * B, Q), got ", grad_.sizes());
+    check_seed(seed);
+    const at::Tensor grad = dense_rows(grad_);
+    const int64_t batch = grad.size(0) / copies, width = grad.size(1);
+    const Mask mask = mask_of(0, seed, drop_prob, rescale_dropout);
+    at::Tensor out = at::empty({batch, width}, grad.options());
+    at::parallel_for(0, batch, grain(copies * width), [&](int64_t begin, int64_t end) {
+        const Kernels& k = kernels();
+        std::vector<float> sum(width);
+        for (int64_t b = begin; b < end; ++b) {
+            std::fill(sum.begin(), sum.end(), 0.0f);
+            for (int64_t copy = 0; copy < copies; ++copy) {
+                const int64_t row = copy * batch + b;
+                Mask of_row = mask;
+                of_row.row = static_cast<uint64_t>(row);
+                if (copy <= gaussian)
+                    k.accumulate_row[type](row_pointer(grad, row), sum.data(), width);
+                else
+                    k.dropout_grad_row[type](of_row, row_pointer(grad, row), sum.data(), width);
+            }
+            k.store_row[type](sum.data(), mutable_row_pointer(out, b), width);
+        }
+    });
+    return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(batchkern, CPU, m) {
+    m.impl("augment_latent", &augment_latent);
+    m.impl("augment_latent_backward", &augment_latent_backward);
+}
+
+}  // namespace batchkern

@@ -1,0 +1,159 @@
+// Virtual samples in latent space (included by kernels.inl). Random numbers are made in runs of this many
+// quads of columns, four numbers a quad: the words of a run stay in the first-level cache.
+constexpr int64_t kQuads = 128;
+
+struct Words {
+    uint32_t word[4][kQuads];
+};
+
+BATCHKERN_INLINE void make_words(Words& w, uint64_t row, uint64_t seed, int64_t first) {
+    const uint32_t row_low = static_cast<uint32_t>(row), row_high = static_cast<uint32_t>(row >> 32);
+    const uint32_t key_low = static_cast<uint32_t>(seed), key_high = static_cast<uint32_t>(seed >> 32);
+    BATCHKERN_SIMD()
+    for (int32_t i = 0; i < kQuads; ++i) {
+        uint32_t c0 = row_low, c1 = row_high, c2 = static_cast<uint32_t>(first + i), c3 = 0;
+        philox(c0, c1, c2, c3, key_low, key_high);
+        w.word[0][i] = c0;
+        w.word[1][i] = c1;
+        w.word[2][i] = c2;
+        w.word[3][i] = c3;
+    }
+}
+
+// u = (upper 23 bits + 1/2) / 2^23: exact, and never 0 or 1.
+BATCHKERN_INLINE float uniform(uint32_t word) {
+    return (static_cast<float>(static_cast<int32_t>(word >> 9)) + 0.5f) * 0x1p-23f;
+}
+
+// The four numbers of a quad side by side: a run, or the first n of it.
+BATCHKERN_INLINE void interleave(const float (&quads)[4][kQuads], float* out, int64_t n) {
+    const int64_t whole = n / 4 < kQuads ? n / 4 : kQuads;
+    for (int64_t i = 0; i < whole; ++i)
+        for (int j = 0; j < 4; ++j) out[4 * i + j] = quads[j][i];
+    if (whole < kQuads)
+        for (int j = 0; j < n % 4; ++j) out[4 * whole + j] = quads[j][whole];
+}
+
+void noise_row(const NoiseRow& a) {
+    Words w;
+    float normal[4][kQuads];
+    for (int64_t first = 0; 4 * first < a.columns; first += kQuads) {
+        make_words(w, a.row, a.seed, first);
+        for (int pair = 0; pair < 4; pair += 2) {
+            BATCHKERN_SIMD()
+            for (int32_t i = 0; i < kQuads; ++i) {
+                const double radius = a.sigma * sqrt(2.0 * minus_log(uniform(w.word[pair][i])));
+                double cosine, sine;
+                cos_sin_turn(uniform(w.word[pair + 1][i]), &cosine, &sine);
+                const double x = radius * cosine, y = radius * sine;
+                normal[pair][i] = static_cast<float>(x > a.tau ? a.tau : x < -a.tau ? -a.tau : x);
+                normal[pair + 1][i] = static_cast<float>(y > a.tau ? a.tau : y < -a.tau ? -a.tau : y);
+            }
+        }
+        interleave(normal, a.noise + 4 * first, a.columns - 4 * first);
+    }
+}
+
+// The first four steps of the transform at once, as a product with the 16 x 16 matrix: its rows are whole
+// vectors, where steps of 1 to 8 would shuffle within them.
+struct Signs16 {
+    float sign[16][16];
+    constexpr Signs16() : sign() {
+        for (int i = 0; i < 16; ++i)
+            for (int j = 0; j < 16; ++j) sign[i][j] = __builtin_parity(i & j) ? -1.0f : 1.0f;
+    }
+};
+constexpr Signs16 kHadamard16;
+
+BATCHKERN_INLINE void hadamard16(float* x) {
+    float out[16] = {};
+    for (int i = 0; i < 16; ++i) {
+        BATCHKERN_SIMD()
+        for (int j = 0; j < 16; ++j) out[j] += kHadamard16.sign[i][j] * x[i];
+    }
+    for (int j = 0; j < 16; ++j) x[j] = out[j];
+}
+
+void hadamard_row(float* noise, float* buffer, const float* signs, int64_t columns) {
+    int64_t width = 1;
+    while (width < columns) width *= 2;
+    for (int64_t j = 0; j < columns; ++j) buffer[j] = noise[j] * signs[j];
+    for (int64_t j = columns; j < width; ++j) buffer[j] = 0.0f;
+    int64_t step = 1;
+    if (width >= 16) {
+        for (int64_t start = 0; start < width; start += 16) hadamard16(buffer + start);
+        step = 16;
+    }
+    for (; step < width; step *= 2) {
+        for (int64_t start = 0; start < width; start += 2 * step) {
+            BATCHKERN_SIMD()
+            for (int64_t j = start; j < start + step; ++j) {
+                const float a = buffer[j], b = buffer[j + step];
+                buffer[j] = a + b;
+                buffer[j + step] = a - b;
+            }
+        }
+    }
+    const float scale = static_cast<float>(sqrt(static_cast<double>(columns)));
+    for (int64_t j = 0; j < columns; ++j) noise[j] = buffer[j] / scale;
+}
+
+template <class T>
+void add_noise_row(const void* x, const float* noise, void* out, int64_t n) {
+    const T* in = static_cast<const T*>(x);
+    T* to = static_cast<T*>(out);
+    BATCHKERN_SIMD()
+    for (int64_t j = 0; j < n; ++j) store(to + j, load(in + j) + noise[j]);
+}
+
+// Calls use(start, n, factor) for every run of columns: factor is scale where a column is kept and 0 where
+// not.
+template <class Use>
+BATCHKERN_INLINE void for_each_run(const Mask& mask, int64_t columns, Use use) {
+    const uint32_t threshold = mask.threshold;
+    const float scale = mask.scale;
+    Words w;
+    float quads[4][kQuads], factor[4 * kQuads];
+    for (int64_t first = 0; 4 * first < columns; first += kQuads) {
+        make_words(w, mask.row, mask.seed, first);
+        for (int j = 0; j < 4; ++j) {
+            BATCHKERN_SIMD()
+            for (int32_t i = 0; i < kQuads; ++i) quads[j][i] = w.word[j][i] >= threshold ? scale : 0.0f;
+        }
+        interleave(quads, factor, 4 * kQuads);
+        use(4 * first, columns - 4 * first < 4 * kQuads ? columns - 4 * first : 4 * kQuads, factor);
+    }
+}
+
+template <class T>
+void dropout_row(const Mask& mask, const void* x, void* out, int64_t columns) {
+    for_each_run(mask, columns, [&](int64_t start, int64_t n, const float* factor) {
+        const T* in = static_cast<const T*>(x) + start;
+        T* to = static_cast<T*>(out) + start;
+        BATCHKERN_SIMD()
+        for (int64_t j = 0; j < n; ++j) store(to + j, load(in + j) * factor[j]);
+    });
+}
+
+template <class T>
+void dropout_grad_row(const Mask& mask, const void* grad, float* sum, int64_t columns) {
+    for_each_run(mask, columns, [&](int64_t start, int64_t n, const float* factor) {
+        const T* in = static_cast<const T*>(grad) + start;
+        BATCHKERN_SIMD()
+        for (int64_t j = 0; j < n; ++j) sum[start + j] += load(in + j) * factor[j];
+    });
+}
+
+template <class T>
+void accumulate_row(const void* x, float* sum, int64_t n) {
+    const T* in = static_cast<const T*>(x);
+    BATCHKERN_SIMD()
+    for (int64_t j = 0; j < n; ++j) sum[j] += load(in + j);
+}
+
+template <class T>
+void store_row(const float* x, void* out, int64_t n) {
+    T* to = static_cast<T*>(out);
+    BATCHKERN_SIMD()
+    for (int64_t j = 0; j < n; ++j) store(to + j, x[j]);
+}

@@ -1,0 +1,147 @@
+// Loads, stores and elementary functions for the vectorised loops: each inlines into one and holds no branch,
+// no table and no call, so that the compiler can vectorise it. No torch headers.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+#define BATCHKERN_INLINE static inline __attribute__((always_inline))
+
+namespace batchkern {
+
+BATCHKERN_INLINE uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+BATCHKERN_INLINE float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// --- elements
+// ---------------------------------------------------------------------------------------------------
+
+BATCHKERN_INLINE float load(const float* p) { return *p; }
+
+BATCHKERN_INLINE float load(const BFloat16* p) { return float_of(uint32_t{p->bits} << 16); }
+
+BATCHKERN_INLINE float load(const Float16* p) {
+    const uint32_t h = p->bits;
+    // Exponent and mantissa in place, then 2^112 corrects the bias: exact for subnormals too.
+    const float finite = float_of((h & 0x7fffu) << 13) * 0x1p112f;
+    const uint32_t special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+    return float_of(bits_of(finite) | special | (h & 0x8000u) << 16);
+}
+
+BATCHKERN_INLINE void store(float* p, float x) { *p = x; }
+
+// To nearest, ties to even, as torch rounds.
+BATCHKERN_INLINE void store(BFloat16* p, float x) {
+    const uint32_t bits = bits_of(x);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    p->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+}
+
+BATCHKERN_INLINE void store(Float16* p, float x) {
+    const uint32_t sign = bits_of(x) & 0x80000000u;
+    const uint32_t magnitude = bits_of(x) ^ sign;
+    // Below 2^-14: adding 1/2 leaves the rounded subnormal in the low bits.
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
+    const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+    uint32_t h = magnitude < 0x38800000u ? subnormal : normal;
+    h = magnitude >= 0x477ff000u ? 0x7c00u : h;  // 65520 and above round to infinity
+    h = magnitude > 0x7f800000u ? 0x7e00u : h;
+    p->bits = static_cast<uint16_t>(h | sign >> 16);
+}
+
+// --- functions
+// -------------------------------------------------------------------------------------------------- The
+// coefficients are near-minimax (Chebyshev) fits made for the ranges given.
+
+// e^x for x <= 0 and NaN; within 1 ulp, exactly 1 at 0, and 0 below the normal numbers.
+BATCHKERN_INLINE float exp_nonpositive(float x) {
+    const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+    const float n = shifted - 12582912.0f;
+    const float r =
+        (x - n * 0.693145752f) - n * 1.42860677e-6f;  // log 2 in two parts, the first with 16 bits
+    float p = 1.3926213466332444e-03f;
+    p = p * r + 8.363202971575855e-03f;
+    p = p * r + 4.166655443768594e-02f;
+    p = p * r + 1.6666576845993977e-01f;
+    p = p * r + 0.5f;
+    p = (p * r) * r + r + 1.0f;
+    const float power = float_of((bits_of(shifted) + 127u) << 23);
+    return x < -87.3f ? 0.0f : p * power;
+}
+
+// (e^t - 1 - t) / t^2 for |t| <= 1
+BATCHKERN_INLINE float expm1_tail(float t) {
+    float p = 2.8063823009416225e-06f;
+    p = p * t + 2.5359638313066675e-05f;
+    p = p * t + 1.9838089204670485e-04f;
+    p = p * t + 1.3885382827195348e-03f;
+    p = p * t + 8.333339714229025e-03f;
+    p = p * t + 4.166673701795895e-02f;
+    p = p * t + 1.6666666646682468e-01f;
+    return p * t + 0.5f;
+}
+
+BATCHKERN_INLINE float expm1_small(float t) { return t + t * t * expm1_tail(t); }
+
+// t e^t - e^t + 1 for |t| <= 1: never negative
+BATCHKERN_INLINE float divergence_small(float t) {
+    float p = 2.5324404801510895e-06f;
+    p = p * t + 2.2617231860450504e-05f;
+    p = p * t + 1.7357170071979083e-04f;
+    p = p * t + 1.1900452397125446e-03f;
+    p = p * t + 6.9444554281175045e-03f;
+    p = p * t + 3.3333453468280316e-02f;
+    p = p * t + 1.2499999917417468e-01f;
+    p = p * t + 3.3333332429998613e-01f;
+    return t * t * (p * t + 0.5f);
+}
+
+// -log u for u in (0, 1), to 1e-11: in double, so that a normal is within half an ulp of the definition's.
+BATCHKERN_INLINE double minus_log(float u) {
+    const uint32_t shifted =
+        bits_of(u) - 0x3f3504f3u;  // of sqrt(1/2): the mantissa ends in [sqrt(1/2), sqrt(2))
+    const int32_t exponent = static_cast<int32_t>(shifted) >> 23;
+    const double m = float_of((shifted & 0x007fffffu) + 0x3f3504f3u);
+    const double s = (m - 1.0) / (m + 1.0);
+    const double z = s * s;
+    double p = 1.1808905679487959e-01;
+    p = p * z + 1.4267488127293454e-01;
+    p = p * z + 2.000019292543696e-01;
+    p = p * z + 3.3333332620856193e-01;
+    p = p * z + 1.0000000000042009e+00;
+    return -(exponent * 0.69314718055994531 + 2.0 * s * p);
+}
+
+// cos and sin of 2 pi u for u in [0, 1], to 1e-11
+BATCHKERN_INLINE void cos_sin_turn(float u, double* cosine, double* sine) {
+    const int32_t quadrant = static_cast<int32_t>(4.0f * u + 0.5f);
+    const double r = 4.0 * u - quadrant;
+    const double z = r * r;
+    double s = 1.5820621473480918e-04;
+    s = s * z - 4.681266217860491e-03;
+    s = s * z + 7.96925827204243e-02;
+    s = s * z - 6.459640961465783e-01;
+    s = (s * z + 1.5707963267880984e+00) * r;
+    double c = -2.4850949403773362e-05;
+    c = c * z + 9.191617291039123e-04;
+    c = c * z - 2.0863468000718036e-02;
+    c = c * z + 2.5366950715358505e-01;
+    c = c * z - 1.2337005501201561e+00;
+    c = c * z + 9.999999999999444e-01;
+    const double a = quadrant & 1 ? s : c;
+    const double b = quadrant & 1 ? c : s;
+    *cosine = (quadrant + 1) & 2 ? -a : a;
+    *sine = quadrant & 2 ? -b : b;
+}
+
+}  // namespace batchkern

@@ -1,0 +1,111 @@
+// The vectorised CPU kernels: plain loops over raw pointers, compiled once for each level of the instruction
+// set. No torch headers. A kernel handles the rows that it is given and starts no threads.
+#pragma once
+
+#include <cstdint>
+
+namespace batchkern {
+
+// Storage of the two 16-bit types; arithmetic is in float.
+struct BFloat16 {
+    uint16_t bits;
+};
+struct Float16 {
+    uint16_t bits;
+};
+
+enum ElementType { kFloat32, kBFloat16, kFloat16, kElementTypes };
+
+// Options that are the same for every row of a cross entropy over `classes` classes.
+struct CrossEntropyOptions {
+    int64_t classes;
+    const float* class_weight;  // (classes,), or null: all 1
+    double weight_sum;          // of class_weight
+    double smoothing;
+    int64_t ignore_index;
+};
+
+struct LossRows {
+    const void* logits;     // (rows, classes)
+    int64_t stride;         // elements from row to row
+    const int64_t* target;  // (rows,), in range or ignore_index
+    float* losses;          // (rows,), 0 where ignored
+    float* lse;             // (rows, 2): the maximum m, and log of the sum of exp(z - m)
+    int64_t rows;
+};
+
+struct GradRows {
+    const void* logits;  // (rows, classes)
+    int64_t stride;
+    const int64_t* target;  // (rows,)
+    const float* lse;       // (rows, 2)
+    const bool* kept;       // (rows,)
+    void* grad;             // (rows, classes); may be the logits themselves
+    int64_t grad_stride;
+    bool grad_is_zero;  // dropped rows hold zeros already
+    float scale;        // upstream gradient over the normalizer
+    int64_t rows;
+};
+
+// Divergences of the virtual rows of one reference row, and their gradients.
+struct DivergenceRows {
+    const void* reference;  // (classes,)
+    const void* virtuals;   // copy c at virtuals + c * virtual_stride, in elements
+    int64_t virtual_stride;
+    float* grad_virtual;  // null, or copy c at grad_virtual + c * grad_stride
+    int64_t grad_stride;
+    float* grad_reference;  // null, or (classes,): summed over copies
+    float* divergences;     // copy c at divergences + c * divergence_stride
+    int64_t divergence_stride;
+    float* scratch;  // (classes,)
+    int64_t copies;
+    int64_t classes;
+    float inverse_temperature;
+};
+
+struct NoiseRow {
+    float* noise;  // (columns,)
+    int64_t columns;
+    uint64_t row;
+    uint64_t seed;
+    double sigma;
+    double tau;
+};
+
+// The dropout mask of a row, times a scale.
+struct Mask {
+    uint64_t row;
+    uint64_t seed;
+    uint32_t threshold;  // a number below it drops its element
+    float scale;
+};
+
+struct Kernels {
+    const char* level;
+    void (*loss_rows[kElementTypes])(const LossRows&, const CrossEntropyOptions&);
+    void (*grad_rows[kElementTypes])(const GradRows&, const CrossEntropyOptions&);
+    void (*divergence_rows[kElementTypes])(const DivergenceRows&);
+    void (*noise_row)(const NoiseRow&);
+    // noise -> s * H D noise, in place; buffer holds the next power of two
+    void (*hadamard_row)(float* noise, float* buffer, const float* signs, int64_t columns);
+    // out[i] = x[i] + noise[i]
+    void (*add_noise_row[kElementTypes])(const void* x, const float* noise, void* out, int64_t n);
+    void (*dropout_row[kElementTypes])(const Mask&, const void* x, void* out, int64_t n);
+    // sum[i] += mask[i] * grad[i]
+    void (*dropout_grad_row[kElementTypes])(const Mask&, const void* grad, float* sum, int64_t n);
+    // sum[i] += x[i]
+    void (*accumulate_row[kElementTypes])(const void* x, float* sum, int64_t n);
+    // out[i] = x[i], rounded
+    void (*store_row[kElementTypes])(const float* x, void* out, int64_t n);
+    void (*order_keys[kElementTypes])(const void* losses, uint32_t* keys, int64_t n);
+    double (*sum_kept[kElementTypes])(const void* losses, const bool* kept, int64_t n);
+};
+
+// The best level that this processor runs, unless use_level chose another.
+const Kernels& kernels();
+// Whether there is a level of that name here; if so it is used from now on.
+bool use_level(const char* name);
+// Null-terminated, best first.
+const Kernels* const* levels();
+
+}  // namespace batchkern

@@ -1,0 +1,33 @@
+// Every vectorised kernel and the table of one level. Included once by each level_*.cpp, after its target
+// pragma, in a namespace of its own. Nothing here may instantiate a template of the standard library: the
+// linker would be free to use this level's copy of it on a processor that lacks the instructions.
+
+namespace {
+
+// clang-format off
+#include "reduce.inl"
+#include "cross_entropy.inl"
+#include "soft_label_kl.inl"
+#include "augment_latent.inl"
+#include "losses.inl"
+// clang-format on
+
+#define BATCHKERN_EACH_TYPE(kernel) {kernel<float>, kernel<BFloat16>, kernel<Float16>}
+
+}  // namespace
+
+extern const Kernels table = {
+    BATCHKERN_LEVEL,
+    BATCHKERN_EACH_TYPE(loss_rows),
+    BATCHKERN_EACH_TYPE(grad_rows),
+    BATCHKERN_EACH_TYPE(divergence_rows),
+    noise_row,
+    hadamard_row,
+    BATCHKERN_EACH_TYPE(add_noise_row),
+    BATCHKERN_EACH_TYPE(dropout_row),
+    BATCHKERN_EACH_TYPE(dropout_grad_row),
+    BATCHKERN_EACH_TYPE(accumulate_row),
+    BATCHKERN_EACH_TYPE(store_row),
+    BATCHKERN_EACH_TYPE(order_keys),
+    BATCHKERN_EACH_TYPE(sum_kept),
+};

@@ -1,0 +1,15 @@
+// What every level_*.cpp includes before its target pragma: all headers that kernels.inl needs.
+#pragma once
+
+#include <math.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "../order.h"
+#include "../philox.h"
+#include "elements.h"
+#include "kernels.h"
+
+#define BATCHKERN_PRAGMA(text) _Pragma(#text)
+#define BATCHKERN_SIMD(clauses) BATCHKERN_PRAGMA(omp simd clauses)

@@ -1,0 +1,17 @@
+// Vectors of losses (included by kernels.inl).
+
+template <class T>
+void order_keys(const void* losses, uint32_t* keys, int64_t n) {
+    const T* in = static_cast<const T*>(losses);
+    BATCHKERN_SIMD()
+    for (int64_t j = 0; j < n; ++j) keys[j] = order_key(load(in + j));
+}
+
+template <class T>
+double sum_kept(const void* losses, const bool* kept, int64_t n) {
+    const T* in = static_cast<const T*>(losses);
+    double sum = 0;
+    BATCHKERN_SIMD(reduction(+ : sum))
+    for (int64_t j = 0; j < n; ++j) sum += kept[j] ? load(in + j) : 0.0f;
+    return sum;
+}

@@ -1,0 +1,46 @@
+// What several kernels share (included by kernels.inl).
+
+// 16 KiB of floats: the second look at a block finds it in the first-level cache.
+constexpr int64_t kBlock = 4096;
+// A row's remainder is padded to this many elements, the widest vector: scalar exponentials are slow.
+constexpr int64_t kLanes = 16;
+
+// Adds exp(scale * (z - m)) of a block to the sum, and raises m to the block's maximum first.
+template <class T>
+BATCHKERN_INLINE void add_block(const T* z, int64_t size, float scale, float& m, double& sum) {
+    float highest = m;
+    BATCHKERN_SIMD(reduction(max : highest))
+    for (int64_t j = 0; j < size; ++j) {
+        const float x = load(z + j);
+        highest = x > highest ? x : highest;
+    }
+    if (highest > m) {
+        if (sum != 0) sum *= exp_nonpositive((m - highest) * scale);
+        m = highest;
+    }
+    const float base = m == -INFINITY ? 0.0f : m;  // -inf - -inf would be NaN in a block before a finite one
+    double part = 0;
+    BATCHKERN_SIMD(reduction(+ : part))
+    for (int64_t j = 0; j < size; ++j) part += exp_nonpositive((load(z + j) - base) * scale);
+    sum += part;
+}
+
+// log of the sum of exp(scale * (z - m)) over a row, and its maximum m: one pass over memory in cached
+// blocks. Sums are double, so that the result is as exact as its exponentials. NaN where the row holds NaN or
+// +inf, or only -inf.
+template <class T>
+double log_sum_exp(const T* row, int64_t n, float scale, float* maximum) {
+    float m = -INFINITY;
+    double sum = 0;
+    const int64_t whole = n / kLanes * kLanes;
+    for (int64_t start = 0; start < whole; start += kBlock)
+        add_block(row + start, whole - start < kBlock ? whole - start : kBlock, scale, m, sum);
+    if (whole < n) {
+        float rest[kLanes];
+        for (int64_t j = 0; j < kLanes; ++j) rest[j] = -INFINITY;
+        for (int64_t j = whole; j < n; ++j) rest[j - whole] = load(row + j);
+        add_block(rest, kLanes, scale, m, sum);
+    }
+    *maximum = m;
+    return log(sum);
+}

@@ -1,0 +1,25 @@
+// Which losses are the highest: keys as in order.h, ties by lower index. No torch headers.
+#pragma once
+
+#include <cstdint>
+
+namespace batchkern {
+
+// k = clamp(round_half_even(keep * n), 1, n); 0 where n is 0.
+int64_t kept_count(int64_t n, double keep);
+
+// The k-th highest of n keys (1 <= k <= n), and how many of the keys equal to it are among the k highest.
+struct Threshold {
+    uint32_t key;
+    int64_t ties;
+};
+Threshold select_threshold(const uint32_t* keys, int64_t n, int64_t k);
+
+// kept[i] = keys[i] is among the kept_count highest of those with valid[i]; a null valid is all true. Returns
+// k.
+int64_t select_rows(const uint32_t* keys, const bool* valid, int64_t n, double keep, bool* kept);
+
+// Indices (k,) of the k highest of n keys, in descending order.
+void rank_rows(const uint32_t* keys, int64_t n, int64_t k, int64_t* indices);
+
+}  // namespace batchkern

@@ -1,0 +1,170 @@
+// trimmed_cross_entropy on a CPU: losses and log-sum-exps of all rows, a selection, gradients of the kept
+// rows.
+#include <ATen/ops/from_blob.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <memory>
+
+#include "select.h"
+#include "tensors.h"
+
+namespace batchkern {
+namespace {
+
+// What both passes need of the arguments. Holds the tensors that its pointers point into.
+struct Problem {
+    Problem(const at::Tensor& logits_, const at::Tensor& target_,
+            const std::optional<at::Tensor>& class_weight, int64_t ignore_index, double smoothing)
+        : type(element_type(logits_, "logits")) {
+        TORCH_CHECK_VALUE(logits_.dim() == 2 && logits_.size(0) < kMaxRows, "logits must be (B, C), got ",
+                          logits_.sizes());
+        rows = logits_.size(0);
+        options.classes = logits_.size(1);
+        TORCH_CHECK_VALUE(target_.dim() == 1 && target_.size(0) == rows && target_.scalar_type() == at::kLong,
+                          "target must be int64 (", rows, ",), got ", target_.scalar_type(), " ",
+                          target_.sizes());
+        logits = dense_rows(logits_);
+        target = target_.contiguous();
+        options.class_weight = nullptr;
+        options.weight_sum = static_cast<double>(options.classes);
+        options.smoothing = smoothing;
+        options.ignore_index = ignore_index;
+        if (class_weight) {
+            TORCH_CHECK_VALUE(class_weight->dim() == 1 && class_weight->size(0) == options.classes,
+                              "class_weight must be (", options.classes, ",), got ", class_weight->sizes());
+            weight = class_weight->to(at::kFloat).contiguous();
+            options.class_weight = weight.const_data_ptr<float>();
+            options.weight_sum = 0;
+            for (int64_t c = 0; c < options.classes; ++c) options.weight_sum += options.class_weight[c];
+        }
+    }
+
+    ElementType type;
+    int64_t rows;
+    at::Tensor logits, target, weight;
+    CrossEntropyOptions options;
+};
+
+void check_target(const Problem& p) {
+    const int64_t* target = p.target.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < p.rows; ++i) {
+        if (target[i] == p.options.ignore_index) continue;
+        TORCH_CHECK_VALUE(target[i] >= 0 && target[i] < p.options.classes, "target[", i, "] is ", target[i],
+                          "; it must be in [0, ", p.options.classes, ") or ignore_index (",
+                          p.options.ignore_index, ")");
+    }
+}
+
+using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target_, double keep,
+                              const std::optional<at::Tensor>& keep_tensor,
+                              const std::optional<at::Tensor>& class_weight, int64_t ignore_index,
+                              double label_smoothing) {
+    const double fraction = keep_value(keep, keep_tensor);
+    const Problem p(logits, target_, class_weight, ignore_index, label_smoothing);
+    check_target(p);
+    const auto floats = logits.options().dtype(at::kFloat);
+    at::Tensor losses = at::empty({p.rows}, floats), lse = at::empty({p.rows, 2}, floats);
+    at::Tensor kept = at::empty({p.rows}, floats.dtype(at::kBool));
+    const int64_t* const target = p.target.const_data_ptr<int64_t>();
+    float* const loss = losses.mutable_data_ptr<float>();
+    float* const log_sums = lse.mutable_data_ptr<float>();
+    bool* const is_kept = kept.mutable_data_ptr<bool>();
+
+    at::parallel_for(0, p.rows, grain(p.options.classes), [&](int64_t begin, int64_t end) {
+        kernels().loss_rows[p.type]({row_pointer(p.logits, begin), p.logits.stride(0), target + begin,
+                                     loss + begin, log_sums + 2 * begin, end - begin},
+                                    p.options);
+    });
+
+    const std::unique_ptr<uint32_t[]> keys(new uint32_t[p.rows]);
+    kernels().order_keys[kFloat32](loss, keys.get(), p.rows);
+    for (int64_t i = 0; i < p.rows; ++i) is_kept[i] = target[i] != ignore_index;
+    const int64_t k = select_rows(keys.get(), is_kept, p.rows, fraction, is_kept);
+    const double sum = kernels().sum_kept[kFloat32](loss, is_kept, p.rows);
+    double normalizer = static_cast<double>(k);
+    if (p.options.class_weight) {
+        normalizer = 0;
+        for (int64_t i = 0; i < p.rows; ++i)
+            if (is_kept[i]) normalizer += p.options.class_weight[target[i]];
+    }
+    return {scalar(sum / normalizer), losses, lse, kept, scalar(normalizer)};
+}
+
+void write_gradient(const Problem& p, const at::Tensor& upstream, const at::Tensor& lse,
+                    const at::Tensor& kept, const at::Tensor& normalizer, const at::Tensor& grad,
+                    bool grad_is_zero) {
+    TORCH_CHECK_VALUE(lse.dim() == 2 && lse.size(0) == p.rows && lse.size(1) == 2 && lse.is_contiguous() &&
+                          lse.scalar_type() == at::kFloat,
+                      "lse must be contiguous float32 (", p.rows, ", 2)");
+    TORCH_CHECK_VALUE(
+        kept.dim() == 1 && kept.size(0) == p.rows && kept.is_contiguous() && kept.scalar_type() == at::kBool,
+        "kept must be contiguous bool (", p.rows, ",)");
+    const float scale = static_cast<float>(upstream.item<double>() / normalizer.item<double>());
+    const bool* const is_kept = kept.const_data_ptr<bool>();
+    const float* const log_sums = lse.const_data_ptr<float>();
+    const int64_t* const target = p.target.const_data_ptr<int64_t>();
+    at::parallel_for(0, p.rows, grain(p.options.classes), [&](int64_t begin, int64_t end) {
+        kernels().grad_rows[p.type]({row_pointer(p.logits, begin), p.logits.stride(0), target + begin,
+                                     log_sums + 2 * begin, is_kept + begin, mutable_row_pointer(grad, begin),
+                                     grad.stride(0), grad_is_zero, scale, end - begin},
+                                    p.options);
+    });
+}
+
+// Above this size malloc maps fresh pages, which hold zeros: calloc knows, so rows that were dropped need not
+// be touched, neither here nor by a page fault. Smaller blocks are used again, and calloc would clear them by
+// itself.
+constexpr int64_t kAlwaysMapped = int64_t{32} << 20;
+
+at::Tensor fresh_zeros(const at::Tensor& like) {
+    constexpr uintptr_t kAlignment = 64;
+    const size_t bytes = like.numel() * like.element_size();
+    void* const base = std::calloc(bytes + kAlignment, 1);
+    TORCH_CHECK_WITH(OutOfMemoryError, base, "could not allocate ", bytes,
+                     " bytes for the gradient of logits");
+    void* const data =
+        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(base) / kAlignment + 1) * kAlignment);
+    c10::profiledCPUMemoryReporter().New(data, bytes);
+    const auto release = [base](void* memory) {
+        c10::profiledCPUMemoryReporter().Delete(memory);
+        std::free(base);
+    };
+    return at::from_blob(data, like.sizes(), release, like.options());
+}
+
+at::Tensor trimmed_cross_entropy_backward(const at::Tensor& grad, const at::Tensor& logits,
+                                          const at::Tensor& target, const at::Tensor& lse,
+                                          const at::Tensor& kept, const at::Tensor& normalizer,
+                                          const std::optional<at::Tensor>& class_weight,
+                                          double label_smoothing) {
+    const Problem p(logits, target, class_weight, -1, label_smoothing);
+    const bool fresh = logits.numel() * logits.element_size() > kAlwaysMapped;
+    const at::Tensor result = fresh ? fresh_zeros(logits) : at::empty(logits.sizes(), logits.options());
+    write_gradient(p, grad, lse, kept, normalizer, result, fresh);
+    return result;
+}
+
+at::Tensor& trimmed_cross_entropy_backward_(const at::Tensor& grad, at::Tensor& logits,
+                                            const at::Tensor& target, const at::Tensor& lse,
+                                            const at::Tensor& kept, const at::Tensor& normalizer,
+                                            const std::optional<at::Tensor>& class_weight,
+                                            double label_smoothing) {
+    const Problem p(logits, target, class_weight, -1, label_smoothing);
+    write_gradient(p, grad, lse, kept, normalizer, p.logits, false);
+    if (!p.logits.is_same(logits)) logits.copy_(p.logits);
+    return logits;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(batchkern, CPU, m) {
+    m.impl("trimmed_cross_entropy", &trimmed_cross_entropy);
+    m.impl("trimmed_cross_entropy_backward", &trimmed_cross_entropy_backward);
+    m.impl("trimmed_cross_entropy_backward_", &trimmed_cross_entropy_backward_);
+}
+
+}  // namespace batchkern

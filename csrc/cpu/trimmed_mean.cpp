@@ -1,0 +1,37 @@
+// trimmed_mean on a CPU.
+#include <torch/library.h>
+
+#include <memory>
+
+#include "select.h"
+#include "tensors.h"
+
+namespace batchkern {
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> trimmed_mean(const at::Tensor& losses, double keep,
+                                                            const std::optional<at::Tensor>& keep_tensor,
+                                                            const std::optional<at::Tensor>& mask) {
+    const ElementType type = element_type(losses, "losses");
+    TORCH_CHECK_VALUE(losses.dim() == 1 && losses.size(0) < kMaxRows, "losses must be (B,), got ",
+                      losses.sizes());
+    TORCH_CHECK_VALUE(!mask || (mask->sizes() == losses.sizes() && mask->scalar_type() == at::kBool),
+                      "mask must be bool (", losses.size(0), ",)");
+    const at::Tensor dense = dense_rows(losses);
+    const at::Tensor valid = mask ? mask->contiguous() : at::Tensor();
+    const int64_t n = losses.size(0);
+    const std::unique_ptr<uint32_t[]> keys(new uint32_t[n]);
+    kernels().order_keys[type](dense.const_data_ptr(), keys.get(), n);
+    at::Tensor kept = at::empty({n}, losses.options().dtype(at::kBool));
+    bool* const is_kept = kept.mutable_data_ptr<bool>();
+    const int64_t k = select_rows(keys.get(), mask ? valid.const_data_ptr<bool>() : nullptr, n,
+                                  keep_value(keep, keep_tensor), is_kept);
+    const double sum = kernels().sum_kept[type](dense.const_data_ptr(), is_kept, n);
+    return {scalar(sum / static_cast<double>(k)), kept, scalar(static_cast<double>(k))};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(batchkern, CPU, m) { m.impl("trimmed_mean", &trimmed_mean); }
+
+}  // namespace batchkern
