@@ -12,7 +12,7 @@ BUILT := build/.built-$(TORCH)$(subst /,-,$(abspath $(VENV)))
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo gpu clean
+.PHONY: help setup test lint format demo bench gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -58,6 +58,9 @@ format: setup ## rewrite Python and C++ in the project's style
 
 demo: setup ## compare the strategies on a small real data set (results in runs/demo)
 	$(BIN)/batchkern compare --data digits --seeds 2 --out runs/demo --overwrite
+
+bench: setup ## time every operation beside PyTorch on a quiet machine, 8 minutes (JSON in bench/results)
+	BATCHKERN_BENCH_OUT=bench/results $(BIN)/python -m pytest bench --benchmark-quiet -W ignore::DeprecationWarning
 
 gpu: ## on a machine with a GPU, nvcc and torch: build with CUDA for PYTHON and run the GPU tests
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
