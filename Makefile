@@ -12,7 +12,7 @@ BUILT := build/.built-$(TORCH)$(subst /,-,$(abspath $(VENV)))
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo bench gpu clean
+.PHONY: help setup test lint format demo bench sanitize cross gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -61,6 +61,23 @@ demo: setup ## compare the strategies on a small real data set (results in runs/
 
 bench: setup ## time every operation beside PyTorch on a quiet machine, 8 minutes (JSON in bench/results)
 	BATCHKERN_BENCH_OUT=bench/results $(BIN)/python -m pytest bench --benchmark-quiet -W ignore::DeprecationWarning
+
+# Leaks are not looked for: Python and torch keep memory on purpose. What torch.compile builds would need the sanitizer too.
+sanitize: setup ## run the tests of the operations under AddressSanitizer and UBSan
+	@echo "building batchkern._C with sanitizers"
+	@BATCHKERN_SANITIZE=1 BATCHKERN_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib build/sanitized
+	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. OMP_NUM_THREADS=2 \
+		$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml --rootdir ../.. ../../tests/ops -q -k "not compile" --capture=sys
+
+cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetches ziglang, 100 MB)
+	@$(PIP) ziglang
+	@for target in x86_64-linux-gnu aarch64-linux-gnu; do for source in csrc/cpu/level_*.cpp csrc/cpu/kernels.cpp csrc/cpu/select.cpp; do \
+		echo "$$target $$source"; \
+		$(BIN)/python -m ziglang c++ -target $$target -std=c++17 -O3 -fopenmp-simd -fno-math-errno -fno-trapping-math \
+			-Wall -Wextra -Werror -c $$source -o build/cross.o || exit 1; \
+	done; done
 
 gpu: ## on a machine with a GPU, nvcc and torch: build with CUDA for PYTHON and run the GPU tests
 	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \

@@ -28,6 +28,8 @@ void check_seed(const at::Tensor& seed) {
 at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t gaussian, int64_t dropout,
                           double sigma, double tau, double drop_prob, bool rescale_dropout,
                           const std::optional<at::Tensor>& basis) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(
+        c10::autocast_dispatch_keyset);  // for the matmul below
     const ElementType type = element_type(x_, "x");
     TORCH_CHECK_VALUE(x_.dim() == 2 && gaussian >= 0 && dropout >= 0, "x must be (B, Q), got ", x_.sizes());
     check_seed(seed);
@@ -44,6 +46,7 @@ at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t 
     const uint64_t key = static_cast<uint64_t>(seed.item<int64_t>());
     Mask mask = mask_of(0, seed, drop_prob, rescale_dropout);
     at::Tensor out = at::empty({copies * batch, width}, x.options());
+    if (out.numel() == 0) return out;
 
     // Copies of a row are neighbours here, so that every thread gets as many of each kind.
     int64_t padded = 1;
@@ -69,7 +72,7 @@ at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t 
             }
         }
     });
-    if (!dense || gaussian == 0 || batch == 0 || width == 0) return out;
+    if (!dense || gaussian == 0) return out;
 
     const int64_t last = (1 + gaussian) * batch, chunk = std::max<int64_t>(1, kNoiseFloats / width);
     at::Tensor buffer = at::empty({std::min(chunk, last - batch), width}, matrix.options());

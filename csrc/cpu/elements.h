@@ -23,19 +23,29 @@ BATCHKERN_INLINE float float_of(uint32_t bits) {
     return x;
 }
 
-// --- elements
-// ---------------------------------------------------------------------------------------------------
+// Integers in the order of floats (NaN outside the numbers), to reduce by: not every compiler vectorises a
+// maximum of floats, whose result where there is a NaN depends on the order.
+BATCHKERN_INLINE int32_t ordered_bits(float x) {
+    const int32_t bits = static_cast<int32_t>(bits_of(x));
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+BATCHKERN_INLINE float of_ordered_bits(int32_t bits) {
+    return float_of(static_cast<uint32_t>(bits ^ (bits >> 31 & 0x7fffffff)));
+}
+
+// Elements.
 
 BATCHKERN_INLINE float load(const float* p) { return *p; }
 
 BATCHKERN_INLINE float load(const BFloat16* p) { return float_of(uint32_t{p->bits} << 16); }
 
 BATCHKERN_INLINE float load(const Float16* p) {
-    const uint32_t h = p->bits;
-    // Exponent and mantissa in place, then 2^112 corrects the bias: exact for subnormals too.
-    const float finite = float_of((h & 0x7fffu) << 13) * 0x1p112f;
-    const uint32_t special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-    return float_of(bits_of(finite) | special | (h & 0x8000u) << 16);
+    const uint32_t h = p->bits, magnitude = h & 0x7fffu;
+    // Subnormals as the low bits of 1/2: a multiplication would see zeros where denormal numbers are flushed.
+    const uint32_t subnormal = bits_of(float_of(magnitude | 0x3f000000u) - 0.5f);
+    const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00u ? 0x38000000u : 0x70000000u);
+    return float_of((magnitude < 0x0400u ? subnormal : normal) | (h & 0x8000u) << 16);
 }
 
 BATCHKERN_INLINE void store(float* p, float x) { *p = x; }
@@ -59,9 +69,7 @@ BATCHKERN_INLINE void store(Float16* p, float x) {
     p->bits = static_cast<uint16_t>(h | sign >> 16);
 }
 
-// --- functions
-// -------------------------------------------------------------------------------------------------- The
-// coefficients are near-minimax (Chebyshev) fits made for the ranges given.
+// Functions. The coefficients are near-minimax (Chebyshev) fits made for the ranges given.
 
 // e^x for x <= 0 and NaN; within 1 ulp, exactly 1 at 0, and 0 below the normal numbers.
 BATCHKERN_INLINE float exp_nonpositive(float x) {

@@ -8,12 +8,13 @@ constexpr int64_t kLanes = 16;
 // Adds exp(scale * (z - m)) of a block to the sum, and raises m to the block's maximum first.
 template <class T>
 BATCHKERN_INLINE void add_block(const T* z, int64_t size, float scale, float& m, double& sum) {
-    float highest = m;
-    BATCHKERN_SIMD(reduction(max : highest))
+    int32_t highest_bits = ordered_bits(m);
+    BATCHKERN_SIMD(reduction(max : highest_bits))
     for (int64_t j = 0; j < size; ++j) {
-        const float x = load(z + j);
-        highest = x > highest ? x : highest;
+        const int32_t x = ordered_bits(load(z + j));
+        highest_bits = x > highest_bits ? x : highest_bits;
     }
+    const float highest = of_ordered_bits(highest_bits);  // NaN is not > m: it shows in the sum
     if (highest > m) {
         if (sum != 0) sum *= exp_nonpositive((m - highest) * scale);
         m = highest;

@@ -25,25 +25,27 @@ void divergence_rows_with(const DivergenceRows& a) {
         const double log_sum_q = log_sum_exp(row, a.classes, scale, &max_q);
         const float lo_q = static_cast<float>(log_sum_q);
 
-        // A class that is absent, at -inf in both rows, has d = NaN, which the comparison does not count.
-        float largest = 0;
-        int32_t invalid = 0;
-        BATCHKERN_SIMD(reduction(max : largest) reduction(| : invalid))
+        // The bits of a size are in its order, NaN above all. A class that is absent, at -inf in both rows,
+        // has none.
+        int32_t largest_bits = 0;
+        BATCHKERN_SIMD(reduction(max : largest_bits))
         for (int64_t j = 0; j < a.classes; ++j) {
             const float zp = load(reference + j), zq = load(row + j);
-            const float d = zp - zq;
-            const float size = d < 0 ? -d : d;
-            largest = size > largest ? size : largest;
-            invalid |= (zp != zp) | (zq != zq);
+            const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
+            const int32_t size = absent ? 0 : static_cast<int32_t>(bits_of(zp - zq) & 0x7fffffffu);
+            largest_bits = size > largest_bits ? size : largest_bits;
         }
-        double shift = (log_sum_q - log_sum_p) + (static_cast<double>(max_q) - max_p) * scale;
-        if (largest * scale < 0.5f && !invalid) {
+        const float largest = float_of(static_cast<uint32_t>(largest_bits));
+        float base_p = max_p, base_q = max_q;
+        double shift = log_sum_q - log_sum_p;
+        if (largest * scale < 0.5f) {
             double sum = 0;
             BATCHKERN_SIMD(reduction(+ : sum))
             for (int64_t j = 0; j < a.classes; ++j) {
                 const float d = (load(reference + j) - load(row + j)) * scale;
                 sum += p[j] == 0 ? 0.0f : p[j] * expm1_small(-d);
             }
+            base_p = base_q = 0;
             shift = log1p(sum);
         }
 
@@ -54,7 +56,7 @@ void divergence_rows_with(const DivergenceRows& a) {
             const float zp = load(reference + j), zq = load(row + j);
             const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
             const float q = exp_nonpositive((zq - max_q) * scale - lo_q);
-            const float t = absent ? 0.0f : (zp - zq) * scale + shift_f;
+            const float t = absent ? 0.0f : ((zp - base_p) - (zq - base_q)) * scale + shift_f;
             const bool small = (t <= 1.0f) & (t >= -1.0f);
             const float u = small ? t : 0.0f;
             const float far = p[j] == 0 ? q : p[j] * (t - 1.0f) + q;
@@ -70,7 +72,7 @@ void divergence_rows_with(const DivergenceRows& a) {
             for (int64_t j = 0; j < a.classes; ++j) {
                 const float zp = load(reference + j), zq = load(row + j);
                 const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
-                a.grad_reference[j] += absent ? 0.0f : (zp - zq) * scale + shift_f;
+                a.grad_reference[j] += absent ? 0.0f : ((zp - base_p) - (zq - base_q)) * scale + shift_f;
             }
         }
     }

@@ -103,6 +103,7 @@ void write_gradient(const Problem& p, const at::Tensor& upstream, const at::Tens
     TORCH_CHECK_VALUE(
         kept.dim() == 1 && kept.size(0) == p.rows && kept.is_contiguous() && kept.scalar_type() == at::kBool,
         "kept must be contiguous bool (", p.rows, ",)");
+    if (grad.numel() == 0) return;
     const float scale = static_cast<float>(upstream.item<double>() / normalizer.item<double>());
     const bool* const is_kept = kept.const_data_ptr<bool>();
     const float* const log_sums = lse.const_data_ptr<float>();

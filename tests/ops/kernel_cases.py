@@ -1,0 +1,73 @@
+"""What the tests of the CPU kernels share: every instruction set of the machine, layouts, threads, and the error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from batchkern import _backend
+
+if _backend.extension is None:
+    pytest.skip(_backend.extension_error, allow_module_level=True)
+
+LEVELS: list[str] = _backend.extension.cpu_levels()
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@contextmanager
+def at_level(name: str) -> Iterator[None]:
+    before = _backend.extension.cpu_level()
+    _backend.extension.use_cpu_level(name)
+    try:
+        yield
+    finally:
+        _backend.extension.use_cpu_level(before)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def column_slice(x: Tensor) -> Tensor:
+    """The same values in rows that start at odd addresses, between others that would show in every sum."""
+    wide = torch.full((x.shape[0], x.shape[1] + 5), 77.0, dtype=x.dtype)
+    wide[:, 3:-2] = x
+    return wide[:, 3:-2]
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "column slice": column_slice,
+    "every other row": lambda x: x.repeat_interleave(2, dim=0)[::2],
+    "transposed": lambda x: x.t().contiguous().t(),
+    "negative bit": lambda x: torch._neg_view(-x),  # the imaginary part of a conjugate: bytes that are not the values
+    "first row expanded": lambda x: x[:1].expand(len(x), -1),
+}
+
+
+def bits(x: Tensor) -> Tensor:
+    """For comparisons that tell -0.0 from 0.0 and find a NaN equal to itself."""
+    return x.reshape(-1).view(torch.uint8)
+
+
+def excess(ours: Tensor, exact: Tensor, best: Tensor) -> Tensor:
+    """Per element, how much further ``ours`` is from ``exact`` than ``best`` is; infinite where not both are finite.
+
+    With ``best`` the exact value rounded to a dtype this is a bound against any other result in that dtype, torch's
+    own included: none is closer.
+    """
+    ours, exact, best = ours.double(), exact.double(), best.double()
+    same = (ours == exact) | (ours.isnan() & exact.isnan())
+    error = (ours - exact).abs().nan_to_num(math.inf)
+    return torch.where(same, 0.0, torch.where(error.isfinite(), error - (best - exact).abs(), math.inf))
