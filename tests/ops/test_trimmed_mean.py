@@ -203,42 +203,42 @@ def test_wrong_arguments(arguments: dict, error: type[Exception], words: list[st
         assert word in str(raised.value)
 
 
-# --- two processes ---------------------------------------------------------------------------------------------
+# --- two and three processes -----------------------------------------------------------------------------------
 
-WORLD = 2
 BATCHES = {
-    # Ties across ranks: of the four 2.0, the lower rank's go first.
-    "ties": ([1.0, 2.0, 2.0, 0.0, 3.0, 2.0, 2.0, 0.0], None, 0.5),
-    "masked": ([9.0, 2.0, 5.0, 0.0, 3.0, 9.0, 4.0, 7.0], [0, 1, 1, 1, 1, 0, 1, 1], 0.4),
-    "one rank masked": ([9.0, 8.0, 7.0, 6.0, -math.inf, 9.0, 4.0, 7.0], [0, 0, 0, 0, 1, 1, 1, 1], 0.6),
-    "all kept on one rank": ([0.0, 1.0, 2.0, 3.0, 9.0, 8.0, 7.0, 6.0], None, 0.25),
-    "nan": ([9.0, 8.0, 7.0, 6.0, 1.0, 2.0, math.nan, 3.0], None, 0.25),
-    "all masked": ([1.0] * 8, [0] * 8, 0.5),
+    # Ties across ranks: of the five 2.0, the lower rank's go first.
+    "ties": ([1.0, 2.0, 2.0, 0.0, 3.0, 2.0, 2.0, 0.0, 1.0, 0.0, 2.0, 1.0], None, 1 / 3),
+    "masked": ([9.0, 2.0, 5.0, 0.0, 3.0, 9.0, 4.0, 7.0, 6.0, 9.0, 1.0, 8.0], [0, 1, 1, 1, 1, 0, 1, 1, 1, 0, 1, 1], 0.4),
+    "one rank masked": ([9.0] * 6 + [-math.inf, 9.0, 4.0, 7.0, -1.0, 5.0], [0] * 6 + [1] * 6, 0.6),
+    "all kept on one rank": ([0.0, 1.0, 2.0, 3.0, 0.5, 1.5, 2.5, 3.5, 9.0, 8.0, 7.0, 6.0], None, 0.25),
+    "nan": ([9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0, math.nan, 3.0], None, 0.25),
+    "all masked": ([1.0] * 12, [0] * 12, 0.5),
 }
 
 
-def _worker(rank: int, folder: Path) -> None:
+def _worker(rank: int, folder: Path, world: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=world)
     results = {}
     for name, (losses, mask, keep) in BATCHES.items():
-        mine = torch.tensor(losses).chunk(WORLD)[rank]
-        my_mask = None if mask is None else torch.tensor(mask).bool().chunk(WORLD)[rank]
+        mine = torch.tensor(losses).chunk(world)[rank]
+        my_mask = None if mask is None else torch.tensor(mask).bool().chunk(world)[rank]
         results[name] = run(mine, keep, mask=my_mask, group=dist.group.WORLD)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-def test_group_ranks_the_concatenated_batch(tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(tmp_path,), nprocs=WORLD)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)]
+@pytest.mark.parametrize("world", [2, 3])
+def test_group_ranks_the_concatenated_batch(tmp_path: Path, world: int) -> None:
+    mp.spawn(_worker, args=(tmp_path, world), nprocs=world)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for name, (losses, mask, keep) in BATCHES.items():
         whole, whole_grad = run(torch.tensor(losses), keep, mask=None if mask is None else torch.tensor(mask).bool())
-        averaged = sum(rank[name][0] for rank in ranks) / WORLD
+        averaged = sum(rank[name][0] for rank in ranks) / world
         torch.testing.assert_close(averaged, whole, equal_nan=True, msg=name)
         # DDP averages: row i's share of the averaged gradient is its own rank's over the world size.
-        grads = torch.cat([rank[name][1] for rank in ranks]) / WORLD
+        grads = torch.cat([rank[name][1] for rank in ranks]) / world
         torch.testing.assert_close(grads, whole_grad, msg=name)
         kept = highest(losses, keep, mask)
         assert set(grads.nonzero().flatten().tolist()) == set(kept), name
