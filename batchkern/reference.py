@@ -123,7 +123,7 @@ def trimmed_cross_entropy(
     valid = target != ignore_index
     with torch.no_grad():
         losses = per_sample(logits).masked_fill(~valid, 0.0)
-        row_weight = None if weight is None else weight[torch.where(valid, target, 0)]
+        row_weight = None if weight is None or not len(weight) else weight[torch.where(valid, target, 0)]
         kept, normalizer = select_and_normalize(losses, valid, row_weight, keep, group)
     # Dropped rows are replaced before the differentiable pass: their gradient is an exact zero even where a logit is
     # NaN or infinite, which a zero upstream factor alone would turn into NaN.

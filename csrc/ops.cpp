@@ -24,8 +24,7 @@ TORCH_LIBRARY(batchkern, m) {
         "Tensor normalizer, *, Tensor? class_weight=None, float label_smoothing=0.0) -> Tensor");
     m.def(
         "trimmed_cross_entropy_backward_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor lse, "
-        "Tensor kept, Tensor normalizer, *, Tensor? class_weight=None, float label_smoothing=0.0) -> "
-        "Tensor(a!)");
+        "Tensor kept, Tensor normalizer, *, Tensor? class_weight=None, float label_smoothing=0.0) -> ()");
     m.def(
         "trimmed_mean(Tensor losses, float keep, *, Tensor? keep_tensor=None, Tensor? mask=None) "
         "-> (Tensor mean, Tensor kept, Tensor normalizer)");

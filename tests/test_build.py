@@ -29,7 +29,7 @@ OPERATORS = {
     ),
     "trimmed_cross_entropy_backward_": (
         "grad logits target lse kept normalizer * class_weight label_smoothing",
-        1,
+        0,
     ),
     "trimmed_mean": ("losses keep * keep_tensor mask", 3),
     "linear_trimmed_cross_entropy": (

@@ -153,15 +153,15 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         target, class_weight, *saved = ctx.saved_tensors
-        if ctx.inplace is None:
-            compute, logits = torch.ops.batchkern.trimmed_cross_entropy_backward.default, saved[0]
-        else:
-            compute = torch.ops.batchkern.trimmed_cross_entropy_backward_.default
-            logits, version = ctx.inplace
-            check_unchanged(logits, version)
-            torch.autograd.graph.increment_version(logits)
         options = {"class_weight": class_weight, "label_smoothing": ctx.label_smoothing}
-        return compute(grad, logits, target, *ctx.selection, **options), None
+        if ctx.inplace is None:
+            compute = torch.ops.batchkern.trimmed_cross_entropy_backward.default
+            return compute(grad, saved[0], target, *ctx.selection, **options), None
+        logits, version = ctx.inplace
+        check_unchanged(logits, version)
+        torch.autograd.graph.increment_version(logits)
+        torch.ops.batchkern.trimmed_cross_entropy_backward_.default(grad, logits, target, *ctx.selection, **options)
+        return logits, None
 
 
 if _backend.extension is not None:
@@ -177,8 +177,8 @@ if _backend.extension is not None:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("batchkern::trimmed_cross_entropy_backward_")
-    def _(grad: Tensor, logits: Tensor, *saved: Tensor, **options: Any) -> Tensor:
-        return logits
+    def _(grad: Tensor, logits: Tensor, *saved: Tensor, **options: Any) -> None:
+        return None
 
 
 class TrimmedCrossEntropyLoss(nn.Module):

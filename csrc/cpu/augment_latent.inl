@@ -42,7 +42,7 @@ void noise_row(const NoiseRow& a) {
         for (int pair = 0; pair < 4; pair += 2) {
             BATCHKERN_SIMD()
             for (int32_t i = 0; i < kQuads; ++i) {
-                const double radius = a.sigma * sqrt(2.0 * minus_log(uniform(w.word[pair][i])));
+                const double radius = a.sigma * sqrt(-2.0 * log_nonnegative(uniform(w.word[pair][i])));
                 double cosine, sine;
                 cos_sin_turn(uniform(w.word[pair + 1][i]), &cosine, &sine);
                 const double x = radius * cosine, y = radius * sine;

@@ -2,6 +2,8 @@
 // no table and no call, so that the compiler can vectorise it. No torch headers.
 #pragma once
 
+#include <math.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -71,8 +73,9 @@ BATCHKERN_INLINE void store(Float16* p, float x) {
 
 // Functions. The coefficients are near-minimax (Chebyshev) fits made for the ranges given.
 
-// e^x for x <= 0 and NaN; within 1 ulp, exactly 1 at 0, and 0 below the normal numbers.
-BATCHKERN_INLINE float exp_nonpositive(float x) {
+// e^x for x <= 0 and NaN, as power + tail: their sum rounds to e^x within 1 ulp, exactly 1 at 0, and is 0
+// below the normal numbers.
+BATCHKERN_INLINE float exp_parts(float x, float* tail) {
     const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
     const float n = shifted - 12582912.0f;
     const float r =
@@ -82,9 +85,23 @@ BATCHKERN_INLINE float exp_nonpositive(float x) {
     p = p * r + 4.166655443768594e-02f;
     p = p * r + 1.6666576845993977e-01f;
     p = p * r + 0.5f;
-    p = (p * r) * r + r + 1.0f;
-    const float power = float_of((bits_of(shifted) + 127u) << 23);
-    return x < -87.3f ? 0.0f : p * power;
+    p = (p * r) * r + r;
+    const float power = x < -87.3f ? 0.0f : float_of((bits_of(shifted) + 127u) << 23);
+    *tail = x < -87.3f ? 0.0f : p * power;
+    return power;
+}
+
+BATCHKERN_INLINE float exp_nonpositive(float x) {
+    float tail;
+    const float power = exp_parts(x, &tail);
+    return power + tail;
+}
+
+// e^x with some 26 bits, for sums: where many terms err alike, half an ulp of each would be one of the sum.
+BATCHKERN_INLINE double exp_to_sum(float x) {
+    float tail;
+    const float power = exp_parts(x, &tail);
+    return static_cast<double>(power) + static_cast<double>(tail);
 }
 
 // (e^t - 1 - t) / t^2 for |t| <= 1
@@ -114,12 +131,18 @@ BATCHKERN_INLINE float divergence_small(float t) {
     return t * t * (p * t + 0.5f);
 }
 
-// -log u for u in (0, 1), to 1e-11: in double, so that a normal is within half an ulp of the definition's.
-BATCHKERN_INLINE double minus_log(float u) {
-    const uint32_t shifted =
-        bits_of(u) - 0x3f3504f3u;  // of sqrt(1/2): the mantissa ends in [sqrt(1/2), sqrt(2))
-    const int32_t exponent = static_cast<int32_t>(shifted) >> 23;
-    const double m = float_of((shifted & 0x007fffffu) + 0x3f3504f3u);
+// log x to 1e-11 of itself, for x >= 0 that is no denormal number, and NaN.
+BATCHKERN_INLINE double log_nonnegative(double x) {
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const uint64_t shifted =
+        bits - 0x3fe6a09e667f3bcdu + (uint64_t{1024} << 52);  // of sqrt(1/2): m in [sqrt(1/2), sqrt(2))
+    const uint64_t mantissa_bits = bits - (shifted & 0xfff0000000000000u) + (uint64_t{1024} << 52);
+    const uint64_t exponent_bits = shifted >> 52 | 0x4330000000000000u;  // the number 2^52 + exponent + 1024
+    double m, exponent;
+    memcpy(&m, &mantissa_bits, sizeof m);
+    memcpy(&exponent, &exponent_bits, sizeof exponent);
+    exponent -= 4503599627370496.0 + 1024.0;
     const double s = (m - 1.0) / (m + 1.0);
     const double z = s * s;
     double p = 1.1808905679487959e-01;
@@ -127,7 +150,8 @@ BATCHKERN_INLINE double minus_log(float u) {
     p = p * z + 2.000019292543696e-01;
     p = p * z + 3.3333332620856193e-01;
     p = p * z + 1.0000000000042009e+00;
-    return -(exponent * 0.69314718055994531 + 2.0 * s * p);
+    const double result = exponent * 0.69314718055994531 + 2.0 * s * p;
+    return x > 0 ? result : x == 0 ? -INFINITY : x;
 }
 
 // cos and sin of 2 pi u for u in [0, 1], to 1e-11

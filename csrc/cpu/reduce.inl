@@ -22,7 +22,7 @@ BATCHKERN_INLINE void add_block(const T* z, int64_t size, float scale, float& m,
     const float base = m == -INFINITY ? 0.0f : m;  // -inf - -inf would be NaN in a block before a finite one
     double part = 0;
     BATCHKERN_SIMD(reduction(+ : part))
-    for (int64_t j = 0; j < size; ++j) part += exp_nonpositive((load(z + j) - base) * scale);
+    for (int64_t j = 0; j < size; ++j) part += exp_to_sum((load(z + j) - base) * scale);
     sum += part;
 }
 
@@ -43,5 +43,5 @@ double log_sum_exp(const T* row, int64_t n, float scale, float* maximum) {
         add_block(rest, kLanes, scale, m, sum);
     }
     *maximum = m;
-    return log(sum);
+    return log_nonnegative(sum);
 }

@@ -46,6 +46,8 @@ inline int64_t grain(int64_t elements_per_row) {
 
 // keep, or what the tensor holds now.
 inline double keep_value(double keep, const std::optional<at::Tensor>& tensor) {
+    TORCH_CHECK_VALUE(!tensor || (tensor->dim() == 0 && tensor->scalar_type() == at::kDouble),
+                      "keep_tensor must be 0-dim float64");
     const double value = tensor ? tensor->item<double>() : keep;
     TORCH_CHECK_VALUE(value > 0 && value <= 1, "keep must be in (0, 1], got ", value);
     return value;

@@ -1,6 +1,5 @@
 // trimmed_cross_entropy on a CPU: losses and log-sum-exps of all rows, a selection, gradients of the kept
 // rows.
-#include <ATen/ops/from_blob.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
@@ -47,10 +46,11 @@ struct Problem {
     CrossEntropyOptions options;
 };
 
-void check_target(const Problem& p) {
+// Raises where a row that is looked at has no such class; kept is null, or says which rows are.
+void check_target(const Problem& p, const bool* kept) {
     const int64_t* target = p.target.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < p.rows; ++i) {
-        if (target[i] == p.options.ignore_index) continue;
+        if (kept ? !kept[i] : target[i] == p.options.ignore_index) continue;
         TORCH_CHECK_VALUE(target[i] >= 0 && target[i] < p.options.classes, "target[", i, "] is ", target[i],
                           "; it must be in [0, ", p.options.classes, ") or ignore_index (",
                           p.options.ignore_index, ")");
@@ -65,7 +65,7 @@ Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target
                               double label_smoothing) {
     const double fraction = keep_value(keep, keep_tensor);
     const Problem p(logits, target_, class_weight, ignore_index, label_smoothing);
-    check_target(p);
+    check_target(p, nullptr);
     const auto floats = logits.options().dtype(at::kFloat);
     at::Tensor losses = at::empty({p.rows}, floats), lse = at::empty({p.rows, 2}, floats);
     at::Tensor kept = at::empty({p.rows}, floats.dtype(at::kBool));
@@ -106,6 +106,7 @@ void write_gradient(const Problem& p, const at::Tensor& upstream, const at::Tens
     if (grad.numel() == 0) return;
     const float scale = static_cast<float>(upstream.item<double>() / normalizer.item<double>());
     const bool* const is_kept = kept.const_data_ptr<bool>();
+    check_target(p, is_kept);
     const float* const log_sums = lse.const_data_ptr<float>();
     const int64_t* const target = p.target.const_data_ptr<int64_t>();
     at::parallel_for(0, p.rows, grain(p.options.classes), [&](int64_t begin, int64_t end) {
@@ -121,20 +122,27 @@ void write_gradient(const Problem& p, const at::Tensor& upstream, const at::Tens
 // itself.
 constexpr int64_t kAlwaysMapped = int64_t{32} << 20;
 
+constexpr uintptr_t kAlignment = 64;
+
+void* aligned(void* base) {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(base) / kAlignment + 1) * kAlignment);
+}
+
+void release(void* base) {
+    c10::profiledCPUMemoryReporter().Delete(aligned(base));
+    std::free(base);
+}
+
 at::Tensor fresh_zeros(const at::Tensor& like) {
-    constexpr uintptr_t kAlignment = 64;
     const size_t bytes = like.numel() * like.element_size();
     void* const base = std::calloc(bytes + kAlignment, 1);
     TORCH_CHECK_WITH(OutOfMemoryError, base, "could not allocate ", bytes,
                      " bytes for the gradient of logits");
-    void* const data =
-        reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(base) / kAlignment + 1) * kAlignment);
-    c10::profiledCPUMemoryReporter().New(data, bytes);
-    const auto release = [base](void* memory) {
-        c10::profiledCPUMemoryReporter().Delete(memory);
-        std::free(base);
-    };
-    return at::from_blob(data, like.sizes(), release, like.options());
+    c10::profiledCPUMemoryReporter().New(aligned(base), bytes);
+    const c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
+                               at::DataPtr(aligned(base), base, &release, at::kCPU), c10::GetCPUAllocator(),
+                               /*resizable=*/true);
+    return at::empty({0}, like.options()).set_(storage, 0, like.sizes());
 }
 
 at::Tensor trimmed_cross_entropy_backward(const at::Tensor& grad, const at::Tensor& logits,
@@ -149,15 +157,13 @@ at::Tensor trimmed_cross_entropy_backward(const at::Tensor& grad, const at::Tens
     return result;
 }
 
-at::Tensor& trimmed_cross_entropy_backward_(const at::Tensor& grad, at::Tensor& logits,
-                                            const at::Tensor& target, const at::Tensor& lse,
-                                            const at::Tensor& kept, const at::Tensor& normalizer,
-                                            const std::optional<at::Tensor>& class_weight,
-                                            double label_smoothing) {
+void trimmed_cross_entropy_backward_(const at::Tensor& grad, at::Tensor& logits, const at::Tensor& target,
+                                     const at::Tensor& lse, const at::Tensor& kept,
+                                     const at::Tensor& normalizer,
+                                     const std::optional<at::Tensor>& class_weight, double label_smoothing) {
     const Problem p(logits, target, class_weight, -1, label_smoothing);
     write_gradient(p, grad, lse, kept, normalizer, p.logits, false);
     if (!p.logits.is_same(logits)) logits.copy_(p.logits);
-    return logits;
 }
 
 }  // namespace
