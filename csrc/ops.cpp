@@ -15,18 +15,19 @@
 // keep_tensor, where it is given, is read when the operation runs, instead of keep. lse (B, 2) holds a row's
 // maximum m and the log of its sum of exp(z - m): together they keep the digits that one float32 would lose.
 TORCH_LIBRARY(batchkern, m) {
+    // Their options have places: to pass one by name costs a microsecond, of some 20 that a small call takes.
     m.def(
-        "trimmed_cross_entropy(Tensor logits, Tensor target, float keep, *, Tensor? keep_tensor=None, "
+        "trimmed_cross_entropy(Tensor logits, Tensor target, float keep, Tensor? keep_tensor=None, "
         "Tensor? class_weight=None, int ignore_index=-100, float label_smoothing=0.0) "
         "-> (Tensor loss, Tensor losses, Tensor lse, Tensor kept, Tensor normalizer)");
     m.def(
         "trimmed_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor lse, Tensor kept, "
-        "Tensor normalizer, *, Tensor? class_weight=None, float label_smoothing=0.0) -> Tensor");
+        "Tensor normalizer, Tensor? class_weight=None, float label_smoothing=0.0) -> Tensor");
     m.def(
         "trimmed_cross_entropy_backward_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor lse, "
-        "Tensor kept, Tensor normalizer, *, Tensor? class_weight=None, float label_smoothing=0.0) -> ()");
+        "Tensor kept, Tensor normalizer, Tensor? class_weight=None, float label_smoothing=0.0) -> ()");
     m.def(
-        "trimmed_mean(Tensor losses, float keep, *, Tensor? keep_tensor=None, Tensor? mask=None) "
+        "trimmed_mean(Tensor losses, float keep, Tensor? keep_tensor=None, Tensor? mask=None) "
         "-> (Tensor mean, Tensor kept, Tensor normalizer)");
     m.def(
         "linear_trimmed_cross_entropy(Tensor hidden, Tensor weight, Tensor target, float keep, *, "

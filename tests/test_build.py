@@ -22,16 +22,16 @@ FACTS = _C.build_facts()
 
 # The arguments of every operator and the number of its results: kernels, autograd and fakes rely on them.
 OPERATORS = {
-    "trimmed_cross_entropy": ("logits target keep * keep_tensor class_weight ignore_index label_smoothing", 5),
+    "trimmed_cross_entropy": ("logits target keep keep_tensor class_weight ignore_index label_smoothing", 5),
     "trimmed_cross_entropy_backward": (
-        "grad logits target lse kept normalizer * class_weight label_smoothing",
+        "grad logits target lse kept normalizer class_weight label_smoothing",
         1,
     ),
     "trimmed_cross_entropy_backward_": (
-        "grad logits target lse kept normalizer * class_weight label_smoothing",
+        "grad logits target lse kept normalizer class_weight label_smoothing",
         0,
     ),
-    "trimmed_mean": ("losses keep * keep_tensor mask", 3),
+    "trimmed_mean": ("losses keep keep_tensor mask", 3),
     "linear_trimmed_cross_entropy": (
         "hidden weight target keep * keep_tensor bias ignore_index label_smoothing chunk_rows",
         5,

@@ -30,7 +30,7 @@ def tensor(name: str, x: Tensor, *, dims: int, dtypes: tuple[torch.dtype, ...] =
 def vector(name: str, x: Tensor, *, rows: int, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """A 1-d companion of ``like``: ``rows`` elements on the same device."""
     tensor(name, x, dims=1, dtypes=dtypes)
-    if len(x) != rows:
+    if x.shape[0] != rows:
         raise ValueError(f"{name} must have shape ({rows},), got {tuple(x.shape)}")
     same_device(name, x, like)
 

@@ -123,18 +123,12 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, call: dict[str, Any]) -> Tensor:
         target, class_weight, group = call["target"], call["class_weight"], call["group"]
-        keep, keep_tensor = check.split_keep(call["keep"])
-        loss, losses, lse, kept, normalizer = torch.ops.batchkern.trimmed_cross_entropy.default(
-            logits,
-            target,
-            keep,
-            keep_tensor=keep_tensor,
-            class_weight=class_weight,
-            ignore_index=call["ignore_index"],
-            label_smoothing=call["label_smoothing"],
+        ignore_index, label_smoothing = call["ignore_index"], call["label_smoothing"]
+        loss, losses, lse, kept, normalizer = forward_op(
+            logits, target, *check.split_keep(call["keep"]), class_weight, ignore_index, label_smoothing
         )
         if group is not None:
-            valid = target != call["ignore_index"]
+            valid = target != ignore_index
             weight = None if class_weight is None else class_weight.float()[torch.where(valid, target, 0)]
             kept, normalizer = select_over_group(losses, valid, weight, call["keep"], group)
             loss = torch.where(kept, losses, 0).sum() / normalizer
@@ -145,7 +139,7 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
             ctx.inplace = None
             ctx.save_for_backward(target, class_weight, logits)
         ctx.selection = lse, kept, normalizer
-        ctx.label_smoothing = call["label_smoothing"]
+        ctx.label_smoothing = label_smoothing
         call["losses"] = losses
         return loss
 
@@ -153,31 +147,33 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         target, class_weight, *saved = ctx.saved_tensors
-        options = {"class_weight": class_weight, "label_smoothing": ctx.label_smoothing}
         if ctx.inplace is None:
-            compute = torch.ops.batchkern.trimmed_cross_entropy_backward.default
-            return compute(grad, saved[0], target, *ctx.selection, **options), None
+            return backward_op(grad, saved[0], target, *ctx.selection, class_weight, ctx.label_smoothing), None
         logits, version = ctx.inplace
         check_unchanged(logits, version)
         torch.autograd.graph.increment_version(logits)
-        torch.ops.batchkern.trimmed_cross_entropy_backward_.default(grad, logits, target, *ctx.selection, **options)
+        inplace_backward_op(grad, logits, target, *ctx.selection, class_weight, ctx.label_smoothing)
         return logits, None
 
 
 if _backend.extension is not None:
+    # Looked up once: a look-up takes as long as the smallest kernel.
+    forward_op = torch.ops.batchkern.trimmed_cross_entropy.default
+    backward_op = torch.ops.batchkern.trimmed_cross_entropy_backward.default
+    inplace_backward_op = torch.ops.batchkern.trimmed_cross_entropy_backward_.default
 
     @torch.library.register_fake("batchkern::trimmed_cross_entropy")
-    def _(logits: Tensor, target: Tensor, keep: float, **options: Any) -> Any:
+    def _(logits: Tensor, *rest: Any) -> Any:
         losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
         scalar, lse = losses.new_empty(()), losses.new_empty(logits.shape[0], 2)
         return scalar, losses, lse, torch.empty_like(losses, dtype=torch.bool), torch.empty_like(scalar)
 
     @torch.library.register_fake("batchkern::trimmed_cross_entropy_backward")
-    def _(grad: Tensor, logits: Tensor, *saved: Tensor, **options: Any) -> Tensor:
+    def _(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
     @torch.library.register_fake("batchkern::trimmed_cross_entropy_backward_")
-    def _(grad: Tensor, logits: Tensor, *saved: Tensor, **options: Any) -> None:
+    def _(grad: Tensor, logits: Tensor, *rest: Any) -> None:
         return None
 
 

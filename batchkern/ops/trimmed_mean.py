@@ -68,9 +68,7 @@ def trimmed_mean_op(
     losses: Tensor, keep: float, keep_tensor: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, kept rows ``(B,)`` bool and k, by the kernel."""
-    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.batchkern.trimmed_mean.default(
-        losses, keep, keep_tensor=keep_tensor, mask=mask
-    )
+    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.batchkern.trimmed_mean.default(losses, keep, keep_tensor, mask)
     return outputs
 
 
@@ -86,6 +84,6 @@ def select_over_group(
 if _backend.extension is not None:
 
     @torch.library.register_fake("batchkern::trimmed_mean")
-    def _(losses: Tensor, keep: float, keep_tensor: Tensor | None = None, mask: Tensor | None = None) -> Any:
+    def _(losses: Tensor, *rest: Any) -> Any:
         scalar = losses.new_empty((), dtype=torch.float32)
         return scalar, torch.empty_like(losses, dtype=torch.bool), torch.empty_like(scalar)
