@@ -4,6 +4,8 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -29,6 +31,7 @@ TORCH_LIBRARY(batchkern, m) {
     m.def(
         "trimmed_mean(Tensor losses, float keep, Tensor? keep_tensor=None, Tensor? mask=None) "
         "-> (Tensor mean, Tensor kept, Tensor normalizer)");
+    m.def("trimmed_mean_backward(Tensor grad, Tensor kept, Tensor normalizer, ScalarType dtype) -> Tensor");
     m.def(
         "linear_trimmed_cross_entropy(Tensor hidden, Tensor weight, Tensor target, float keep, *, "
         "Tensor? keep_tensor=None, Tensor? bias=None, int ignore_index=-100, float label_smoothing=0.0, "
@@ -96,6 +99,24 @@ void use_cpu_level(const std::string& name) {
                       name);
 }
 
+// Calls an operator through the dispatcher, as torch.ops does, at a third of its cost in host time.
+template <class Signature>
+struct Call;
+
+template <class Result, class... Args>
+struct Call<Result(Args...)> {
+    static void define(pybind11::module_& m, const char* name) {
+        const auto op = c10::Dispatcher::singleton()
+                            .findSchemaOrThrow((std::string("batchkern::") + name).c_str(), "")
+                            .template typed<Result(Args...)>();
+        m.def(name, torch::wrap_pybind_function_no_gil(
+                        [op](Args... args) -> Result { return op.call(std::forward<Args>(args)...); }));
+    }
+};
+
+using at::Tensor;
+using MaybeTensor = const std::optional<Tensor>&;
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -103,5 +124,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "Instruction sets that the CPU kernels have on this processor, best first.");
     m.def("cpu_level", [] { return batchkern::kernels().level; }, "The one that is used.");
     m.def("use_cpu_level", &use_cpu_level, "Use another one, to test or to measure.");
+    Call<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, MaybeTensor,
+                                                            MaybeTensor, int64_t,
+                                                            double)>::define(m, "trimmed_cross_entropy");
+    Call<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                MaybeTensor, double)>::define(m, "trimmed_cross_entropy_backward");
+    Call<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, double, MaybeTensor, MaybeTensor)>::define(
+        m, "trimmed_mean");
+    Call<void(const Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, MaybeTensor,
+              double)>::define(m, "trimmed_cross_entropy_backward_");
+    Call<Tensor(const Tensor&, const Tensor&, const Tensor&, at::ScalarType)>::define(
+        m, "trimmed_mean_backward");
+    Call<Tensor(const Tensor&, c10::SymInt)>::define(m, "rank_batches");
     m.def("build_facts", &build_facts, "What this module was compiled with, as a dict.");
 }

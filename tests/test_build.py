@@ -32,6 +32,7 @@ OPERATORS = {
         0,
     ),
     "trimmed_mean": ("losses keep keep_tensor mask", 3),
+    "trimmed_mean_backward": ("grad kept normalizer dtype", 1),
     "linear_trimmed_cross_entropy": (
         "hidden weight target keep * keep_tensor bias ignore_index label_smoothing chunk_rows",
         5,

@@ -26,13 +26,17 @@ def rank_batches(losses: Tensor, fraction: float) -> Tensor:
         ValueError, TypeError: an argument has a wrong shape, dtype or range.
     """
     check.tensor("losses", losses, dims=1)
-    if isinstance(fraction, Tensor):
-        raise TypeError("fraction must be a float, got a tensor: it decides the shape of the result")
-    check.fraction("fraction", fraction, losses)
-    count = min(len(losses), max(1, math.floor(fraction * len(losses))))
+    if type(fraction) is not float or not 0 < fraction <= 1:  # most calls end their checks here
+        if isinstance(fraction, Tensor):
+            raise TypeError("fraction must be a float, got a tensor: it decides the shape of the result")
+        check.fraction("fraction", fraction, losses)
+    (size,) = losses.shape
+    count = min(size, max(1, math.floor(fraction * size)))
+    if losses.requires_grad:
+        losses = losses.detach()
     if not _backend.has_kernel("rank_batches", losses):
         return reference.rank_batches(losses, count)
-    indices: Tensor = torch.ops.batchkern.rank_batches.default(losses.detach(), count)
+    indices: Tensor = _backend.call("rank_batches")(losses, count)
     return indices
 
 

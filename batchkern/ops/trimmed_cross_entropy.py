@@ -124,7 +124,7 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, call: dict[str, Any]) -> Tensor:
         target, class_weight, group = call["target"], call["class_weight"], call["group"]
         ignore_index, label_smoothing = call["ignore_index"], call["label_smoothing"]
-        loss, losses, lse, kept, normalizer = forward_op(
+        loss, losses, lse, kept, normalizer = _backend.call("trimmed_cross_entropy")(
             logits, target, *check.split_keep(call["keep"]), class_weight, ignore_index, label_smoothing
         )
         if group is not None:
@@ -148,19 +148,17 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         target, class_weight, *saved = ctx.saved_tensors
         if ctx.inplace is None:
-            return backward_op(grad, saved[0], target, *ctx.selection, class_weight, ctx.label_smoothing), None
+            backward = _backend.call("trimmed_cross_entropy_backward")
+            return backward(grad, saved[0], target, *ctx.selection, class_weight, ctx.label_smoothing), None
         logits, version = ctx.inplace
         check_unchanged(logits, version)
         torch.autograd.graph.increment_version(logits)
-        inplace_backward_op(grad, logits, target, *ctx.selection, class_weight, ctx.label_smoothing)
+        backward = _backend.call("trimmed_cross_entropy_backward_")
+        backward(grad, logits, target, *ctx.selection, class_weight, ctx.label_smoothing)
         return logits, None
 
 
 if _backend.extension is not None:
-    # Looked up once: a look-up takes as long as the smallest kernel.
-    forward_op = torch.ops.batchkern.trimmed_cross_entropy.default
-    backward_op = torch.ops.batchkern.trimmed_cross_entropy_backward.default
-    inplace_backward_op = torch.ops.batchkern.trimmed_cross_entropy_backward_.default
 
     @torch.library.register_fake("batchkern::trimmed_cross_entropy")
     def _(logits: Tensor, *rest: Any) -> Any:

@@ -61,14 +61,15 @@ class _TrimmedMean(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, normalizer = ctx.saved_tensors
-        return torch.where(kept, grad / normalizer, 0.0).to(ctx.dtype), None, None, None
+        result: Tensor = _backend.call("trimmed_mean_backward")(grad, kept, normalizer, ctx.dtype)
+        return result, None, None, None
 
 
 def trimmed_mean_op(
     losses: Tensor, keep: float, keep_tensor: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, kept rows ``(B,)`` bool and k, by the kernel."""
-    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.batchkern.trimmed_mean.default(losses, keep, keep_tensor, mask)
+    outputs: tuple[Tensor, Tensor, Tensor] = _backend.call("trimmed_mean")(losses, keep, keep_tensor, mask)
     return outputs
 
 
@@ -87,3 +88,7 @@ if _backend.extension is not None:
     def _(losses: Tensor, *rest: Any) -> Any:
         scalar = losses.new_empty((), dtype=torch.float32)
         return scalar, torch.empty_like(losses, dtype=torch.bool), torch.empty_like(scalar)
+
+    @torch.library.register_fake("batchkern::trimmed_mean_backward")
+    def _(grad: Tensor, kept: Tensor, normalizer: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(kept, dtype=dtype)

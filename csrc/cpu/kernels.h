@@ -57,7 +57,7 @@ struct DivergenceRows {
     float* grad_reference;  // null, or (classes,): summed over copies
     float* divergences;     // copy c at divergences + c * divergence_stride
     int64_t divergence_stride;
-    float* scratch;  // (classes,)
+    float* scratch;  // (2, classes)
     int64_t copies;
     int64_t classes;
     float inverse_temperature;
@@ -99,6 +99,8 @@ struct Kernels {
     void (*store_row[kElementTypes])(const float* x, void* out, int64_t n);
     void (*order_keys[kElementTypes])(const void* losses, uint32_t* keys, int64_t n);
     double (*sum_kept[kElementTypes])(const void* losses, const bool* kept, int64_t n);
+    // out[i] = kept[i] ? value : 0
+    void (*fill_kept[kElementTypes])(float value, const bool* kept, void* out, int64_t n);
 };
 
 // The best level that this processor runs, unless use_level chose another.

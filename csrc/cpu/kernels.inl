@@ -30,4 +30,5 @@ extern const Kernels table = {
     BATCHKERN_EACH_TYPE(store_row),
     BATCHKERN_EACH_TYPE(order_keys),
     BATCHKERN_EACH_TYPE(sum_kept),
+    BATCHKERN_EACH_TYPE(fill_kept),
 };

@@ -15,3 +15,10 @@ double sum_kept(const void* losses, const bool* kept, int64_t n) {
     for (int64_t j = 0; j < n; ++j) sum += kept[j] ? load(in + j) : 0.0f;
     return sum;
 }
+
+template <class T>
+void fill_kept(float value, const bool* kept, void* out, int64_t n) {
+    T* to = static_cast<T*>(out);
+    BATCHKERN_SIMD()
+    for (int64_t j = 0; j < n; ++j) store(to + j, kept[j] ? value : 0.0f);
+}

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <memory>
 
 namespace batchkern {
@@ -14,20 +15,78 @@ std::unique_ptr<T[]> uninitialized(int64_t n) {
     return std::unique_ptr<T[]>(new T[n]);
 }
 
-// Histogram of the 8 bits at shift. Four of them, because most losses share their first digits, and to count
+// Histogram of the 8 bits at kShift. Four of them, because most losses share their first digits, and to count
 // the same bin twice in a row has to wait for the first time.
-void count_digits(const uint32_t* keys, int64_t n, int shift, int64_t* counts) {
+template <int kShift>
+void count_digits(const uint32_t* keys, int64_t n, int64_t* counts) {
     uint32_t part[4][kDigits] = {};
     int64_t i = 0;
     for (; i + 4 <= n; i += 4)
-        for (int j = 0; j < 4; ++j) ++part[j][keys[i + j] >> shift & 255];
-    for (; i < n; ++i) ++part[0][keys[i] >> shift & 255];
+        for (int j = 0; j < 4; ++j) ++part[j][keys[i + j] >> kShift & 255];
+    for (; i < n; ++i) ++part[0][keys[i] >> kShift & 255];
     for (int d = 0; d < kDigits; ++d)
         counts[d] = int64_t{part[0][d]} + int64_t{part[1][d]} + int64_t{part[2][d]} + int64_t{part[3][d]};
 }
 
+// Copies the keys in [low, low + span], in order, and returns their number. No branch: they cannot be
+// predicted.
+int64_t copy_range(const uint32_t* keys, int64_t n, uint32_t low, uint32_t span, uint32_t* out) {
+    int64_t m = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t key = keys[i];
+        out[m] = key;
+        m += key - low <= span;
+    }
+    return m;
+}
+
+// So few candidates are sorted at once.
+constexpr int64_t kFew = 32;
+
+// The keys among which the k-th highest is, all with the higher bits of `low`, narrowed by the 8 bits at
+// kShift.
+struct Candidates {
+    const uint32_t* keys;
+    int64_t n;
+    int64_t k;
+    uint32_t low;
+};
+
+template <int kShift>
+void narrow(Candidates& c, uint32_t* buffer) {
+    if (c.n <= kFew) return;
+    int64_t counts[kDigits];
+    count_digits<kShift>(c.keys, c.n, counts);
+    uint32_t digit = kDigits - 1;
+    for (; c.k > counts[digit]; --digit) c.k -= counts[digit];
+    c.low |= digit << kShift;
+    if (counts[digit] == c.n) return;
+    c.n = copy_range(c.keys, c.n, c.low, (uint32_t{1} << kShift) - 1, buffer);
+    c.keys = buffer;
+}
+
+// For many keys, a sample tells a range that holds the k-th highest and little else; where it does not,
+// nothing is lost but the look.
+void bracket(Candidates& c, uint32_t* buffer) {
+    constexpr int64_t kSample = 1024, kMargin = 64;  // the margin is at least four standard deviations
+    if (c.n < 32 * kSample) return;
+    uint32_t sample[kSample];
+    for (int64_t i = 0; i < kSample; ++i) sample[i] = c.keys[i * (c.n / kSample)];
+    std::sort(sample, sample + kSample);
+    const auto place =
+        static_cast<int64_t>(static_cast<double>(c.n - c.k) / static_cast<double>(c.n) * kSample);
+    const uint32_t low = place < kMargin ? 0 : sample[place - kMargin];
+    const uint32_t high = place + kMargin >= kSample ? 0xffffffffu : sample[place + kMargin];
+    int64_t above = 0;
+    for (int64_t i = 0; i < c.n; ++i) above += c.keys[i] > high;
+    if (c.k <= above) return;
+    const int64_t m = copy_range(c.keys, c.n, low, high - low, buffer);
+    if (c.k <= above + m) c = {buffer, m, c.k - above, 0};
+}
+
 // Sorts the pairs by their high halves, stably.
 void sort_high_halves(uint64_t* pairs, int64_t n) {
+    if (n == 0) return;
     int64_t starts[4][kDigits] = {};
     for (int64_t i = 0; i < n; ++i)
         for (int pass = 0; pass < 4; ++pass) ++starts[pass][pairs[i] >> (32 + 8 * pass) & 255];
@@ -57,24 +116,20 @@ int64_t kept_count(int64_t n, double keep) {
 }
 
 Threshold select_threshold(const uint32_t* keys, int64_t n, int64_t k) {
-    const auto candidates = uninitialized<uint32_t>(n);
-    int64_t counts[kDigits];
-    uint32_t key = 0;
-    for (int shift = 24; shift >= 0; shift -= 8) {
-        count_digits(keys, n, shift, counts);
-        uint32_t digit = kDigits - 1;
-        for (; k > counts[digit]; --digit) k -= counts[digit];
-        key |= digit << shift;
-        int64_t m = 0;
-        for (int64_t i = 0; i < n; ++i) {
-            const uint32_t candidate = keys[i];
-            candidates[m] = candidate;
-            m += (candidate >> shift & 255) == digit;
-        }
-        keys = candidates.get();
-        n = m;
-    }
-    return {key, k};
+    const auto buffer = uninitialized<uint32_t>(n + 1);  // a key is written first, then counted
+    Candidates c{keys, n, k, 0};
+    bracket(c, buffer.get());
+    narrow<24>(c, buffer.get());
+    narrow<16>(c, buffer.get());
+    narrow<8>(c, buffer.get());
+    narrow<0>(c, buffer.get());
+    if (c.n > kFew) return {c.low, c.n, c.k};  // all equal
+    uint32_t few[kFew];
+    std::copy(c.keys, c.keys + c.n, few);
+    std::sort(few, few + c.n, std::greater<uint32_t>());
+    const uint32_t key = few[c.k - 1];
+    const auto range = std::equal_range(few, few + c.n, key, std::greater<uint32_t>());
+    return {key, range.second - range.first, c.k - (range.first - few)};
 }
 
 int64_t select_rows(const uint32_t* keys, const bool* valid, int64_t n, double keep, bool* kept) {
@@ -93,30 +148,35 @@ int64_t select_rows(const uint32_t* keys, const bool* valid, int64_t n, double k
         for (int64_t i = 0; i < n; ++i) kept[i] = !valid || valid[i];
         return k;
     }
-    Threshold threshold = select_threshold(among, count, k);
-    for (int64_t i = 0; i < n; ++i) {
-        const bool candidate = !valid || valid[i];
-        const bool tie = candidate & (keys[i] == threshold.key) & (threshold.ties > 0);
-        threshold.ties -= tie;
-        kept[i] = (candidate & (keys[i] > threshold.key)) | tie;
+    const Threshold threshold = select_threshold(among, count, k);
+    // No branch on a key: which rows are kept cannot be predicted.
+    if (valid)
+        for (int64_t i = 0; i < n; ++i) kept[i] = valid[i] & (keys[i] >= threshold.key);
+    else
+        for (int64_t i = 0; i < n; ++i) kept[i] = keys[i] >= threshold.key;
+    int64_t excess = threshold.equal - threshold.ties;  // of equal rows the last are dropped
+    for (int64_t i = n - 1; excess > 0; --i) {
+        const bool drop = kept[i] & (keys[i] == threshold.key);
+        kept[i] &= !drop;
+        excess -= drop;
     }
     return k;
 }
 
 void rank_rows(const uint32_t* keys, int64_t n, int64_t k, int64_t* indices) {
     if (k == 0) return;
-    Threshold threshold = k < n ? select_threshold(keys, n, k) : Threshold{0, n};
-    const auto pairs =
-        uninitialized<uint64_t>(k + 1);  // one more than are kept: a row is written, then counted
+    const Threshold threshold = select_threshold(keys, n, k);
+    const int64_t above = k - threshold.ties;
+    const auto pairs = uninitialized<uint64_t>(above + 1);  // one more: a row is written first, then counted
     int64_t m = 0;
     for (int64_t i = 0; i < n; ++i) {
-        const bool tie = (keys[i] == threshold.key) & (threshold.ties > 0);
-        threshold.ties -= tie;
         pairs[m] = uint64_t{~keys[i]} << 32 | static_cast<uint64_t>(i);
-        m += (keys[i] > threshold.key) | tie;
+        m += keys[i] > threshold.key;
     }
-    sort_high_halves(pairs.get(), k);
-    for (int64_t i = 0; i < k; ++i) indices[i] = static_cast<int64_t>(pairs[i] & 0xffffffffu);
+    sort_high_halves(pairs.get(), above);
+    for (int64_t i = 0; i < above; ++i) indices[i] = static_cast<int64_t>(pairs[i] & 0xffffffffu);
+    for (int64_t i = 0, tie = above; tie < k; ++i)
+        if (keys[i] == threshold.key) indices[tie++] = i;
 }
 
 }  // namespace batchkern

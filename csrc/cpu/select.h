@@ -8,9 +8,11 @@ namespace batchkern {
 // k = clamp(round_half_even(keep * n), 1, n); 0 where n is 0.
 int64_t kept_count(int64_t n, double keep);
 
-// The k-th highest of n keys (1 <= k <= n), and how many of the keys equal to it are among the k highest.
+// The k-th highest of n keys (1 <= k <= n), how many keys equal it, and how many of these are among the k
+// highest.
 struct Threshold {
     uint32_t key;
+    int64_t equal;
     int64_t ties;
 };
 Threshold select_threshold(const uint32_t* keys, int64_t n, int64_t k);

@@ -30,7 +30,7 @@ Forward soft_label_kl(const at::Tensor& reference_logits, const at::Tensor& virt
     float* const divergences = kl.mutable_data_ptr<float>();
 
     at::parallel_for(0, batch, grain(classes * (copies + 1)), [&](int64_t begin, int64_t end) {
-        std::vector<float> scratch(classes);
+        std::vector<float> scratch(2 * classes);
         for (int64_t b = begin; b < end; ++b) {
             DivergenceRows a{};
             a.reference = row_pointer(reference, b);

@@ -1,90 +1,142 @@
 // KL(P || Q) of virtual rows Q to their reference row P, and its gradients (included by kernels.inl).
 //
-// With t = log P - log Q, KL = sum Q (t e^t - e^t + 1): every term is >= 0. t is taken as d + shift, where d
-// is the difference of two logits and shift = lse_Q - lse_P. Next to the reference d is exact and shift = log
-// sum P e^-d holds all its digits; elsewhere shift is the difference of the two.
+// With t = log P - log Q, KL = sum Q (t e^t - e^t + 1): every term is >= 0. Next to the reference
+// t = d + log sum P e^-d, where d, the difference of two logits, is exact. Elsewhere the logits are taken
+// relative to their row's maximum, which keeps an offset between the rows out of t, and the rest is the
+// difference of two logs.
 
-template <class T, bool kGrad>
-void divergence_rows_with(const DivergenceRows& a) {
-    const T* reference = static_cast<const T*>(a.reference);
-    const float scale = a.inverse_temperature;
-    float max_p;
-    const double log_sum_p = log_sum_exp(reference, a.classes, scale, &max_p);
-    const float lo_p = static_cast<float>(log_sum_p);
-    float* const p = a.scratch;
+struct Reference {
+    float maximum;
+    double log_sum;
+};
+
+template <class T>
+BATCHKERN_INLINE Reference prepare_reference(const T* reference, int64_t n, float scale, float* p) {
+    Reference r;
+    r.log_sum = log_sum_exp(reference, n, scale, &r.maximum);
+    const float maximum = r.maximum, log_sum = static_cast<float>(r.log_sum);
     BATCHKERN_SIMD()
-    for (int64_t j = 0; j < a.classes; ++j)
-        p[j] = exp_nonpositive((load(reference + j) - max_p) * scale - lo_p);
-    if (a.grad_reference) memset(a.grad_reference, 0, a.classes * sizeof(float));
+    for (int64_t j = 0; j < n; ++j) p[j] = exp_nonpositive((load(reference + j) - maximum) * scale - log_sum);
+    return r;
+}
+
+// The divergence of one virtual row. grad gets that of the row, unless null; t_sum, unless null, adds up t.
+template <bool kGrad, class T>
+BATCHKERN_INLINE double divergence(const T* reference, const Reference& r, const float* p, const T* row,
+                                   int64_t n, float scale, float* weights, float* grad, float* t_sum) {
+    // The bits of a size are in its order, NaN above all. A class that is absent, at -inf in both rows, has
+    // none.
+    int32_t largest_bits = 0, max_bits = ordered_bits(-INFINITY);
+    BATCHKERN_SIMD(reduction(max : largest_bits, max_bits))
+    for (int64_t j = 0; j < n; ++j) {
+        const float zp = load(reference + j), zq = load(row + j);
+        const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
+        const int32_t size = absent ? 0 : static_cast<int32_t>(bits_of(zp - zq) & 0x7fffffffu);
+        largest_bits = size > largest_bits ? size : largest_bits;
+        const int32_t bits = ordered_bits(zq);
+        max_bits = bits > max_bits ? bits : max_bits;
+    }
+
+    // Q is weights / sum.
+    double sum = 0;
+    float base_p = 0, base_q = 0, shift;
+    if (float_of(static_cast<uint32_t>(largest_bits)) * scale < 0.5f) {
+        BATCHKERN_SIMD(reduction(+ : sum))
+        for (int64_t j = 0; j < n; ++j) {
+            const float d = (load(reference + j) - load(row + j)) * scale;
+            const float change = p[j] == 0 ? 0.0f : p[j] * expm1_small(-d);
+            weights[j] = p[j] + change;
+            sum += change;
+        }
+        shift = static_cast<float>(log1p(sum));
+        sum += 1;
+    } else {
+        base_p = r.maximum;
+        base_q = of_ordered_bits(max_bits);
+        const float base = base_q == -INFINITY ? 0.0f : base_q;
+        BATCHKERN_SIMD(reduction(+ : sum))
+        for (int64_t j = 0; j < n; ++j) {
+            weights[j] = exp_nonpositive((load(row + j) - base) * scale);
+            sum += weights[j];
+        }
+        shift = static_cast<float>(log_nonnegative(sum) - r.log_sum);
+    }
+
+    const float inverse = static_cast<float>(1 / sum);
+    double kl = 0;
+    BATCHKERN_SIMD(reduction(+ : kl))
+    for (int64_t j = 0; j < n; ++j) {
+        const float zp = load(reference + j), zq = load(row + j);
+        const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
+        const float q = weights[j] * inverse;
+        const float t = absent ? 0.0f : ((zp - base_p) - (zq - base_q)) * scale + shift;
+        const bool small = (t <= 1.0f) & (t >= -1.0f);
+        const float u = small ? t : 0.0f;
+        const float far = p[j] == 0 ? q : p[j] * (t - 1.0f) + q;
+        const float term = small ? q * divergence_small(u) : far;
+        kl += t == INFINITY ? INFINITY : term;
+        if (kGrad) grad[j] = (small ? -q * expm1_small(u) : q - p[j]) * scale;
+    }
+    if (t_sum) {
+        BATCHKERN_SIMD()
+        for (int64_t j = 0; j < n; ++j) {
+            const float zp = load(reference + j), zq = load(row + j);
+            const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
+            t_sum[j] += absent ? 0.0f : ((zp - base_p) - (zq - base_q)) * scale + shift;
+        }
+    }
+    return kl;
+}
+
+// Rows below this that do not fill whole vectors are padded with absent classes: the remainder of a loop is
+// scalar.
+constexpr int64_t kPadded = 256;
+
+template <bool kGrad, class T>
+void divergences(const DivergenceRows& a) {
+    const T* reference = static_cast<const T*>(a.reference);
+    const int64_t n = a.classes;
+    const float scale = a.inverse_temperature;
+    const bool padded = n < kPadded && n % kLanes;
+    const int64_t width = (n + kLanes - 1) / kLanes * kLanes;
+    float reference_row[kPadded], row[kPadded], grad_row[kPadded], t_row[kPadded], p_row[kPadded],
+        weight_row[kPadded];
+    if (padded) {
+        for (int64_t j = 0; j < width; ++j) {
+            reference_row[j] = row[j] = -INFINITY;
+            t_row[j] = 0.0f;
+        }
+        for (int64_t j = 0; j < n; ++j) reference_row[j] = load(reference + j);
+    } else if (a.grad_reference) {
+        memset(a.grad_reference, 0, n * sizeof(float));
+    }
+    float* const p = padded ? p_row : a.scratch;
+    float* const t_sum = !a.grad_reference ? nullptr : padded ? t_row : a.grad_reference;
+    const Reference r = padded ? prepare_reference(reference_row, width, scale, p)
+                               : prepare_reference(reference, n, scale, p);
     double total = 0;
-
     for (int64_t copy = 0; copy < a.copies; ++copy) {
-        const T* row = static_cast<const T*>(a.virtuals) + copy * a.virtual_stride;
+        const T* virtual_row = static_cast<const T*>(a.virtuals) + copy * a.virtual_stride;
         float* grad = kGrad ? a.grad_virtual + copy * a.grad_stride : nullptr;
-        float max_q;
-        const double log_sum_q = log_sum_exp(row, a.classes, scale, &max_q);
-        const float lo_q = static_cast<float>(log_sum_q);
-
-        // The bits of a size are in its order, NaN above all. A class that is absent, at -inf in both rows,
-        // has none.
-        int32_t largest_bits = 0;
-        BATCHKERN_SIMD(reduction(max : largest_bits))
-        for (int64_t j = 0; j < a.classes; ++j) {
-            const float zp = load(reference + j), zq = load(row + j);
-            const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
-            const int32_t size = absent ? 0 : static_cast<int32_t>(bits_of(zp - zq) & 0x7fffffffu);
-            largest_bits = size > largest_bits ? size : largest_bits;
-        }
-        const float largest = float_of(static_cast<uint32_t>(largest_bits));
-        float base_p = max_p, base_q = max_q;
-        double shift = log_sum_q - log_sum_p;
-        if (largest * scale < 0.5f) {
-            double sum = 0;
-            BATCHKERN_SIMD(reduction(+ : sum))
-            for (int64_t j = 0; j < a.classes; ++j) {
-                const float d = (load(reference + j) - load(row + j)) * scale;
-                sum += p[j] == 0 ? 0.0f : p[j] * expm1_small(-d);
-            }
-            base_p = base_q = 0;
-            shift = log1p(sum);
-        }
-
-        const float shift_f = static_cast<float>(shift);
-        double kl = 0;
-        BATCHKERN_SIMD(reduction(+ : kl))
-        for (int64_t j = 0; j < a.classes; ++j) {
-            const float zp = load(reference + j), zq = load(row + j);
-            const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
-            const float q = exp_nonpositive((zq - max_q) * scale - lo_q);
-            const float t = absent ? 0.0f : ((zp - base_p) - (zq - base_q)) * scale + shift_f;
-            const bool small = (t <= 1.0f) & (t >= -1.0f);
-            const float u = small ? t : 0.0f;
-            const float far = p[j] == 0 ? q : p[j] * (t - 1.0f) + q;
-            const float term = small ? q * divergence_small(u) : far;
-            kl += t == INFINITY ? INFINITY : term;
-            if (kGrad) grad[j] = (small ? -q * expm1_small(u) : q - p[j]) * scale;
+        double kl;
+        if (padded) {
+            for (int64_t j = 0; j < n; ++j) row[j] = load(virtual_row + j);
+            kl = divergence<kGrad>(reference_row, r, p, row, width, scale, weight_row, grad_row, t_sum);
+            if (kGrad) memcpy(grad, grad_row, n * sizeof(float));
+        } else {
+            kl = divergence<kGrad>(reference, r, p, virtual_row, n, scale, a.scratch + n, grad, t_sum);
         }
         a.divergences[copy * a.divergence_stride] = static_cast<float>(kl);
-
-        if (a.grad_reference) {
-            total += kl;
-            BATCHKERN_SIMD()
-            for (int64_t j = 0; j < a.classes; ++j) {
-                const float zp = load(reference + j), zq = load(row + j);
-                const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
-                a.grad_reference[j] += absent ? 0.0f : ((zp - base_p) - (zq - base_q)) * scale + shift_f;
-            }
-        }
+        total += kl;
     }
     if (a.grad_reference) {
         const float mean = static_cast<float>(total);
-        BATCHKERN_SIMD()
-        for (int64_t j = 0; j < a.classes; ++j)
-            a.grad_reference[j] = p[j] == 0 ? 0.0f : p[j] * (a.grad_reference[j] - mean) * scale;
+        for (int64_t j = 0; j < n; ++j)
+            a.grad_reference[j] = p[j] == 0 ? 0.0f : p[j] * (t_sum[j] - mean) * scale;
     }
 }
 
 template <class T>
 void divergence_rows(const DivergenceRows& a) {
-    return a.grad_virtual ? divergence_rows_with<T, true>(a) : divergence_rows_with<T, false>(a);
+    return a.grad_virtual ? divergences<true, T>(a) : divergences<false, T>(a);
 }

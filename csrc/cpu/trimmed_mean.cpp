@@ -30,8 +30,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trimmed_mean(const at::Tensor& lo
     return {scalar(sum / static_cast<double>(k)), kept, scalar(static_cast<double>(k))};
 }
 
+at::Tensor trimmed_mean_backward(const at::Tensor& grad, const at::Tensor& kept, const at::Tensor& normalizer,
+                                 at::ScalarType dtype) {
+    TORCH_CHECK_VALUE(kept.dim() == 1 && kept.scalar_type() == at::kBool && kept.is_contiguous(),
+                      "kept must be contiguous bool (B,)");
+    at::Tensor result = at::empty(kept.sizes(), kept.options().dtype(dtype));
+    kernels().fill_kept[element_type(result, "losses")](
+        static_cast<float>(grad.item<double>() / normalizer.item<double>()), kept.const_data_ptr<bool>(),
+        result.mutable_data_ptr(), kept.size(0));
+    return result;
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(batchkern, CPU, m) { m.impl("trimmed_mean", &trimmed_mean); }
+TORCH_LIBRARY_IMPL(batchkern, CPU, m) {
+    m.impl("trimmed_mean", &trimmed_mean);
+    m.impl("trimmed_mean_backward", &trimmed_mean_backward);
+}
 
 }  // namespace batchkern
