@@ -1,8 +1,6 @@
 // rank_batches on a CPU.
 #include <torch/library.h>
 
-#include <memory>
-
 #include "select.h"
 #include "tensors.h"
 
@@ -16,8 +14,7 @@ at::Tensor rank_batches(const at::Tensor& losses, int64_t k) {
     const int64_t n = losses.size(0);
     TORCH_CHECK_VALUE(k >= 0 && k <= n, "k must be in [0, ", n, "], got ", k);
     const at::Tensor dense = dense_rows(losses);
-    const std::unique_ptr<uint32_t[]> keys(new uint32_t[n]);
-    kernels().order_keys[type](dense.const_data_ptr(), keys.get(), n);
+    const auto keys = order_keys(dense, type);
     at::Tensor indices = at::empty({k}, losses.options().dtype(at::kLong));
     rank_rows(keys.get(), n, k, indices.mutable_data_ptr<int64_t>());
     return indices;

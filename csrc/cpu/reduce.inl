@@ -25,9 +25,9 @@ BATCHKERN_INLINE void add_block(const T* z, int64_t size, float scale, float& m,
     const float base = m == -INFINITY ? 0.0f : m;  // -inf - -inf would be NaN in a block before a finite one
     double part = 0;
     for (int64_t start = 0; start < size; start += kStride) {
-        // While this part is computed on, memory brings what follows the block: most often the next one.
+        // While this part is computed on, memory brings the block after the next: most often it follows.
         for (int64_t line = 0; kPrefetch && line < kStride; line += 64 / sizeof(T))
-            __builtin_prefetch(z + size + start + line);
+            __builtin_prefetch(z + 2 * size + start + line, 0, 2);
         const int64_t end = size - start < kStride ? size : start + kStride;
         BATCHKERN_SIMD(reduction(+ : part))
         for (int64_t j = start; j < end; ++j) part += exp_to_sum((load(z + j) - base) * scale);

@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
+#include <memory>
 #include <optional>
 
 #include "kernels.h"
@@ -39,9 +40,21 @@ inline void* mutable_row_pointer(const at::Tensor& x, int64_t row) {
     return static_cast<char*>(x.mutable_data_ptr()) + row * x.stride(0) * x.element_size();
 }
 
-// Rows a thread must have to be worth starting: some 10 us of work.
+// Elements, or rows, that a thread must have to be worth starting: some 10 us of work.
+constexpr int64_t kGrain = 32768;
 inline int64_t grain(int64_t elements_per_row) {
-    return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, elements_per_row));
+    return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_row));
+}
+
+// The ranking keys of losses (n,), as in order.h.
+inline std::unique_ptr<uint32_t[]> order_keys(const at::Tensor& losses, ElementType type) {
+    const int64_t n = losses.size(0), size = losses.element_size();
+    std::unique_ptr<uint32_t[]> keys(new uint32_t[n]);
+    const char* const data = static_cast<const char*>(losses.const_data_ptr());
+    at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+        kernels().order_keys[type](data + begin * size, keys.get() + begin, end - begin);
+    });
+    return keys;
 }
 
 // keep, or what the tensor holds now.

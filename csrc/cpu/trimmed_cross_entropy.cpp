@@ -4,7 +4,6 @@
 #include <torch/library.h>
 
 #include <cstdlib>
-#include <memory>
 
 #include "select.h"
 #include "tensors.h"
@@ -80,8 +79,7 @@ Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target
                                     p.options);
     });
 
-    const std::unique_ptr<uint32_t[]> keys(new uint32_t[p.rows]);
-    kernels().order_keys[kFloat32](loss, keys.get(), p.rows);
+    const auto keys = order_keys(losses, kFloat32);
     for (int64_t i = 0; i < p.rows; ++i) is_kept[i] = target[i] != ignore_index;
     const int64_t k = select_rows(keys.get(), is_kept, p.rows, fraction, is_kept);
     const double sum = kernels().sum_kept[kFloat32](loss, is_kept, p.rows);

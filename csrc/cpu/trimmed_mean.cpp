@@ -1,8 +1,6 @@
 // trimmed_mean on a CPU.
 #include <torch/library.h>
 
-#include <memory>
-
 #include "select.h"
 #include "tensors.h"
 
@@ -20,8 +18,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trimmed_mean(const at::Tensor& lo
     const at::Tensor dense = dense_rows(losses);
     const at::Tensor valid = mask ? mask->contiguous() : at::Tensor();
     const int64_t n = losses.size(0);
-    const std::unique_ptr<uint32_t[]> keys(new uint32_t[n]);
-    kernels().order_keys[type](dense.const_data_ptr(), keys.get(), n);
+    const auto keys = order_keys(dense, type);
     at::Tensor kept = at::empty({n}, losses.options().dtype(at::kBool));
     bool* const is_kept = kept.mutable_data_ptr<bool>();
     const int64_t k = select_rows(keys.get(), mask ? valid.const_data_ptr<bool>() : nullptr, n,
@@ -35,9 +32,13 @@ at::Tensor trimmed_mean_backward(const at::Tensor& grad, const at::Tensor& kept,
     TORCH_CHECK_VALUE(kept.dim() == 1 && kept.scalar_type() == at::kBool && kept.is_contiguous(),
                       "kept must be contiguous bool (B,)");
     at::Tensor result = at::empty(kept.sizes(), kept.options().dtype(dtype));
-    kernels().fill_kept[element_type(result, "losses")](
-        static_cast<float>(grad.item<double>() / normalizer.item<double>()), kept.const_data_ptr<bool>(),
-        result.mutable_data_ptr(), kept.size(0));
+    const ElementType type = element_type(result, "losses");
+    const auto value = static_cast<float>(grad.item<double>() / normalizer.item<double>());
+    const bool* const is_kept = kept.const_data_ptr<bool>();
+    char* const data = static_cast<char*>(result.mutable_data_ptr());
+    at::parallel_for(0, kept.size(0), kGrain, [&](int64_t begin, int64_t end) {
+        kernels().fill_kept[type](value, is_kept + begin, data + begin * result.element_size(), end - begin);
+    });
     return result;
 }
 
