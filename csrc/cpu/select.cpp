@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <memory>
+#include <utility>
 
 namespace batchkern {
 namespace {
@@ -84,27 +85,29 @@ void bracket(Candidates& c, uint32_t* buffer) {
     if (c.k <= above + m) c = {buffer, m, c.k - above, 0};
 }
 
-// Sorts the pairs by their high halves, stably.
-void sort_high_halves(uint64_t* pairs, int64_t n) {
-    if (n == 0) return;
-    int64_t starts[4][kDigits] = {};
-    for (int64_t i = 0; i < n; ++i)
-        for (int pass = 0; pass < 4; ++pass) ++starts[pass][pairs[i] >> (32 + 8 * pass) & 255];
-    const auto buffer = uninitialized<uint64_t>(n);
-    uint64_t *from = pairs, *to = buffer.get();
-    for (int pass = 0; pass < 4; ++pass) {
-        const int shift = 32 + 8 * pass;
-        if (starts[pass][from[0] >> shift & 255] == n) continue;  // one digit in all
-        int64_t start = 0;
-        for (int d = 0; d < kDigits; ++d) {
-            const int64_t count = starts[pass][d];
-            starts[pass][d] = start;
-            start += count;
-        }
-        for (int64_t i = 0; i < n; ++i) to[starts[pass][from[i] >> shift & 255]++] = from[i];
+// Sorts the pairs by their high halves, stably, kBits at a time. Returns where they are then: pairs or
+// buffer.
+template <int kBits>
+const uint64_t* sort_high_halves(uint64_t* pairs, uint64_t* buffer, int64_t n) {
+    constexpr int kPasses = (32 + kBits - 1) / kBits;
+    constexpr uint64_t kMask = (1 << kBits) - 1;
+    // Less the lowest, so that what all have in common takes no pass.
+    const uint64_t lowest = *std::min_element(pairs, pairs + n) & ~uint64_t{0xffffffffu};
+    uint32_t starts[kPasses][kMask + 1] = {};
+    for (int64_t i = 0; i < n; ++i) {
+        pairs[i] -= lowest;
+        for (int pass = 0; pass < kPasses; ++pass) ++starts[pass][pairs[i] >> (32 + kBits * pass) & kMask];
+    }
+    uint64_t *from = pairs, *to = buffer;
+    for (int pass = 0; pass < kPasses; ++pass) {
+        const int shift = 32 + kBits * pass;
+        if (starts[pass][from[0] >> shift & kMask] == n) continue;  // one digit in all
+        uint32_t start = 0;
+        for (uint32_t& count : starts[pass]) start += std::exchange(count, start);
+        for (int64_t i = 0; i < n; ++i) to[starts[pass][from[i] >> shift & kMask]++] = from[i];
         std::swap(from, to);
     }
-    if (from != pairs) std::copy(from, from + n, pairs);
+    return from;
 }
 
 }  // namespace
@@ -173,8 +176,14 @@ void rank_rows(const uint32_t* keys, int64_t n, int64_t k, int64_t* indices) {
         pairs[m] = uint64_t{~keys[i]} << 32 | static_cast<uint64_t>(i);
         m += keys[i] > threshold.key;
     }
-    sort_high_halves(pairs.get(), above);
-    for (int64_t i = 0; i < above; ++i) indices[i] = static_cast<int64_t>(pairs[i] & 0xffffffffu);
+    // The result is the second buffer: fresh memory costs more than the sorting.
+    auto* const buffer = reinterpret_cast<uint64_t*>(indices);
+    const uint64_t* sorted = pairs.get();
+    if (above > 4096)  // fewer passes, but more bins to clear
+        sorted = sort_high_halves<11>(pairs.get(), buffer, above);
+    else if (above > 0)
+        sorted = sort_high_halves<8>(pairs.get(), buffer, above);
+    for (int64_t i = 0; i < above; ++i) indices[i] = static_cast<int64_t>(sorted[i] & 0xffffffffu);
     for (int64_t i = 0, tie = above; tie < k; ++i)
         if (keys[i] == threshold.key) indices[tie++] = i;
 }
