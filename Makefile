@@ -43,7 +43,7 @@ $(BUILT): $(READY) $(SOURCES)
 	@touch $@
 
 test: lint ## check the style and the types, then run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: setup ## ruff, clang-format and mypy
 	$(BIN)/ruff check .

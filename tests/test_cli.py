@@ -198,14 +198,18 @@ def test_info_says_what_was_built_and_what_serves(batchkern, monkeypatch):
         def build_facts():
             return {"torch": "9.9", "cuda_architectures": ["8.0", "9.0"]}
 
+        @staticmethod
+        def cpu_level():
+            return "avx3"
+
     monkeypatch.setattr(_backend, "extension", Extension)
     monkeypatch.setattr(_backend, "extension_error", "")
-    monkeypatch.setitem(_backend._kernels, ("rank_batches", "cpu"), lambda: None)
+    monkeypatch.setattr(_backend, "_kernels", {("rank_batches", "cpu")})
     assert json.loads(batchkern("info", "--json")[1])["extension"] == {"facts": Extension.build_facts(), "why": ""}
     status, out, _ = batchkern("info")
     assert status == 0
     assert re.search(r"batchkern\._C +built *\n  torch +9\.9 *\n  cuda_architectures +8\.0, 9\.0 *\n", out)
-    assert re.search(r"rank_batches +cpu +kernel", out)
+    assert re.search(r"rank_batches +cpu +kernel +C\+\+, avx3", out)
     assert re.search(r"rank_batches +cuda +reference +\w+", out)
     monkeypatch.setattr(_backend, "extension", None)
     monkeypatch.setattr(_backend, "extension_error", "it is not there")

@@ -109,3 +109,113 @@ def test_gradients_in_float64() -> None:
         ),
         logits,
     )
+
+
+def loss_of(logits: Tensor, target: Tensor, keep: float) -> Tensor:
+    return batchkern.trimmed_cross_entropy(logits, target, keep) + batchkern.trimmed_mean(logits[:, 0], keep)
+
+
+def test_a_schedule_of_keep_does_not_recompile() -> None:
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+    logits, target = torch.randn(50, 4), torch.arange(50) % 4
+    for step in range(12):  # more values than the compiler makes graphs
+        keep = 1 - 0.07 * step
+        torch.testing.assert_close(compiled(logits, target, keep), loss_of(logits, target, keep))
+
+
+def hessian(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    return torch.autograd.functional.hessian(loss, z)
+
+
+def penalty(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    (grad,) = torch.autograd.grad(loss(z), z, create_graph=True)
+    return torch.autograd.grad(grad.sum(), z)[0]
+
+
+@pytest.mark.parametrize("second", [hessian, penalty])
+def test_a_second_derivative_is_never_silently_zero(second: Callable[..., Tensor]) -> None:
+    target, reference = torch.tensor([0, 1, 2]), torch.randn(3, 4)
+    for loss in (
+        lambda z: batchkern.trimmed_cross_entropy(z, target, 0.5),
+        lambda z: batchkern.soft_label_kl(reference, z),
+    ):
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            second(loss, torch.randn(3, 4, requires_grad=True))
+
+
+def test_inplace_backward_lets_go_of_the_logits() -> None:
+    logits = torch.randn(6, 4, requires_grad=True) * 1
+    loss = batchkern.trimmed_cross_entropy(logits, torch.zeros(6, dtype=torch.long), 0.5, inplace_backward=True)
+    loss.backward(retain_graph=True)
+    assert loss.grad_fn.inplace[0] is None
+    with pytest.raises(RuntimeError, match="inplace_backward=True: the first backward pass"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inplace_backward_where_there_is_none(mode: Callable[[], torch.no_grad]) -> None:
+    leaf, target = torch.randn(6, 4, requires_grad=True), torch.zeros(6, dtype=torch.long)
+    with mode():
+        inner = torch.randn(6, 4)
+        for logits in (leaf, inner):
+            loss = batchkern.trimmed_cross_entropy(logits, target, 0.5, inplace_backward=True)
+            torch.testing.assert_close(loss, batchkern.trimmed_cross_entropy(logits, target, 0.5))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda flat: flat.unfold(0, 5, 1),
+        lambda flat: flat.as_strided((8, 5), (3, 1)),
+        lambda flat: torch.view_as_complex(flat[:80].view(8, 5, 2)).conj().imag,
+    ],
+    ids=["unfolded", "strided", "negated"],
+)
+def test_inplace_backward_refuses_logits_that_cannot_hold_a_gradient(view: Callable[[Tensor], Tensor]) -> None:
+    logits = view(torch.randn(100, requires_grad=True) * 1)
+    target = torch.zeros(len(logits), dtype=torch.long)
+    with pytest.raises(ValueError, match="inplace_backward must be False"):
+        batchkern.trimmed_cross_entropy(logits, target, 0.5, inplace_backward=True)
+
+
+LOGITS, TARGET = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "word"),
+    [
+        ({"ignore_index": None}, TypeError, "ignore_index must be an int"),
+        ({"ignore_index": True}, TypeError, "ignore_index must be an int"),
+        ({"ignore_index": 2**70}, ValueError, "ignore_index must fit"),
+        ({"group": "world"}, TypeError, "group must be"),
+        ({"class_weight": torch.ones(3, requires_grad=True)}, ValueError, "class_weight must not require"),
+        ({"keep": torch.tensor(0.5, dtype=torch.float64, requires_grad=True)}, ValueError, "keep must not require"),
+        ({"logits": LOGITS.to_sparse()}, TypeError, "logits must be a dense tensor"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_in_one_sentence(options: dict, error: type[Exception], word: str) -> None:
+    with pytest.raises(error, match=word) as raised:
+        batchkern.trimmed_cross_entropy(**{"logits": LOGITS, "target": TARGET, "keep": 0.5, **options})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "number"), [("gaussian", 2**62), ("dropout", 2**63)])
+def test_more_copies_than_memory_are_refused(name: str, number: int) -> None:
+    counts = {"gaussian": 1, "dropout": 1, name: number}
+    with pytest.raises(ValueError, match=f"{name} must be at most"):
+        batchkern.augment_latent(torch.randn(4, 5), sigma=0.1, tau=0.2, drop_prob=0.5, **counts)
+    with pytest.raises((ValueError, RuntimeError)):  # the second: no 64-bit number
+        torch.ops.batchkern.augment_latent(
+            torch.randn(4, 5), torch.tensor(1), sigma=0.1, tau=0.2, drop_prob=0.5, **counts
+        )
+
+
+def test_any_byte_but_zero_is_a_true_mask() -> None:
+    mask = torch.tensor([2, 2, 3, 0], dtype=torch.uint8).view(torch.bool)
+    assert batchkern.trimmed_mean(torch.arange(4.0), 0.5, mask=mask) == 1.5
+
+
+def test_virtual_samples_of_a_meta_tensor() -> None:
+    options = {"gaussian": 1, "dropout": 1, "sigma": 0.1, "tau": 0.2, "drop_prob": 0.5}
+    assert batchkern.augment_latent(torch.empty(4, 5, device="meta"), **options).shape == (12, 5)

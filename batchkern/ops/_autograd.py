@@ -11,8 +11,10 @@ from torch import Tensor
 
 
 class _Refuse(torch.autograd.Function):
+    """The identity in ``x``; a gradient that reaches it, on its way to any of ``sources``, raises."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *sources: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
@@ -29,11 +31,15 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled graphs refuse by themselves
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # there is no second derivative to trace
             return backward(ctx, *grads)
+        # What the first derivative depends on, so that a search for the second one comes by here.
+        sources = [x for x in (*grads, *ctx.saved_tensors) if isinstance(x, Tensor) and x.requires_grad]
         with torch.no_grad():
             results = backward(ctx, *grads)
-        return tuple(_Refuse.apply(x.detach().requires_grad_()) if isinstance(x, Tensor) else x for x in results)
+        return tuple(
+            _Refuse.apply(x.detach().requires_grad_(), *sources) if isinstance(x, Tensor) else x for x in results
+        )
 
     return wrapper
 
@@ -69,7 +75,14 @@ def check_inplace_backward(logits: Tensor) -> None:
     owner = logits if base is None else base
     if owner.requires_grad and owner.is_leaf:
         raise ValueError("inplace_backward must be False where logits is a leaf or its view: its values would be lost")
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+    if logits.is_neg():
+        raise ValueError("inplace_backward must be False where logits is a lazily negated view")
+    extent = 1
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        overlaps = size > 1 and stride < extent
+        extent += (size - 1) * stride
+        if not overlaps:
+            continue
         raise ValueError(f"inplace_backward must be False where logits overlaps itself, got strides {logits.stride()}")
 
 

@@ -7,14 +7,16 @@ tensors are read only outside ``torch.compile``.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def readable(x: Tensor) -> bool:
     """Whether looking at the values of ``x`` costs nothing: on the CPU, and not while a graph is being traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
 def tensor(name: str, x: Tensor, *, dims: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
@@ -23,6 +25,8 @@ def tensor(name: str, x: Tensor, *, dims: int, dtypes: tuple[torch.dtype, ...] =
     if x.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have dtype {allowed}, got {str(x.dtype).removeprefix('torch.')}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(x.shape)}")
 
@@ -58,6 +62,7 @@ def fraction(name: str, x: float | Tensor, like: Tensor) -> None:
         if x.dtype != torch.float64 or x.dim() != 0:
             raise TypeError(f"{name} as a tensor must be 0-dim float64, got {x.dim()}-dim {x.dtype}")
         same_device(name, x, like)
+        constant(name, x)
         if not readable(x):
             return
         x = float(x)
@@ -67,9 +72,32 @@ def fraction(name: str, x: float | Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be in (0, 1], got {x}")
 
 
-def split_keep(x: float | Tensor) -> tuple[float, Tensor | None]:
+def constant(name: str, x: Tensor) -> None:
+    if x.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: it gets none")
+
+
+def ignored(x: int, group: dist.ProcessGroup | None) -> None:
+    """The arguments ``ignore_index`` and ``group``."""
+    if isinstance(x, bool) or not isinstance(x, int):
+        raise TypeError(f"ignore_index must be an int, got {type(x).__name__}")
+    if not -(2**63) <= x < 2**63:
+        raise ValueError(f"ignore_index must fit in 64 bits, got {x}")
+    process_group(group)
+
+
+def process_group(group: dist.ProcessGroup | None) -> None:
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed process group or None, got {type(group).__name__}")
+
+
+def split_keep(x: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
     """A checked fraction as the two arguments of a kernel: a number, or the tensor that replaces it."""
-    return (1.0, x) if isinstance(x, Tensor) else (x, None)
+    if isinstance(x, Tensor):
+        return 1.0, x
+    if torch.compiler.is_compiling():  # as a number it would be a constant of the graph: a schedule would recompile
+        return 1.0, torch.ones((), dtype=torch.float64, device=like.device) * x
+    return x, None
 
 
 def number(name: str, x: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
@@ -81,8 +109,10 @@ def number(name: str, x: float, low: float, high: float = float("inf"), *, open_
         raise ValueError(f"{name} must be in {bracket}{low}, {high}], got {x}")
 
 
-def count(name: str, x: int, low: int = 0) -> None:
+def count(name: str, x: int, low: int = 0, high: int = 2**31 - 1) -> None:
     if isinstance(x, bool) or not isinstance(x, int):
         raise TypeError(f"{name} must be an int, got {type(x).__name__}")
     if x < low:
         raise ValueError(f"{name} must be at least {low}, got {x}")
+    if x > high:
+        raise ValueError(f"{name} must be at most {high}, got {x}")

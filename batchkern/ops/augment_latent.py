@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -66,7 +67,9 @@ def augment_latent(
             x, numbers, gaussian, dropout, sigma, tau, drop_prob, rescale_dropout, matrix
         )
         return stacked
-    with torch.autocast(x.device.type, enabled=False):  # autocast would round the noise to its own dtype
+    # Autocast would round the noise to its own dtype.
+    available = torch.amp.autocast_mode.is_autocast_available(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if available else contextlib.nullcontext():
         return reference.augment_latent(
             boundary(x),
             numbers,

@@ -55,6 +55,7 @@ def linear_trimmed_cross_entropy(
     check.target_values(target, classes=words, ignore_index=ignore_index)
     check.fraction("keep", keep, hidden)
     check.number("label_smoothing", label_smoothing, 0, 1)
+    check.ignored(ignore_index, group)
     if chunk_rows is not None:
         check.count("chunk_rows", chunk_rows, low=1)
     loss, losses = reference.linear_trimmed_cross_entropy(

@@ -69,7 +69,8 @@ def trimmed_cross_entropy(
         per_sample: also return the losses ``(B,)``, detached, 0 at ignored rows.
         group: rank over the batches of all processes of this group (equal B on each; ties: lower rank first). The loss
             is scaled so that the average of gradients over ranks is the gradient of the concatenated batch.
-        inplace_backward: write the gradient over the logits' storage; no effect under ``torch.compile``.
+        inplace_backward: write the gradient over the logits' storage, which must not overlap itself; no effect under
+            ``torch.compile`` or where no gradient is wanted.
 
     Returns:
         The 0-dim loss, or ``(loss, losses)``. NaN when every row is ignored, as ``F.cross_entropy`` gives. With
@@ -84,12 +85,15 @@ def trimmed_cross_entropy(
     check.vector("target", target, rows=logits.shape[0], like=logits, dtypes=(torch.int64,))
     check.fraction("keep", keep, logits)
     check.number("label_smoothing", label_smoothing, 0, 1)
+    check.ignored(ignore_index, group)
     if class_weight is not None:
         check.vector("class_weight", class_weight, rows=logits.shape[1], like=logits, dtypes=check.FLOATS)
-    if torch.compiler.is_compiling():
+        check.constant("class_weight", class_weight)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         inplace_backward = False  # the compiler plans memory itself, and version counters cannot be traced
     if inplace_backward:
         check_inplace_backward(logits)
+        inplace_backward = logits.requires_grad
     if _backend.has_kernel("trimmed_cross_entropy", logits):
         call: dict[str, Any] = {
             "target": target,
@@ -125,20 +129,16 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
         target, class_weight, group = call["target"], call["class_weight"], call["group"]
         ignore_index, label_smoothing = call["ignore_index"], call["label_smoothing"]
         loss, losses, lse, kept, normalizer = _backend.call("trimmed_cross_entropy")(
-            logits, target, *check.split_keep(call["keep"]), class_weight, ignore_index, label_smoothing
+            logits, target, *check.split_keep(call["keep"], logits), class_weight, ignore_index, label_smoothing
         )
         if group is not None:
             valid = target != ignore_index
             weight = None if class_weight is None else class_weight.float()[torch.where(valid, target, 0)]
             kept, normalizer = select_over_group(losses, valid, weight, call["keep"], group)
             loss = torch.where(kept, losses, 0).sum() / normalizer
-        if call["inplace_backward"]:
-            ctx.inplace = logits.detach(), logits._version
-            ctx.save_for_backward(target, class_weight)
-        else:
-            ctx.inplace = None
-            ctx.save_for_backward(target, class_weight, logits)
-        ctx.selection = lse, kept, normalizer
+        ctx.inplace = (logits.detach(), logits._version) if call["inplace_backward"] else None
+        saved = None if call["inplace_backward"] else logits
+        ctx.save_for_backward(saved, target, lse, kept, normalizer, class_weight)
         ctx.label_smoothing = label_smoothing
         call["losses"] = losses
         return loss
@@ -146,15 +146,18 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        target, class_weight, *saved = ctx.saved_tensors
+        logits, *saved = ctx.saved_tensors
         if ctx.inplace is None:
             backward = _backend.call("trimmed_cross_entropy_backward")
-            return backward(grad, saved[0], target, *ctx.selection, class_weight, ctx.label_smoothing), None
+            return backward(grad, logits, *saved, ctx.label_smoothing), None
         logits, version = ctx.inplace
+        if logits is None:
+            raise RuntimeError("inplace_backward=True: the first backward pass has overwritten the logits")
         check_unchanged(logits, version)
+        ctx.inplace = None, version  # the loss may live on; the logits need not
         torch.autograd.graph.increment_version(logits)
         backward = _backend.call("trimmed_cross_entropy_backward_")
-        backward(grad, logits, target, *ctx.selection, class_weight, ctx.label_smoothing)
+        backward(grad, logits, *saved, ctx.label_smoothing)
         return logits, None
 
 
@@ -196,6 +199,7 @@ class TrimmedCrossEntropyLoss(nn.Module):
         super().__init__()
         check.fraction("keep", keep, keep if isinstance(keep, Tensor) else torch.empty(0))
         check.number("label_smoothing", label_smoothing, 0, 1)
+        check.ignored(ignore_index, group)
         self.keep = keep
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing

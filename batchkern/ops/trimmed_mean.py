@@ -36,6 +36,7 @@ def trimmed_mean(
     check.fraction("keep", keep, losses)
     if mask is not None:
         check.vector("mask", mask, rows=len(losses), like=losses, dtypes=(torch.bool,))
+    check.process_group(group)
     if not _backend.has_kernel("trimmed_mean", losses):
         return reference.trimmed_mean(boundary(losses), keep, mask=mask, group=group)
     mean: Tensor = _TrimmedMean.apply(losses, keep, mask, group)
@@ -48,7 +49,7 @@ class _TrimmedMean(torch.autograd.Function):
         ctx: Any, losses: Tensor, keep: float | Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
     ) -> Tensor:
         if group is None:
-            mean, kept, normalizer = trimmed_mean_op(losses, *check.split_keep(keep), mask)
+            mean, kept, normalizer = trimmed_mean_op(losses, *check.split_keep(keep, losses), mask)
         else:
             valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
             kept, normalizer = select_over_group(losses.float(), valid, None, keep, group)
@@ -78,7 +79,7 @@ def select_over_group(
 ) -> tuple[Tensor, Tensor]:
     """``reference.select_and_normalize``, with the selection by the kernel."""
     losses_all, valid_all, weight_all = reference.gather(losses, valid, weight, group)
-    _, kept_all, _ = trimmed_mean_op(losses_all, *check.split_keep(keep), valid_all)
+    _, kept_all, _ = trimmed_mean_op(losses_all, *check.split_keep(keep, losses), valid_all)
     return reference.share_of_group(kept_all, weight_all, len(losses), group)
 
 

@@ -21,6 +21,17 @@ Mask mask_of(int64_t row, const at::Tensor& seed, double drop_prob, bool rescale
             all ? 0.0f : static_cast<float>(rescale ? 1 / (1 - drop_prob) : 1.0)};
 }
 
+// Of all rows and elements of the result. Counts so large that these do not fit would write out of bounds.
+void check_size(int64_t batch, int64_t width, int64_t gaussian, int64_t dropout) {
+    int64_t copies, rows, elements;
+    const bool fits = gaussian >= 0 && dropout >= 0 && !__builtin_add_overflow(gaussian, dropout, &copies) &&
+                      !__builtin_add_overflow(copies, int64_t{1}, &copies) &&
+                      !__builtin_mul_overflow(copies, batch, &rows) &&
+                      !__builtin_mul_overflow(rows, width * 4, &elements);
+    TORCH_CHECK_VALUE(fits, "gaussian and dropout must be copies that fit in memory, got ", gaussian, " and ",
+                      dropout);
+}
+
 void check_seed(const at::Tensor& seed) {
     TORCH_CHECK_VALUE(seed.dim() == 0 && seed.scalar_type() == at::kLong, "seed must be 0-dim int64");
 }
@@ -31,7 +42,8 @@ at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t 
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(
         c10::autocast_dispatch_keyset);  // for the matmul below
     const ElementType type = element_type(x_, "x");
-    TORCH_CHECK_VALUE(x_.dim() == 2 && gaussian >= 0 && dropout >= 0, "x must be (B, Q), got ", x_.sizes());
+    TORCH_CHECK_VALUE(x_.dim() == 2, "x must be (B, Q), got ", x_.sizes());
+    check_size(x_.size(0), x_.size(1), gaussian, dropout);
     check_seed(seed);
     const at::Tensor x = dense_rows(x_);
     const int64_t batch = x.size(0), width = x.size(1), copies = 1 + gaussian + dropout;
@@ -103,6 +115,7 @@ at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t 
 at::Tensor augment_latent_backward(const at::Tensor& grad_, const at::Tensor& seed, int64_t gaussian,
                                    int64_t dropout, double drop_prob, bool rescale_dropout) {
     const ElementType type = element_type(grad_, "grad");
+    check_size(1, 1, gaussian, dropout);
     const int64_t copies = 1 + gaussian + dropout;
     TORCH_CHECK_VALUE(grad_.dim() == 2 && grad_.size(0) % copies == 0, "grad must be (", copies,
                       " * B, Q), got ", grad_.sizes());

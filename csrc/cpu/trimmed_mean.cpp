@@ -16,7 +16,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trimmed_mean(const at::Tensor& lo
     TORCH_CHECK_VALUE(!mask || (mask->sizes() == losses.sizes() && mask->scalar_type() == at::kBool),
                       "mask must be bool (", losses.size(0), ",)");
     const at::Tensor dense = dense_rows(losses);
-    const at::Tensor valid = mask ? mask->contiguous() : at::Tensor();
+    const at::Tensor valid = mask ? mask->view(at::kByte).ne(0) : at::Tensor();  // any byte but 0 is true
     const int64_t n = losses.size(0);
     const auto keys = order_keys(dense, type);
     at::Tensor kept = at::empty({n}, losses.options().dtype(at::kBool));
