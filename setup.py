@@ -56,7 +56,7 @@ def cuda_options(torch):
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures  # and this one when it compiles
     return {
-        "sources": sorted(glob("csrc/cuda/*.cu")),
+        "sources": sorted(glob("csrc/cuda/*.cu") + glob("csrc/cuda/*.cpp")),
         "include_dirs": [os.path.join(home, "include"), *sorted(glob(os.path.join(wheels, "include")))],
         "libraries": ["c10_cuda", "torch_cuda"],
         "link": cudart[:1],

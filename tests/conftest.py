@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import through
 import torch
 from hypothesis import settings
 
@@ -19,3 +20,20 @@ settings.load_profile("batchkern")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--through", choices=["host", "cuda"], help="run tests/ops through the CUDA kernels: see through.py"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--through"):
+        through.start(config.getoption("--through"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--through"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cpu")])
+        items[:] = [item for item in items if not item.get_closest_marker("cpu")]

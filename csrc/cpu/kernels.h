@@ -4,17 +4,9 @@
 
 #include <cstdint>
 
+#include "../element_type.h"
+
 namespace batchkern {
-
-// Storage of the two 16-bit types; arithmetic is in float.
-struct BFloat16 {
-    uint16_t bits;
-};
-struct Float16 {
-    uint16_t bits;
-};
-
-enum ElementType { kFloat32, kBFloat16, kFloat16, kElementTypes };
 
 // Options that are the same for every row of a cross entropy over `classes` classes.
 struct CrossEntropyOptions {

@@ -8,11 +8,9 @@ namespace batchkern {
 namespace {
 
 at::Tensor rank_batches(const at::Tensor& losses, int64_t k) {
-    const ElementType type = element_type(losses, "losses");
-    TORCH_CHECK_VALUE(losses.dim() == 1 && losses.size(0) < kMaxRows, "losses must be (N,), got ",
-                      losses.sizes());
+    const ElementType type = check_losses(losses, "(N,)");
     const int64_t n = losses.size(0);
-    TORCH_CHECK_VALUE(k >= 0 && k <= n, "k must be in [0, ", n, "], got ", k);
+    check_count(k, n);
     const at::Tensor dense = dense_rows(losses);
     const auto keys = order_keys(dense, type);
     at::Tensor indices = at::empty({k}, losses.options().dtype(at::kLong));

@@ -7,30 +7,10 @@
 #include <memory>
 #include <optional>
 
+#include "../arguments.h"
 #include "kernels.h"
 
 namespace batchkern {
-
-// An index must fit the low half of a 64-bit key.
-constexpr int64_t kMaxRows = int64_t{1} << 32;
-
-inline ElementType element_type(const at::Tensor& x, const char* name) {
-    switch (x.scalar_type()) {
-        case at::kFloat:
-            return kFloat32;
-        case at::kBFloat16:
-            return kBFloat16;
-        case at::kHalf:
-            return kFloat16;
-        default:
-            TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16 or float16, got ", x.scalar_type());
-    }
-}
-
-// Rows whose elements lie side by side: x itself where they do, whatever its row stride.
-inline at::Tensor dense_rows(const at::Tensor& x) {
-    return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
-}
 
 inline const void* row_pointer(const at::Tensor& x, int64_t row) {
     return static_cast<const char*>(x.const_data_ptr()) + row * x.stride(0) * x.element_size();
@@ -58,12 +38,10 @@ inline std::unique_ptr<uint32_t[]> order_keys(const at::Tensor& losses, ElementT
 }
 
 // keep, or what the tensor holds now.
-inline double keep_value(double keep, const std::optional<at::Tensor>& tensor) {
-    TORCH_CHECK_VALUE(!tensor || (tensor->dim() == 0 && tensor->scalar_type() == at::kDouble),
-                      "keep_tensor must be 0-dim float64");
-    const double value = tensor ? tensor->item<double>() : keep;
-    TORCH_CHECK_VALUE(value > 0 && value <= 1, "keep must be in (0, 1], got ", value);
-    return value;
+inline double keep_value(double keep, const std::optional<at::Tensor>& tensor, const at::Tensor& like) {
+    check_keep(keep, tensor, like);
+    if (tensor) check_keep(keep = tensor->item<double>(), std::nullopt, like);
+    return keep;
 }
 
 inline at::Tensor scalar(double value) {

@@ -11,37 +11,16 @@
 namespace batchkern {
 namespace {
 
-// What both passes need of the arguments. Holds the tensors that its pointers point into.
-struct Problem {
-    Problem(const at::Tensor& logits_, const at::Tensor& target_,
-            const std::optional<at::Tensor>& class_weight, int64_t ignore_index, double smoothing)
-        : type(element_type(logits_, "logits")) {
-        TORCH_CHECK_VALUE(logits_.dim() == 2 && logits_.size(0) < kMaxRows, "logits must be (B, C), got ",
-                          logits_.sizes());
-        rows = logits_.size(0);
-        options.classes = logits_.size(1);
-        TORCH_CHECK_VALUE(target_.dim() == 1 && target_.size(0) == rows && target_.scalar_type() == at::kLong,
-                          "target must be int64 (", rows, ",), got ", target_.scalar_type(), " ",
-                          target_.sizes());
-        logits = dense_rows(logits_);
-        target = target_.contiguous();
-        options.class_weight = nullptr;
-        options.weight_sum = static_cast<double>(options.classes);
-        options.smoothing = smoothing;
-        options.ignore_index = ignore_index;
-        if (class_weight) {
-            TORCH_CHECK_VALUE(class_weight->dim() == 1 && class_weight->size(0) == options.classes,
-                              "class_weight must be (", options.classes, ",), got ", class_weight->sizes());
-            weight = class_weight->to(at::kFloat).contiguous();
-            options.class_weight = weight.const_data_ptr<float>();
-            options.weight_sum = 0;
-            for (int64_t c = 0; c < options.classes; ++c) options.weight_sum += options.class_weight[c];
-        }
+struct Problem : CrossEntropyArguments {
+    Problem(const at::Tensor& logits_, const at::Tensor& target_, const std::optional<at::Tensor>& class_weight,
+            int64_t ignore_index, double smoothing)
+        : CrossEntropyArguments(logits_, target_, class_weight),
+          options{classes, weights(), static_cast<double>(classes), smoothing, ignore_index} {
+        if (!options.class_weight) return;
+        options.weight_sum = 0;
+        for (int64_t c = 0; c < classes; ++c) options.weight_sum += options.class_weight[c];
     }
 
-    ElementType type;
-    int64_t rows;
-    at::Tensor logits, target, weight;
     CrossEntropyOptions options;
 };
 
@@ -50,8 +29,8 @@ void check_target(const Problem& p, const bool* kept) {
     const int64_t* target = p.target.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < p.rows; ++i) {
         if (kept ? !kept[i] : target[i] == p.options.ignore_index) continue;
-        TORCH_CHECK_VALUE(target[i] >= 0 && target[i] < p.options.classes, "target[", i, "] is ", target[i],
-                          "; it must be in [0, ", p.options.classes, ") or ignore_index (",
+        TORCH_CHECK_VALUE(target[i] >= 0 && target[i] < p.classes, "target[", i, "] is ", target[i],
+                          "; it must be in [0, ", p.classes, ") or ignore_index (",
                           p.options.ignore_index, ")");
     }
 }
@@ -62,7 +41,7 @@ Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target
                               const std::optional<at::Tensor>& keep_tensor,
                               const std::optional<at::Tensor>& class_weight, int64_t ignore_index,
                               double label_smoothing) {
-    const double fraction = keep_value(keep, keep_tensor);
+    const double fraction = keep_value(keep, keep_tensor, logits);
     const Problem p(logits, target_, class_weight, ignore_index, label_smoothing);
     check_target(p, nullptr);
     const auto floats = logits.options().dtype(at::kFloat);
@@ -73,7 +52,7 @@ Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target
     float* const log_sums = lse.mutable_data_ptr<float>();
     bool* const is_kept = kept.mutable_data_ptr<bool>();
 
-    at::parallel_for(0, p.rows, grain(p.options.classes), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, p.rows, grain(p.classes), [&](int64_t begin, int64_t end) {
         kernels().loss_rows[p.type]({row_pointer(p.logits, begin), p.logits.stride(0), target + begin,
                                      loss + begin, log_sums + 2 * begin, end - begin},
                                     p.options);
@@ -95,19 +74,14 @@ Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target
 void write_gradient(const Problem& p, const at::Tensor& upstream, const at::Tensor& lse,
                     const at::Tensor& kept, const at::Tensor& normalizer, const at::Tensor& grad,
                     bool grad_is_zero) {
-    TORCH_CHECK_VALUE(lse.dim() == 2 && lse.size(0) == p.rows && lse.size(1) == 2 && lse.is_contiguous() &&
-                          lse.scalar_type() == at::kFloat,
-                      "lse must be contiguous float32 (", p.rows, ", 2)");
-    TORCH_CHECK_VALUE(
-        kept.dim() == 1 && kept.size(0) == p.rows && kept.is_contiguous() && kept.scalar_type() == at::kBool,
-        "kept must be contiguous bool (", p.rows, ",)");
+    p.check_saved(upstream, lse, kept, normalizer);
     if (grad.numel() == 0) return;
     const float scale = static_cast<float>(upstream.item<double>() / normalizer.item<double>());
     const bool* const is_kept = kept.const_data_ptr<bool>();
     check_target(p, is_kept);
     const float* const log_sums = lse.const_data_ptr<float>();
     const int64_t* const target = p.target.const_data_ptr<int64_t>();
-    at::parallel_for(0, p.rows, grain(p.options.classes), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, p.rows, grain(p.classes), [&](int64_t begin, int64_t end) {
         kernels().grad_rows[p.type]({row_pointer(p.logits, begin), p.logits.stride(0), target + begin,
                                      log_sums + 2 * begin, is_kept + begin, mutable_row_pointer(grad, begin),
                                      grad.stride(0), grad_is_zero, scale, end - begin},

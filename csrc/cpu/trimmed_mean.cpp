@@ -10,11 +10,8 @@ namespace {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> trimmed_mean(const at::Tensor& losses, double keep,
                                                             const std::optional<at::Tensor>& keep_tensor,
                                                             const std::optional<at::Tensor>& mask) {
-    const ElementType type = element_type(losses, "losses");
-    TORCH_CHECK_VALUE(losses.dim() == 1 && losses.size(0) < kMaxRows, "losses must be (B,), got ",
-                      losses.sizes());
-    TORCH_CHECK_VALUE(!mask || (mask->sizes() == losses.sizes() && mask->scalar_type() == at::kBool),
-                      "mask must be bool (", losses.size(0), ",)");
+    const ElementType type = check_losses(losses, "(B,)");
+    check_mask(mask, losses);
     const at::Tensor dense = dense_rows(losses);
     const at::Tensor valid = mask ? mask->view(at::kByte).ne(0) : at::Tensor();  // any byte but 0 is true
     const int64_t n = losses.size(0);
@@ -22,15 +19,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trimmed_mean(const at::Tensor& lo
     at::Tensor kept = at::empty({n}, losses.options().dtype(at::kBool));
     bool* const is_kept = kept.mutable_data_ptr<bool>();
     const int64_t k = select_rows(keys.get(), mask ? valid.const_data_ptr<bool>() : nullptr, n,
-                                  keep_value(keep, keep_tensor), is_kept);
+                                  keep_value(keep, keep_tensor, losses), is_kept);
     const double sum = kernels().sum_kept[type](dense.const_data_ptr(), is_kept, n);
     return {scalar(sum / static_cast<double>(k)), kept, scalar(static_cast<double>(k))};
 }
 
 at::Tensor trimmed_mean_backward(const at::Tensor& grad, const at::Tensor& kept, const at::Tensor& normalizer,
                                  at::ScalarType dtype) {
-    TORCH_CHECK_VALUE(kept.dim() == 1 && kept.scalar_type() == at::kBool && kept.is_contiguous(),
-                      "kept must be contiguous bool (B,)");
+    check_scalar(grad, "grad", kept);
+    check_scalar(normalizer, "normalizer", kept);
+    check_kept(kept);
     at::Tensor result = at::empty(kept.sizes(), kept.options().dtype(dtype));
     const ElementType type = element_type(result, "losses");
     const auto value = static_cast<float>(grad.item<double>() / normalizer.item<double>());

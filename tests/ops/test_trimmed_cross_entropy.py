@@ -461,6 +461,7 @@ def test_compiled_by_inductor_equals_eager() -> None:
 
 # --- wrong arguments -------------------------------------------------------------------------------------------
 
+CPU = pytest.mark.cpu
 LOGITS, TARGET = torch.zeros(4, 3), torch.tensor([0, 1, 2, 0])
 ON_META = {"device": "meta"}
 
@@ -478,9 +479,24 @@ ON_META = {"device": "meta"}
         ({"target": TARGET[:3]}, ValueError, ["target", "(3,)", "(4,)"]),
         ({"target": TARGET[:, None]}, ValueError, ["target", "(4, 1)", "1 dimension"]),
         ({"target": TARGET.to("meta")}, ValueError, ["target", "meta", "cpu"]),
-        ({"target": torch.tensor([0, 1, 3, 7])}, ValueError, ["target[2]", "3", "[0, 3)", "-100"]),
-        ({"target": torch.tensor([0, -1, 2, 0])}, ValueError, ["target[1]", "-1", "[0, 3)", "-100"]),
-        ({"target": torch.tensor([0, -100, 2, 0]), "ignore_index": 1}, ValueError, ["target[1]", "-100", "(1)"]),
+        pytest.param(
+            {"target": torch.tensor([0, 1, 3, 7])},
+            ValueError,
+            ["target[2]", "3", "[0, 3)", "-100"],
+            marks=pytest.mark.cpu,
+        ),
+        pytest.param(
+            {"target": torch.tensor([0, -1, 2, 0])},
+            ValueError,
+            ["target[1]", "-1", "[0, 3)", "-100"],
+            marks=pytest.mark.cpu,
+        ),
+        pytest.param(
+            {"target": torch.tensor([0, -100, 2, 0]), "ignore_index": 1},
+            ValueError,
+            ["target[1]", "-100", "(1)"],
+            marks=pytest.mark.cpu,
+        ),
         ({"keep": 0.0}, ValueError, ["keep", "0.0", "(0, 1]"]),
         ({"keep": -0.1}, ValueError, ["keep", "-0.1", "(0, 1]"]),
         ({"keep": 1.5}, ValueError, ["keep", "1.5", "(0, 1]"]),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, LAYOUTS, LEVELS, at_level, bits, column_slice, excess, on_threads
+from kernel_cases import DTYPES, LAYOUTS, LEVELS, TOLERANCE, at_level, bits, column_slice, excess, on_threads
 from torch import Tensor
 
 import batchkern
@@ -22,6 +22,7 @@ from batchkern import reference
 
 OPS = torch.ops.batchkern
 WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0])
+CPU = pytest.mark.cpu
 
 
 @pytest.fixture(params=LEVELS)
@@ -75,8 +76,9 @@ def check(case: Case) -> None:
     """Every level against the oracle: the rows exactly, and no error far above that of a correctly rounded result.
 
     No result in the same dtype is closer to the oracle than the correctly rounded one, so this is stricter than a
-    bound by torch's own error. What comes on top: 1e-7 of a loss, or of 1, or of the largest weight, with which losses
-    grow; of a gradient, 2e-7 of the factor by which all of it is multiplied (measured on 30,000 batches: 1.3e-7).
+    bound by torch's own error. What comes on top: TOLERANCE of a loss, or of 1, or of the largest weight, with which
+    losses grow; of a gradient, 2e-7 of the factor by which all of it is multiplied (measured by CPU kernels on 30,000
+    batches: 1.3e-7).
     """
     valid = case.target != case.ignore_index
     oracles: dict[tuple[bool, ...], tuple[Tensor, Tensor, Tensor]] = {}  # levels may round a tie differently
@@ -94,9 +96,9 @@ def check(case: Case) -> None:
         assert normalizer == (k if case.class_weight is None else weight[case.target[kept]].sum()), name  # eighths
         largest = max([1.0, *weight.tolist()])
         scale = exact_losses.abs().nan_to_num(0, 0).clamp(min=largest)
-        assert (excess(losses, exact_losses, exact_losses.float()) <= 1e-7 * scale).all(), name
+        assert (excess(losses, exact_losses, exact_losses.float()) <= TOLERANCE * scale).all(), name
         # The mean of float32 losses, rounded once more: 6e-8 of it each time.
-        tolerance = 1e-7 * largest + 1.2e-7 * exact_loss.abs().nan_to_num(0, 0)
+        tolerance = TOLERANCE * largest + (TOLERANCE + 2e-8) * exact_loss.abs().nan_to_num(0, 0)
         assert excess(loss, exact_loss, exact_loss) <= tolerance, name
 
         assert not bits(grad[~kept]).any(), name  # +0.0 whatever the row holds
@@ -159,7 +161,7 @@ def test_drawn_batches(case: Case) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["random", "one apart"])
-def test_no_element_is_further_from_exact_than_torch_by_1e_7(
+def test_no_element_is_further_from_exact_than_torch(
     level: str, kind: str, smoothing: float, dtype: torch.dtype
 ) -> None:
     logits, target = 3 * torch.randn(300, 257), torch.randint(257, (300,))
@@ -173,8 +175,8 @@ def test_no_element_is_further_from_exact_than_torch_by_1e_7(
     own_losses = F.cross_entropy(case.logits, target, reduction="none", label_smoothing=smoothing)
     leaf = case.logits.clone().requires_grad_()
     F.cross_entropy(leaf[kept], target[kept], reduction="sum", label_smoothing=smoothing).backward()
-    assert (excess(losses, exact_losses, own_losses) <= 1e-7 * exact_losses.clamp(min=1)).all()
-    assert excess(gradient(case), exact_grad, leaf.grad).max() <= 1e-7
+    assert (excess(losses, exact_losses, own_losses) <= TOLERANCE * exact_losses.clamp(min=1)).all()
+    assert excess(gradient(case), exact_grad, leaf.grad).max() <= TOLERANCE
 
 
 # --- blocks of 4096 columns and their remainders ---------------------------------------------------------------
@@ -327,6 +329,7 @@ def test_large_gradient(level: str, dtype: torch.dtype) -> None:
     assert torch.equal(bits(torch.load(file, weights_only=True)), bits(grad[:3]))
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_large_gradients_are_freed_and_their_dropped_rows_take_no_memory() -> None:
     logits, target = torch.randn(1025, 8200), torch.randint(8200, (1025,))
@@ -384,13 +387,43 @@ LOGITS, TARGET = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
         ({"class_weight": torch.ones(4)}, ValueError, r"class_weight must be \(3,\), got \[4\]"),
         ({"keep": 0.0}, ValueError, r"keep must be in \(0, 1\], got 0"),
         ({"keep": math.nan}, ValueError, r"keep must be in \(0, 1\], got nan"),
-        ({"keep_tensor": torch.tensor(1.5).double()}, ValueError, r"keep must be in \(0, 1\], got 1.5"),
+        pytest.param(
+            {"keep_tensor": torch.tensor(1.5).double()},
+            ValueError,
+            r"keep must be in \(0, 1\], got 1.5",
+            marks=pytest.mark.cpu,
+        ),
         ({"keep_tensor": torch.ones(2).double()}, ValueError, "keep_tensor must be 0-dim float64"),
-        ({"target": torch.tensor([0, 2, 3, 9])}, ValueError, r"target\[2\] is 3; it must be in \[0, 3\)"),
-        ({"target": torch.tensor([0, 2, 1, -1])}, ValueError, r"target\[3\] is -1;.*ignore_index \(-100\)"),
-        ({"target": torch.tensor([2**63 - 1, -(2**63), 0, 0])}, ValueError, r"target\[0\] is 9223372036854775807;"),
-        ({"target": torch.tensor([0, -(2**63), 0, 0])}, ValueError, r"target\[1\] is -9223372036854775808;"),
-        ({"logits": torch.empty(4, 0)}, ValueError, r"target\[0\] is 0; it must be in \[0, 0\)"),
+        pytest.param(
+            {"target": torch.tensor([0, 2, 3, 9])},
+            ValueError,
+            r"target\[2\] is 3; it must be in \[0, 3\)",
+            marks=pytest.mark.cpu,
+        ),
+        pytest.param(
+            {"target": torch.tensor([0, 2, 1, -1])},
+            ValueError,
+            r"target\[3\] is -1;.*ignore_index \(-100\)",
+            marks=pytest.mark.cpu,
+        ),
+        pytest.param(
+            {"target": torch.tensor([2**63 - 1, -(2**63), 0, 0])},
+            ValueError,
+            r"target\[0\] is 9223372036854775807;",
+            marks=pytest.mark.cpu,
+        ),
+        pytest.param(
+            {"target": torch.tensor([0, -(2**63), 0, 0])},
+            ValueError,
+            r"target\[1\] is -9223372036854775808;",
+            marks=pytest.mark.cpu,
+        ),
+        pytest.param(
+            {"logits": torch.empty(4, 0)},
+            ValueError,
+            r"target\[0\] is 0; it must be in \[0, 0\)",
+            marks=pytest.mark.cpu,
+        ),
     ],
 )
 def test_forward_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -410,9 +443,14 @@ def test_forward_refuses(arguments: dict[str, Any], error: type[Exception], mess
         ({"kept": torch.ones(4)}, ValueError, "kept must be"),
         ({"kept": torch.ones(8).bool()[::2]}, ValueError, "kept must be"),
         ({"class_weight": torch.ones(4)}, ValueError, "class_weight must be"),
-        ({"target": torch.tensor([0, 3, 2, 0])}, ValueError, r"target\[1\] is 3"),
-        ({"target": torch.tensor([0, 1, 1 << 40, 0])}, ValueError, r"target\[2\] is 1099511627776"),
-        ({"target": torch.tensor([-1, 1, 2, 0])}, ValueError, r"target\[0\] is -1"),
+        pytest.param({"target": torch.tensor([0, 3, 2, 0])}, ValueError, r"target\[1\] is 3", marks=CPU),
+        pytest.param(
+            {"target": torch.tensor([0, 1, 1 << 40, 0])},
+            ValueError,
+            r"target\[2\] is 1099511627776",
+            marks=pytest.mark.cpu,
+        ),
+        pytest.param({"target": torch.tensor([-1, 1, 2, 0])}, ValueError, r"target\[0\] is -1", marks=CPU),
         ({"grad": torch.ones(4)}, RuntimeError, "4 elements"),
         ({"normalizer": torch.ones(4)}, RuntimeError, "4 elements"),
     ],
@@ -425,6 +463,7 @@ def test_backward_refuses(arguments: dict[str, Any], error: type[Exception], mes
             op(**{"logits": LOGITS.clone(), **usual, **arguments})
 
 
+@pytest.mark.cpu
 def test_a_wrong_target_far_down_a_large_batch_is_named(level: str) -> None:
     target = torch.randint(10, (100_000,))
     target[99_999] = 10

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import through
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,15 +98,16 @@ def test_drawn_losses(
         assert torch.equal(bits(grad), bits(torch.where(expected, share, torch.zeros((), dtype=dtype)))), name
 
 
-def test_thirty_thousand_small_batches_of_ties() -> None:
+def test_many_small_batches_of_ties() -> None:
     path = Path(__file__).parents[2] / "bench" / "million_selections.py"
     spec = importlib.util.spec_from_file_location("million_selections", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    wrong, counts = script.run(30_000, seed=1)
+    cases = 3_000 if through.which else 30_000
+    wrong, counts = script.run(cases, seed=1)
     assert wrong == 0
-    assert counts["that split a tie"] > 10_000
-    assert counts["whose keep * n ends in .5"] > 5_000
+    assert counts["that split a tie"] > cases / 3
+    assert counts["whose keep * n ends in .5"] > cases / 6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -176,7 +178,12 @@ def test_opcheck(options: dict[str, Any], dtype: torch.dtype) -> None:
         ({"mask": torch.ones(2).bool()}, ValueError, r"mask must be bool \(3,\)"),
         ({"keep": 0.0}, ValueError, r"keep must be in \(0, 1\], got 0"),
         ({"keep": math.nan}, ValueError, r"keep must be in \(0, 1\], got nan"),
-        ({"keep_tensor": torch.tensor(-1.0).double()}, ValueError, r"keep must be in \(0, 1\], got -1"),
+        pytest.param(
+            {"keep_tensor": torch.tensor(-1.0).double()},
+            ValueError,
+            r"keep must be in \(0, 1\], got -1",
+            marks=pytest.mark.cpu,
+        ),
         ({"keep_tensor": torch.ones(2)}, ValueError, "keep_tensor must be 0-dim float64"),
     ],
 )

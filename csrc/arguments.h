@@ -1,0 +1,124 @@
+// What the bindings check before a kernel gets raw pointers, on every device: what would crash or read
+// elsewhere. The Python functions have said more, in the user's terms.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "element_type.h"
+
+namespace batchkern {
+
+// An index must fit the low half of a 64-bit key.
+constexpr int64_t kMaxRows = int64_t{1} << 32;
+
+inline ElementType element_type(const at::Tensor& x, const char* name) {
+    switch (x.scalar_type()) {
+        case at::kFloat:
+            return kFloat32;
+        case at::kBFloat16:
+            return kBFloat16;
+        case at::kHalf:
+            return kFloat16;
+        default:
+            TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16 or float16, got ", x.scalar_type());
+    }
+}
+
+// Rows whose elements lie side by side: x itself where they do, whatever its row stride.
+inline at::Tensor dense_rows(const at::Tensor& x) {
+    return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
+}
+
+inline void check_device(const at::Tensor& x, const char* name, const at::Tensor& like) {
+    TORCH_CHECK_VALUE(x.device() == like.device(), name, " must be on ", like.device(), ", got ", x.device());
+}
+
+// One number on the device, such as an upstream gradient.
+inline void check_scalar(const at::Tensor& x, const char* name, const at::Tensor& like) {
+    TORCH_CHECK(x.numel() == 1, name, " must hold one number, got ", x.numel(), " elements");
+    check_device(x, name, like);
+}
+
+inline void check_keep(double keep, const std::optional<at::Tensor>& tensor, const at::Tensor& like) {
+    if (!tensor) {
+        TORCH_CHECK_VALUE(keep > 0 && keep <= 1, "keep must be in (0, 1], got ", keep);
+        return;
+    }
+    TORCH_CHECK_VALUE(tensor->dim() == 0 && tensor->scalar_type() == at::kDouble,
+                      "keep_tensor must be 0-dim float64");
+    check_device(*tensor, "keep_tensor", like);
+}
+
+// A vector of losses, (B,) or (N,).
+inline ElementType check_losses(const at::Tensor& losses, const char* shape) {
+    const ElementType type = element_type(losses, "losses");
+    TORCH_CHECK_VALUE(losses.dim() == 1 && losses.size(0) < kMaxRows, "losses must be ", shape, ", got ",
+                      losses.sizes());
+    return type;
+}
+
+inline void check_mask(const std::optional<at::Tensor>& mask, const at::Tensor& losses) {
+    if (!mask) return;
+    TORCH_CHECK_VALUE(mask->sizes() == losses.sizes() && mask->scalar_type() == at::kBool,
+                      "mask must be bool (", losses.size(0), ",)");
+    check_device(*mask, "mask", losses);
+}
+
+inline void check_kept(const at::Tensor& kept) {
+    TORCH_CHECK_VALUE(kept.dim() == 1 && kept.scalar_type() == at::kBool && kept.is_contiguous(),
+                      "kept must be contiguous bool (B,)");
+}
+
+inline void check_count(int64_t k, int64_t n) {
+    TORCH_CHECK_VALUE(k >= 0 && k <= n, "k must be in [0, ", n, "], got ", k);
+}
+
+// What both passes of a cross entropy need. Holds the tensors that pointers are taken of.
+struct CrossEntropyArguments {
+    CrossEntropyArguments(const at::Tensor& logits_, const at::Tensor& target_,
+                          const std::optional<at::Tensor>& class_weight)
+        : type(element_type(logits_, "logits")) {
+        TORCH_CHECK_VALUE(logits_.dim() == 2 && logits_.size(0) < kMaxRows, "logits must be (B, C), got ",
+                          logits_.sizes());
+        rows = logits_.size(0);
+        classes = logits_.size(1);
+        TORCH_CHECK_VALUE(target_.dim() == 1 && target_.size(0) == rows && target_.scalar_type() == at::kLong,
+                          "target must be int64 (", rows, ",), got ", target_.scalar_type(), " ",
+                          target_.sizes());
+        check_device(target_, "target", logits_);
+        logits = dense_rows(logits_);
+        target = target_.contiguous();
+        if (!class_weight) return;
+        TORCH_CHECK_VALUE(class_weight->dim() == 1 && class_weight->size(0) == classes,
+                          "class_weight must be (", classes, ",), got ", class_weight->sizes());
+        check_device(*class_weight, "class_weight", logits_);
+        weight = class_weight->to(at::kFloat).contiguous();
+    }
+
+    const float* weights() const { return weight.defined() ? weight.const_data_ptr<float>() : nullptr; }
+
+    // What only the backward pass is given.
+    void check_saved(const at::Tensor& upstream, const at::Tensor& lse, const at::Tensor& kept,
+                     const at::Tensor& normalizer) const {
+        check_scalar(upstream, "grad", logits);
+        check_scalar(normalizer, "normalizer", logits);
+        TORCH_CHECK_VALUE(lse.dim() == 2 && lse.size(0) == rows && lse.size(1) == 2 && lse.is_contiguous() &&
+                              lse.scalar_type() == at::kFloat,
+                          "lse must be contiguous float32 (", rows, ", 2)");
+        check_device(lse, "lse", logits);
+        TORCH_CHECK_VALUE(kept.dim() == 1 && kept.size(0) == rows && kept.is_contiguous() &&
+                              kept.scalar_type() == at::kBool,
+                          "kept must be contiguous bool (", rows, ",)");
+        check_device(kept, "kept", logits);
+    }
+
+    ElementType type;
+    int64_t rows, classes;
+    at::Tensor logits;  // rows whose elements lie side by side
+    at::Tensor target;
+    at::Tensor weight;  // undefined: all 1
+};
+
+}  // namespace batchkern

@@ -1,0 +1,60 @@
+// Rows of a cross entropy, by groups of threads: 8 lanes, a warp or a block for each row; or several blocks
+// for each where rows are few and long. What both passes share.
+#pragma once
+
+#undef NDEBUG  // the check of a target stays in every build
+#include <assert.h>
+
+#include "elements.cuh"
+#include "launch.h"
+
+namespace batchkern {
+
+// Threads of a block. Of the narrow rows as many as 64 fit one, so that a small batch is one block's work.
+template <int kGroup>
+constexpr int kThreads = kGroup == 8       ? 512
+                         : kGroup == kWarp ? 256
+                                           : kGroup;
+
+// Blocks of a multiprocessor: 64 registers for each thread, whose loads are then enough to keep the memory
+// busy.
+template <int kGroup>
+constexpr int kResident = 1024 / kThreads<kGroup>;
+
+// The first row of this thread's group, how many rows on the next one is, and the thread's place in the
+// group. With several blocks to a row, blockIdx.y says which of them this is.
+template <int kGroup>
+__device__ __forceinline__ int64_t first_row() {
+    return int64_t{blockIdx.x} * (kThreads<kGroup> / kGroup) + threadIdx.x / kGroup;
+}
+template <int kGroup>
+__device__ __forceinline__ int64_t row_step() {
+    return int64_t{gridDim.x} * (kThreads<kGroup> / kGroup);
+}
+template <int kGroup>
+__device__ __forceinline__ int member() {
+    return threadIdx.x % kGroup;
+}
+
+// The vectors of a row that this block works on. The first block also has the elements before them, the last
+// one those behind.
+struct Share {
+    int begin;
+    int end;
+    bool first;
+    bool last;
+};
+
+__device__ __forceinline__ Share share_of_block(int vectors) {
+    const int64_t parts = gridDim.y, part = blockIdx.y;
+    if (parts == 1) return {0, vectors, true, true};
+    return {static_cast<int>(vectors * part / parts), static_cast<int>(vectors * (part + 1) / parts),
+            part == 0, part == parts - 1};
+}
+
+// As PyTorch's own cross entropy does: nothing is read out of bounds, and the next synchronisation raises.
+__device__ __forceinline__ void check_class(int64_t target, int classes) {
+    assert(target >= 0 && target < classes && "target must be in [0, C) or ignore_index");
+}
+
+}  // namespace batchkern

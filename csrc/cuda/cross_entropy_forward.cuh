@@ -1,0 +1,255 @@
+// Losses of all rows in one pass over the logits, and, where `select` says so, the selection by the last
+// block to finish: one launch in all.
+//
+// A thread keeps the running maximum m of its elements and the sums of exp(z - m), and, with label smoothing,
+// of w (z - m) and w: terms of one sign, so that no digits cancel. Only losses, keys and log-sum-exps leave
+// the chip.
+#pragma once
+
+#include "../order.h"
+#include "cross_entropy.cuh"
+#include "select.cuh"
+
+namespace batchkern {
+
+// A row's, or a part of it: its maximum, and sums relative to it (to 0 where the maximum is -inf).
+struct alignas(16) RowState {
+    float maximum;
+    float sum;       // of exp(z - m)
+    float distance;  // of w (z - m), with label smoothing
+    float weight;    // of w, likewise
+};
+
+struct CrossEntropyForward {
+    CrossEntropyRows rows;
+    int64_t ignore_index;
+    float* losses;          // (rows,), 0 where ignored
+    float2* lse;            // (rows,): the maximum m, and log of the sum of exp(z - m); 0 where ignored
+    uint32_t* keys;         // (rows,), 0 where ignored: no loss has this key
+    RowState* parts;        // (rows, gridDim.y), with several blocks to a row
+    uint32_t* row_tickets;  // (rows,), zeros, likewise
+    bool select;            // whether the last block selects
+    Selection<KeyedLosses> selection;
+};
+
+struct ForwardStorage {
+    float scratch[kMaxWarps];
+    bool last;
+};
+
+__device__ __forceinline__ float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
+// e^d for d <= 0. Logits of 16 bits have twice as many elements for each byte, and instructions would bound
+// them: they get the processor's own 2^x, which errs by up to 2 in the last digit.
+__device__ __forceinline__ float exp_to_sum(float d, const float*) { return expf(d); }
+__device__ __forceinline__ float exp_to_sum(float d, const void*) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(d * 1.44269504f));
+    return result;
+#else
+    return exp2f(d * 1.44269504f);
+#endif
+}
+
+// Makes room for elements up to `maximum`. Where nothing was added yet, the factor is 0 and the weight too.
+template <bool kSmooth, class T>
+__device__ __forceinline__ void raise(RowState& a, float maximum) {
+    const float base = base_of(maximum);
+    a.sum *= exp_to_sum(a.maximum - base, static_cast<const T*>(nullptr));
+    if (kSmooth) a.distance += (base_of(a.maximum) - base) * a.weight;
+    a.maximum = maximum;
+}
+
+// Adds elements not above a.maximum; `weight` is that of the first, or null. Four sums, so that none waits
+// for the last addition.
+template <bool kSmooth, int kN, class T>
+__device__ __forceinline__ void accumulate(RowState& a, float (&sums)[4], const float (&z)[kN],
+                                           const float* weight) {
+    const float base = base_of(a.maximum);
+#pragma unroll
+    for (int i = 0; i < kN; ++i) {
+        const float d = z[i] - base;
+        sums[i % 4] += exp_to_sum(d, static_cast<const T*>(nullptr));
+        if (kSmooth) {
+            const float w = weight ? weight[i] : 1.0f;
+            a.distance += w * d;
+            a.weight += w;
+        }
+    }
+}
+
+template <bool kSmooth, class T>
+__device__ __forceinline__ void add_element(RowState& a, const T* element, const float* weight) {
+    const float z[1] = {to_float(*element)};
+    raise<kSmooth, T>(a, fmaxf(a.maximum, z[0]));
+    float sums[4] = {};
+    accumulate<kSmooth, 1, T>(a, sums, z, weight);
+    a.sum += sums[0];
+}
+
+// The state of all the elements that the threads of a group have seen.
+template <bool kSmooth, int kGroup>
+__device__ __forceinline__ RowState merge_group(RowState a, ForwardStorage& shared) {
+    raise<kSmooth, float>(a, reduce_group<kGroup>(a.maximum, Max(), shared.scratch));
+    a.sum = reduce_group<kGroup>(a.sum, Sum(), shared.scratch);
+    if (kSmooth) {
+        a.distance = reduce_group<kGroup>(a.distance, Sum(), shared.scratch);
+        a.weight = reduce_group<kGroup>(a.weight, Sum(), shared.scratch);
+    }
+    return a;
+}
+
+// A row as groups of columns, 16 bytes each, and a tail of single ones. Which thread adds which columns
+// depends on nothing but their number: rows that are equal have the same loss to the last bit, wherever they
+// begin in memory.
+template <class T>
+struct ColumnGroups {
+    static constexpr int kColumns = kPerVector<T>;
+
+    __device__ __forceinline__ ColumnGroups(const T* row_, int classes)
+        : row(row_),
+          vectors(reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(row_) & ~uintptr_t{15})),
+          past(static_cast<int>(reinterpret_cast<uintptr_t>(row_) % 16)),
+          count(classes / kColumns),
+          tail(classes % kColumns) {}
+
+    // An aligned group; or else the vector that an inner group begins in. (The others are not used, but must
+    // lie within the row.)
+    template <bool kAligned>
+    __device__ __forceinline__ uint4 load(int group) const {
+        if (kAligned) return vectors[group];
+        return count > 2 ? vectors[max(group, 1)] : uint4{};
+    }
+
+    // The rest of an unaligned group, from the vector that follows. The first and the last group have bytes
+    // in vectors that do not lie within the row, and are read one by one.
+    __device__ __forceinline__ uint4 join(int group, const uint4& before) const {
+        if (group > 0 && group < count - 1) return shift_bytes(before, vectors[group + 1], past);
+        return gather(row + group * kColumns);
+    }
+
+    const T* row;
+    const uint4* vectors;  // the first begins `past` bytes before the row
+    int past;
+    int count;
+    int tail;
+};
+
+// Vectors that a thread loads before it uses the first.
+constexpr int kInFlight = 4;
+
+template <class T, bool kSmooth, int kGroup, bool kAligned>
+__device__ __forceinline__ void read_groups(RowState& state, const ColumnGroups<T>& groups,
+                                            const Share& share, const float* weight) {
+    constexpr int kN = kPerVector<T>;
+    for (int begin = share.begin + member<kGroup>(); begin < share.end; begin += kInFlight * kGroup) {
+        uint4 loaded[kInFlight];
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i)
+            if (begin + i * kGroup < share.end)
+                loaded[i] = groups.template load<kAligned>(begin + i * kGroup);
+        if (!kAligned) {
+#pragma unroll
+            for (int i = 0; i < kInFlight; ++i)
+                if (begin + i * kGroup < share.end) loaded[i] = groups.join(begin + i * kGroup, loaded[i]);
+        }
+        float maximum = state.maximum, z[kN], sums[4] = {};
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            if (begin + i * kGroup >= share.end) break;
+            unpack(loaded[i], z, groups.row);
+#pragma unroll
+            for (int j = 0; j < kN; ++j) maximum = fmaxf(maximum, z[j]);
+        }
+        raise<kSmooth, T>(state, maximum);
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            const int group = begin + i * kGroup;
+            if (group >= share.end) break;
+            unpack(loaded[i], z, groups.row);
+            accumulate<kSmooth, kN, T>(state, sums, z, weight ? weight + group * kN : nullptr);
+        }
+        state.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+}
+
+// This block's part of a row.
+template <class T, bool kSmooth, int kGroup>
+__device__ __forceinline__ RowState read_row(const CrossEntropyRows& a, const T* row,
+                                             ForwardStorage& shared) {
+    const ColumnGroups<T> groups(row, a.classes);
+    const Share share = share_of_block(groups.count);
+    const float* const weight = kSmooth ? a.class_weight : nullptr;
+    RowState state{-INFINITY, 0.0f, 0.0f, 0.0f};
+    if (share.last && member<kGroup>() < groups.tail) {
+        const int column = a.classes - groups.tail + member<kGroup>();
+        add_element<kSmooth>(state, row + column, weight ? weight + column : nullptr);
+    }
+    if (groups.past == 0)
+        read_groups<T, kSmooth, kGroup, true>(state, groups, share, weight);
+    else
+        read_groups<T, kSmooth, kGroup, false>(state, groups, share, weight);
+    return merge_group<kSmooth, kGroup>(state, shared);
+}
+
+// Several blocks have a part of the row each: the last one to finish gets the whole. The order of the parts
+// is fixed.
+template <bool kSmooth, int kGroup>
+__device__ __forceinline__ bool merge_parts(const CrossEntropyForward& a, int64_t row, RowState& state,
+                                            ForwardStorage& shared) {
+    RowState* const parts = a.parts + row * gridDim.y;
+    if (threadIdx.x == 0) parts[blockIdx.y] = state;
+    if (!is_last(a.row_tickets + row, gridDim.y, shared.last)) return false;
+    state = {-INFINITY, 0.0f, 0.0f, 0.0f};
+    if (threadIdx.x < gridDim.y) {
+        const float4 part = __ldcg(reinterpret_cast<const float4*>(parts + threadIdx.x));
+        state = {part.x, part.y, part.z, part.w};
+    }
+    state = merge_group<kSmooth, kGroup>(state, shared);
+    return true;
+}
+
+template <bool kSmooth>
+__device__ __forceinline__ float row_loss(const CrossEntropyRows& a, const RowState& row, int64_t target,
+                                          float at_target, float log_sum) {
+    const float weight = a.class_weight ? a.class_weight[target] : 1.0f;
+    const float loss = weight * (log_sum + (row.maximum - at_target));
+    if (!kSmooth) return loss;
+    const float spread = row.weight * log_sum - row.distance;  // sum of w (lse - z)
+    return (1.0f - a.smoothing) * loss + a.smoothing / static_cast<float>(a.classes) * spread;
+}
+
+template <class T, bool kSmooth, int kGroup>
+__global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup>)
+    cross_entropy_forward(const CrossEntropyForward a) {
+    BATCHKERN_SHARED(ForwardStorage, shared);
+    for (int64_t i = first_row<kGroup>(); i < a.rows.rows; i += row_step<kGroup>()) {
+        const T* const row = static_cast<const T*>(a.rows.logits) + i * a.rows.stride;
+        const int64_t target = a.rows.target[i];
+        const bool ignored = target == a.ignore_index;
+        const bool writes = member<kGroup>() == 0;
+        if (ignored) {
+            if (writes && blockIdx.y == 0) {
+                a.losses[i] = 0.0f;
+                a.lse[i] = {0.0f, 0.0f};
+                a.keys[i] = 0;
+            }
+            continue;
+        }
+        check_class(target, a.rows.classes);
+        const float at_target = to_float(row[target]);
+        RowState state = read_row<T, kSmooth, kGroup>(a.rows, row, shared);
+        if constexpr (kGroup > kWarp)
+            if (gridDim.y > 1 && !merge_parts<kSmooth, kGroup>(a, i, state, shared)) continue;
+        if (!writes) continue;
+        const float log_sum = logf(state.sum);
+        const float loss = row_loss<kSmooth>(a.rows, state, target, at_target, log_sum);
+        a.losses[i] = loss;
+        a.lse[i] = {state.maximum, log_sum};
+        a.keys[i] = order_key(loss);
+    }
+    if (a.select) select_in_last_block<kThreads<kGroup>>(a.selection);
+}
+
+}  // namespace batchkern

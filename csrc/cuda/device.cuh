@@ -1,0 +1,80 @@
+// What every kernel uses: shared memory, reductions over a group of threads, the ticket of the last block.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <math.h>
+
+#include <cstdint>
+
+// Shared memory of a kernel, all of it in one struct. The tests define these otherwise, to run kernels on a
+// host.
+#ifndef BATCHKERN_SHARED
+#define BATCHKERN_SHARED(type, name) __shared__ type name
+#define BATCHKERN_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
+
+namespace batchkern {
+
+constexpr int kWarp = 32;
+constexpr int kMaxWarps = 32;  // of a block
+
+__device__ __forceinline__ int lane() { return threadIdx.x % kWarp; }
+__device__ __forceinline__ int warp() { return threadIdx.x / kWarp; }
+
+struct Sum {
+    template <class T>
+    __device__ __forceinline__ T operator()(T a, T b) const {
+        return a + b;
+    }
+};
+
+// fmaxf: a NaN is ignored, and shows in the sum.
+struct Max {
+    __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
+    __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const { return max(a, b); }
+};
+
+// The first `width` (a power of two) of a warp's lanes, or the next ones, reduce a value; all of them get the
+// same bits, because a + b == b + a.
+template <int kWidth, class T, class Op>
+__device__ __forceinline__ T reduce_lanes(T value, Op op) {
+    const uint32_t mask = kWidth == kWarp ? 0xffffffffu : ((1u << kWidth) - 1u) << (lane() / kWidth * kWidth);
+#pragma unroll
+    for (int offset = kWidth / 2; offset > 0; offset /= 2)
+        value = op(value, __shfl_xor_sync(mask, value, offset));
+    return value;
+}
+
+// Reduces over a group of kGroup threads: some lanes of a warp, or the whole block. All of them get the
+// result. The order is fixed. `scratch` holds one value for each warp, and may be used again by the next
+// call.
+template <int kGroup, class T, class Op>
+__device__ __forceinline__ T reduce_group(T value, Op op, T (&scratch)[kMaxWarps]) {
+    if constexpr (kGroup <= kWarp) {
+        return reduce_lanes<kGroup>(value, op);
+    } else {
+        constexpr int kWarps = kGroup / kWarp;
+        value = reduce_lanes<kWarp>(value, op);
+        __syncthreads();  // the last call's values have been read
+        if (lane() == 0) scratch[warp()] = value;
+        __syncthreads();
+        return reduce_lanes<kWarps>(scratch[lane() % kWarps], op);
+    }
+}
+
+// Whether this block is the last of `blocks` to come here. What it does next sees all that the others wrote
+// before, if it reads past the L1 cache (__ldcg). The ticket is 0 before and after.
+__device__ __forceinline__ bool is_last(uint32_t* ticket, uint32_t blocks, bool& scratch) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const uint32_t place = atomicAdd(ticket, 1u);
+        scratch = place == blocks - 1;
+        if (scratch) *ticket = 0;
+    }
+    __syncthreads();
+    if (scratch) __threadfence();
+    return scratch;
+}
+
+}  // namespace batchkern

@@ -1,0 +1,112 @@
+// Elements of the three types in global memory, one by one or 16 bytes at a time.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../element_type.h"
+#include "device.cuh"
+
+namespace batchkern {
+
+template <class T>
+constexpr int kPerVector = 16 / sizeof(T);
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
+__device__ __forceinline__ float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+// To nearest, ties to even.
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+template <>
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
+    return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+__device__ __forceinline__ Float16 from_float<Float16>(float x) {
+    return {__half_as_ushort(__float2half_rn(x))};
+}
+
+// 16 bytes, as one instruction loads or stores them, and their elements.
+__device__ __forceinline__ uint32_t word(const uint4& v, int i) {
+    return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
+
+__device__ __forceinline__ void unpack(const uint4& v, float (&x)[4], const float*) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(word(v, i));
+}
+
+__device__ __forceinline__ void unpack(const uint4& v, float (&x)[8], const BFloat16*) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        x[2 * i] = __uint_as_float(word(v, i) << 16);
+        x[2 * i + 1] = __uint_as_float(word(v, i) & 0xffff0000u);
+    }
+}
+
+__device__ __forceinline__ void unpack(const uint4& v, float (&x)[8], const Float16*) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        x[2 * i] = __half2float(__ushort_as_half(static_cast<uint16_t>(word(v, i) & 0xffffu)));
+        x[2 * i + 1] = __half2float(__ushort_as_half(static_cast<uint16_t>(word(v, i) >> 16)));
+    }
+}
+
+__device__ __forceinline__ uint4 pack(const float (&x)[4], float*) {
+    return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
+}
+
+// The same from elements one by one.
+__device__ __forceinline__ uint4 gather(const float* p) {
+    return {__float_as_uint(p[0]), __float_as_uint(p[1]), __float_as_uint(p[2]), __float_as_uint(p[3])};
+}
+
+template <class T>
+__device__ __forceinline__ uint4 gather(const T* p) {
+    return {p[0].bits | uint32_t{p[1].bits} << 16, p[2].bits | uint32_t{p[3].bits} << 16,
+            p[4].bits | uint32_t{p[5].bits} << 16, p[6].bits | uint32_t{p[7].bits} << 16};
+}
+
+template <class T>
+__device__ __forceinline__ uint4 pack(const float (&x)[8], T*) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        words[i] = from_float<T>(x[2 * i]).bits | uint32_t{from_float<T>(x[2 * i + 1]).bits} << 16;
+    return {words[0], words[1], words[2], words[3]};
+}
+
+// 16 of the 32 bytes of two vectors, from byte `past` on: a multiple of 2.
+__device__ __forceinline__ uint4 shift_bytes(const uint4& first, const uint4& second, int past) {
+    uint32_t w[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
+#pragma unroll
+    for (int i = 0; i < 6; ++i) w[i] = past & 8 ? w[i + 2] : w[i];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) w[i] = past & 4 ? w[i + 1] : w[i];
+    const int bits = past % 4 * 8;
+    return {__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
+            __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits)};
+}
+
+// Where the 16-byte vectors of a row begin, and how many elements stand before, in and behind them.
+template <class T>
+struct RowParts {
+    int head;
+    int vectors;
+    int tail;
+
+    __device__ __forceinline__ RowParts(const T* row, int n) {
+        const auto past = static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16 / sizeof(T));
+        head = past == 0 ? 0 : min(kPerVector<T> - past, n);
+        vectors = (n - head) / kPerVector<T>;
+        tail = n - head - vectors * kPerVector<T>;
+    }
+};
+
+}  // namespace batchkern

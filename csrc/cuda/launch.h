@@ -1,0 +1,89 @@
+// What the bindings ask of the kernels: raw pointers, sizes and a stream in; the error of the launch out.
+// Neither torch nor kernel code here. Every pointer is one of the current device.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../element_type.h"
+#include "workspace.h"
+
+namespace batchkern {
+
+struct CrossEntropyRows {
+    const void* logits;         // (rows, classes)
+    int64_t stride;             // elements from row to row
+    const int64_t* target;      // (rows,)
+    const float* class_weight;  // (classes,), or null: all 1
+    int64_t rows;
+    int classes;
+    float smoothing;
+};
+
+// How many rows are kept, and what becomes of them.
+struct Reduction {
+    const double* keep_tensor;  // read by the kernel, instead of keep, where it is not null
+    double keep;
+    bool* kept;         // (n,)
+    float* mean;        // of the kept rows; NaN where there are none
+    float* normalizer;  // what their sum was divided by
+};
+
+struct ForwardCall {
+    CrossEntropyRows rows;
+    int64_t ignore_index;
+    float* losses;  // (rows,), 0 where ignored
+    float* lse;     // (rows, 2): the maximum m, and log of the sum of exp(z - m); 0 where ignored
+    Reduction reduction;
+};
+
+struct BackwardCall {
+    CrossEntropyRows rows;
+    const float* lse;         // (rows, 2), as the forward pass wrote it
+    const bool* kept;         // (rows,)
+    const float* upstream;    // one number
+    const float* normalizer;  // one number
+    const float* weight_sum;  // one number: of class_weight; null where that is
+    void* grad;               // (rows, classes); may be the logits themselves
+    int64_t grad_stride;
+};
+
+struct LossVector {
+    const void* losses;  // (n,)
+    int64_t stride;
+    const uint8_t* mask;  // (n,), any byte but 0 is true; null: all are
+    int64_t mask_stride;
+    int64_t n;
+};
+
+struct MeanBackwardCall {
+    const bool* kept;         // (n,)
+    const float* upstream;    // one number
+    const float* normalizer;  // one number
+    void* grad;               // (n,)
+    int64_t n;
+};
+
+// Each takes scratch memory of so many bytes, whose contents do not matter, aligned to 16.
+size_t cross_entropy_scratch(ElementType type, int64_t rows, int classes);
+cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& call, void* scratch,
+                                         Workspace* workspace, cudaStream_t stream);
+cudaError_t launch_cross_entropy_backward(ElementType type, const BackwardCall& call, cudaStream_t stream);
+
+size_t trimmed_mean_scratch(int64_t n);
+cudaError_t launch_trimmed_mean(ElementType type, const LossVector& losses, const Reduction& reduction,
+                                void* scratch, Workspace* workspace, cudaStream_t stream);
+cudaError_t launch_trimmed_mean_backward(ElementType type, const MeanBackwardCall& call, cudaStream_t stream);
+
+size_t rank_scratch(int64_t n, int64_t k);
+cudaError_t launch_rank(ElementType type, const LossVector& losses, int64_t k, int64_t* indices,
+                        void* scratch, Workspace* workspace, cudaStream_t stream);
+
+// What the sorting of n packed rows takes; and the sorting, which leaves them in one of the two buffers.
+size_t sort_scratch(int64_t n);
+cudaError_t launch_sort(uint64_t* packed, uint64_t* buffer, int64_t n, void* scratch, uint64_t** sorted,
+                        cudaStream_t stream);
+
+}  // namespace batchkern

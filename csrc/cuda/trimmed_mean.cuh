@@ -1,0 +1,27 @@
+// The gradient of a trimmed mean.
+#pragma once
+
+#include "elements.cuh"
+
+namespace batchkern {
+
+struct TrimmedMeanBackward {
+    const bool* kept;         // (n,)
+    const float* upstream;    // one number
+    const float* normalizer;  // one number
+    void* grad;               // (n,)
+    int64_t n;
+};
+
+constexpr int kFillThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kFillThreads) trimmed_mean_backward(const TrimmedMeanBackward a) {
+    const T share = from_float<T>(*a.upstream / *a.normalizer), zero = from_float<T>(0.0f);
+    T* const grad = static_cast<T*>(a.grad);
+    const int64_t step = int64_t{gridDim.x} * kFillThreads;
+    for (int64_t i = int64_t{blockIdx.x} * kFillThreads + threadIdx.x; i < a.n; i += step)
+        grad[i] = a.kept[i] ? share : zero;
+}
+
+}  // namespace batchkern
