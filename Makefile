@@ -12,10 +12,10 @@ BUILT := build/.built-$(TORCH)$(subst /,-,$(abspath $(VENV)))
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo bench sanitize cross gpu clean
+.PHONY: help setup test lint format demo bench sanitize cuda-on-host cross resources gpu clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
 	@echo "variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH=$(TORCH), and BATCHKERN_CUDA=0 or 1"
 
 setup: $(BUILT) ## make $(VENV) with torch $(TORCH), batchkern in place and all that development needs
@@ -63,13 +63,22 @@ bench: setup ## time every operation beside PyTorch on a quiet machine, 8 minute
 	BATCHKERN_BENCH_OUT=bench/results $(BIN)/python -m pytest bench --benchmark-quiet -W ignore::DeprecationWarning
 
 # Leaks are not looked for: Python and torch keep memory on purpose. What torch.compile builds would need the sanitizer too.
-sanitize: setup ## run the tests of the operations under AddressSanitizer and UBSan
+SANITIZED_PYTEST = cd build/sanitized && CXX="$${CXX:-c++}" && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($$CXX -print-file-name=libasan.so) $$($$CXX -print-file-name=libstdc++.so)" PYTHONPATH=. OMP_NUM_THREADS=2 \
+	$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml --rootdir ../.. -q -k "not compile" --capture=sys
+
+build/.sanitized: $(BUILT)
 	@echo "building batchkern._C with sanitizers"
 	@BATCHKERN_SANITIZE=1 BATCHKERN_CUDA=0 $(BIN)/python setup.py --quiet build --build-lib build/sanitized
-	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. OMP_NUM_THREADS=2 \
-		$(abspath $(BIN))/python -m pytest -c ../../pyproject.toml --rootdir ../.. ../../tests/ops -q -k "not compile" --capture=sys
+	@touch $@
+
+sanitize: build/.sanitized ## run the tests of the operations under AddressSanitizer and UBSan
+	$(SANITIZED_PYTEST) ../../tests/ops
+
+# The operations that have CUDA kernels. The order of threads and blocks is another one in each run.
+cuda-on-host: build/.sanitized ## run CUDA kernels on the host under AddressSanitizer and UBSan, by the tests of their operations
+	$(SANITIZED_PYTEST) --through host \
+		$(foreach op,trimmed_cross_entropy trimmed_mean rank_batches,../../tests/ops/test_$(op).py ../../tests/ops/test_$(op)_kernel.py)
 
 cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetches ziglang, 100 MB)
 	@$(PIP) ziglang
@@ -79,13 +88,12 @@ cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetch
 			-Wall -Wextra -Werror -c $$source -o build/cross.o || exit 1; \
 	done; done
 
-gpu: ## on a machine with a GPU, nvcc and torch: build with CUDA for PYTHON and run the GPU tests
-	@$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || \
-		{ echo "make gpu needs a GPU that the torch of $(PYTHON) can see"; exit 1; }
+gpu: ## with the torch of PYTHON: build for its GPU, test, sanitize, measure, in 10 minutes (into GPU_OUT=runs/gpu)
 	@rm -f build/.built-*
-	BATCHKERN_CUDA=1 $(PYTHON) setup.py --quiet build_ext --inplace
-	@$(PYTHON) -m pytest -m gpu; code=$$?; \
-		if [ $$code = 5 ]; then echo "there are no GPU tests yet"; else exit $$code; fi
+	$(PYTHON) bench/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(DRY_RUN),--dry-run)
+
+resources: setup ## compile the CUDA kernels for three architectures: registers and spills (bench/KERNEL_RESOURCES.md)
+	$(BIN)/python bench/kernel_resources.py
 
 clean: ## remove what was built, but not $(VENV)
 	rm -rf build dist *.egg-info batchkern/_C*.so

@@ -51,12 +51,43 @@ def _find_kernels() -> set[tuple[str, str]]:
 
 
 _kernels = _find_kernels()
+_supported: dict[int, bool] = {}
+"""By the index of a CUDA device: whether the CUDA kernels were built for it."""
 
 
 def has_kernel(op: str, x: Tensor) -> bool:
     """Whether ``op`` has a kernel for tensors like ``x``. There are none for float64, which the reference serves."""
     # x.device.type makes two objects; this is asked in every call.
-    return (op, "cpu" if x.is_cpu else x.device.type) in _kernels and x.dtype != torch.float64
+    if x.is_cpu:
+        return (op, "cpu") in _kernels and x.dtype != torch.float64
+    return (op, x.device.type) in _kernels and x.dtype != torch.float64 and (not x.is_cuda or _supports(x.device))
+
+
+def _supports(device: torch.device) -> bool:
+    """Whether this CUDA device can run what was compiled. The compiler, which cannot ask it, takes that for granted."""
+    index = device.index if device.index is not None else 0
+    if index not in _supported and not torch.compiler.is_compiling():
+        if not torch.cuda.is_available():  # fake tensors
+            return True
+        _supported[index] = built_for(torch.cuda.get_device_capability(index))
+    return _supported.get(index, True)
+
+
+def built_for(capability: tuple[int, int]) -> bool:
+    """Whether the CUDA kernels run on a device of this compute capability: (9, 0).
+
+    Machine code serves the minor versions above its own; PTX, which the driver compiles, every version above its own.
+    """
+    for name in _architectures():
+        number, _, ptx = name.partition("+")
+        major, minor = (int(part) for part in number.split("."))
+        if (major == capability[0] and minor <= capability[1]) or (ptx and (major, minor) <= capability):
+            return True
+    return False
+
+
+def _architectures() -> list[str]:
+    return [] if extension is None else list(extension.build_facts()["cuda_architectures"])
 
 
 def call(op: str) -> Callable[..., Any]:
@@ -87,10 +118,19 @@ def status() -> list[Status]:
 
 
 def _status(op: str, device: str) -> Status:
-    if extension is not None and (op, device) in _kernels:
-        return Status(op, device, "kernel", f"C++, {extension.cpu_level()}" if device == "cpu" else "CUDA or Triton")
     if extension is None:
         return Status(op, device, "reference", extension_error)
-    if device == "cuda" and not torch.cuda.is_available():
-        return Status(op, device, "reference", "no CUDA device is visible to this torch")
+    if device == "cpu" and (op, device) in _kernels:
+        return Status(op, device, "kernel", f"C++, {extension.cpu_level()}")
+    if device == "cuda" and (op, device) in _kernels:
+        built = f"CUDA C++ for {', '.join(_architectures())}"
+        if not torch.cuda.is_available():
+            return Status(op, device, "kernel", f"{built}; no CUDA device is visible to this torch")
+        capability = torch.cuda.get_device_capability()
+        if built_for(capability):
+            return Status(op, device, "kernel", built)
+        why = "set TORCH_CUDA_ARCH_LIST and install batchkern again"
+        return Status(op, device, "reference", f"{built}, and this device is {capability[0]}.{capability[1]}: {why}")
+    if device == "cuda" and not extension.build_facts()["cuda"]:
+        return Status(op, device, "reference", "batchkern._C was built without CUDA")
     return Status(op, device, "reference", "this release has no kernel for it")

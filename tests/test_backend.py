@@ -56,24 +56,76 @@ def test_every_operation_is_covered() -> None:
     assert len(_backend.status()) == len(_backend.OPS) * len(_backend.DEVICES)
 
 
-@pytest.mark.parametrize("loaded", [False, True], ids=["no extension", "extension"])
+def extension_built_for(*architectures: str) -> types.ModuleType:
+    module = types.ModuleType("_C")
+    module.cpu_level = lambda: "avx2"
+    module.build_facts = lambda: {"cuda": bool(architectures), "cuda_architectures": list(architectures)}
+    return module
+
+
+@pytest.mark.parametrize(
+    ("extension", "cpu", "cuda"),
+    [
+        (None, "undefined symbol: _ZN3c10", "undefined symbol: _ZN3c10"),
+        (extension_built_for(), "this release has no kernel for it", "batchkern._C was built without CUDA"),
+        (extension_built_for("9.0"), "this release has no kernel for it", "this release has no kernel for it"),
+    ],
+    ids=["no extension", "without CUDA", "with CUDA"],
+)
 def test_without_kernels_everything_is_the_reference(
-    no_kernels: None, monkeypatch: pytest.MonkeyPatch, loaded: bool
+    no_kernels: None, monkeypatch: pytest.MonkeyPatch, extension: types.ModuleType | None, cpu: str, cuda: str
 ) -> None:
-    monkeypatch.setattr(_backend, "extension", types.ModuleType("_C") if loaded else None)
-    monkeypatch.setattr(_backend, "extension_error", "" if loaded else "undefined symbol: _ZN3c10")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(_backend, "extension", extension)
+    monkeypatch.setattr(_backend, "extension_error", "" if extension else "undefined symbol: _ZN3c10")
     for (_, device), status in statuses().items():
+        assert (status.backend, status.why) == ("reference", cpu if device == "cpu" else cuda)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "runs"),
+    [
+        (["8.0", "9.0+PTX"], (8, 0), True),
+        (["8.0", "9.0+PTX"], (8, 9), True),  # machine code of 8.0
+        (["8.0", "9.0+PTX"], (7, 5), False),
+        (["8.0", "9.0+PTX"], (12, 0), True),  # PTX of 9.0
+        (["8.0", "9.0"], (12, 0), False),
+        (["8.6"], (8, 0), False),
+        (["9.0+PTX"], (8, 9), False),
+        (["10.0"], (10, 3), True),
+        ([], (9, 0), False),
+    ],
+)
+def test_which_devices_a_build_runs_on(
+    monkeypatch: pytest.MonkeyPatch, architectures: list[str], capability: tuple[int, int], runs: bool
+) -> None:
+    monkeypatch.setattr(_backend, "extension", extension_built_for(*architectures))
+    assert _backend.built_for(capability) is runs
+
+
+@pytest.mark.parametrize("capability", [None, (7, 5), (9, 0)])
+def test_a_device_that_the_build_does_not_serve_gets_the_reference(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None
+) -> None:
+    monkeypatch.setattr(_backend, "extension", extension_built_for("8.0", "9.0+PTX"))
+    monkeypatch.setattr(_backend, "_kernels", {("trimmed_mean", "cuda")})
+    monkeypatch.setattr(_backend, "_supported", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    status = statuses()["trimmed_mean", "cuda"]
+    with FakeTensorMode():
+        x = torch.empty(4, device="cuda")
+        assert _backend.has_kernel("trimmed_mean", x) is (capability != (7, 5))
+        assert not _backend.has_kernel("trimmed_mean", x.double())
+        assert not _backend.has_kernel("rank_batches", x)
+    if capability == (7, 5):
         assert status.backend == "reference"
-        if not loaded:
-            assert "undefined symbol: _ZN3c10" in status.why
-        elif device == "cuda":
-            assert status.why == "no CUDA device is visible to this torch"
-        else:
-            assert status.why == "this release has no kernel for it"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    if loaded:
-        assert {s.why for s in _backend.status()} == {"this release has no kernel for it"}
+        assert status.why == (
+            "CUDA C++ for 8.0, 9.0+PTX, and this device is 7.5: set TORCH_CUDA_ARCH_LIST and install batchkern again"
+        )
+    else:
+        assert status.backend == "kernel"
+        assert status.why.startswith("CUDA C++ for 8.0, 9.0+PTX")
+        assert status.why.endswith("no CUDA device is visible to this torch") is (capability is None)
 
 
 @pytest.mark.parametrize("op", _backend.OPS)

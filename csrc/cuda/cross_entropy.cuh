@@ -17,9 +17,9 @@ constexpr int kThreads = kGroup == 8       ? 512
                                            : kGroup;
 
 // Blocks of a multiprocessor: 64 registers for each thread, whose loads are then enough to keep the memory
-// busy.
-template <int kGroup>
-constexpr int kResident = 1024 / kThreads<kGroup>;
+// busy. Label smoothing takes a few more.
+template <int kGroup, bool kSmooth>
+constexpr int kResident = (kSmooth ? 768 : 1024) / kThreads<kGroup>;
 
 // The first row of this thread's group, how many rows on the next one is, and the thread's place in the
 // group. With several blocks to a row, blockIdx.y says which of them this is.

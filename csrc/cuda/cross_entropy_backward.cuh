@@ -105,7 +105,7 @@ __device__ __forceinline__ void write_elements(const RowGradient& g, const T* ro
 }
 
 template <class T, bool kSmooth, int kGroup>
-__global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup>)
+__global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup, kSmooth>)
     cross_entropy_backward(const CrossEntropyBackward a) {
     const int classes = a.rows.classes;
     for (int64_t i = first_row<kGroup>(); i < a.rows.rows; i += row_step<kGroup>()) {

@@ -221,7 +221,7 @@ __device__ __forceinline__ float row_loss(const CrossEntropyRows& a, const RowSt
 }
 
 template <class T, bool kSmooth, int kGroup>
-__global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup>)
+__global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup, kSmooth>)
     cross_entropy_forward(const CrossEntropyForward a) {
     BATCHKERN_SHARED(ForwardStorage, shared);
     for (int64_t i = first_row<kGroup>(); i < a.rows.rows; i += row_step<kGroup>()) {

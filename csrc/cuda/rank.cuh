@@ -52,7 +52,7 @@ __device__ __forceinline__ void sort_ascending(uint64_t* values, int size) {
 
 // Dynamic shared memory: the power of two from k up, of 8 bytes.
 template <bool kGrid, class T>
-__global__ void __launch_bounds__(kSelectThreads) rank_few(const RankFew<T> a) {
+__global__ void __launch_bounds__(kSelectThreads, 1) rank_few(const RankFew<T> a) {
     BATCHKERN_SHARED(RankStorage, shared);
     BATCHKERN_DYNAMIC_SHARED(uint64_t, chosen);
     Merge* const merge = &a.workspace->merge;

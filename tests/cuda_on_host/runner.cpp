@@ -13,6 +13,11 @@
 #include <string>
 #include <vector>
 
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)  // clang
+#define __SANITIZE_ADDRESS__ 1
+#endif
+#endif
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -132,10 +137,11 @@ struct Memory {
 
 // At the end of a malloc of its own, where AddressSanitizer watches.
 Memory fresh_memory(size_t bytes) {
-    Memory memory{{static_cast<char*>(std::aligned_alloc(16, (bytes + 15) / 16 * 16)), &std::free}, bytes};
+    const size_t taken = bytes / 16 * 16 + 16;
+    Memory memory{{static_cast<char*>(std::aligned_alloc(16, taken)), &std::free}, bytes};
     memset(memory.bytes.get(), 0xdb, bytes);
 #ifdef __SANITIZE_ADDRESS__
-    ASAN_POISON_MEMORY_REGION(memory.bytes.get() + bytes, (bytes + 15) / 16 * 16 - bytes);
+    ASAN_POISON_MEMORY_REGION(memory.bytes.get() + bytes, taken - bytes);
 #endif
     return memory;
 }
@@ -171,6 +177,8 @@ std::string name(const Block& block, const Thread& t) {
     text << "thread " << t.index.x << " of block (" << block.index.x << ", " << block.index.y << ")";
     return text.str();
 }
+
+bool same(const Site& a, const Site& b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
 
 std::string name(const Site& site) {
     const std::string file = site.file;
@@ -276,20 +284,24 @@ void try_warp(Block& block, Thread& t) {
     Thread* lanes[32] = {};
     if (!(t.mask >> (t.index.x % 32) & 1))
         refuse(name(block, t) + " is not in its own mask at " + name(t.site));
+    bool complete = true;
     for (int i = 0; i < 32; ++i) {
         if (!(t.mask >> i & 1)) continue;
         Thread& other = block.threads[first + i];
-        if (other.state == State::kEnded)
-            refuse(name(block, t) + " waits at " + name(t.site) + " for lane " + std::to_string(i) +
-                   ", which has ended");
-        if (other.state != State::kInWarp) return;
-        if (other.op != t.op || other.mask != t.mask || other.site.line != t.site.line) {
-            if (!(other.mask >> (t.index.x % 32) & 1)) return;  // it is among other lanes, and may come yet
-            refuse(name(block, t) + " waits at " + name(t.site) + " for lane " + std::to_string(i) +
-                   ", which waits for it at " + name(other.site) + " with another mask or operation");
-        }
+        const auto here = [&] {
+            return name(block, t) + " waits at " + name(t.site) + " for lane " + std::to_string(i);
+        };
+        if (other.state == State::kEnded) refuse(here() + ", which has ended");
         lanes[i] = &other;
+        if (other.state == State::kInWarp && other.op == t.op && other.mask == t.mask &&
+            same(other.site, t.site))
+            continue;
+        complete = false;  // it does something else first, unless that waits for this thread
+        if (other.state == State::kInWarp && other.mask >> (t.index.x % 32) & 1)
+            refuse(here() + ", which waits for it at " + name(other.site) +
+                   " with another mask or operation");
     }
+    if (!complete) return;
     uint64_t results[32];
     for (int i = 0; i < 32; ++i)
         if (lanes[i]) results[i] = result_of(block, *lanes[i], lanes);
@@ -306,7 +318,7 @@ void release(Block& block, const char* what) {
     for (Thread& t : block.threads) {
         if (t.state == State::kEnded) continue;
         if (!first) first = &t;
-        if (t.site.line != first->site.line || strcmp(t.site.file, first->site.file) != 0)
+        if (!same(t.site, first->site))
             refuse(std::string("threads of a block wait at different ") + what + ": " + name(first->site) +
                    " and " + name(t.site));
         make_ready(block, t);
@@ -331,12 +343,14 @@ void run_block(Block& block) {
             if (t.state == State::kEnded) --block.alive;
             if (t.state == State::kInWarp) try_warp(block, t);
         }
-        if (block.alive == 0 || count(block, State::kAtGrid) == block.alive) return;
+        if (block.alive == 0 || count(block, State::kAtGrid) == block.threads.size()) return;
         if (count(block, State::kAtBarrier) != block.alive) {
-            for (const Thread& t : block.threads)
-                if (t.state == State::kInWarp)
-                    refuse(name(block, t) + " waits at " + name(t.site) + " for lanes that never come");
-            refuse("some threads of a block wait for it, and others for the grid");
+            for (Thread& t : block.threads) {
+                if (t.state != State::kInWarp) continue;
+                try_warp(block, t);  // says what it waits for, where a lane has ended since
+                refuse(name(block, t) + " waits at " + name(t.site) + " for lanes that never come");
+            }
+            refuse("some threads of a block wait for the grid, and others have ended or wait for the block");
         }
         release(block, "barriers");
     }
@@ -394,7 +408,12 @@ void run_all(size_t blocks) {
             alive = 0;
             for (auto& block : resident) run_block(*block), alive += block->alive > 0;
             if (alive > 0 && alive < blocks) refuse("some blocks wait for the grid, and others have ended");
-            for (auto& block : resident) release(*block, "grid barriers");
+            for (auto& block : resident) {
+                if (alive > 0 && !same(block->threads[0].site, resident[0]->threads[0].site))
+                    refuse("blocks wait for the grid at different places: " +
+                           name(resident[0]->threads[0].site) + " and " + name(block->threads[0].site));
+                release(*block, "grid barriers");
+            }
             std::shuffle(resident.begin(), resident.end(), run_->random);
         }
         finish();

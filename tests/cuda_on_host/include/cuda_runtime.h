@@ -133,6 +133,11 @@ inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value, CudaSite site =
     return static_cast<uint32_t>(::cuda_on_host::warp(CudaWarpOp::kMax, mask, value, 0, site));
 }
 
+// Not modelled.
+int __reduce_add_sync(uint32_t, int, CudaSite = {}) = delete;
+int __reduce_min_sync(uint32_t, int, CudaSite = {}) = delete;
+int __reduce_max_sync(uint32_t, int, CudaSite = {}) = delete;
+
 // --- the runtime
 // -------------------------------------------------------------------------------------------------
 
@@ -172,7 +177,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         threads.x % 32 != 0 || threads.y != 1 || threads.z != 1 ||
         config->dynamicSmemBytes > ::cuda_on_host::kSharedLimit)
         return cudaErrorInvalidConfiguration;
-    if (cooperative && blocks.x * blocks.y > ::cuda_on_host::kMultiprocessors)
+    if (cooperative && uint64_t{blocks.x} * blocks.y > ::cuda_on_host::kMultiprocessors)
         return cudaErrorCooperativeLaunchTooLarge;
     ::cuda_on_host::run({{blocks.x, blocks.y, 1}, {threads.x, 1, 1}, config->dynamicSmemBytes, cooperative},
                         [&] { kernel(arguments...); });

@@ -1,0 +1,255 @@
+"""Device time of the CUDA kernels beside eager PyTorch and ``torch.compile``, with floors and targets.
+
+    python bench/gpu_kernels.py [--out FILE.json] [--seconds 120]
+
+A variant is a captured CUDA graph of some calls, replayed and timed with events: so launches wait for nothing. Variants
+take turns within a round; medians of many rounds. The floor is bytes over the copy bandwidth measured in the same run.
+The file is written anew after each case, so that a run that is stopped leaves what it has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+import torch.nn.functional as F
+
+import batchkern
+
+KEEP = 0.2
+ROUNDS = 25
+Call = Callable[[], object]
+
+
+@dataclass
+class Problem:
+    floor_bytes: float
+    variants: dict[str, Call]
+    host: bool = False
+    """Whether the host time of a call counts too."""
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    label: str
+    phase: str
+    build: Callable[[], Problem]
+    target_s: float | None = None
+
+
+def cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> Problem:
+    logits = 2 * torch.randn(rows, classes, device="cuda", dtype=dtype)
+    target = torch.randint(classes, (rows,), device="cuda")
+    kept = max(round(KEEP * rows), 1)
+    leaf = logits.requires_grad_()
+    one = torch.ones((), device="cuda")
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(x.float(), target, reduction="none").topk(kept).values.mean()
+
+    def step(function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+        return lambda: torch.autograd.grad(function(leaf), leaf, one)
+
+    return Problem(
+        (2 + KEEP) * logits.nbytes,
+        {
+            "ours": step(lambda x: batchkern.trimmed_cross_entropy(x, target, KEEP)),
+            "eager": step(eager),
+            "compile": step(torch.compile(eager, fullgraph=True, dynamic=False)),
+        },
+        host=rows * classes < 10_000,
+    )
+
+
+def trimmed_mean(rows: int) -> Problem:
+    losses = torch.randn(rows, device="cuda").exp()
+    kept = max(round(KEEP * rows), 1)
+
+    def eager(x: torch.Tensor) -> torch.Tensor:
+        return x.topk(kept, sorted=False).values.mean()
+
+    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
+    return Problem(
+        losses.nbytes + rows,
+        {
+            "ours": lambda: batchkern.trimmed_mean(losses, KEEP),
+            "eager": lambda: eager(losses),
+            "compile": lambda: compiled(losses),
+        },
+    )
+
+
+def rank_batches(size: int, fraction: float) -> Problem:
+    losses = torch.randn(size, device="cuda").exp()
+    count = max(1, int(fraction * size))
+    return Problem(
+        losses.nbytes + 8 * count,
+        {
+            "ours": lambda: batchkern.rank_batches(losses, fraction),
+            "eager": lambda: losses.topk(count).indices,
+            "sort": lambda: losses.sort(descending=True, stable=True).indices[:count],
+        },
+    )
+
+
+def cases() -> list[Case]:
+    fp32, bf16 = torch.float32, torch.bfloat16
+    shapes = [
+        (65_536, 1000, fp32, 160e-6),
+        (8192, 131_072, bf16, 1.25e-3),
+        (128, 10, fp32, 8e-6),
+        (16_384, 8192, bf16, None),
+        (16_384, 4096, fp32, None),
+        (8192, 50_257, bf16, None),  # rows that begin at every alignment
+        (64, 131_072, bf16, None),  # several blocks to a row
+        (4096, 1000, fp32, None),
+    ]
+    result = [
+        Case("trimmed_cross_entropy", f"{r}x{c} {str(d)[6:]}", "full", lambda r=r, c=c, d=d: cross_entropy(r, c, d), t)
+        for r, c, d, t in shapes
+    ]
+    for rows, target in ((65_536, 12e-6), (16_384, None), (1_000_000, None)):
+        result.append(Case("trimmed_mean", str(rows), "forward", lambda n=rows: trimmed_mean(n), target))
+    for size, fraction, target in ((1_000_000, 0.2, 60e-6), (1_000_000, 0.002, None), (400, 0.2, None)):
+        label = f"{size} at {fraction}"
+        result.append(Case("rank_batches", label, "forward", lambda n=size, f=fraction: rank_batches(n, f), target))
+    return result
+
+
+def event_seconds(call: Call) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def captured(call: Call) -> tuple[torch.cuda.CUDAGraph, int]:
+    """A graph of so many calls that it runs for about 2 ms, and their number."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    calls = max(1, min(100, int(2e-3 / max(event_seconds(call), 1e-6))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph, calls
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written a second."""
+    source = torch.randn(1 << 29, device="cuda")
+    to = torch.empty_like(source)
+    to.copy_(source)
+    return 2 * source.nbytes / statistics.median(event_seconds(lambda: to.copy_(source)) for _ in range(15))
+
+
+def host_seconds(call: Call) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(200):
+        call()
+    seconds = (time.perf_counter() - start) / 200
+    torch.cuda.synchronize()
+    return seconds
+
+
+def measure(case: Case, bandwidth: float) -> list[dict[str, Any]]:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    problem = case.build()
+    graphs = {name: captured(call) for name, call in problem.variants.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in graphs}
+    order = list(graphs)
+    for _ in range(ROUNDS):
+        random.shuffle(order)
+        for name in order:
+            graph, calls = graphs[name]
+            seconds[name].append(event_seconds(graph.replay) / calls)
+    floor = problem.floor_bytes / bandwidth
+    rows = []
+    for name, durations in seconds.items():
+        p20, median, p80 = harness.quantiles(durations)
+        rows.append(
+            {
+                "op": case.op,
+                "case": case.label,
+                "phase": case.phase,
+                "variant": name,
+                "median_s": median,
+                "p20_s": p20,
+                "p80_s": p80,
+                "ratio_to_ours": harness.quantiles([a / b for a, b in zip(durations, seconds["ours"])])[1],
+                "floor_bytes": problem.floor_bytes,
+                "floor_s": floor,
+                "over_floor": median / floor,
+                "target_s": case.target_s if name == "ours" else None,
+                "host_s": host_seconds(problem.variants[name]) if problem.host else None,
+            }
+        )
+    return rows
+
+
+def facts() -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        **harness.machine_facts(),
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+    }
+
+
+def line(row: dict[str, Any]) -> str:
+    target = f"  target {row['target_s'] * 1e6:.0f}" if row["target_s"] else ""
+    host = f"  host {row['host_s'] * 1e6:.0f}" if row["host_s"] else ""
+    return (
+        f"{row['op']:22} {row['case']:22} {row['variant']:8} {row['median_s'] * 1e6:10.1f} us"
+        f"  x{row['over_floor']:.2f} of the floor  x{row['ratio_to_ours']:.2f} of ours{target}{host}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=120.0, help="start no case after this time")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_kernels.py needs a CUDA GPU that torch can see", file=sys.stderr)
+        return 2
+    start = time.monotonic()
+    bandwidth = copy_bandwidth()
+    report: dict[str, Any] = {"machine": facts(), "copy_bytes_per_s": bandwidth, "rows": [], "left_out": []}
+    print(f"{report['machine']['gpu']}: copy {bandwidth / 1e12:.2f} TB/s")
+    for case in cases():
+        if time.monotonic() - start > arguments.seconds:
+            report["left_out"].append(f"{case.op} {case.label}")
+        else:
+            rows = measure(case, bandwidth)
+            report["rows"] += rows
+            print("\n".join(line(row) for row in rows), flush=True)
+        if arguments.out:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

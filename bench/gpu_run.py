@@ -1,0 +1,124 @@
+"""Everything that a GPU is needed for, in one command that ends within ten minutes (``make gpu``).
+
+    python bench/gpu_run.py [--out FOLDER] [--minutes 9.5] [--dry-run]
+
+Builds for the GPU that is there, runs the GPU tests and the tests of the operations through the kernels, looks for
+memory errors and races with compute-sanitizer on a reduced set, and measures. Each stage has a time limit; one that
+no time is left for is said to be left out. ``summary.json`` is written anew after each stage, beside a log of each, so
+that a run that is stopped leaves what it has. ``--dry-run`` goes as far as a machine without a GPU allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+# Memory that is not cached, so that every tensor ends where its allocation does.
+UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+SANITIZED = ["-k", "test_every_path or test_ranks", "-x", "tests/test_gpu.py"]
+
+
+@dataclass
+class Stage:
+    name: str
+    command: list[str]
+    seconds: float
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: str | None = None
+    """A program."""
+    without_gpu: bool = False
+    """Whether it does something where there is no GPU."""
+
+
+def stages(out: Path) -> list[Stage]:
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+    build = {"BATCHKERN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    # Only at kernels with our namespace in their names.
+    sanitizer = ["compute-sanitizer", "--kernel-name", "kns=batchkern", "--error-exitcode", "9", "--tool"]
+    operations = ["trimmed_cross_entropy", "trimmed_mean", "rank_batches"]
+    semantic = [f"tests/ops/test_{op}{suffix}.py" for op in operations for suffix in ("", "_kernel")]
+    setup = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    return [
+        Stage("build", setup, 240, build, without_gpu=True),
+        Stage("tests", [*PYTEST, "-m", "gpu"], 150, without_gpu=True),
+        Stage("measure", [sys.executable, "bench/gpu_kernels.py", "--out", str(out / "kernels.json")], 150),
+        Stage("semantics", [*PYTEST, "--through", "cuda", "-k", "not compile and not group", *semantic], 180),
+        Stage("memcheck", [*sanitizer, "memcheck", *PYTEST, *SANITIZED], 120, UNCACHED, "compute-sanitizer"),
+        Stage("racecheck", [*sanitizer, "racecheck", *PYTEST, *SANITIZED], 120, UNCACHED, "compute-sanitizer"),
+    ]
+
+
+def run(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
+    log = out / f"{stage.name}.log"
+    start = time.monotonic()
+    with log.open("w") as file:
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.environment}
+        try:
+            done = subprocess.run(
+                stage.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=seconds
+            )
+            result = "passed" if done.returncode == 0 else f"failed with exit code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            result = f"stopped after {seconds:.0f} s"
+    lines = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
+    return {"result": result, "seconds": round(time.monotonic() - start, 1), "last_lines": lines[-3:]}
+
+
+def why_not(stage: Stage, seconds: float) -> str | None:
+    if not torch.cuda.is_available() and not stage.without_gpu:
+        return "left out: there is no CUDA GPU"
+    if stage.needs and shutil.which(stage.needs) is None:
+        return f"left out: {stage.needs} was not found"
+    return "left out: no time was left" if seconds < 20 else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
+    parser.add_argument("--minutes", type=float, default=9.5)
+    parser.add_argument("--dry-run", action="store_true", help="go on without a GPU")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() and not arguments.dry_run:
+        print("make gpu needs a GPU that this torch can see; DRY_RUN=1 goes as far as it can without", file=sys.stderr)
+        return 2
+    out: Path = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * arguments.minutes
+    summary: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "stages": {},
+    }
+    failed = False
+    for stage in stages(out):
+        seconds = min(stage.seconds, end - time.monotonic())
+        reason = why_not(stage, seconds)
+        outcome = {"result": reason} if reason else run(stage, out, seconds)
+        summary["stages"][stage.name] = outcome
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        print(
+            f"{stage.name:10} {outcome['result']} {outcome.get('seconds', '')}",
+            *outcome.get("last_lines", []),
+            sep="\n    ",
+        )
+        failed |= not reason and outcome["result"] != "passed"
+        if stage.name == "build" and outcome["result"] != "passed":
+            break
+    print(f"written: {out}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
