@@ -77,7 +77,7 @@ sanitize: build/.sanitized ## run the tests of the operations under AddressSanit
 
 # The operations that have CUDA kernels. The order of threads and blocks is another one in each run.
 cuda-on-host: build/.sanitized ## run CUDA kernels on the host under AddressSanitizer and UBSan, by the tests of their operations
-	$(SANITIZED_PYTEST) --through host \
+	$(SANITIZED_PYTEST) --through host -n 2 \
 		$(foreach op,trimmed_cross_entropy trimmed_mean rank_batches,../../tests/ops/test_$(op).py ../../tests/ops/test_$(op)_kernel.py)
 
 cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetches ziglang, 100 MB)
@@ -93,7 +93,7 @@ gpu: ## with the torch of PYTHON: build for its GPU, test, sanitize, measure, in
 	$(PYTHON) bench/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(DRY_RUN),--dry-run)
 
 resources: setup ## compile the CUDA kernels for three architectures: registers and spills (bench/KERNEL_RESOURCES.md)
-	$(BIN)/python bench/kernel_resources.py
+	$(BIN)/python bench/kernel_resources.py $(if $(CHECK),--check)
 
 clean: ## remove what was built, but not $(VENV)
 	rm -rf build dist *.egg-info batchkern/_C*.so

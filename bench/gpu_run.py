@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # Memory that is not cached, so that every tensor ends where its allocation does.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+LEAST_SECONDS = 20  # no stage begins with less
 SANITIZED = ["-k", "test_every_path or test_ranks", "-x", "tests/test_gpu.py"]
 
 
@@ -73,7 +74,7 @@ def run(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             result = f"stopped after {seconds:.0f} s"
     lines = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
-    return {"result": result, "seconds": round(time.monotonic() - start, 1), "last_lines": lines[-3:]}
+    return {"result": result, "seconds": round(time.monotonic() - start, 1), "last_lines": [text[:200] for text in lines[-3:]]}
 
 
 def why_not(stage: Stage, seconds: float) -> str | None:
@@ -81,7 +82,7 @@ def why_not(stage: Stage, seconds: float) -> str | None:
         return "left out: there is no CUDA GPU"
     if stage.needs and shutil.which(stage.needs) is None:
         return f"left out: {stage.needs} was not found"
-    return "left out: no time was left" if seconds < 20 else None
+    return "left out: no time was left" if seconds < LEAST_SECONDS else None
 
 
 def main() -> int:
@@ -113,7 +114,8 @@ def main() -> int:
             *outcome.get("last_lines", []),
             sep="\n    ",
         )
-        failed |= not reason and outcome["result"] != "passed"
+        # What was left out for want of time or a program was not checked either.
+        failed |= outcome["result"] != "passed" and not (arguments.dry_run and "no CUDA GPU" in outcome["result"])
         if stage.name == "build" and outcome["result"] != "passed":
             break
     print(f"written: {out}")

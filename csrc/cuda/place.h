@@ -22,34 +22,37 @@ public:
     explicit Place(const at::Tensor& x)
         : guard_(x.device()),
           stream_(c10::cuda::getCurrentCUDAStream(x.device().index())),
-          bytes_(x.options().dtype(at::kByte)),
-          workspace_(find_workspace()) {}
+          bytes_(x.options().dtype(at::kByte)) {}
 
     cudaStream_t stream() const { return stream_.stream(); }
-    Workspace* workspace() const { return static_cast<Workspace*>(workspace_.mutable_data_ptr()); }
+
     at::Tensor scratch(size_t bytes) const { return at::empty({static_cast<int64_t>(bytes)}, bytes_); }
 
-private:
-    // One for each stream, whose launches follow each other. A graph that is being captured may be replayed
-    // beside them: it gets its own, and zeroes it in each replay.
-    at::Tensor find_workspace() const {
-        const auto fresh = [this] { return at::zeros({static_cast<int64_t>(sizeof(Workspace))}, bytes_); };
+    // A Workspace for each stream, whose launches follow each other. A graph that is being captured may be
+    // replayed beside them: it gets its own, and zeroes it in each replay.
+    at::Tensor workspace() const {
         if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
-            return fresh();
+            return zeros();
         static std::mutex mutex;
         // Never destroyed: at exit the driver may be gone before.
         static auto& workspaces = *new std::map<std::pair<c10::DeviceIndex, c10::StreamId>, at::Tensor>();
         const std::lock_guard<std::mutex> lock(mutex);
         at::Tensor& workspace = workspaces[{stream_.device_index(), stream_.id()}];
-        if (!workspace.defined()) workspace = fresh();
+        if (!workspace.defined()) workspace = zeros();
         return workspace;
     }
+
+private:
+    at::Tensor zeros() const { return at::zeros({static_cast<int64_t>(sizeof(Workspace))}, bytes_); }
 
     const c10::cuda::CUDAGuard guard_;
     const c10::cuda::CUDAStream stream_;
     const at::TensorOptions bytes_;
-    const at::Tensor workspace_;
 };
+
+inline Workspace* workspace_of(const at::Tensor& memory) {
+    return static_cast<Workspace*>(memory.mutable_data_ptr());
+}
 
 inline Reduction reduction(double keep, const std::optional<at::Tensor>& keep_tensor, const at::Tensor& kept,
                            const at::Tensor& mean, const at::Tensor& normalizer) {

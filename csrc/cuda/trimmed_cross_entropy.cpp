@@ -34,12 +34,13 @@ Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target
     const at::Tensor losses = at::empty({p.rows}, floats), lse = at::empty({p.rows, 2}, floats);
     const at::Tensor kept = at::empty({p.rows}, floats.dtype(at::kBool));
     const at::Tensor loss = at::empty({}, floats), normalizer = at::empty({}, floats);
+    const at::Tensor workspace = place.workspace();
     const at::Tensor scratch = place.scratch(cross_entropy_scratch(p.type, rows.rows, rows.classes));
     C10_CUDA_CHECK(launch_cross_entropy_forward(
         p.type,
         {rows, ignore_index, losses.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(),
          reduction(keep, keep_tensor, kept, loss, normalizer)},
-        scratch.mutable_data_ptr(), place.workspace(), place.stream()));
+        scratch.mutable_data_ptr(), workspace_of(workspace), place.stream()));
     return {loss, losses, lse, kept, normalizer};
 }
 
