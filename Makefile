@@ -10,6 +10,7 @@ READY := $(VENV)/.ready-$(TORCH)
 # The module lies in the checkout, so a build for one environment outdates that for any other.
 BUILT := build/.built-$(TORCH)$(subst /,-,$(abspath $(VENV)))
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+FORMATTED := $(SOURCES) $(wildcard tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp $(addprefix tests/cuda_on_host/include/,*.h c10/cuda/*.h))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint format demo bench sanitize cuda-on-host cross resources gpu clean
@@ -48,13 +49,13 @@ test: lint ## check the style and the types, then run every test
 lint: setup ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/mypy
 
 format: setup ## rewrite Python and C++ in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 demo: setup ## compare the strategies on a small real data set (results in runs/demo)
 	$(BIN)/batchkern compare --data digits --seeds 2 --out runs/demo --overwrite

@@ -74,7 +74,11 @@ def run(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             result = f"stopped after {seconds:.0f} s"
     lines = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
-    return {"result": result, "seconds": round(time.monotonic() - start, 1), "last_lines": [text[:200] for text in lines[-3:]]}
+    return {
+        "result": result,
+        "seconds": round(time.monotonic() - start, 1),
+        "last_lines": [text[:200] for text in lines[-3:]],
+    }
 
 
 def why_not(stage: Stage, seconds: float) -> str | None:

@@ -12,8 +12,8 @@ namespace batchkern {
 namespace {
 
 struct Problem : CrossEntropyArguments {
-    Problem(const at::Tensor& logits_, const at::Tensor& target_, const std::optional<at::Tensor>& class_weight,
-            int64_t ignore_index, double smoothing)
+    Problem(const at::Tensor& logits_, const at::Tensor& target_,
+            const std::optional<at::Tensor>& class_weight, int64_t ignore_index, double smoothing)
         : CrossEntropyArguments(logits_, target_, class_weight),
           options{classes, weights(), static_cast<double>(classes), smoothing, ignore_index} {
         if (!options.class_weight) return;
@@ -30,8 +30,8 @@ void check_target(const Problem& p, const bool* kept) {
     for (int64_t i = 0; i < p.rows; ++i) {
         if (kept ? !kept[i] : target[i] == p.options.ignore_index) continue;
         TORCH_CHECK_VALUE(target[i] >= 0 && target[i] < p.classes, "target[", i, "] is ", target[i],
-                          "; it must be in [0, ", p.classes, ") or ignore_index (",
-                          p.options.ignore_index, ")");
+                          "; it must be in [0, ", p.classes, ") or ignore_index (", p.options.ignore_index,
+                          ")");
     }
 }
 
