@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import math
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import through
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -480,3 +483,24 @@ def test_a_wrong_target_far_down_a_large_batch_is_named(level: str) -> None:
     target[99_999] = 10
     with pytest.raises(ValueError, match=r"target\[99999\] is 10; it must be in \[0, 10\)"):
         batchkern.trimmed_cross_entropy(torch.randn(100_000, 10), target, 0.5)
+
+
+WRONG_TARGET = """
+import sys
+sys.path.insert(0, {tests!r})
+import through
+through.start("host")
+import torch, batchkern
+target = torch.zeros(100, dtype=torch.int64)
+target[57] = {value}
+batchkern.trimmed_cross_entropy(torch.randn(100, 10), target, 1.0)
+"""
+
+
+@pytest.mark.skipif(through.which != "host", reason="an assert of the CUDA kernels: needs --through host")
+@pytest.mark.parametrize("value", [10, -1, 2**40, -(2**63)])
+def test_a_wrong_target_trips_the_assert_of_the_kernel(value: int) -> None:
+    program = WRONG_TARGET.format(tests=str(Path(__file__).parents[1]), value=value)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "target must be in [0, C) or ignore_index" in run.stderr
