@@ -82,28 +82,31 @@ def test_ranks(size: int, fraction: float) -> None:
     assert torch.equal(indices.cpu(), batchkern.rank_batches(losses.cpu(), fraction))
 
 
-@pytest.mark.parametrize("rows", [100, 5000, 70_000])
-def test_a_captured_graph_follows_keep_and_its_inputs(rows: int) -> None:
+@pytest.mark.parametrize("shape", [(100, 50), (5000, 50), (70_000, 50), (3, 300_001)], ids=str)
+def test_a_captured_graph_follows_keep_and_its_inputs(shape: tuple[int, int]) -> None:
     keep = torch.tensor(0.5, dtype=torch.float64, device="cuda")
-    logits, target = batch(rows, 50)
-    step(logits, target, keep)
+    logits, target = batch(*shape)
+
+    def everything(logits: Tensor, target: Tensor, keep: float | Tensor) -> list[Tensor]:
+        loss, losses, grad = step(logits, target, keep)
+        orders = [batchkern.rank_batches(losses, fraction) for fraction in (0.01, 0.1)]
+        return [loss, losses, grad, batchkern.trimmed_mean(losses, keep), *orders]
+
+    everything(logits, target, keep)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = step(logits, target, keep)
-        mean = batchkern.trimmed_mean(outputs[1], keep)
-        order = batchkern.rank_batches(outputs[1], 0.1)
+        outputs = everything(logits, target, keep)
     for seed, value in enumerate([0.1, 1.0, 0.37, 1e-9]):
         torch.manual_seed(seed)
-        fresh, labels = batch(rows, 50)
+        fresh, labels = batch(*shape)
         logits.copy_(fresh)
         target.copy_(labels)
         keep.fill_(value)
         graph.replay()
         step(fresh, labels, 0.9)  # eager calls in between do not disturb the graph's own memory
-        for ours, expected in zip(outputs, step(fresh, labels, value)):
+        for ours, expected in zip(outputs, everything(fresh, labels, value)):
             assert torch.equal(ours, expected)
-        assert mean == batchkern.trimmed_mean(outputs[1], value)
-        assert torch.equal(order, batchkern.rank_batches(outputs[1], 0.1))
 
 
 @pytest.mark.parametrize("rows", [5000, 70_000])
@@ -187,6 +190,17 @@ def test_launches(shape: tuple[int, int], most: int) -> None:
     one = torch.ones((), device="cuda")
     backward = launches(lambda: torch.autograd.grad(loss, logits, one, retain_graph=True))
     assert len(backward) == 1, backward
+
+
+def test_a_captured_small_step_is_two_launches() -> None:
+    logits, target = batch(128, 10)
+    step(logits, target, 0.3)
+    graph = torch.cuda.CUDAGraph()
+    leaf, one = logits.requires_grad_(), torch.ones((), device="cuda")
+    with torch.cuda.graph(graph):
+        torch.autograd.grad(batchkern.trimmed_cross_entropy(leaf, target, 0.3), leaf, one)
+    kernels = launches(graph.replay)
+    assert len(kernels) == 2, kernels
 
 
 WRONG_TARGET = """

@@ -54,10 +54,12 @@ def test_each_stage_leaves_its_result(script: ModuleType, monkeypatch: pytest.Mo
             shell("build", 'echo "$MARK"', environment={"MARK": "built"}),
             shell("tests", "echo some; echo lines; exit 7"),
             # Long enough to be stopped; its time is over while later stages have theirs.
-            shell("slow", "echo begun; exec sleep 60", 3),
+            shell("slow", f"echo begun; (sleep 4; touch {out}/survivor) & wait", 3),
             shell("tool", "true", needs="no-such-program"),
+            shell("silent", "echo 1 error", must_say="0 errors"),
+            shell("here", f"{sys.executable} -c 'import batchkern; print(batchkern.__file__)'", must_say=str(ROOT)),
             script.Stage("measure", ["false"], 30),
-            shell("last", f"test $(ls {out} | grep -c log) = 4"),
+            shell("last", f"test $(ls {out} | grep -c log) = 6; sleep 2; test ! -e {out}/survivor"),
         ]
 
     monkeypatch.setattr(script, "stages", stages)
@@ -71,6 +73,8 @@ def test_each_stage_leaves_its_result(script: ModuleType, monkeypatch: pytest.Mo
     assert results["slow"]["result"] == "stopped after 3 s"
     assert results["slow"]["last_lines"] == ["begun"]
     assert results["tool"]["result"] == "left out: no-such-program was not found"
+    assert results["silent"]["result"] == "failed: the log does not say '0 errors'"
+    assert results["here"]["result"] == "passed"
     assert results["measure"]["result"] == "left out: there is no CUDA GPU"
     assert results["last"]["result"] == "passed"
 
@@ -91,7 +95,7 @@ def test_nothing_runs_after_a_build_that_failed_or_when_time_is_up(
 
 def test_the_real_stages_name_files_that_exist(script: ModuleType, tmp_path: Path) -> None:
     stages = script.stages(tmp_path)
-    assert [stage.name for stage in stages] == ["build", "tests", "measure", "semantics", "memcheck", "racecheck"]
+    assert [stage.name for stage in stages] == ["build", "tests", "measure", "memcheck", "racecheck", "semantics"]
     for stage in stages:
         for argument in stage.command:
             if argument.startswith(("tests/", "bench/")):

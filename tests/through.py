@@ -37,6 +37,9 @@ def start(name: str) -> None:
 
     assert batchkern._backend.extension is not None, batchkern._backend.extension_error
     which = name
+    # Whatever a kernel should write is NaN, or the largest number, before: an element that it leaves out shows.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     if name == "host":
         load_host_kernels()
     for op in OPS:

@@ -8,7 +8,7 @@ namespace {
 
 // The threads of a row: as many as have two loads of 16 bytes or more each, where the row is long enough.
 template <class Use>
-cudaError_t with_group(int64_t row_bytes, Use use) {
+auto with_group(int64_t row_bytes, Use use) {
     if (row_bytes <= 256) return use(std::integral_constant<int, 8>());
     if (row_bytes <= 8192) return use(std::integral_constant<int, kWarp>());
     if (row_bytes <= 32768) return use(std::integral_constant<int, 256>());
@@ -27,11 +27,11 @@ unsigned blocks_per_row(ElementType type, int64_t rows, int classes) {
 }
 
 template <int kGroup>
-dim3 blocks_of(const CrossEntropyRows& a, unsigned parts) {
+dim3 blocks_of(int64_t rows, unsigned parts) {
     constexpr int kRows = kThreads<kGroup> / kGroup;
     // Twice as many rows as groups are still one block's work, which selects without waiting for others.
-    if (parts == 1 && a.rows <= 2 * kRows) return dim3(1);
-    return dim3(blocks_for(a.rows, kRows), parts);
+    if (parts == 1 && rows <= 2 * kRows) return dim3(1);
+    return dim3(blocks_for(rows, kRows), parts);
 }
 
 struct ForwardScratch {
@@ -51,31 +51,36 @@ struct ForwardScratch {
 
 }  // namespace
 
-size_t cross_entropy_scratch(ElementType type, int64_t rows, int classes) {
-    return ForwardScratch(nullptr, rows, blocks_per_row(type, rows, classes)).bytes;
+Needs cross_entropy_needs(ElementType type, int64_t rows, int classes) {
+    const unsigned parts = blocks_per_row(type, rows, classes);
+    const bool one_block = with_group(row_bytes(type, classes), [&](auto group) {
+        const dim3 blocks = blocks_of<decltype(group)::value>(rows, parts);
+        return blocks.x == 1 && blocks.y == 1;
+    });
+    return {ForwardScratch(nullptr, rows, parts).bytes, !one_block};
 }
 
-cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& call, void* scratch,
-                                         Workspace* workspace, cudaStream_t stream) {
+cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& call, const Memory& memory,
+                                         cudaStream_t stream) {
     const CrossEntropyRows& rows = call.rows;
     const unsigned parts = blocks_per_row(type, rows.rows, rows.classes);
-    const ForwardScratch memory(scratch, rows.rows, parts);
+    const ForwardScratch scratch(memory.scratch, rows.rows, parts);
     const float* const weights = rows.class_weight;
     const Selection<KeyedLosses> selection{
-        {memory.keys, call.losses, rows.target, weights},
+        {scratch.keys, call.losses, rows.target, weights},
         rows.rows,
         {call.reduction.keep_tensor, call.reduction.keep},
         {call.reduction.kept, call.reduction.mean, call.reduction.normalizer},
-        workspace,
-        memory.block_sums};
+        memory.workspace,
+        scratch.block_sums};
     const bool at_once = rows.rows <= kOneBlock;
     const CrossEntropyForward a{rows,
                                 call.ignore_index,
                                 call.losses,
                                 reinterpret_cast<float2*>(call.lse),
-                                memory.keys,
-                                memory.states,
-                                workspace->row_tickets,
+                                scratch.keys,
+                                scratch.states,
+                                parts > 1 ? memory.workspace->row_tickets : nullptr,
                                 at_once,
                                 selection};
     const cudaError_t error = with_type(type, [&](auto* element) {
@@ -84,7 +89,7 @@ cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& ca
             constexpr int kGroup = decltype(group)::value;
             const auto kernel = rows.smoothing > 0 ? &cross_entropy_forward<T, true, kGroup>
                                                    : &cross_entropy_forward<T, false, kGroup>;
-            return launch(stream, blocks_of<kGroup>(rows, parts), kThreads<kGroup>, 0, false, kernel, a);
+            return launch(stream, blocks_of<kGroup>(rows.rows, parts), kThreads<kGroup>, 0, false, kernel, a);
         });
     });
     if (at_once || error != cudaSuccess) return error;
@@ -110,7 +115,7 @@ cudaError_t launch_cross_entropy_backward(ElementType type, const BackwardCall& 
             constexpr int kGroup = decltype(group)::value;
             const auto kernel = rows.smoothing > 0 ? &cross_entropy_backward<T, true, kGroup>
                                                    : &cross_entropy_backward<T, false, kGroup>;
-            return launch(stream, blocks_of<kGroup>(rows, parts), kThreads<kGroup>, 0, false, kernel, a);
+            return launch(stream, blocks_of<kGroup>(rows.rows, parts), kThreads<kGroup>, 0, false, kernel, a);
         });
     });
 }

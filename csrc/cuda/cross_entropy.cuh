@@ -17,7 +17,7 @@ constexpr int kThreads = kGroup == 8       ? 512
                                            : kGroup;
 
 // Blocks of a multiprocessor: 64 registers for each thread, whose loads are then enough to keep the memory
-// busy. Label smoothing takes a few more.
+// busy. With label smoothing, short rows take more of them.
 template <int kGroup, bool kSmooth>
 constexpr int kResident = (kSmooth ? 768 : 1024) / kThreads<kGroup>;
 

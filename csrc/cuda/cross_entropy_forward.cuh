@@ -109,7 +109,8 @@ struct ColumnGroups {
 
     __device__ __forceinline__ ColumnGroups(const T* row_, int classes)
         : row(row_),
-          vectors(reinterpret_cast<const uint4*>(reinterpret_cast<uintptr_t>(row_) & ~uintptr_t{15})),
+          vectors(reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row_) -
+                                                 reinterpret_cast<uintptr_t>(row_) % 16)),
           past(static_cast<int>(reinterpret_cast<uintptr_t>(row_) % 16)),
           count(classes / kColumns),
           tail(classes % kColumns) {}

@@ -63,17 +63,19 @@ __device__ __forceinline__ T reduce_group(T value, Op op, T (&scratch)[kMaxWarps
 }
 
 // Whether this block is the last of `blocks` to come here. What it does next sees all that the others wrote
-// before, if it reads past the L1 cache (__ldcg). The ticket is 0 before and after.
+// before, if it reads past the L1 cache (__ldcg). The ticket is 0 before and after. One thread's fence is
+// enough: the barriers make it stand for what its whole block wrote and reads.
 __device__ __forceinline__ bool is_last(uint32_t* ticket, uint32_t blocks, bool& scratch) {
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        const uint32_t place = atomicAdd(ticket, 1u);
-        scratch = place == blocks - 1;
-        if (scratch) *ticket = 0;
+        __threadfence();
+        scratch = atomicAdd(ticket, 1u) == blocks - 1;
+        if (scratch) {
+            *ticket = 0;
+            __threadfence();
+        }
     }
     __syncthreads();
-    if (scratch) __threadfence();
     return scratch;
 }
 

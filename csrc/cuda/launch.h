@@ -66,24 +66,33 @@ struct MeanBackwardCall {
     int64_t n;
 };
 
-// Each takes scratch memory of so many bytes, whose contents do not matter, aligned to 16.
-size_t cross_entropy_scratch(ElementType type, int64_t rows, int classes);
-cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& call, void* scratch,
-                                         Workspace* workspace, cudaStream_t stream);
+// What a launch takes besides its arguments.
+struct Needs {
+    size_t scratch;  // bytes, whose contents do not matter, aligned to 16
+    bool workspace;
+};
+struct Memory {
+    void* scratch;
+    Workspace* workspace;  // null where it is not needed
+};
+
+Needs cross_entropy_needs(ElementType type, int64_t rows, int classes);
+cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& call, const Memory& memory,
+                                         cudaStream_t stream);
 cudaError_t launch_cross_entropy_backward(ElementType type, const BackwardCall& call, cudaStream_t stream);
 
-size_t trimmed_mean_scratch(int64_t n);
+Needs trimmed_mean_needs(int64_t n);
 cudaError_t launch_trimmed_mean(ElementType type, const LossVector& losses, const Reduction& reduction,
-                                void* scratch, Workspace* workspace, cudaStream_t stream);
+                                const Memory& memory, cudaStream_t stream);
 cudaError_t launch_trimmed_mean_backward(ElementType type, const MeanBackwardCall& call, cudaStream_t stream);
 
-size_t rank_scratch(int64_t n, int64_t k);
+Needs rank_needs(int64_t n, int64_t k);
 cudaError_t launch_rank(ElementType type, const LossVector& losses, int64_t k, int64_t* indices,
-                        void* scratch, Workspace* workspace, cudaStream_t stream);
+                        const Memory& memory, cudaStream_t stream);
 
 // What the sorting of n packed rows takes; and the sorting, which leaves them in one of the two buffers.
 size_t sort_scratch(int64_t n);
-cudaError_t launch_sort(uint64_t* packed, uint64_t* buffer, int64_t n, void* scratch, uint64_t** sorted,
-                        cudaStream_t stream);
+cudaError_t launch_sort(uint64_t* packed, uint64_t* buffer, int64_t n, void* scratch, size_t scratch_bytes,
+                        uint64_t** sorted, cudaStream_t stream);
 
 }  // namespace batchkern

@@ -26,10 +26,25 @@ public:
 
     cudaStream_t stream() const { return stream_.stream(); }
 
-    at::Tensor scratch(size_t bytes) const { return at::empty({static_cast<int64_t>(bytes)}, bytes_); }
+    // Holds what a launch needs until the launch has been made: later work of the stream may use the memory
+    // again.
+    struct Held {
+        at::Tensor scratch, workspace;
 
+        Memory get() const {
+            return {scratch.mutable_data_ptr(),
+                    workspace.defined() ? static_cast<Workspace*>(workspace.mutable_data_ptr()) : nullptr};
+        }
+    };
+
+    Held memory(const Needs& needs) const {
+        return {at::empty({static_cast<int64_t>(needs.scratch)}, bytes_),
+                needs.workspace ? workspace() : at::Tensor()};
+    }
+
+private:
     // A Workspace for each stream, whose launches follow each other. A graph that is being captured may be
-    // replayed beside them: it gets its own, and zeroes it in each replay.
+    // replayed beside them: each of its launches gets its own, and zeroes it in each replay.
     at::Tensor workspace() const {
         if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
             return zeros();
@@ -42,17 +57,12 @@ public:
         return workspace;
     }
 
-private:
     at::Tensor zeros() const { return at::zeros({static_cast<int64_t>(sizeof(Workspace))}, bytes_); }
 
     const c10::cuda::CUDAGuard guard_;
     const c10::cuda::CUDAStream stream_;
     const at::TensorOptions bytes_;
 };
-
-inline Workspace* workspace_of(const at::Tensor& memory) {
-    return static_cast<Workspace*>(memory.mutable_data_ptr());
-}
 
 inline Reduction reduction(double keep, const std::optional<at::Tensor>& keep_tensor, const at::Tensor& kept,
                            const at::Tensor& mean, const at::Tensor& normalizer) {

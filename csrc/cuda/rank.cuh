@@ -40,7 +40,7 @@ __device__ __forceinline__ void sort_ascending(uint64_t* values, int size) {
         for (int stride = length / 2; stride > 0; stride /= 2) {
             __syncthreads();
             for (int pair = threadIdx.x; pair < size / 2; pair += kThreads) {
-                const int low = pair / stride * 2 * stride + pair % stride, high = low + stride;
+                const int low = 2 * pair - (pair & (stride - 1)), high = low + stride;
                 const uint64_t a = values[low], b = values[high];
                 const bool rising = (low & length) == 0;
                 if ((a > b) == rising) values[low] = b, values[high] = a;
@@ -55,7 +55,7 @@ template <bool kGrid, class T>
 __global__ void __launch_bounds__(kSelectThreads, 1) rank_few(const RankFew<T> a) {
     BATCHKERN_SHARED(RankStorage, shared);
     BATCHKERN_DYNAMIC_SHARED(uint64_t, chosen);
-    Merge* const merge = &a.workspace->merge;
+    Merge* const merge = kGrid ? &a.workspace->merge : nullptr;
     Selector<kSelectThreads, kGrid> selector{a.n, merge, shared.select};
     if (threadIdx.x == 0) shared.gathered = 0;  // the search has barriers
     const Threshold threshold = selector.find(a.rows, KeepCount{a.k});

@@ -12,11 +12,9 @@ at::Tensor rank_batches(const at::Tensor& losses, int64_t k) {
     check_count(k, n);
     const Place place(losses);
     const at::Tensor indices = at::empty({k}, losses.options().dtype(at::kLong));
-    const at::Tensor workspace = place.workspace();
-    const at::Tensor scratch = place.scratch(rank_scratch(n, k));
+    const Place::Held memory = place.memory(rank_needs(n, k));
     C10_CUDA_CHECK(launch_rank(type, loss_vector(losses, std::nullopt), k,
-                               indices.mutable_data_ptr<int64_t>(), scratch.mutable_data_ptr(),
-                               workspace_of(workspace), place.stream()));
+                               indices.mutable_data_ptr<int64_t>(), memory.get(), place.stream()));
     return indices;
 }
 

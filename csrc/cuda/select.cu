@@ -5,10 +5,13 @@
 
 namespace batchkern {
 
-size_t trimmed_mean_scratch(int64_t n) { return select_blocks(n) * sizeof(BlockSum); }
+Needs trimmed_mean_needs(int64_t n) {
+    const int blocks = select_blocks(n);
+    return {blocks * sizeof(BlockSum), blocks > 1};
+}
 
 cudaError_t launch_trimmed_mean(ElementType type, const LossVector& losses, const Reduction& reduction,
-                                void* scratch, Workspace* workspace, cudaStream_t stream) {
+                                const Memory& memory, cudaStream_t stream) {
     const int blocks = select_blocks(losses.n);
     return with_type(type, [&](auto* element) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
@@ -17,8 +20,8 @@ cudaError_t launch_trimmed_mean(ElementType type, const LossVector& losses, cons
             losses.n,
             {reduction.keep_tensor, reduction.keep},
             {reduction.kept, reduction.mean, reduction.normalizer},
-            workspace,
-            static_cast<BlockSum*>(scratch)};
+            memory.workspace,
+            static_cast<BlockSum*>(memory.scratch)};
         const auto kernel =
             blocks > 1 ? &select_rows<true, PlainLosses<T>> : &select_rows<false, PlainLosses<T>>;
         return launch(stream, dim3(blocks), kSelectThreads, 0, blocks > 1, kernel, a);

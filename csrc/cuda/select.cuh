@@ -302,8 +302,8 @@ constexpr int kSelectThreads = 1024;
 template <bool kGrid, class Rows>
 __global__ void __launch_bounds__(kSelectThreads, 1) select_rows(const Selection<Rows> a) {
     BATCHKERN_SHARED(SelectStorage, shared);
-    select_and_reduce<kSelectThreads, kGrid>(a.rows, a.n, a.keep, a.out, &a.workspace->merge, a.block_sums,
-                                             shared);
+    select_and_reduce<kSelectThreads, kGrid>(a.rows, a.n, a.keep, a.out,
+                                             kGrid ? &a.workspace->merge : nullptr, a.block_sums, shared);
 }
 
 // By the last block of a launch that wrote the losses.

@@ -21,11 +21,10 @@ size_t sort_scratch(int64_t n) {
     return bytes;
 }
 
-cudaError_t launch_sort(uint64_t* packed, uint64_t* buffer, int64_t n, void* scratch, uint64_t** sorted,
-                        cudaStream_t stream) {
+cudaError_t launch_sort(uint64_t* packed, uint64_t* buffer, int64_t n, void* scratch, size_t scratch_bytes,
+                        uint64_t** sorted, cudaStream_t stream) {
     cub::DoubleBuffer<uint64_t> rows(packed, buffer);
-    size_t bytes = sort_scratch(n);
-    const cudaError_t error = sort(scratch, bytes, rows, n, stream);
+    const cudaError_t error = sort(scratch, scratch_bytes, rows, n, stream);
     *sorted = rows.Current();
     return error;
 }

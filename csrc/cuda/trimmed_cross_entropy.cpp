@@ -9,8 +9,9 @@ namespace batchkern {
 namespace {
 
 CrossEntropyRows rows_of(const CrossEntropyArguments& p, double smoothing) {
-    TORCH_CHECK_VALUE(p.classes <= std::numeric_limits<int>::max(),
-                      "logits must have fewer than 2**31 columns, got ", p.classes);
+    // A thread counts columns in int, and steps past the last one.
+    constexpr int64_t most = std::numeric_limits<int>::max() - 65536;
+    TORCH_CHECK_VALUE(p.classes <= most, "logits must have at most ", most, " columns, got ", p.classes);
     return {p.logits.const_data_ptr(),
             p.logits.stride(0),
             p.target.const_data_ptr<int64_t>(),
@@ -34,13 +35,12 @@ Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target
     const at::Tensor losses = at::empty({p.rows}, floats), lse = at::empty({p.rows, 2}, floats);
     const at::Tensor kept = at::empty({p.rows}, floats.dtype(at::kBool));
     const at::Tensor loss = at::empty({}, floats), normalizer = at::empty({}, floats);
-    const at::Tensor workspace = place.workspace();
-    const at::Tensor scratch = place.scratch(cross_entropy_scratch(p.type, rows.rows, rows.classes));
+    const Place::Held memory = place.memory(cross_entropy_needs(p.type, rows.rows, rows.classes));
     C10_CUDA_CHECK(launch_cross_entropy_forward(
         p.type,
         {rows, ignore_index, losses.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(),
          reduction(keep, keep_tensor, kept, loss, normalizer)},
-        scratch.mutable_data_ptr(), workspace_of(workspace), place.stream()));
+        memory.get(), place.stream()));
     return {loss, losses, lse, kept, normalizer};
 }
 
@@ -52,10 +52,12 @@ void write_gradient(const CrossEntropyArguments& p, const at::Tensor& upstream_,
     const CrossEntropyRows rows = rows_of(p, smoothing);
     const Place place(grad);
     const at::Tensor upstream = upstream_.to(at::kFloat);
+    // The kernel reads pairs.
+    const at::Tensor pairs = reinterpret_cast<uintptr_t>(lse.const_data_ptr()) % 8 == 0 ? lse : lse.clone();
     const at::Tensor weight_sum = p.weight.defined() && smoothing > 0 ? p.weight.sum() : at::Tensor();
     C10_CUDA_CHECK(
         launch_cross_entropy_backward(p.type,
-                                      {rows, lse.const_data_ptr<float>(), kept.const_data_ptr<bool>(),
+                                      {rows, pairs.const_data_ptr<float>(), kept.const_data_ptr<bool>(),
                                        upstream.const_data_ptr<float>(), normalizer.const_data_ptr<float>(),
                                        weight_sum.defined() ? weight_sum.const_data_ptr<float>() : nullptr,
                                        grad.mutable_data_ptr(), grad.stride(0)},

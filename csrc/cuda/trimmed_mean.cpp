@@ -16,11 +16,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trimmed_mean(const at::Tensor& lo
     const auto floats = losses.options().dtype(at::kFloat);
     const at::Tensor kept = at::empty({losses.size(0)}, floats.dtype(at::kBool));
     const at::Tensor mean = at::empty({}, floats), normalizer = at::empty({}, floats);
-    const at::Tensor workspace = place.workspace();
-    const at::Tensor scratch = place.scratch(trimmed_mean_scratch(losses.size(0)));
+    const Place::Held memory = place.memory(trimmed_mean_needs(losses.size(0)));
     C10_CUDA_CHECK(launch_trimmed_mean(type, loss_vector(losses, mask),
-                                       reduction(keep, keep_tensor, kept, mean, normalizer),
-                                       scratch.mutable_data_ptr(), workspace_of(workspace), place.stream()));
+                                       reduction(keep, keep_tensor, kept, mean, normalizer), memory.get(),
+                                       place.stream()));
     return {mean, kept, normalizer};
 }
 

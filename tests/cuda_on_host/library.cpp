@@ -10,7 +10,7 @@ namespace batchkern {
 
 size_t sort_scratch(int64_t) { return 1; }
 
-cudaError_t launch_sort(uint64_t* packed, uint64_t* buffer, int64_t n, void*, uint64_t** sorted,
+cudaError_t launch_sort(uint64_t* packed, uint64_t* buffer, int64_t n, void*, size_t, uint64_t** sorted,
                         cudaStream_t) {
     std::copy(packed, packed + n, buffer);
     std::fill(packed, packed + n, ~uint64_t{0});  // what CUB leaves there is not defined

@@ -98,6 +98,7 @@ def test_drawn_losses(
         assert torch.equal(bits(grad), bits(torch.where(expected, share, torch.zeros((), dtype=dtype)))), name
 
 
+@pytest.mark.timeout(900)  # under a sanitizer, by fibers
 def test_many_small_batches_of_ties() -> None:
     path = Path(__file__).parents[2] / "bench" / "million_selections.py"
     spec = importlib.util.spec_from_file_location("million_selections", path)
