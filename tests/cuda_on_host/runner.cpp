@@ -149,7 +149,9 @@ Memory fresh_memory(size_t bytes) {
 struct Block {
     Dim index;
     std::vector<Thread> threads;
-    std::vector<int> ready;
+    std::vector<std::vector<int>> ready;  // of each warp
+    std::vector<size_t> order;            // of warps
+    bool in_order = false;
     size_t alive = 0;
     std::map<const void*, Memory> shared;
     Memory dynamic;
@@ -230,7 +232,7 @@ void resume(Block& block, Thread& t) {
 
 void make_ready(Block& block, Thread& t) {
     t.state = State::kReady;
-    block.ready.push_back(static_cast<int>(&t - block.threads.data()));
+    block.ready[t.index.x / 32].push_back(static_cast<int>(t.index.x));
 }
 
 // --- warp operations
@@ -330,14 +332,26 @@ size_t count(const Block& block, State state) {
                          [&](const Thread& t) { return t.state == state; });
 }
 
+// The thread that runs next, or null. In some blocks all warps advance alike; in others one goes as far as it
+// can before the next one moves, which shows what a barrier is missing for.
+Thread* next_thread(Block& block) {
+    const size_t warps = block.ready.size(), start = block.in_order ? 0 : run_->random() % warps;
+    for (size_t i = 0; i < warps; ++i) {
+        auto& ready = block.ready[block.order[(start + i) % warps]];
+        if (ready.empty()) continue;
+        std::swap(ready[run_->random() % ready.size()], ready.back());
+        Thread& t = block.threads[ready.back()];
+        ready.pop_back();
+        return &t;
+    }
+    return nullptr;
+}
+
 // Runs a block until its threads have ended or all wait for the grid.
 void run_block(Block& block) {
     for (;;) {
-        while (!block.ready.empty()) {
-            const size_t pick = run_->random() % block.ready.size();
-            std::swap(block.ready[pick], block.ready.back());
-            Thread& t = block.threads[block.ready.back()];
-            block.ready.pop_back();
+        while (Thread* const next = next_thread(block)) {
+            Thread& t = *next;
             resume(block, t);
             if (!run_->refusal.empty()) throw Refused();
             if (t.state == State::kEnded) --block.alive;
@@ -362,6 +376,10 @@ std::unique_ptr<Block> new_block(size_t number) {
                     0};
     block->threads.resize(block_size.x);
     block->alive = block_size.x;
+    block->ready.resize(block_size.x / 32);
+    for (size_t warp = 0; warp < block->ready.size(); ++warp) block->order.push_back(warp);
+    std::shuffle(block->order.begin(), block->order.end(), run_->random);
+    block->in_order = run_->random() % 2;
     block->dynamic = fresh_memory(run_->launch->dynamic_shared);
     for (unsigned i = 0; i < block_size.x; ++i) {
         Thread& t = block->threads[i];
@@ -370,7 +388,7 @@ std::unique_ptr<Block> new_block(size_t number) {
         t.stack = free_stacks().back();
         free_stacks().pop_back();
         t.context.start(t.stack, &enter);
-        block->ready.push_back(static_cast<int>(i));
+        make_ready(*block, t);
     }
     return block;
 }

@@ -1,7 +1,7 @@
 // Runs a CUDA kernel on a host: every thread of a block is a fiber, and one fiber runs at a time, until it
-// comes to a barrier or a warp operation. Which one is next is random, and so is the order of blocks: a
-// kernel that needs an order without asking for it fails in some runs (the seed is in the message;
-// CUDA_ON_HOST_SEED repeats it).
+// comes to a barrier or a warp operation. Which one is next is random (in half of the blocks, within a warp
+// that runs until it must wait), and so is the order of blocks: a kernel that needs an order without asking
+// for it fails in some runs (the seed is in the message; CUDA_ON_HOST_SEED repeats it).
 //
 // What a device would leave undefined is refused with a sentence: barriers that not all threads of a block
 // reach, warp operations whose mask names a lane that has ended, waits elsewhere, or was not meant; launches
