@@ -98,13 +98,14 @@ def test_drawn_losses(
         assert torch.equal(bits(grad), bits(torch.where(expected, share, torch.zeros((), dtype=dtype)))), name
 
 
-@pytest.mark.timeout(900)  # under a sanitizer, by fibers
 def test_many_small_batches_of_ties() -> None:
     path = Path(__file__).parents[2] / "bench" / "million_selections.py"
     spec = importlib.util.spec_from_file_location("million_selections", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    cases = 3_000 if through.which else 30_000
+    cases = 30_000
+    if through.which:  # a fiber for each thread takes its time
+        cases, script.CHUNK = 600, 20
     wrong, counts = script.run(cases, seed=1)
     assert wrong == 0
     assert counts["that split a tie"] > cases / 3
