@@ -196,7 +196,7 @@ def test_info_says_what_was_built_and_what_serves(batchkern, monkeypatch):
     class Extension:
         @staticmethod
         def build_facts():
-            return {"torch": "9.9", "cuda_architectures": ["8.0", "9.0"]}
+            return {"torch": "9.9", "cuda": True, "cuda_architectures": ["8.0", "9.0"]}
 
         @staticmethod
         def cpu_level():
