@@ -196,7 +196,7 @@ def test_info_says_what_was_built_and_what_serves(batchkern, monkeypatch):
     class Extension:
         @staticmethod
         def build_facts():
-            return {"torch": "9.9", "cuda": True, "cuda_architectures": ["8.0", "9.0"]}
+            return {"cuda": True, "torch": "9.9", "cuda_architectures": ["8.0", "9.0"]}
 
         @staticmethod
         def cpu_level():
@@ -208,7 +208,9 @@ def test_info_says_what_was_built_and_what_serves(batchkern, monkeypatch):
     assert json.loads(batchkern("info", "--json")[1])["extension"] == {"facts": Extension.build_facts(), "why": ""}
     status, out, _ = batchkern("info")
     assert status == 0
-    assert re.search(r"batchkern\._C +built *\n  torch +9\.9 *\n  cuda_architectures +8\.0, 9\.0 *\n", out)
+    assert re.search(
+        r"batchkern\._C +built *\n  cuda +\w+ *\n  torch +9\.9 *\n  cuda_architectures +8\.0, 9\.0 *\n", out
+    )
     assert re.search(r"rank_batches +cpu +kernel +C\+\+, avx3", out)
     assert re.search(r"rank_batches +cuda +reference +\w+", out)
     monkeypatch.setattr(_backend, "extension", None)
