@@ -101,21 +101,14 @@ cudaError_t launch_cross_entropy_backward(ElementType type, const BackwardCall& 
     const CrossEntropyRows& rows = call.rows;
     if (rows.rows == 0 || rows.classes == 0) return cudaSuccess;
     const unsigned parts = blocks_per_row(type, rows.rows, rows.classes);
-    const CrossEntropyBackward a{rows,
-                                 reinterpret_cast<const float2*>(call.lse),
-                                 call.kept,
-                                 call.upstream,
-                                 call.normalizer,
-                                 call.weight_sum,
-                                 call.grad,
-                                 call.grad_stride};
     return with_type(type, [&](auto* element) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
         return with_group(row_bytes(type, rows.classes), [&](auto group) {
             constexpr int kGroup = decltype(group)::value;
             const auto kernel = rows.smoothing > 0 ? &cross_entropy_backward<T, true, kGroup>
                                                    : &cross_entropy_backward<T, false, kGroup>;
-            return launch(stream, blocks_of<kGroup>(rows.rows, parts), kThreads<kGroup>, 0, false, kernel, a);
+            return launch(stream, blocks_of<kGroup>(rows.rows, parts), kThreads<kGroup>, 0, false, kernel,
+                          call);
         });
     });
 }

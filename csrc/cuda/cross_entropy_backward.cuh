@@ -6,17 +6,6 @@
 
 namespace batchkern {
 
-struct CrossEntropyBackward {
-    CrossEntropyRows rows;
-    const float2* lse;        // (rows,): as the forward pass wrote it
-    const bool* kept;         // (rows,)
-    const float* upstream;    // one number
-    const float* normalizer;  // one number
-    const float* weight_sum;  // one number: of class_weight; null where that is
-    void* grad;               // (rows, classes)
-    int64_t grad_stride;
-};
-
 // d loss / d z_j = (total * softmax_j - smooth * w_j - (j == target) * peak) * scale
 struct RowGradient {
     float maximum, log_sum;
@@ -33,11 +22,11 @@ struct RowGradient {
 };
 
 template <bool kSmooth>
-__device__ __forceinline__ RowGradient row_gradient(const CrossEntropyBackward& a, int64_t row) {
+__device__ __forceinline__ RowGradient row_gradient(const BackwardCall& a, int64_t row) {
     const CrossEntropyRows& rows = a.rows;
     const int64_t target = rows.target[row];
     check_class(target, rows.classes);
-    const float2 lse = a.lse[row];
+    const float2 lse = reinterpret_cast<const float2*>(a.lse)[row];
     const float weight = rows.class_weight ? rows.class_weight[target] : 1.0f;
     const float smooth = kSmooth ? rows.smoothing / static_cast<float>(rows.classes) : 0.0f;
     const float peak = kSmooth ? (1.0f - rows.smoothing) * weight : weight;
@@ -106,7 +95,7 @@ __device__ __forceinline__ void write_elements(const RowGradient& g, const T* ro
 
 template <class T, bool kSmooth, int kGroup>
 __global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup, kSmooth>)
-    cross_entropy_backward(const CrossEntropyBackward a) {
+    cross_entropy_backward(const BackwardCall a) {
     const int classes = a.rows.classes;
     for (int64_t i = first_row<kGroup>(); i < a.rows.rows; i += row_step<kGroup>()) {
         const T* const row = static_cast<const T*>(a.rows.logits) + i * a.rows.stride;

@@ -31,11 +31,10 @@ cudaError_t launch_trimmed_mean(ElementType type, const LossVector& losses, cons
 cudaError_t launch_trimmed_mean_backward(ElementType type, const MeanBackwardCall& call,
                                          cudaStream_t stream) {
     if (call.n == 0) return cudaSuccess;
-    const TrimmedMeanBackward a{call.kept, call.upstream, call.normalizer, call.grad, call.n};
     return with_type(type, [&](auto* element) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
         return launch(stream, dim3(blocks_for(call.n, kFillThreads)), kFillThreads, 0, false,
-                      &trimmed_mean_backward<T>, a);
+                      &trimmed_mean_backward<T>, call);
     });
 }
 

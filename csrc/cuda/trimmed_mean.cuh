@@ -2,21 +2,14 @@
 #pragma once
 
 #include "elements.cuh"
+#include "launch.h"
 
 namespace batchkern {
-
-struct TrimmedMeanBackward {
-    const bool* kept;         // (n,)
-    const float* upstream;    // one number
-    const float* normalizer;  // one number
-    void* grad;               // (n,)
-    int64_t n;
-};
 
 constexpr int kFillThreads = 256;
 
 template <class T>
-__global__ void __launch_bounds__(kFillThreads) trimmed_mean_backward(const TrimmedMeanBackward a) {
+__global__ void __launch_bounds__(kFillThreads) trimmed_mean_backward(const MeanBackwardCall a) {
     const T share = from_float<T>(*a.upstream / *a.normalizer), zero = from_float<T>(0.0f);
     T* const grad = static_cast<T*>(a.grad);
     const int64_t step = int64_t{gridDim.x} * kFillThreads;
