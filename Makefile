@@ -13,7 +13,7 @@ SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 FORMATTED := $(SOURCES) $(wildcard tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp $(addprefix tests/cuda_on_host/include/,*.h c10/cuda/*.h))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint format demo bench sanitize cuda-on-host cross resources gpu clean
+.PHONY: help setup test lint format demo bench sanitize cuda-on-host interpret cross resources triton-resources gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -81,6 +81,11 @@ cuda-on-host: build/.sanitized ## run CUDA kernels on the host under AddressSani
 	$(SANITIZED_PYTEST) --through host -n 2 \
 		$(foreach op,trimmed_cross_entropy trimmed_mean rank_batches,../../tests/ops/test_$(op).py ../../tests/ops/test_$(op)_kernel.py)
 
+# float32 and float16: the interpreter computes bfloat16 wrongly.
+interpret: setup ## run the Triton kernels in Triton's interpreter, by the tests of their operations and of the strategy that uses them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --through interpreter tests/triton tests/strategies/test_stochastic_augmentation.py \
+		$(foreach op,augment_latent soft_label_kl,tests/ops/test_$(op).py tests/ops/test_$(op)_kernel.py)
+
 cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetches ziglang, 100 MB)
 	@$(PIP) ziglang
 	@for target in x86_64-linux-gnu aarch64-linux-gnu; do for source in csrc/cpu/level_*.cpp csrc/cpu/kernels.cpp csrc/cpu/select.cpp; do \
@@ -95,6 +100,9 @@ gpu: ## with the torch of PYTHON: build for its GPU, test, sanitize, measure, in
 
 resources: setup ## compile the CUDA kernels for three architectures: registers and spills (bench/KERNEL_RESOURCES.md)
 	$(BIN)/python bench/kernel_resources.py $(if $(CHECK),--check)
+
+triton-resources: setup ## the same for the Triton kernels (bench/TRITON_RESOURCES.md); needs no nvcc
+	$(BIN)/python bench/triton_resources.py $(if $(CHECK),--check)
 
 clean: ## remove what was built, but not $(VENV)
 	rm -rf build dist *.egg-info batchkern/_C*.so

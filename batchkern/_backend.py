@@ -1,12 +1,14 @@
 """Which implementation serves an operation on a device: a kernel, else the plain-PyTorch reference.
 
-``batchkern._C`` holds the schemas and kernels. Importing batchkern never fails because it is missing or was built for
-another torch: every operation then runs its reference, and ``batchkern info`` says why.
+``batchkern._C`` holds the schemas and the kernels in C++ and CUDA C++; ``batchkern.triton`` adds those in Triton.
+Importing batchkern never fails because one of them is missing or was built for another torch: the operations then run
+their references, and ``batchkern info`` says why.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -14,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from batchkern import triton
 
 OPS = (
     "trimmed_cross_entropy",
@@ -42,6 +46,19 @@ def _import_extension() -> tuple[ModuleType | None, str]:
 extension, extension_error = _import_extension()
 
 
+def _register_triton() -> str:
+    """Adds the Triton kernels to the operators, or says why there are none."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    triton.register()
+    return ""
+
+
+triton_error = extension_error or _register_triton()
+
+
 def _find_kernels() -> set[tuple[str, str]]:
     """The operations and device types for which the loaded libraries registered a kernel."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -51,8 +68,8 @@ def _find_kernels() -> set[tuple[str, str]]:
 
 
 _kernels = _find_kernels()
-_supported: dict[int, bool] = {}
-"""By the index of a CUDA device: whether the CUDA kernels were built for it."""
+_supported: dict[tuple[str, int], bool] = {}
+"""By operation and index of a CUDA device: whether the kernel runs there."""
 
 
 def has_kernel(op: str, x: Tensor) -> bool:
@@ -60,21 +77,25 @@ def has_kernel(op: str, x: Tensor) -> bool:
     # x.device.type makes two objects; this is asked in every call.
     if x.is_cpu:
         return (op, "cpu") in _kernels and x.dtype != torch.float64
-    return (op, x.device.type) in _kernels and x.dtype != torch.float64 and (not x.is_cuda or _supports(x.device))
+    return (op, x.device.type) in _kernels and x.dtype != torch.float64 and (not x.is_cuda or _runs_on(op, x.device))
 
 
-def _supports(device: torch.device) -> bool:
-    """Whether this CUDA device can run what was compiled. The compiler, which cannot ask it, takes that for granted."""
+def _runs_on(op: str, device: torch.device) -> bool:
+    """Whether this CUDA device can run the kernel. The compiler, which cannot ask it, takes that for granted."""
     index = device.index if device.index is not None else 0
-    if index not in _supported and not torch.compiler.is_compiling():
+    if (op, index) not in _supported and not torch.compiler.is_compiling():
         if not torch.cuda.is_available():  # fake tensors
             return True
-        _supported[index] = built_for(torch.cuda.get_device_capability(index))
-    return _supported.get(index, True)
+        _supported[op, index] = _serves(op, torch.cuda.get_device_capability(index))
+    return _supported.get((op, index), True)
+
+
+def _serves(op: str, capability: tuple[int, int]) -> bool:
+    return capability >= triton.LEAST_CAPABILITY if op in triton.OPS else built_for(capability)
 
 
 def built_for(capability: tuple[int, int]) -> bool:
-    """Whether the CUDA kernels run on a device of this compute capability: (9, 0).
+    """Whether the CUDA C++ kernels run on a device of this compute capability: (9, 0).
 
     Machine code serves the minor versions above its own; PTX, which the driver compiles, every version above its own.
     """
@@ -123,14 +144,20 @@ def _status(op: str, device: str) -> Status:
     if device == "cpu" and (op, device) in _kernels:
         return Status(op, device, "kernel", f"C++, {extension.cpu_level()}")
     if device == "cuda" and (op, device) in _kernels:
-        built = f"CUDA C++ for {', '.join(_architectures())}"
+        if op in triton.OPS:
+            built, remedy = f"Triton {importlib.metadata.version('triton')}", "it needs 8.0"
+        else:
+            built = f"CUDA C++ for {', '.join(_architectures())}"
+            remedy = "set TORCH_CUDA_ARCH_LIST and install batchkern again"
         if not torch.cuda.is_available():
             return Status(op, device, "kernel", f"{built}; no CUDA device is visible to this torch")
         capability = torch.cuda.get_device_capability()
-        if built_for(capability):
+        if _serves(op, capability):
             return Status(op, device, "kernel", built)
-        why = "set TORCH_CUDA_ARCH_LIST and install batchkern again"
-        return Status(op, device, "reference", f"{built}, and this device is {capability[0]}.{capability[1]}: {why}")
-    if device == "cuda" and not extension.build_facts()["cuda"]:
+        where = f"this device is {capability[0]}.{capability[1]}"
+        return Status(op, device, "reference", f"{built}, and {where}: {remedy}")
+    if device == "cuda" and op in triton.OPS and triton_error:
+        return Status(op, device, "reference", triton_error)
+    if device == "cuda" and op not in triton.OPS and not extension.build_facts()["cuda"]:
         return Status(op, device, "reference", "batchkern._C was built without CUDA")
     return Status(op, device, "reference", "this release has no kernel for it")

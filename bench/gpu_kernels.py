@@ -15,116 +15,14 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import harness
 import torch
-import torch.nn.functional as F
+from gpu_cases import Call, Case, cases
 
-import batchkern
-
-KEEP = 0.2
 ROUNDS = 25
-Call = Callable[[], object]
-
-
-@dataclass
-class Problem:
-    floor_bytes: float
-    variants: dict[str, Call]
-    host: bool = False
-    """Whether the host time of a call counts too."""
-
-
-@dataclass(frozen=True)
-class Case:
-    op: str
-    label: str
-    phase: str
-    build: Callable[[], Problem]
-    target_s: float | None = None
-
-
-def cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> Problem:
-    logits = 2 * torch.randn(rows, classes, device="cuda", dtype=dtype)
-    target = torch.randint(classes, (rows,), device="cuda")
-    kept = max(round(KEEP * rows), 1)
-    leaf = logits.requires_grad_()
-    one = torch.ones((), device="cuda")
-
-    def eager(x: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(x.float(), target, reduction="none").topk(kept).values.mean()
-
-    def step(function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
-        return lambda: torch.autograd.grad(function(leaf), leaf, one)
-
-    return Problem(
-        (2 + KEEP) * logits.nbytes,
-        {
-            "ours": step(lambda x: batchkern.trimmed_cross_entropy(x, target, KEEP)),
-            "eager": step(eager),
-            "compile": step(torch.compile(eager, fullgraph=True, dynamic=False)),
-        },
-        host=rows * classes < 10_000,
-    )
-
-
-def trimmed_mean(rows: int) -> Problem:
-    losses = torch.randn(rows, device="cuda").exp()
-    kept = max(round(KEEP * rows), 1)
-
-    def eager(x: torch.Tensor) -> torch.Tensor:
-        return x.topk(kept, sorted=False).values.mean()
-
-    compiled = torch.compile(eager, fullgraph=True, dynamic=False)
-    return Problem(
-        losses.nbytes + rows,
-        {
-            "ours": lambda: batchkern.trimmed_mean(losses, KEEP),
-            "eager": lambda: eager(losses),
-            "compile": lambda: compiled(losses),
-        },
-    )
-
-
-def rank_batches(size: int, fraction: float) -> Problem:
-    losses = torch.randn(size, device="cuda").exp()
-    count = max(1, int(fraction * size))
-    return Problem(
-        losses.nbytes + 8 * count,
-        {
-            "ours": lambda: batchkern.rank_batches(losses, fraction),
-            "eager": lambda: losses.topk(count).indices,
-            "sort": lambda: losses.sort(descending=True, stable=True).indices[:count],
-        },
-    )
-
-
-def cases() -> list[Case]:
-    fp32, bf16 = torch.float32, torch.bfloat16
-    shapes = [
-        (65_536, 1000, fp32, 160e-6),
-        (8192, 131_072, bf16, 1.25e-3),
-        (128, 10, fp32, 8e-6),
-        (16_384, 8192, bf16, None),
-        (16_384, 4096, fp32, None),
-        (8192, 50_257, bf16, None),  # rows that begin at every alignment
-        (64, 131_072, bf16, None),  # several blocks to a row
-        (4096, 1000, fp32, None),
-    ]
-    result = [
-        Case("trimmed_cross_entropy", f"{r}x{c} {str(d)[6:]}", "full", lambda r=r, c=c, d=d: cross_entropy(r, c, d), t)
-        for r, c, d, t in shapes
-    ]
-    for rows, target in ((65_536, 12e-6), (16_384, None), (1_000_000, None)):
-        result.append(Case("trimmed_mean", str(rows), "forward", lambda n=rows: trimmed_mean(n), target))
-    for size, fraction, target in ((1_000_000, 0.2, 60e-6), (1_000_000, 0.002, None), (400, 0.2, None)):
-        label = f"{size} at {fraction}"
-        result.append(Case("rank_batches", label, "forward", lambda n=size, f=fraction: rank_batches(n, f), target))
-    return sorted(result, key=lambda case: case.target_s is None)  # if time runs out, those with targets are there
 
 
 def event_seconds(call: Call) -> float:

@@ -43,7 +43,8 @@ TORCH_LIBRARY(batchkern, m) {
     m.def(
         "augment_latent_backward(Tensor grad, Tensor seed, *, int gaussian, int dropout, float drop_prob, "
         "bool rescale_dropout=False) -> Tensor");
-    // Gradients are float32, those of the sum of kl; empty unless asked for.
+    // Gradients are those of the mean, empty unless asked for: float32, but that of bfloat16 logits on CUDA
+    // is bfloat16.
     m.def(
         "soft_label_kl(Tensor reference_logits, Tensor virtual_logits, *, float temperature=1.0, "
         "bool reference_grad=False, bool virtual_grad=True) "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.abc
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -56,6 +57,9 @@ def test_every_operation_is_covered() -> None:
     assert len(_backend.status()) == len(_backend.OPS) * len(_backend.DEVICES)
 
 
+NO_KERNEL = "this release has no kernel for it"
+
+
 def extension_built_for(*architectures: str) -> types.ModuleType:
     module = types.ModuleType("_C")
     module.cpu_level = lambda: "avx2"
@@ -64,21 +68,28 @@ def extension_built_for(*architectures: str) -> types.ModuleType:
 
 
 @pytest.mark.parametrize(
-    ("extension", "cpu", "cuda"),
+    ("extension", "cpu", "cuda", "in_triton"),
     [
-        (None, "undefined symbol: _ZN3c10", "undefined symbol: _ZN3c10"),
-        (extension_built_for(), "this release has no kernel for it", "batchkern._C was built without CUDA"),
-        (extension_built_for("9.0"), "this release has no kernel for it", "this release has no kernel for it"),
+        (None, *3 * ["undefined symbol: _ZN3c10"]),
+        (extension_built_for(), NO_KERNEL, "batchkern._C was built without CUDA", "triton is not installed"),
+        (extension_built_for("9.0"), NO_KERNEL, NO_KERNEL, "triton is not installed"),
     ],
     ids=["no extension", "without CUDA", "with CUDA"],
 )
 def test_without_kernels_everything_is_the_reference(
-    no_kernels: None, monkeypatch: pytest.MonkeyPatch, extension: types.ModuleType | None, cpu: str, cuda: str
+    no_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    extension: types.ModuleType | None,
+    cpu: str,
+    cuda: str,
+    in_triton: str,
 ) -> None:
     monkeypatch.setattr(_backend, "extension", extension)
     monkeypatch.setattr(_backend, "extension_error", "" if extension else "undefined symbol: _ZN3c10")
-    for (_, device), status in statuses().items():
-        assert (status.backend, status.why) == ("reference", cpu if device == "cpu" else cuda)
+    monkeypatch.setattr(_backend, "triton_error", in_triton)
+    for (op, device), status in statuses().items():
+        why = cpu if device == "cpu" else in_triton if op in ("augment_latent", "soft_label_kl") else cuda
+        assert (status.backend, status.why) == ("reference", why)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +137,62 @@ def test_a_device_that_the_build_does_not_serve_gets_the_reference(
         assert status.backend == "kernel"
         assert status.why.startswith("CUDA C++ for 8.0, 9.0+PTX")
         assert status.why.endswith("no CUDA device is visible to this torch") is (capability is None)
+
+
+@pytest.mark.parametrize(("capability", "backend"), [(None, "kernel"), ((7, 5), "reference"), ((8, 0), "kernel")])
+def test_triton_needs_no_cuda_in_the_build(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None, backend: str
+) -> None:
+    monkeypatch.setattr(_backend, "extension", extension_built_for())
+    monkeypatch.setattr(_backend, "_kernels", {("soft_label_kl", "cuda")})
+    monkeypatch.setattr(_backend, "_supported", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    status = statuses()["soft_label_kl", "cuda"]
+    assert status.backend == backend
+    why = {None: "; no CUDA device is visible to this torch", (7, 5): ", and this device is 7.5: it needs 8.0"}
+    assert status.why == f"Triton {importlib.metadata.version('triton')}{why.get(capability, '')}"
+    with FakeTensorMode():
+        assert _backend.has_kernel("soft_label_kl", torch.empty(4, device="cuda")) is (backend == "kernel")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "spec", "why"),
+    [
+        (None, object(), f"torch {torch.__version__} was built without CUDA"),
+        ("13.0", None, "triton is not installed"),
+        ("13.0", object(), ""),
+    ],
+)
+def test_when_triton_kernels_are_registered(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, spec: object, why: str
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(_backend.triton, "register", lambda: calls.append("registered"))
+    assert _backend._register_triton() == why
+    assert calls == ["registered"] * (not why)
+
+
+@pytest.mark.skipif(bool(_backend.triton_error), reason=_backend.triton_error)
+def test_triton_is_imported_by_the_first_call_and_serves_every_operator() -> None:
+    program = """
+import sys, torch, batchkern
+from batchkern import _backend, triton as ours
+assert "triton" not in sys.modules
+for operator, module in ours.KERNELS.items():
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"batchkern::{operator}", "CUDA"), operator
+assert {op for op, device in _backend._kernels if device == "cuda"} >= set(ours.OPS)
+cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+try:
+    torch.ops.batchkern.soft_label_kl.default.redispatch(cuda, torch.zeros(2, 3).double(), torch.zeros(2, 3).double())
+except TypeError as error:
+    assert "float64" in str(error)
+assert "triton" in sys.modules
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("op", _backend.OPS)

@@ -17,13 +17,14 @@ from torch.profiler import ProfilerActivity, profile
 
 import batchkern
 from batchkern import _backend, reference
+from batchkern.basis import Hadamard
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
-OPS = ("trimmed_cross_entropy", "trimmed_mean", "rank_batches")
+OPS = ("trimmed_cross_entropy", "trimmed_mean", "rank_batches", "augment_latent", "soft_label_kl")
 # One shape for each way of sharing rows among threads, and of selecting.
 SHAPES = [
     (128, 10),  # eight lanes for a row, one block in all
@@ -218,3 +219,122 @@ def test_a_wrong_target_trips_an_assert_on_the_device() -> None:
     assert run.returncode != 0
     assert "target must be in [0, C) or ignore_index" in run.stderr
     assert "device-side assert triggered" in run.stderr
+
+
+# --- augment_latent and soft_label_kl: kernels in Triton ---------------------------------------------------------
+
+NUMBERS = {"gaussian": 2, "dropout": 2, "sigma": 0.5, "tau": 0.6, "drop_prob": 0.3}
+HALF_STEP = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def basis_of(kind: str, width: int) -> Tensor | Hadamard | None:
+    return None if kind == "none" else batchkern.random_basis(width, kind, device="cuda")
+
+
+@pytest.mark.parametrize("width", [1, 10, 300, 4096, 20_000])
+@pytest.mark.parametrize("kind", ["none", "normalized", "hadamard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_virtual_samples(width: int, kind: str, dtype: torch.dtype) -> None:
+    if kind == "normalized" and width > 4096:
+        return  # 3 GB in float64, and nothing that 4096 has not
+    x, basis, seed = torch.randn(50, width, device="cuda").to(dtype), basis_of(kind, width), torch.tensor(-7).cuda()
+    leaf, exact_leaf = x.requires_grad_(), x.double().detach().requires_grad_()
+    out = batchkern.augment_latent(leaf, basis=basis, seed=seed, **NUMBERS)
+    exact = reference.augment_latent(exact_leaf, seed, basis=basis, **NUMBERS)
+    # A dense basis is rounded to the type of x; each of its columns has norm 1.
+    noise = 0.0 if kind == "none" else {torch.float32: 1e-5}.get(dtype, 2 * HALF_STEP[dtype])
+    allowed = 2e-6 + noise + HALF_STEP[dtype] * exact.abs()
+    assert ((out - exact).abs() <= allowed).all()
+    assert torch.equal(out[150:] == 0, exact[150:] == 0)  # the masks
+    weight = torch.randn_like(out)
+    out.backward(weight)
+    exact.backward(weight.double())
+    assert ((leaf.grad - exact_leaf.grad).abs() <= 4e-6 + HALF_STEP[dtype] * exact_leaf.grad.abs()).all()
+
+
+@pytest.mark.parametrize("classes", [10, 19, 1000, 5003, 8192, 32_000, 131_072])
+@pytest.mark.parametrize("distance", [1e-3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_divergences(classes: int, distance: float, dtype: torch.dtype) -> None:
+    p = 2 * torch.randn(20, classes, device="cuda")
+    q = p.repeat(3, 1) + distance * torch.randn(60, classes, device="cuda")
+    p, q = (x.to(dtype).requires_grad_() for x in (p, q))
+    mean, rows = batchkern.soft_label_kl(p, q, reference_grad=True, per_sample=True)
+    exact_p, exact_q = (x.detach().double().requires_grad_() for x in (p, q))
+    exact = reference.soft_label_kl(exact_p, exact_q)
+    torch.testing.assert_close(rows.double(), exact.detach(), rtol=2e-6, atol=1e-12)
+    torch.testing.assert_close(mean.double(), exact.mean(), rtol=2e-6, atol=1e-12)
+    mean.backward()
+    exact.mean().backward()
+    for ours, theirs in ((p.grad, exact_p.grad), (q.grad, exact_q.grad)):
+        allowed = 1e-6 / 60 + 2 * HALF_STEP[dtype] * theirs.abs() + 2**-25 * (dtype == torch.float16)
+        assert ((ours - theirs).abs() <= allowed).all()
+
+
+def test_a_captured_graph_draws_fresh_virtual_samples() -> None:
+    x, basis = torch.randn(64, 256, device="cuda"), basis_of("hadamard", 256)
+
+    def everything() -> tuple[Tensor, Tensor, Tensor]:
+        leaf = x.detach().requires_grad_()
+        virtual = batchkern.augment_latent(leaf, basis=basis, **NUMBERS)
+        loss = batchkern.soft_label_kl(virtual[:64].detach(), virtual[64:])
+        return virtual.detach(), loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    everything()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = everything()
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        seen.append([x.clone() for x in outputs])
+        virtual, loss, _ = seen[-1]
+        torch.testing.assert_close(loss, reference.soft_label_kl(virtual[:64], virtual[64:]).mean(), rtol=1e-5, atol=0)
+    assert not any(torch.equal(a, b) for a, b in zip(seen[0], seen[1]))
+    assert not any(torch.equal(a, b) for a, b in zip(seen[1], seen[2]))
+
+
+@pytest.mark.parametrize("kind", ["none", "normalized", "hadamard"])
+def test_compiled_augmentation_equals_eager(kind: str) -> None:
+    basis = basis_of(kind, 64)
+
+    def step(x: Tensor) -> Tensor:
+        virtual = batchkern.augment_latent(x, basis=basis, seed=5, **NUMBERS)
+        return batchkern.soft_label_kl(virtual[:32], virtual[32:], reference_grad=True)
+
+    torch.compiler.reset()
+    x = torch.randn(32, 64, device="cuda")
+    results = []
+    for function in (torch.compile(step, fullgraph=True), step):
+        leaf = x.clone().requires_grad_()
+        loss = function(leaf)
+        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
+    torch.testing.assert_close(*results)
+
+
+def test_fifty_repeats_of_virtual_samples_change_no_bit() -> None:
+    x, basis = torch.randn(100, 1000, device="cuda"), basis_of("hadamard", 1000)
+
+    def everything() -> list[Tensor]:
+        leaf = x.detach().requires_grad_()
+        virtual = batchkern.augment_latent(leaf, basis=basis, seed=3, **NUMBERS)
+        loss, rows = batchkern.soft_label_kl(virtual[:100], virtual[100:], reference_grad=True, per_sample=True)
+        return [virtual.detach(), loss.detach(), rows, torch.autograd.grad(loss, leaf)[0]]
+
+    first = everything()
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(everything(), first))
+
+
+def test_launches_of_virtual_samples() -> None:
+    x, seed, one = torch.randn(128, 64, device="cuda"), torch.tensor(3).cuda(), torch.ones((), device="cuda")
+    for kind, most in (("none", 1), ("hadamard", 2), ("normalized", 3)):
+        basis = basis_of(kind, 64)
+        names = launches(lambda basis=basis: batchkern.augment_latent(x, basis=basis, seed=seed, **NUMBERS))
+        assert len(names) <= most + (kind == "normalized"), names  # cuBLAS may take one more
+    p, q = torch.randn(128, 10, device="cuda"), torch.randn(512, 10, device="cuda", requires_grad=True)
+    assert len(launches(lambda: batchkern.soft_label_kl(p, q))) == 2
+    loss = batchkern.soft_label_kl(p, q)
+    assert len(launches(lambda: torch.autograd.grad(loss, q, one, retain_graph=True))) <= 3  # runs the kernel again
+    assert len(launches(lambda: torch.autograd.grad(batchkern.soft_label_kl(p, q), q, one))) == 3

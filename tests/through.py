@@ -1,22 +1,28 @@
-"""Runs the tests of the operations, whose tensors are the CPU's, through CUDA kernels: ``pytest --through host|cuda``.
+"""Runs the tests of the operations, whose tensors are the CPU's, through GPU kernels: ``pytest --through ...``.
 
-``host``: compiled by a C++ compiler with the headers of ``cuda_on_host``, which run a grid on the host.
-``cuda``: on a GPU. Each tensor is copied there with all of its storage, so that strides and addresses stay what they
-are, and the results are copied back.
+``host``: those in CUDA C++, compiled by a C++ compiler with the headers of ``cuda_on_host``, which run a grid on the
+host. ``interpreter``: those in Triton, by its interpreter. Not with bfloat16, which that computes wrongly without a
+word. ``cuda``: all, on a GPU. Each tensor is copied there with all of its storage, so that strides and addresses stay
+what they are, and the results are copied back.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+import batchkern.triton
+
 ROOT = Path(__file__).resolve().parents[1]
-OPS = (
+CUDA_OPS = (
     "trimmed_cross_entropy",
     "trimmed_cross_entropy_backward",
     "trimmed_cross_entropy_backward_",
@@ -37,14 +43,43 @@ def start(name: str) -> None:
 
     assert batchkern._backend.extension is not None, batchkern._backend.extension_error
     which = name
+    kernels: dict[str, Callable[..., Any]]
+    if name == "interpreter":
+        kernels = interpreted_kernels()
+    elif name == "host":
+        load_host_kernels()
+        kernels = {op: on_host(overload(op)) for op in CUDA_OPS}
+    else:
+        kernels = {op: on_gpu(overload(op)) for op in (*CUDA_OPS, *batchkern.triton.KERNELS)}
+        kernels["soft_label_kl"] = with_wide_gradient(kernels["soft_label_kl"])
+    for op, kernel in kernels.items():
+        _overrides.impl(op, kernel, "CPU")
     # Whatever a kernel should write is NaN, or the largest number, before: an element that it leaves out shows.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    if name == "host":
-        load_host_kernels()
-    for op in OPS:
-        overload = getattr(torch.ops.batchkern, op).default
-        _overrides.impl(op, (on_host if name == "host" else on_gpu)(overload), "CPU")
+
+
+def overload(op: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.batchkern, op).default
+
+
+def interpreted_kernels() -> dict[str, Callable[..., Any]]:
+    """The launchers, for the interpreter takes tensors of any device."""
+    assert "triton" not in sys.modules, "Triton looks at TRITON_INTERPRET when it is imported"
+    os.environ["TRITON_INTERPRET"] = "1"
+    np.seterr(over="ignore", invalid="ignore")  # it computes with NumPy, and infinities are meant
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        # Up to Triton 3.7 this is int(data), which a NumPy that refuses arrays of one element breaks.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+    modules = batchkern.triton.KERNELS.items()
+    return {op: getattr(importlib.import_module(f"batchkern.triton.{module}"), op) for op, module in modules}
 
 
 def load_host_kernels() -> None:
@@ -73,6 +108,16 @@ def load_host_kernels() -> None:
 def on_host(op: torch._ops.OpOverload) -> Callable[..., Any]:
     cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     return lambda *args, **kwargs: op.redispatch(cuda, *args, **kwargs)
+
+
+def with_wide_gradient(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Float32 as on a CPU, where the GPU keeps the gradient of bfloat16 logits in bfloat16."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        mean, kl, to_virtual, to_reference = kernel(*args, **kwargs)
+        return mean, kl, to_virtual.float(), to_reference
+
+    return call
 
 
 def on_gpu(op: torch._ops.OpOverload) -> Callable[..., Any]:

@@ -86,13 +86,12 @@ class _SoftLabelKL(torch.autograd.Function):
         reference, virtual, *grads = ctx.saved_tensors
         if ctx.used:
             _, _, *grads = torch.ops.batchkern.soft_label_kl.default(reference, virtual, **ctx.options)
-        scale = grad / max(virtual.shape[0], 1)
         if torch.compiler.is_compiling():
-            to_reference, to_virtual = (scale * x for x in reversed(grads))
+            to_reference, to_virtual = (grad * x for x in reversed(grads))
         else:
             ctx.used = True
             # Through .data, since autograd would take the scaling for a mistake of the caller.
-            to_reference, to_virtual = (x.data.mul_(scale) for x in reversed(grads))
+            to_reference, to_virtual = (x.data.mul_(grad) for x in reversed(grads))
         return (
             to_reference.to(reference.dtype) if ctx.needs_input_grad[0] else None,
             to_virtual.to(virtual.dtype) if ctx.needs_input_grad[1] else None,
@@ -113,6 +112,10 @@ if _backend.extension is not None:
     ) -> Any:
         rows, classes = virtual_logits.shape
         divergences = virtual_logits.new_empty(rows, dtype=torch.float32)
-        to_virtual = divergences.new_empty(rows if virtual_grad else 0, classes)
+        # The Triton kernel keeps bfloat16: its gradient needs less memory, and is rounded once more.
+        narrow = virtual_logits.is_cuda and virtual_logits.dtype == torch.bfloat16
+        to_virtual = divergences.new_empty(
+            rows if virtual_grad else 0, classes, dtype=torch.bfloat16 if narrow else torch.float32
+        )
         to_reference = divergences.new_empty(reference_logits.shape[0] if reference_grad else 0, classes)
         return divergences.new_empty(()), divergences, to_virtual, to_reference

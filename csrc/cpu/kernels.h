@@ -53,6 +53,7 @@ struct DivergenceRows {
     int64_t copies;
     int64_t classes;
     float inverse_temperature;
+    float grad_scale;  // what the gradients of the divergences, by logits over temperature, are times
 };
 
 struct NoiseRow {

@@ -45,6 +45,8 @@ Forward soft_label_kl(const at::Tensor& reference_logits, const at::Tensor& virt
             a.copies = copies;
             a.classes = classes;
             a.inverse_temperature = static_cast<float>(1 / temperature);
+            a.grad_scale =
+                static_cast<float>(1 / temperature / static_cast<double>(std::max<int64_t>(rows, 1)));
             kernels().divergence_rows[type](a);
         }
     });

@@ -20,10 +20,12 @@ BATCHKERN_INLINE Reference prepare_reference(const T* reference, int64_t n, floa
     return r;
 }
 
-// The divergence of one virtual row. grad gets that of the row, unless null; t_sum, unless null, adds up t.
+// The divergence of one virtual row. grad gets that of the row times grad_scale, unless null; t_sum, unless
+// null, adds up t.
 template <bool kGrad, class T>
 BATCHKERN_INLINE double divergence(const T* reference, const Reference& r, const float* p, const T* row,
-                                   int64_t n, float scale, float* weights, float* grad, float* t_sum) {
+                                   int64_t n, float scale, float grad_scale, float* weights, float* grad,
+                                   float* t_sum) {
     // The bits of a size are in its order, NaN above all. A class that is absent, at -inf in both rows, has
     // none.
     int32_t largest_bits = 0, max_bits = ordered_bits(-INFINITY);
@@ -75,7 +77,7 @@ BATCHKERN_INLINE double divergence(const T* reference, const Reference& r, const
         const float far = p[j] == 0 ? q : p[j] * (t - 1.0f) + q;
         const float term = small ? q * divergence_small(u) : far;
         kl += t == INFINITY ? INFINITY : term;
-        if (kGrad) grad[j] = (small ? -q * expm1_small(u) : q - p[j]) * scale;
+        if (kGrad) grad[j] = (small ? -q * expm1_small(u) : q - p[j]) * grad_scale;
     }
     if (t_sum) {
         BATCHKERN_SIMD()
@@ -121,10 +123,12 @@ void divergences(const DivergenceRows& a) {
         double kl;
         if (padded) {
             for (int64_t j = 0; j < n; ++j) row[j] = load(virtual_row + j);
-            kl = divergence<kGrad>(reference_row, r, p, row, width, scale, weight_row, grad_row, t_sum);
+            kl = divergence<kGrad>(reference_row, r, p, row, width, scale, a.grad_scale, weight_row, grad_row,
+                                   t_sum);
             if (kGrad) memcpy(grad, grad_row, n * sizeof(float));
         } else {
-            kl = divergence<kGrad>(reference, r, p, virtual_row, n, scale, a.scratch + n, grad, t_sum);
+            kl = divergence<kGrad>(reference, r, p, virtual_row, n, scale, a.grad_scale, a.scratch + n, grad,
+                                   t_sum);
         }
         a.divergences[copy * a.divergence_stride] = static_cast<float>(kl);
         total += kl;
@@ -132,7 +136,7 @@ void divergences(const DivergenceRows& a) {
     if (a.grad_reference) {
         const float mean = static_cast<float>(total);
         for (int64_t j = 0; j < n; ++j)
-            a.grad_reference[j] = p[j] == 0 ? 0.0f : p[j] * (t_sum[j] - mean) * scale;
+            a.grad_reference[j] = p[j] == 0 ? 0.0f : p[j] * (t_sum[j] - mean) * a.grad_scale;
     }
 }
 

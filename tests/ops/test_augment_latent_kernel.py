@@ -16,7 +16,7 @@ import torch
 from golden import philox as golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, LAYOUTS, LEVELS
+from kernel_cases import DRAWN_DTYPES, DTYPES, LAYOUTS, LEVELS, REPEATS, SLOW
 from scipy import stats
 from torch import Tensor
 
@@ -93,7 +93,7 @@ def test_opcheck(dtype: torch.dtype, kind: str) -> None:
 
 
 def test_raw_operators_refuse_what_they_cannot_do() -> None:
-    with pytest.raises(TypeError, match=r"x must be float32.*Double"):
+    with pytest.raises(TypeError, match=r"x must be float32.*(Double|float64)"):
         OPS.augment_latent(torch.zeros(2, 3).double(), seeded(0), **PLAIN)
     with pytest.raises(ValueError, match="seed"):
         OPS.augment_latent(torch.zeros(2, 3), torch.zeros(1, dtype=torch.int64), **PLAIN)
@@ -119,7 +119,7 @@ def test_every_bit_of_the_words(seed: int, width: int) -> None:
     # places in a quad, and both sides of the 512 that the kernel makes at a time.
     words = reference.random_words(torch.arange(3, 9), width, seeded(seed))
     for _ in each_level():
-        for word in words[:, -13:].flatten().tolist():
+        for word in words[:, -13:].flatten()[:: 17 if SLOW else 1].tolist():
             for threshold in (word, word + 1):
                 assert torch.equal(masks((3, width), seed, threshold, dropout=2), words >= threshold)
 
@@ -132,7 +132,7 @@ def test_words_of_the_golden_file(draw: dict) -> None:
     row, start = draw["row"], draw["first_column"]
     shape = row, start + len(draw["words"])  # row `row` is the first of the one copy
     for _ in each_level():
-        for i, word in enumerate(draw["words"]):
+        for i, word in list(enumerate(draw["words"]))[:: 6 if SLOW else 1]:
             assert masks(shape, draw["seed"], word)[0, start + i]
             assert not masks(shape, draw["seed"], word + 1)[0, start + i]
 
@@ -234,7 +234,7 @@ def half_step(expected: Tensor, dtype: torch.dtype) -> Tensor:
     rescale=st.booleans(),
     kind=st.sampled_from(["none", "normalized", "orthogonal", "hadamard"]),
     basis_dtype=st.sampled_from([torch.float32, torch.float64, *NARROW]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(DRAWN_DTYPES),
     layout=st.sampled_from(sorted(LAYOUTS)),
     upstream=st.sampled_from(["random", "transposed", "sum"]),
     seed=st.integers(-(2**63), 2**63 - 1),
@@ -409,7 +409,7 @@ def test_threads_and_repeats_change_no_bit(dtype: torch.dtype, kind: str) -> Non
     results: dict[int, list[tuple[Tensor, Tensor]]] = {1: [], 2: []}
     for threads, seen in results.items():
         torch.set_num_threads(threads)
-        for _ in range(20):
+        for _ in range(REPEATS):
             leaf = x.clone().requires_grad_()
             out = batchkern.augment_latent(leaf, seed=6, basis=a_basis(kind, 513), **PLAIN)
             out.backward(upstream)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, LAYOUTS, LEVELS
+from kernel_cases import DRAWN_DTYPES, DTYPES, LAYOUTS, LEVELS, REPEATS, TOLERANCE, rounded_once_more
 from torch import Tensor
 
 import batchkern
@@ -40,9 +40,9 @@ def each_level() -> Iterator[str]:
 def kernel(p: Tensor, q: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Divergences, and the gradients of their sum with respect to ``p`` and ``q``."""
     mean, kl, to_virtual, to_reference = RAW(p, q, temperature=temperature, reference_grad=True, virtual_grad=True)
-    # One rounding; 2^-149 is the smallest subnormal.
-    torch.testing.assert_close(mean.double(), kl.double().mean(), rtol=2**-23, atol=2**-149, equal_nan=True)
-    return kl, to_reference, to_virtual
+    # 2^-149 is the smallest subnormal.
+    torch.testing.assert_close(mean.double(), kl.double().mean(), rtol=TOLERANCE, atol=2**-149, equal_nan=True)
+    return kl, to_reference * len(q), to_virtual * len(q)
 
 
 def eager(p: Tensor, q: Tensor, temperature: float) -> Tensor:
@@ -79,7 +79,7 @@ def assert_no_worse_than_eager(p: Tensor, q: Tensor, temperature: float) -> None
         for got, wanted, theirs, slack in zip(kernel(p, q, temperature), exact, own, slacks, strict=True):
             assert got.dtype == torch.float32
             error = (got.double() - wanted).abs()
-            allowed = largest(theirs - wanted) + slack
+            allowed = largest(theirs - wanted) + slack + rounded_once_more(p.dtype) * wanted.abs()
             assert (error <= allowed).all(), (level, tuple(p.shape), float((error / allowed).max()))
 
 
@@ -108,7 +108,7 @@ def test_what_is_not_asked_for_is_not_made_and_changes_nothing(wanted: tuple[boo
 
 
 def test_raw_operator_refuses_what_it_cannot_do() -> None:
-    with pytest.raises(TypeError, match=r"reference_logits must be float32.*Double"):
+    with pytest.raises(TypeError, match=r"reference_logits must be float32.*(Double|float64)"):
         RAW(torch.zeros(2, 3).double(), torch.zeros(4, 3).double())
     for p, q in (((2, 3), (3, 3)), ((2, 3), (4, 4)), ((0, 3), (4, 3)), ((6,), (6, 1)), ((2, 3), (2, 2, 3))):
         with pytest.raises(ValueError, match="logits must be"):
@@ -124,7 +124,7 @@ LAYOUT = st.sampled_from(sorted(LAYOUTS))
     batch=st.sampled_from([0, 1, 2, 5]),
     copies=st.integers(0, 3),
     classes=st.sampled_from([1, 2, 3, 15, 16, 17, 100, 1000, 4097]),
-    dtype=st.sampled_from(DTYPES),
+    dtype=st.sampled_from(DRAWN_DTYPES),
     temperature=st.sampled_from([0.25, 0.3, 1.0, 3.0]),
     scale=st.sampled_from([0.01, 1.0, 10.0, 100.0]),
     distance=st.sampled_from([None, None, None, 0.0, 1e-6, 1e-3, 0.1, 0.5, 1.0]),
@@ -155,7 +155,8 @@ def test_values_and_gradients(
 def test_many_classes(scale: float) -> None:
     p = scale * torch.randn(2, 32000)
     assert_no_worse_than_eager(p, scale * torch.randn(4, 32000), 1.0)
-    assert_no_worse_than_eager(p.bfloat16(), (p.repeat(2, 1) + 0.1 * torch.randn(4, 32000)).bfloat16(), 1.0)
+    for dtype in DRAWN_DTYPES[1:]:
+        assert_no_worse_than_eager(p.to(dtype), (p.repeat(2, 1) + 0.1 * torch.randn(4, 32000)).to(dtype), 1.0)
 
 
 @pytest.mark.parametrize("offset", [100.0, 1000.0, -30000.0])
@@ -293,7 +294,10 @@ def test_gradient_of_the_mean_in_the_dtype_of_the_logits(dtype: torch.dtype) -> 
         half_step = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
         tiny = 2.0**-25 if dtype == torch.float16 else 0.0  # half the distance of two subnormal halves
         torch.testing.assert_close(
-            leaf.grad.double(), -2.5 / 15 * exact, rtol=1.01 * half_step + 1e-5, atol=1e-7 + tiny
+            leaf.grad.double(),
+            -2.5 / 15 * exact,
+            rtol=1.01 * half_step + rounded_once_more(dtype) + 1e-5,
+            atol=1e-7 + tiny,
         )
 
 
@@ -365,7 +369,7 @@ def test_logits_changed_before_the_backward_pass_raise(changed: int) -> None:
 
 
 def test_autocast_changes_nothing() -> None:
-    for dtype in DTYPES:
+    for dtype in DRAWN_DTYPES:
         p, q = torch.randn(3, 9).to(dtype), torch.randn(6, 9).to(dtype)
         results = []
         for enabled in (False, True):
@@ -384,7 +388,7 @@ def test_threads_and_repeats_change_no_bit(dtype: torch.dtype) -> None:
     first = None
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        for _ in range(20):
+        for _ in range(REPEATS):
             leaves = p.clone().requires_grad_(), q.clone().requires_grad_()
             mean, kl = batchkern.soft_label_kl(*leaves, reference_grad=True, per_sample=True)
             results = mean.detach(), kl, *torch.autograd.grad(mean, leaves)

@@ -1,0 +1,326 @@
+"""soft_label_kl on a GPU.
+
+With u = log Q - log P, KL(P || Q) = sum P (e^u - 1 - u), where no term is negative, and its gradient is P (e^u - 1);
+both keep their digits next to the reference. There u = d + s, where d, the difference of two logits, is exact, and s,
+the difference of two float32 log-sum-exps, is off by some 1e-7. That error shows in the same sweep: Q sums to 1 + e
+with e = sum P (e^u - 1), and KL is too large by e - log(1 + e). So no row needs another sweep.
+
+A row of up to ``ONE_TILE`` classes is held in registers, and each row of virtual logits recomputes its reference. A
+longer one is swept twice, downwards the second time: the logits read last are still in the cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from batchkern.triton.launch import check_float, dense_rows, device_of, kernel, power_of_two
+
+ONE_TILE = 8192
+LOG2_E = tl.constexpr(math.log2(math.e))
+LOG_2 = tl.constexpr(math.log(2))
+RUNTIME = ("batch", "copies", "wants_grad", "wants_rows")
+"""What may change from call to call without another compilation."""
+
+
+@triton.jit
+def _alignment(p_max, q_max, p_log_sum, q_log_sum, k):
+    """``offset`` and ``shift`` of a row: u = ((q + offset) - p) k + shift, rounded at most to its own digits.
+
+    Logits that are close are subtracted as they are, which is exact. Only where the row of virtual logits lies higher
+    or lower as a whole it is moved first.
+    """
+    distance = p_max - q_max
+    offset = tl.where(tl.abs(distance) > 0.5, distance, 0.0)
+    return offset, tl.fma(distance - offset, k, (p_log_sum - q_log_sum) * LOG_2)
+
+
+@triton.jit
+def _divergence(p, q, p_max, q_max, p_log_sum, q_log_sum, offset, shift, k):
+    """P (e^u - 1 - u) and Q - P, elementwise.
+
+    ``p`` and ``q`` are logits; of their rows ``_max`` is the maximum and ``_log_sum`` log2 of the sum of exponentials
+    relative to it. A class that is absent, at -inf in both rows, gives 0 and 0.
+    """
+    u = tl.fma((q + offset) - p, k, shift)
+    # From 128 up P is 0. The comparison also takes the NaN of an absent class away; that of a NaN logit is in P or Q.
+    u = tl.where(u < 128.0, u, 128.0)
+    p = tl.exp2(tl.fma(p - p_max, k * LOG2_E, -p_log_sum))
+    q = tl.exp2(tl.fma(q - q_max, k * LOG2_E, -q_log_sum))
+    small = tl.abs(u) <= 0.5
+    g = tl.fma(u, 0.00019962186057284173, 0.0013982196861982632)  # (e^u - 1 - u) / u^2 for |u| <= 1/2
+    g = tl.fma(u, g, 0.008333182040866879)
+    g = tl.fma(u, g, 0.041665790959645996)
+    g = tl.fma(u, g, 0.16666667139685737)
+    g = tl.fma(u, g, 0.5000000121691628)
+    w = u * u * g
+    grad = tl.where(small, p * (u + w), q - p)
+    # P that underflowed times u = -inf is infinite, too.
+    term = tl.where(small, p * w, grad - tl.where(p < 1.2e-38, 1.2e-38, p) * u)
+    return term, grad
+
+
+@triton.jit
+def _corrected(kl, excess):
+    """The divergence without what the error of the log-sum-exps added; ``excess`` is the sum of Q - P."""
+    kl += excess * excess * tl.fma(excess, tl.fma(excess, -0.25, 1 / 3), -0.5)
+    return tl.where(kl < 0.0, 0.0, kl)
+
+
+@kernel(RUNTIME)
+def _whole_rows(
+    reference,  # (B, C)
+    virtual,  # (M * B, C)
+    kl,  # (M * B,)
+    grad,  # (M * B, C)
+    reference_rows,  # (B, 2): maximum, log2 of the sum
+    virtual_rows,  # (M * B, 2): offset, and shift without the error of the log-sum-exps
+    batch,
+    copies,
+    classes,
+    reference_stride,
+    virtual_stride,
+    k,  # 1 / temperature
+    grad_scale,
+    wants_grad,  # 0 or 1
+    wants_rows,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    tile, copy = tl.program_id(0) // copies, tl.program_id(0) % copies
+    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    columns = tl.arange(0, COLUMNS)
+    real = rows < batch
+    mask = real[:, None] & (columns < classes)[None, :]
+    p = tl.load(reference + rows[:, None] * reference_stride + columns[None, :], mask, float("-inf")).to(tl.float32)
+    rows_q = copy.to(tl.int64) * batch + rows
+    q = tl.load(virtual + rows_q[:, None] * virtual_stride + columns[None, :], mask, float("-inf")).to(tl.float32)
+    p_max, q_max = tl.max(p, 1)[:, None], tl.max(q, 1)[:, None]
+    p_log_sum = tl.log2(tl.sum(tl.exp2((p - p_max) * (k * LOG2_E)), 1))[:, None]
+    q_log_sum = tl.log2(tl.sum(tl.exp2((q - q_max) * (k * LOG2_E)), 1))[:, None]
+    offset, shift = _alignment(p_max, q_max, p_log_sum, q_log_sum, k)
+    term, to_q = _divergence(p, q, p_max, q_max, p_log_sum, q_log_sum, offset, shift, k)
+    excess = tl.sum(to_q, 1)
+    tl.store(kl + rows_q, _corrected(tl.sum(term, 1), excess), real)
+    to = grad + rows_q[:, None] * classes + columns[None, :]
+    tl.store(to, (to_q * grad_scale).to(grad.dtype.element_ty), mask & (wants_grad != 0))
+    save = real[:, None] & (wants_rows != 0)
+    tl.store(reference_rows + 2 * rows[:, None], p_max, save & (copy == 0))
+    tl.store(reference_rows + 2 * rows[:, None] + 1, p_log_sum, save & (copy == 0))
+    tl.store(virtual_rows + 2 * rows_q[:, None], offset, save)
+    tl.store(virtual_rows + 2 * rows_q[:, None] + 1, shift - excess[:, None], save)
+
+
+@triton.jit
+def _block(SETS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns ``(SETS, THREADS, VECTOR)`` of a block: a thread has SETS groups, each loaded at once."""
+    groups = tl.arange(0, SETS)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
+    return groups[:, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+
+
+@triton.jit
+def _log_sum_exp(row, classes, scale, SETS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
+    """Maximum of a row and log2 of the sum of 2^(scale (z - maximum)), in one sweep: each thread keeps its own."""
+    inside = _block(SETS, THREADS, VECTOR)
+    maxima = tl.full((THREADS,), float("-inf"), tl.float32)
+    sums = tl.zeros((THREADS,), tl.float32)
+    for start in range(0, classes, SETS * THREADS * VECTOR):
+        columns = start + inside
+        z = tl.load(row + columns, columns < classes, float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        highest = tl.max(tl.max(z, 2), 0)
+        highest = tl.where(highest > maxima, highest, maxima)
+        base = tl.where(highest == float("-inf"), 0.0, highest)
+        powers = tl.exp2((z - base[None, :, None]) * scale)
+        sums = sums * tl.exp2((maxima - base) * scale) + tl.sum(tl.sum(powers, 2), 0)
+        maxima = highest
+    maximum = tl.max(maxima, 0)
+    # NaN and +inf are in the sums; a row of -inf alone becomes NaN here, as its softmax is.
+    return maximum, tl.log2(tl.sum(sums * tl.exp2((maxima - maximum) * scale), 0))
+
+
+@kernel()
+def _reference_rows(
+    reference,  # (B, C)
+    reference_rows,  # (B, 2)
+    classes,
+    stride,
+    k,
+    SETS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    maximum, log_sum = _log_sum_exp(reference + row * stride, classes, k * LOG2_E, SETS, THREADS, VECTOR)
+    tl.store(reference_rows + 2 * row, maximum)
+    tl.store(reference_rows + 2 * row + 1, log_sum)
+
+
+@kernel(RUNTIME)
+def _swept_rows(
+    reference,  # (B, C)
+    virtual,  # (M * B, C)
+    kl,  # (M * B,)
+    grad,  # (M * B, C)
+    reference_rows,  # (B, 2), made by _reference_rows
+    virtual_rows,  # (M * B, 2), as in _whole_rows
+    batch,
+    copies,
+    classes,
+    reference_stride,
+    virtual_stride,
+    k,
+    grad_scale,
+    wants_grad,
+    wants_rows,
+    SETS: tl.constexpr,
+    THREADS: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    # The copies of a row are neighbours: they run at the same time and share the reference's row in the cache.
+    row, copy = tl.program_id(0) // copies, tl.program_id(0) % copies
+    row_q = copy.to(tl.int64) * batch + row
+    p_row, q_row = reference + row.to(tl.int64) * reference_stride, virtual + row_q * virtual_stride
+    q_max, q_log_sum = _log_sum_exp(q_row, classes, k * LOG2_E, SETS, THREADS, VECTOR)
+    p_max, p_log_sum = tl.load(reference_rows + 2 * row), tl.load(reference_rows + 2 * row + 1)
+    offset, shift = _alignment(p_max, q_max, p_log_sum, q_log_sum, k)
+
+    BLOCK: tl.constexpr = SETS * THREADS * VECTOR
+    inside = _block(SETS, THREADS, VECTOR)
+    sums, excesses = tl.zeros((THREADS,), tl.float32), tl.zeros((THREADS,), tl.float32)
+    blocks = tl.cdiv(classes, BLOCK)
+    for i in range(0, blocks):
+        columns = (blocks - 1 - i) * BLOCK + inside
+        mask = columns < classes
+        p = tl.load(p_row + columns, mask, float("-inf"), eviction_policy="evict_last").to(tl.float32)
+        q = tl.load(q_row + columns, mask, float("-inf"), eviction_policy="evict_first").to(tl.float32)
+        term, to_q = _divergence(p, q, p_max, q_max, p_log_sum, q_log_sum, offset, shift, k)
+        sums += tl.sum(tl.sum(term, 2), 0)
+        excesses += tl.sum(tl.sum(to_q, 2), 0)
+        to = grad + row_q * classes + columns
+        scaled = (to_q * grad_scale).to(grad.dtype.element_ty)
+        tl.store(to, scaled, mask & (wants_grad != 0), eviction_policy="evict_first")
+    excess = tl.sum(excesses, 0)
+    tl.store(kl + row_q, _corrected(tl.sum(sums, 0), excess))
+    tl.store(virtual_rows + 2 * row_q, offset, wants_rows != 0)
+    tl.store(virtual_rows + 2 * row_q + 1, shift - excess, wants_rows != 0)
+
+
+@kernel(RUNTIME)
+def _reference_gradient(
+    reference,  # (B, C)
+    virtual,  # (M * B, C)
+    kl,  # (M * B,)
+    grad,  # (B, C)
+    reference_rows,  # (B, 2)
+    virtual_rows,  # (M * B, 2)
+    batch,
+    copies,
+    classes,
+    reference_stride,
+    virtual_stride,
+    k,
+    grad_scale,
+    COLUMNS: tl.constexpr,
+):
+    """P (sum of t - sum of KL), with t = -u, over the copies of a row in their order."""
+    parts = tl.cdiv(classes, COLUMNS)
+    row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
+    columns = part * COLUMNS + tl.arange(0, COLUMNS)
+    mask = columns < classes
+    row = row.to(tl.int64)
+    p = tl.load(reference + row * reference_stride + columns, mask, float("-inf")).to(tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for copy in range(0, copies):
+        row_q = copy * batch + row
+        q = tl.load(virtual + row_q * virtual_stride + columns, mask, float("-inf")).to(tl.float32)
+        u = tl.fma((q + tl.load(virtual_rows + 2 * row_q)) - p, k, tl.load(virtual_rows + 2 * row_q + 1))
+        total -= u + tl.load(kl + row_q)
+    p_max, p_log_sum = tl.load(reference_rows + 2 * row), tl.load(reference_rows + 2 * row + 1)
+    p = tl.exp2(tl.fma(p - p_max, k * LOG2_E, -p_log_sum))
+    tl.store(grad + row * classes + columns, tl.where(p == 0.0, 0.0, p * total) * grad_scale, mask)
+
+
+def soft_label_kl(
+    reference_logits: Tensor,
+    virtual_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    reference_grad: bool = False,
+    virtual_grad: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``batchkern::soft_label_kl``: two launches; one more for rows that are swept, and one for ``reference_grad``."""
+    batch, copies, classes = _shape(reference_logits, virtual_logits)
+    reference, virtual = dense_rows(reference_logits), dense_rows(virtual_logits)
+    dtype, rows = reference.dtype, batch * copies
+    kl = reference.new_empty(rows, dtype=torch.float32)
+    # float16 would lose what is to be divided by many rows.
+    to_virtual = virtual.new_empty(
+        rows if virtual_grad else 0, classes, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    )
+    to_reference = kl.new_empty(batch if reference_grad else 0, classes)
+    of_reference = kl.new_empty(batch, 2) if reference_grad or classes > ONE_TILE else kl
+    of_virtual = kl.new_empty(rows, 2) if reference_grad else kl
+    if rows == 0 or classes == 0:
+        return kl.zero_().mean(), kl, to_virtual, to_reference.zero_()
+    k = 1 / temperature
+    strides = reference.stride(0), virtual.stride(0)
+    shape = batch, copies, classes
+    rest = *strides, k, k / rows
+    with device_of(reference):
+        if classes > ONE_TILE:
+            # Groups of 16 bytes need rows that begin at multiples of them.
+            aligned = not any(n % 16 for n in (classes, *strides, reference.data_ptr(), virtual.data_ptr()))
+            vector = 16 // dtype.itemsize
+            sweep = {"SETS": 2 if aligned else 2 * vector, "VECTOR": vector if aligned else 1}
+            sweep.update(THREADS=1024, num_warps=32)
+            _reference_rows[batch,](reference, of_reference, classes, strides[0], k, **sweep)
+            run, tiles, options = _swept_rows, batch, sweep
+        else:
+            columns = power_of_two(classes, 16)
+            tile = max(1, 256 // columns)
+            run, tiles = _whole_rows, triton.cdiv(batch, tile)
+            options = {"ROWS": tile, "COLUMNS": columns, "num_warps": min(max(1, columns // 256), 16)}
+        wants = int(virtual_grad), int(reference_grad)
+        run[tiles * copies,](
+            reference, virtual, kl, to_virtual, of_reference, of_virtual, *shape, *rest, *wants, **options
+        )
+        if reference_grad:
+            columns = 256 if classes <= 256 else 1024
+            grid = (batch * triton.cdiv(classes, columns),)
+            _reference_gradient[grid](
+                reference,
+                virtual,
+                kl,
+                to_reference,
+                of_reference,
+                of_virtual,
+                *shape,
+                *rest,
+                COLUMNS=columns,
+                num_warps=max(1, columns // 256),
+            )
+    return kl.mean(), kl, to_virtual, to_reference
+
+
+def _shape(reference: Tensor, virtual: Tensor) -> tuple[int, int, int]:
+    """B, M and C, or an error that names the argument."""
+    check_float(reference, "reference_logits")
+    if reference.dim() != 2:
+        raise ValueError(f"reference_logits must be (B, C), got {tuple(reference.shape)}")
+    batch, classes = reference.shape
+    rows = virtual.shape[0] if virtual.dim() else 0
+    if (
+        virtual.dim() != 2
+        or virtual.shape[1] != classes
+        or virtual.dtype != reference.dtype
+        or (rows % batch if batch else rows)
+    ):
+        raise ValueError(
+            f"virtual_logits must be (M * {batch}, {classes}) {reference.dtype}, got "
+            f"{tuple(virtual.shape)} {virtual.dtype}"
+        )
+    return batch, rows // batch if batch else 0, classes

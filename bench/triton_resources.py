@@ -1,0 +1,224 @@
+"""Compiles every Triton kernel, in every configuration that can be launched, for three architectures, without a GPU.
+
+    python bench/triton_resources.py [--out bench/TRITON_RESOURCES.md | --check]
+
+The launchers themselves run, on tensors of a host, and whatever they launch is compiled with the specialisation of a
+real launch (divisible and aligned arguments, and ones that are not) instead of being run. Exits with 1 where a kernel
+has a stack or spills, or lacks 16-byte loads where its arguments are aligned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from batchkern.triton import augment_latent, soft_label_kl  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WHOLE = [2**n for n in range(4, 14)]
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+NUMBERS = re.compile(r"(\d+)")
+LOADS = re.compile(r"\bld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One call of a launcher."""
+
+    op: str
+    width: int
+    dtype: torch.dtype
+    basis: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.width} {str(self.dtype).removeprefix('torch.')} {self.basis}".strip()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel takes: registers of a thread; shared memory, stack and spills in bytes; bytes of its widest
+    load."""
+
+    name: str
+    architecture: int
+    case: str
+    aligned: bool
+    registers: int
+    shared: int
+    stack: int
+    load: int
+
+    def complaint(self) -> str:
+        if self.stack:
+            return f"{self.stack} bytes of stack and spills"
+        return f"no load of 16 bytes, but of {self.load}" if self.aligned and self.load < 16 else ""
+
+
+def cases() -> list[Case]:
+    """Shapes that reach every configuration: with rows that begin at 16-byte boundaries, and with rows that do not."""
+    tiles = (16, 64, 256, 1024)
+    widths = {
+        "soft_label_kl": [*WHOLE, 2**13 + 16],
+        "augment_latent none": tiles,
+        "augment_latent dense": tiles,
+        "augment_latent hadamard": [*WHOLE, 2**14, 2**15],
+        "augment_latent_backward": tiles,
+    }
+    every = []
+    for what, aligned in widths.items():
+        op, _, basis = what.partition(" ")
+        # An odd width, and 1, which Triton makes a constant.
+        for width, dtype in product([1, *aligned, *(w - 1 for w in aligned[:-1]), aligned[-1] + 1], DTYPES):
+            every.append(Case(op, width, dtype, basis))
+    return every
+
+
+def call(case: Case) -> None:
+    x, seed = torch.zeros(2, case.width, dtype=case.dtype), torch.tensor(1)
+    copies = {"gaussian": 1, "dropout": 1, "drop_prob": 0.5}
+    if case.op == "soft_label_kl":
+        soft_label_kl.soft_label_kl(x, torch.zeros_like(x), reference_grad=True)
+    elif case.op == "augment_latent":
+        # A basis of the right shape without the memory of one.
+        shape = {"none": None, "dense": (case.width, case.width), "hadamard": (case.width,)}[case.basis]
+        basis = None if shape is None else torch.zeros(1).expand(shape)
+        augment_latent.augment_latent(x, seed, sigma=1.0, tau=1.0, basis=basis, **copies)
+    else:
+        augment_latent.augment_latent_backward(torch.zeros(6, case.width, dtype=case.dtype), seed, **copies)
+
+
+class HostDriver:
+    """What a launch asks of a driver before it compiles."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@contextmanager
+def compiled(architecture: int) -> Iterator[list[tuple[JITFunction, dict[str, Any], Any]]]:
+    """Collects (function, constants, compiled kernel) of every launch, and launches none."""
+    launches: list[tuple[JITFunction, dict[str, Any], Any]] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        launches.append((self, options, kernel))
+        return kernel
+
+    triton.runtime.driver.set_active(HostDriver(architecture))
+    JITFunction.run = compile_only
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def inspect(job: tuple[Case, int]) -> list[Kernel]:
+    case, architecture = job
+    torch.set_num_threads(1)
+    with compiled(architecture) as launches:
+        call(case)
+    return [describe(case, architecture, *launch) for launch in launches]
+
+
+def describe(case: Case, architecture: int, function: JITFunction, options: dict[str, Any], kernel: Any) -> Kernel:
+    with TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run([cuobjdump(), "-res-usage", cubin], capture_output=True, text=True, check=True)
+    registers, stack, shared, local = map(int, USAGE.search(usage.stdout).groups())
+    constants = ", ".join(f"{name.lower()} {value}" for name, value in options.items() if name.isupper())
+    return Kernel(
+        name=f"{function.fn.__name__.lstrip('_')}, {constants}, {kernel.metadata.num_warps} warps",
+        architecture=architecture,
+        case=f"{case.op} {case}",
+        aligned=case.width % 16 == 0,
+        registers=registers,
+        shared=max(shared, kernel.metadata.shared),
+        stack=stack + local,
+        load=max(int(vector or 1) * int(bits) // 8 for vector, bits in LOADS.findall(kernel.asm["ptx"])),
+    )
+
+
+def cuobjdump() -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def table(kernels: list[Kernel]) -> str:
+    architectures = sorted({k.architecture for k in kernels})
+    columns = [f"sm_{a} {what}" for a in architectures for what in ("registers", "shared", "stack + spills")]
+    lines = [
+        "# What the Triton kernels take",
+        "",
+        "Registers of a thread, bytes of shared memory, and bytes of stack and spills together, which should be 0, of",
+        "every configuration that can be launched: the most over float32, bfloat16 and float16, and over rows that",
+        "begin at multiples of 16 bytes (all of which have loads of 16 bytes) and rows that do not.",
+        f"Written by `python bench/triton_resources.py` with Triton {triton.__version__}.",
+        "",
+        f"| kernel | {' | '.join(columns)} |",
+        f"|---|{'---:|' * len(columns)}",
+    ]
+    for name in sorted(
+        {k.name for k in kernels}, key=lambda x: [int(y) if y.isdigit() else y for y in re.split(r"(\d+)", x)]
+    ):
+        cells = []
+        for architecture in architectures:
+            same = [k for k in kernels if (k.name, k.architecture) == (name, architecture)]
+            cells += [max(k.registers for k in same), max(k.shared for k in same), max(k.stack for k in same)]
+        lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Tabulate what the Triton kernels take, and refuse stack and spills.")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "TRITON_RESOURCES.md")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    arguments = parser.parse_args()
+    start = time.monotonic()
+    jobs = list(product(cases(), ARCHITECTURES))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        kernels = [kernel for found in pool.map(inspect, jobs, chunksize=4) for kernel in found]
+    if not arguments.check:
+        arguments.out.write_text(table(kernels))
+    names = {kernel.name for kernel in kernels}
+    print(f"{len(names)} configurations in {len(set(kernels))} kernels ({time.monotonic() - start:.0f} s)")
+    for architecture in ARCHITECTURES:
+        most = max(k.registers for k in kernels if k.architecture == architecture)
+        print(f"sm_{architecture}: at most {most} registers")
+    bad = sorted({f"sm_{k.architecture}: {k.name} has {k.complaint()} ({k.case})" for k in kernels if k.complaint()})
+    print(*bad, sep="\n", end="\n" * bool(bad))
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
