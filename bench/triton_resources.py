@@ -89,7 +89,7 @@ def cases() -> list[Case]:
     for what, aligned in widths.items():
         op, _, basis = what.partition(" ")
         # An odd width, and 1, which Triton makes a constant.
-        for width, dtype in product([1, *aligned, *(w - 1 for w in aligned[:-1]), aligned[-1] + 1], DTYPES):
+        for width, dtype in product([1, *aligned, *(w - 1 for w in aligned), aligned[-1] + 1], DTYPES):
             every.append(Case(op, width, dtype, basis))
     return every
 

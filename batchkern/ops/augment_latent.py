@@ -38,7 +38,8 @@ def augment_latent(
         tau: the noise is clipped to [-tau, tau]; above 0, in the units of ``x``.
         drop_prob: in [0, 1].
         basis: from :func:`batchkern.random_basis`; a dense one may be any float ``(Q, Q)``, and gets no gradient.
-            ``None`` adds the clipped noise as it is.
+            ``None`` adds the clipped noise as it is. On a GPU the product with a dense one takes the type of ``x``, and
+            for float32 PyTorch's switch for matmuls (``torch.backends.cuda.matmul``) decides whether TF32 will do.
         rescale_dropout: multiply dropout copies by 1 / (1 - drop_prob); the paper does not.
         seed: an int or 0-dim int64 tensor fixes the numbers: Philox4x32-10, the same integers on every device. ``None``
             draws one from torch's default generator of the device, so that ``torch.manual_seed`` governs it.

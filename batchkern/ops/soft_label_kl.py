@@ -62,7 +62,7 @@ def soft_label_kl(
 
 
 class _SoftLabelKL(torch.autograd.Function):
-    """The forward pass makes the gradient; the backward pass scales it where it lies.
+    """The forward pass makes the gradient of the mean; the backward pass scales it where it lies.
 
     A second backward pass (``retain_graph=True``) finds it used up and runs the kernel again.
     """

@@ -49,12 +49,12 @@ def _rows(
     tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     gaussian, plain = tl.cdiv(last - first, ROWS), tl.cdiv(batch, ROWS)
     if tile < gaussian:
-        start, stop = first + tile * ROWS, last
+        start, stop = first.to(tl.int64) + tile * ROWS, last.to(tl.int64)
     elif tile < gaussian + plain:
-        start, stop = (tile - gaussian) * ROWS, batch
+        start, stop = (tile - gaussian).to(tl.int64) * ROWS, batch.to(tl.int64)
     else:
-        start, stop = first_dropout + (tile - gaussian - plain) * ROWS, end
-    rows = start.to(tl.int64) + tl.arange(0, ROWS)
+        start, stop = first_dropout.to(tl.int64) + (tile - gaussian - plain) * ROWS, end.to(tl.int64)
+    rows = start + tl.arange(0, ROWS)
     quads = part * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
     columns = part * COLUMNS + tl.arange(0, COLUMNS)
     mask = (rows < stop)[:, None] & (columns < width)[None, :]
@@ -86,7 +86,7 @@ def _hadamard(N: tl.constexpr):
 def _product(x, h, EXACT: tl.constexpr):
     """``x @ h`` for float32 ``x`` and ``h`` of ones and minus ones, on tensor cores.
 
-    x is rounded to float16, or with ``EXACT`` split into two: 22 bits.
+    x is rounded to float16, which has three bits more than bfloat16, or with ``EXACT`` split into two: 22 bits.
     """
     high = x.to(tl.float16)
     result = tl.dot(high, h)
@@ -169,7 +169,7 @@ def _sum_of_copies(
     """The gradient of x, by copies in their order."""
     parts = tl.cdiv(width, COLUMNS)
     tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     quads = part * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
     columns = part * COLUMNS + tl.arange(0, COLUMNS)
     mask = (rows < batch)[:, None] & (columns < width)[None, :]
@@ -299,7 +299,7 @@ def _write_hadamard(
         ROWS=rows,
         A=a,
         B=piece // a,
-        EXACT=x.dtype == torch.float32,
+        EXACT=x.dtype != torch.bfloat16,
         num_warps=8,
     )
 

@@ -92,7 +92,7 @@ def _whole_rows(
     COLUMNS: tl.constexpr,
 ):
     tile, copy = tl.program_id(0) // copies, tl.program_id(0) % copies
-    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     real = rows < batch
     mask = real[:, None] & (columns < classes)[None, :]
@@ -181,9 +181,9 @@ def _swept_rows(
     VECTOR: tl.constexpr,
 ):
     # The copies of a row are neighbours: they run at the same time and share the reference's row in the cache.
-    row, copy = tl.program_id(0) // copies, tl.program_id(0) % copies
+    row, copy = (tl.program_id(0) // copies).to(tl.int64), tl.program_id(0) % copies
     row_q = copy.to(tl.int64) * batch + row
-    p_row, q_row = reference + row.to(tl.int64) * reference_stride, virtual + row_q * virtual_stride
+    p_row, q_row = reference + row * reference_stride, virtual + row_q * virtual_stride
     q_max, q_log_sum = _log_sum_exp(q_row, classes, k * LOG2_E, SETS, THREADS, VECTOR)
     p_max, p_log_sum = tl.load(reference_rows + 2 * row), tl.load(reference_rows + 2 * row + 1)
     offset, shift = _alignment(p_max, q_max, p_log_sum, q_log_sum, k)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import through
 import torch
 from golden import philox as golden
 from scipy import stats
@@ -254,7 +255,9 @@ def test_narrow_types_round_once(dtype: torch.dtype, kind: str) -> None:
     assert torch.equal(result[:6], x)
     expected = expected_stack(x, 3, basis=basis, **PLAIN)
     half_step = torch.finfo(dtype).eps / 2
-    torch.testing.assert_close(result.double(), expected, rtol=half_step * 1.01, atol=1e-6)
+    # On a GPU the clipped noise and a dense basis, whose columns have norm 1, are rounded to the type of x, too.
+    rounded = 2 * half_step * PLAIN["tau"] * 8 if through.which and kind == "normalized" else 0.0
+    torch.testing.assert_close(result.double(), expected, rtol=half_step * 1.01, atol=1e-6 + rounded)
 
 
 @pytest.mark.parametrize("basis_dtype", [torch.float64, torch.bfloat16], ids=str)

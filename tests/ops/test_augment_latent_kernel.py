@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import through
 import torch
 from golden import philox as golden
 from hypothesis import given, settings
@@ -190,8 +191,8 @@ def test_a_million_normals() -> None:
     for drawn in levels.values():
         error = (drawn.double() - expected).abs()
         assert error.max() < 1e-6
-        # 1e-6 is the promise across backends; this kernel computes in double and rounds once.
-        assert (error <= expected.abs() * 2**-24 + 2e-10).all()
+        # 1e-6 is the promise across backends; the CPU kernel computes in double and rounds once.
+        assert through.which or (error <= expected.abs() * 2**-24 + 2e-10).all()
 
 
 def test_clipped_normals_follow_their_law() -> None:
@@ -221,6 +222,16 @@ def half_step(expected: Tensor, dtype: torch.dtype) -> Tensor:
     """At most half the distance of two neighbours in ``dtype``, the error of one rounding; 0 for float32."""
     facts = torch.finfo(dtype)
     return expected.abs().clamp(min=facts.tiny) * (0.0 if dtype == torch.float32 else facts.eps / 2)
+
+
+def own_result(x: Tensor, seed: Tensor, options: dict[str, Any]) -> Tensor:
+    """PyTorch's own: in float32, but a product with a dense basis on a GPU in the type of ``x``."""
+    own = reference.augment_latent(x.float(), seed, **options)
+    if through.which and isinstance(options["basis"], Tensor):
+        gaussian = slice(len(x), (1 + options["gaussian"]) * len(x))
+        noise = reference.augment_latent(torch.zeros_like(x), seed, **{**options, "basis": None})[gaussian]
+        own[gaussian] = (x.repeat(options["gaussian"], 1) + noise @ options["basis"].to(x.dtype).T).float()
+    return own
 
 
 @given(
@@ -260,7 +271,7 @@ def test_values_and_gradient(
     x = LAYOUTS[layout](torch.randn(batch, width).to(dtype))
     exact_x = x.double().requires_grad_()
     exact = reference.augment_latent(exact_x, seeded(seed), **options)
-    own_error = (reference.augment_latent(x.float(), seeded(seed), **options).double() - exact).abs()
+    own_error = (own_result(x, seeded(seed), options).double() - exact).abs()
     allowed = own_error.max().item() if exact.numel() else 0.0
     # 1e-6 is what normals may differ by; a rescaled copy may be 10 x.
     allowed = allowed + 1e-6 * exact.abs().clamp(min=1) + half_step(exact, dtype)

@@ -1,0 +1,94 @@
+"""That bench/triton_resources.py compiles what is launched, reads it rightly, and refuses what it should."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "triton_resources.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("triton_resources", SCRIPT)
+    module = sys.modules["triton_resources"] = importlib.util.module_from_spec(spec)  # where dataclass looks for it
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("ptx", "widths"),
+    [
+        ("@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];", [16]),
+        (
+            "ld.global.L1::evict_last.L2::cache_hint.v4.b32 {%r1}, [%rd1], %rd2; ld.global.b16 { %rs1 }, [ %rd2 ];",
+            [16, 2],
+        ),
+        (
+            "ld.global.v2.b64 { %rd1, %rd2 }, [ %rd3 ]; ld.shared.v4.b32 {%r1}, [%r2]; st.global.v4.b32 [%rd1], {%r1};",
+            [16],
+        ),
+    ],
+)
+def test_widths_of_loads(script: ModuleType, ptx: str, widths: list[int]) -> None:
+    assert [int(vector or 1) * int(bits) // 8 for vector, bits in script.LOADS.findall(ptx)] == widths
+
+
+@pytest.mark.parametrize(
+    ("case", "launched"),
+    [
+        (
+            ("soft_label_kl", 1000, torch.float32),
+            ["whole_rows, rows 1, columns 1024", "reference_gradient, columns 1024"],
+        ),
+        (
+            ("soft_label_kl", 9000, torch.bfloat16),
+            ["reference_rows, sets 16", "swept_rows, sets 16", "reference_gradient"],
+        ),
+        (("augment_latent", 64, torch.float16, "dense"), ["rows, dense True, rows 32, columns 64"]),
+        (("augment_latent", 64, torch.float16, "hadamard"), ["rows, dense False", "hadamard_rows, rows 64, a 1, b 64"]),
+    ],
+)
+def test_what_a_call_launches_is_compiled(script: ModuleType, case: tuple, launched: list[str]) -> None:
+    kernels = script.inspect((script.Case(*case), 90))
+    assert len(kernels) == len(launched)
+    for kernel, start in zip(kernels, launched, strict=True):
+        assert kernel.name.startswith(start)
+        assert 16 <= kernel.registers <= 255
+        assert not kernel.complaint()
+
+
+def test_complaints(script: ModuleType) -> None:
+    good = script.Kernel("rows", 90, "", aligned=True, registers=40, shared=0, stack=0, load=16)
+    assert not good.complaint()
+    assert not replace(good, aligned=False, load=2).complaint()
+    assert "8 bytes of stack" in replace(good, stack=8).complaint()
+    assert "no load of 16 bytes, but of 8" in replace(good, load=8).complaint()
+
+
+def test_every_configuration_of_the_launchers_is_among_the_cases(script: ModuleType) -> None:
+    from batchkern.triton import augment_latent, soft_label_kl
+
+    widths = {
+        (op, basis): {case.width for case in script.cases() if (case.op, case.basis) == (op, basis)}
+        for op, basis in {(case.op, case.basis) for case in script.cases()}
+    }
+    tiles = {augment_latent._tile(width) for width in range(1, 5000)}
+    for key in (("augment_latent", "none"), ("augment_latent", "dense"), ("augment_latent_backward", "")):
+        for aligned in (True, False):
+            assert {augment_latent._tile(w) for w in widths[key] if (w % 16 == 0) is aligned} == tiles
+    for aligned in (True, False):
+        swept = [w for w in widths["soft_label_kl", ""] if (w % 16 == 0) is aligned]
+        assert {(w - 1).bit_length() for w in swept if 8 < w <= soft_label_kl.ONE_TILE} == set(range(4, 14))
+        assert any(w > soft_label_kl.ONE_TILE for w in swept)
+        pieces = [w for w in widths["augment_latent", "hadamard"] if (w % 16 == 0) is aligned]
+        assert {(w - 1).bit_length() for w in pieces if 8 < w <= augment_latent.WIDEST} == set(range(4, 15))
+        assert any(w > augment_latent.WIDEST for w in pieces)
