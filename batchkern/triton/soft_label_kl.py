@@ -36,7 +36,7 @@ def _alignment(p_max, q_max, p_log_sum, q_log_sum, k):
     """
     distance = p_max - q_max
     offset = tl.where(tl.abs(distance) > 0.5, distance, 0.0)
-    return offset, tl.fma(distance - offset, k, (p_log_sum - q_log_sum) * LOG_2)
+    return offset, tl.fma(p_max - (q_max + offset), k, (p_log_sum - q_log_sum) * LOG_2)
 
 
 @triton.jit
@@ -106,13 +106,15 @@ def _whole_rows(
     term, to_q = _divergence(p, q, p_max, q_max, p_log_sum, q_log_sum, offset, shift, k)
     excess = tl.sum(to_q, 1)
     tl.store(kl + rows_q, _corrected(tl.sum(term, 1), excess), real)
-    to = grad + rows_q[:, None] * classes + columns[None, :]
-    tl.store(to, (to_q * grad_scale).to(grad.dtype.element_ty), mask & (wants_grad != 0))
-    save = real[:, None] & (wants_rows != 0)
-    tl.store(reference_rows + 2 * rows[:, None], p_max, save & (copy == 0))
-    tl.store(reference_rows + 2 * rows[:, None] + 1, p_log_sum, save & (copy == 0))
-    tl.store(virtual_rows + 2 * rows_q[:, None], offset, save)
-    tl.store(virtual_rows + 2 * rows_q[:, None] + 1, shift - excess[:, None], save)
+    if wants_grad != 0:
+        to = grad + rows_q[:, None] * classes + columns[None, :]
+        tl.store(to, (to_q * grad_scale).to(grad.dtype.element_ty), mask)
+    if wants_rows != 0:
+        if copy == 0:
+            tl.store(reference_rows + 2 * rows[:, None], p_max, real[:, None])
+            tl.store(reference_rows + 2 * rows[:, None] + 1, p_log_sum, real[:, None])
+        tl.store(virtual_rows + 2 * rows_q[:, None], offset, real[:, None])
+        tl.store(virtual_rows + 2 * rows_q[:, None] + 1, shift - excess[:, None], real[:, None])
 
 
 @triton.jit
@@ -200,13 +202,14 @@ def _swept_rows(
         term, to_q = _divergence(p, q, p_max, q_max, p_log_sum, q_log_sum, offset, shift, k)
         sums += tl.sum(tl.sum(term, 2), 0)
         excesses += tl.sum(tl.sum(to_q, 2), 0)
-        to = grad + row_q * classes + columns
-        scaled = (to_q * grad_scale).to(grad.dtype.element_ty)
-        tl.store(to, scaled, mask & (wants_grad != 0), eviction_policy="evict_first")
+        if wants_grad != 0:
+            scaled = (to_q * grad_scale).to(grad.dtype.element_ty)
+            tl.store(grad + row_q * classes + columns, scaled, mask, eviction_policy="evict_first")
     excess = tl.sum(excesses, 0)
     tl.store(kl + row_q, _corrected(tl.sum(sums, 0), excess))
-    tl.store(virtual_rows + 2 * row_q, offset, wants_rows != 0)
-    tl.store(virtual_rows + 2 * row_q + 1, shift - excess, wants_rows != 0)
+    if wants_rows != 0:
+        tl.store(virtual_rows + 2 * row_q, offset)
+        tl.store(virtual_rows + 2 * row_q + 1, shift - excess)
 
 
 @kernel(RUNTIME)

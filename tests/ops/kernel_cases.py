@@ -19,6 +19,7 @@ if _backend.extension is None:
 LEVELS: list[str] = _backend.extension.cpu_levels()[: 1 if through.which else None]  # a GPU has but one
 TOLERANCE = 3e-7 if through.which else 1e-7
 """Relative, beside a correctly rounded result: CPU kernels add in double precision, GPU kernels in single."""
+COARSER = TOLERANCE / 1e-7
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DRAWN_DTYPES = [x for x in DTYPES if x != torch.bfloat16 or through.which != "interpreter"]
 """For tests that choose by themselves: with those of DTYPES that Triton's interpreter computes wrongly, left out
