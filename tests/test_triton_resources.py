@@ -51,7 +51,7 @@ def test_widths_of_loads(script: ModuleType, ptx: str, widths: list[int]) -> Non
         ),
         (
             ("soft_label_kl", 9000, torch.bfloat16),
-            ["reference_rows, sets 16", "swept_rows, sets 16", "reference_gradient"],
+            ["reference_rows, sets 8", "swept_rows, sets 8", "reference_gradient"],
         ),
         (("augment_latent", 64, torch.float16, "dense"), ["rows, dense True, rows 32, columns 64"]),
         (("augment_latent", 64, torch.float16, "hadamard"), ["rows, dense False", "hadamard_rows, rows 64, a 1, b 64"]),
@@ -90,5 +90,5 @@ def test_every_configuration_of_the_launchers_is_among_the_cases(script: ModuleT
         assert {(w - 1).bit_length() for w in swept if 8 < w <= soft_label_kl.ONE_TILE} == set(range(4, 14))
         assert any(w > soft_label_kl.ONE_TILE for w in swept)
         pieces = [w for w in widths["augment_latent", "hadamard"] if (w % 16 == 0) is aligned]
-        assert {(w - 1).bit_length() for w in pieces if 8 < w <= augment_latent.WIDEST} == set(range(4, 15))
+        assert {(w - 1).bit_length() for w in pieces if 8 < w <= augment_latent.WIDEST} == set(range(4, 14))
         assert any(w > augment_latent.WIDEST for w in pieces)

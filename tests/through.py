@@ -8,7 +8,6 @@ what they are, and the results are copied back.
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -78,8 +77,7 @@ def interpreted_kernels() -> dict[str, Callable[..., Any]]:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_lang_tensor
-    modules = batchkern.triton.KERNELS.items()
-    return {op: getattr(importlib.import_module(f"batchkern.triton.{module}"), op) for op, module in modules}
+    return {op: batchkern.triton.launcher(op) for op in batchkern.triton.KERNELS}
 
 
 def load_host_kernels() -> None:

@@ -5,7 +5,9 @@ A kernel's module, and Triton itself, are imported when it is first called.
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,12 +25,13 @@ _library = torch.library.Library("batchkern", "IMPL")
 
 
 def register() -> None:
-    for operator, module in KERNELS.items():
-        _library.impl(operator, _launcher(operator, module), "CUDA")
+    for operator in KERNELS:
+        _library.impl(
+            operator, lambda *args, _operator=operator, **options: launcher(_operator)(*args, **options), "CUDA"
+        )
 
 
-def _launcher(operator: str, module: str) -> Any:
-    def call(*args: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module(f"batchkern.triton.{module}"), operator)(*args, **options)
-
-    return call
+@functools.cache
+def launcher(operator: str) -> Callable[..., Any]:
+    launch: Callable[..., Any] = getattr(importlib.import_module(f"batchkern.triton.{KERNELS[operator]}"), operator)
+    return launch

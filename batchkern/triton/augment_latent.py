@@ -17,7 +17,7 @@ from batchkern.triton.random import clipped_normals, dropout_factors
 
 NOISE_BYTES = 16 << 20
 """Of the buffer for the noise of a dense basis."""
-WIDEST = 16384
+WIDEST = 8192
 """Columns that are transformed in one piece."""
 TILE = 2048
 """Elements of a block."""
@@ -238,7 +238,7 @@ def augment_latent(
             DENSE=noise is not None,
             ROWS=rows,
             COLUMNS=columns,
-            num_warps=4,
+            num_warps=8,
         )
 
     with device_of(x):
@@ -340,7 +340,7 @@ def augment_latent_backward(
             scale,
             ROWS=rows,
             COLUMNS=columns,
-            num_warps=4,
+            num_warps=8,
         )
     return out
 

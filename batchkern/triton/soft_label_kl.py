@@ -278,7 +278,7 @@ def soft_label_kl(
             # Groups of 16 bytes need rows that begin at multiples of them.
             aligned = not any(n % 16 for n in (classes, *strides, reference.data_ptr(), virtual.data_ptr()))
             vector = 16 // dtype.itemsize
-            sweep = {"SETS": 2 if aligned else 2 * vector, "VECTOR": vector if aligned else 1}
+            sweep = {"SETS": 2, "VECTOR": vector} if aligned else {"SETS": 8, "VECTOR": 1}
             sweep.update(THREADS=1024, num_warps=32)
             _reference_rows[batch,](reference, of_reference, classes, strides[0], k, **sweep)
             run, tiles, options = _swept_rows, batch, sweep

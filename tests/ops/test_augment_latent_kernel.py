@@ -126,9 +126,10 @@ def test_every_bit_of_the_words(seed: int, width: int) -> None:
 
 
 DRAWS = json.loads(golden.PATH.read_text())["draws"]
+ROWS = (1, 127) if SLOW else (1, 7, 127)  # the draws of row 7 are behind 65,533 columns
 
 
-@pytest.mark.parametrize("draw", [d for d in DRAWS if d["row"] in (1, 7, 127)], ids=lambda d: f"{d['seed']}-{d['row']}")
+@pytest.mark.parametrize("draw", [d for d in DRAWS if d["row"] in ROWS], ids=lambda d: f"{d['seed']}-{d['row']}")
 def test_words_of_the_golden_file(draw: dict) -> None:
     row, start = draw["row"], draw["first_column"]
     shape = row, start + len(draw["words"])  # row `row` is the first of the one copy
@@ -178,7 +179,7 @@ def test_masks_are_those_of_the_reference(drop_prob: float) -> None:
 @functools.cache
 def many_normals() -> tuple[Tensor, dict[str, Tensor]]:
     """1,049,595 normals in float64, and those of the kernel on every level."""
-    batch, width = 1015, 1034 + 1
+    batch, width = 101 if SLOW else 1015, 1034 + 1  # the interpreter: all of them in tests/triton
     expected = reference.random_normals(torch.arange(batch, 2 * batch), width, seeded(-(2**40)))
     options = {"gaussian": 1, "dropout": 0, "sigma": 1.0, "tau": 1e30, "drop_prob": 0.0}
     x = torch.zeros(batch, width)
@@ -187,7 +188,7 @@ def many_normals() -> tuple[Tensor, dict[str, Tensor]]:
 
 def test_a_million_normals() -> None:
     expected, levels = many_normals()
-    assert expected.numel() > 1e6
+    assert expected.numel() > (1e5 if SLOW else 1e6)
     for drawn in levels.values():
         error = (drawn.double() - expected).abs()
         assert error.max() < 1e-6
@@ -300,6 +301,7 @@ def test_values_and_gradient(
         assert_within(leaf.grad, exact_grad, allowed_grad)
 
 
+@pytest.mark.skipif(SLOW, reason="too slow in the interpreter: tests/triton has smaller parts")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_noise_of_a_dense_basis_that_is_made_in_parts(dtype: torch.dtype) -> None:
     # Its buffer holds 2^22 floats, 16384 rows of 256: these are 16500, and a part ends within the third copy.
