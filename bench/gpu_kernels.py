@@ -74,7 +74,14 @@ def measure(case: Case, bandwidth: float) -> list[dict[str, Any]]:
     torch.compiler.reset()
     torch.manual_seed(0)
     problem = case.build()
-    graphs = {name: captured(call) for name, call in problem.variants.items()}
+    graphs = {}
+    for name, call in problem.variants.items():
+        try:
+            graphs[name] = captured(call)
+        except Exception as error:
+            if name == "ours":
+                raise
+            print(f"{case.op} {case.label}: {name} cannot be measured: {str(error).splitlines()[0]}")
     seconds: dict[str, list[float]] = {name: [] for name in graphs}
     order = list(graphs)
     for _ in range(ROUNDS):

@@ -204,7 +204,7 @@ def test_around_the_seams_of_the_formula() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("classes", [3, 17, 5000])
+@pytest.mark.parametrize("classes", [3, 17, 5000, 20_000])  # the last is swept by the GPU kernel
 def test_absent_classes_are_as_if_they_were_not_there(classes: int, dtype: torch.dtype) -> None:
     p, q = torch.randn(4, classes).to(dtype), torch.randn(8, classes).to(dtype)
     for present in (
@@ -260,6 +260,20 @@ def test_special_logits_stay_in_their_rows(dtype: torch.dtype, classes: int) -> 
             torch.testing.assert_close(kl[others], clean[0][others], rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(to_q[others], clean[2][others], rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(to_p[[0, 2]], clean[1][[0, 2]], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [2, 30])
+def test_what_is_impossible_under_q_is_so_however_improbable_under_p(classes: int, dtype: torch.dtype) -> None:
+    # e^-200 is no number of float32, and not 0.
+    p = torch.zeros(1, classes).to(dtype)
+    p[0, -1] = -200.0
+    q = p.masked_fill(p < -1, -INF)
+    assert oracle(p.double(), q.double(), 1.0).item() == INF
+    for _ in each_level():
+        kl, _, to_q = kernel(p, q)
+        assert kl.item() == INF
+        assert not to_q.isnan().any()
 
 
 def test_huge_logits() -> None:
