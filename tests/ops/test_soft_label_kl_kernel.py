@@ -179,12 +179,13 @@ def test_next_to_the_reference(classes: int) -> None:
     p = 2 * torch.randn(rows, classes)
     for exponent in range(1, 8):
         q = p + 10.0**-exponent * torch.randn_like(p)
-        exact = oracle(p.double(), q.double(), 1.0)
+        exact, exact_to_p, _ = with_gradients(oracle, p.double(), q.double(), 1.0)
         for _ in each_level():
-            mean, kl, *_ = RAW(p, q)
+            mean, kl, _, to_p = RAW(p, q, reference_grad=True)
             assert (kl >= 0).all()
             if exponent <= 5:
                 assert abs(mean.item() / exact.mean().item() - 1) < 1e-4
+                assert (len(q) * to_p - exact_to_p).norm() < 1e-3 * exact_to_p.norm()
         assert (RAW(p, p)[1] == 0).all()
         if exponent == 5:  # or the test would show nothing
             assert abs(eager(p, q, 1.0).mean().item() / exact.mean().item() - 1) > 0.1
