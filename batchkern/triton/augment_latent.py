@@ -7,12 +7,14 @@ use TF32 (``torch.backends.cuda.matmul``).
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from batchkern.triton.launch import check_float, dense_rows, device_of, kernel, power_of_two
+from batchkern.triton.launch import cdiv, check_float, dense_rows, device_of, kernel, power_of_two
 from batchkern.triton.random import clipped_normals, dropout_factors
 
 NOISE_BYTES = 16 << 20
@@ -214,11 +216,11 @@ def augment_latent(
     end_gaussian = (1 + gaussian) * batch
     threshold, scale = _mask(drop_prob, rescale_dropout)
     columns, rows = _tile(width)
-    parts, plain = triton.cdiv(width, columns), triton.cdiv(batch, rows)
-    dropped = triton.cdiv(dropout * batch, rows)
+    parts, plain = cdiv(width, columns), cdiv(batch, rows)
+    dropped = cdiv(dropout * batch, rows)
 
     def write(first: int, last: int, others: bool, deviation: float, clip: float, noise: Tensor | None = None) -> None:
-        tiles = triton.cdiv(last - first, rows) + (plain + dropped if others else 0)
+        tiles = cdiv(last - first, rows) + (plain + dropped if others else 0)
         _rows[tiles * parts,](
             x,
             out,
@@ -281,7 +283,7 @@ def _write_hadamard(
     # Factors of at least 16, the least that a tensor core takes, and at most 128.
     a = 1 if piece <= 128 else 1 << (piece.bit_length() - 1) // 2
     rows = max(1, 4096 // piece)
-    tiles = triton.cdiv(last - first, rows) * pieces
+    tiles = cdiv(last - first, rows) * pieces
     _hadamard_rows[min(tiles, 4096),](
         x,
         out,
@@ -327,7 +329,7 @@ def augment_latent_backward(
     threshold, scale = _mask(drop_prob, rescale_dropout)
     columns, rows = _tile(width)
     with device_of(grad):
-        _sum_of_copies[triton.cdiv(batch, rows) * triton.cdiv(width, columns),](
+        _sum_of_copies[cdiv(batch, rows) * cdiv(width, columns),](
             grad,
             out,
             seed,
@@ -358,10 +360,11 @@ def _mask(drop_prob: float, rescale: bool) -> tuple[int, float]:
     return threshold - (threshold >> 31 << 32), 1 / (1 - drop_prob) if rescale else 1.0
 
 
+@functools.cache
 def _tile(width: int) -> tuple[int, int]:
     """Columns and rows of a tile: the widest that wastes no more than a quarter of its columns, else the least
     wasteful."""
     widths = (1024, 256, 64, 16)
-    padded = {columns: triton.cdiv(width, columns) * columns for columns in widths}
+    padded = {columns: cdiv(width, columns) * columns for columns in widths}
     columns = next((c for c in widths if padded[c] <= 1.25 * width), min(widths, key=lambda c: padded[c]))
     return columns, TILE // columns

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from batchkern.triton.launch import check_float, dense_rows, device_of, kernel, power_of_two
+from batchkern.triton.launch import cdiv, check_float, dense_rows, device_of, kernel, power_of_two
 
 ONE_TILE = 8192
 LOG2_E = tl.constexpr(math.log2(math.e))
@@ -285,7 +285,7 @@ def soft_label_kl(
         else:
             columns = power_of_two(classes, 16)
             tile = max(1, 256 // columns)
-            run, tiles = _whole_rows, triton.cdiv(batch, tile)
+            run, tiles = _whole_rows, cdiv(batch, tile)
             options = {"ROWS": tile, "COLUMNS": columns, "num_warps": min(max(1, columns // 256), 16)}
         wants = int(virtual_grad), int(reference_grad)
         run[tiles * copies,](
@@ -293,7 +293,7 @@ def soft_label_kl(
         )
         if reference_grad:
             columns = 256 if classes <= 256 else 1024
-            grid = (batch * triton.cdiv(classes, columns),)
+            grid = (batch * cdiv(classes, columns),)
             _reference_gradient[grid](
                 reference,
                 virtual,
