@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -52,6 +54,8 @@ def _register_triton() -> str:
         return f"torch {torch.__version__} was built without CUDA"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler when it runs, and found neither CC nor gcc nor clang"
     triton.register()
     return ""
 
@@ -138,6 +142,13 @@ def status() -> list[Status]:
     return [_status(op, device) for op in OPS for device in DEVICES]
 
 
+def _triton_version() -> str:
+    try:
+        return f"Triton {importlib.metadata.version('triton')}"
+    except importlib.metadata.PackageNotFoundError:  # there are distributions of other names
+        return "Triton"
+
+
 def _status(op: str, device: str) -> Status:
     if extension is None:
         return Status(op, device, "reference", extension_error)
@@ -145,7 +156,7 @@ def _status(op: str, device: str) -> Status:
         return Status(op, device, "kernel", f"C++, {extension.cpu_level()}")
     if device == "cuda" and (op, device) in _kernels:
         if op in triton.OPS:
-            built, remedy = f"Triton {importlib.metadata.version('triton')}", "it needs 8.0"
+            built, remedy = _triton_version(), "it needs 8.0"
         else:
             built = f"CUDA C++ for {', '.join(_architectures())}"
             remedy = "set TORCH_CUDA_ARCH_LIST and install batchkern again"

@@ -3,8 +3,8 @@
     python bench/triton_resources.py [--out bench/TRITON_RESOURCES.md | --check]
 
 The launchers themselves run, on tensors of a host, and whatever they launch is compiled with the specialisation of a
-real launch (divisible and aligned arguments, and ones that are not) instead of being run. Exits with 1 where a kernel
-has a stack or spills, or lacks 16-byte loads where its arguments are aligned.
+real launch instead of being run. Exits with 1 where a kernel has a stack or spills, or has no 16-byte loads though its
+rows begin at multiples of 16 bytes; with ``--check``, which writes nothing, also where the table is out of date.
 """
 
 from __future__ import annotations
@@ -50,9 +50,16 @@ class Case:
     width: int
     dtype: torch.dtype
     basis: str = ""
+    shifted: bool = False
+    """Tensors that begin one element behind a multiple of 16 bytes."""
+
+    @property
+    def aligned(self) -> bool:
+        return not self.shifted and self.width * self.dtype.itemsize % 16 == 0
 
     def __str__(self) -> str:
-        return f"{self.width} {str(self.dtype).removeprefix('torch.')} {self.basis}".strip()
+        facts = (self.width, str(self.dtype).removeprefix("torch."), self.basis, "shifted" * self.shifted)
+        return " ".join(str(fact) for fact in facts if fact)
 
 
 @dataclass(frozen=True)
@@ -76,8 +83,8 @@ class Kernel:
 
 
 def cases() -> list[Case]:
-    """Shapes that reach every configuration: with rows that begin at 16-byte boundaries, and with rows that do not."""
-    tiles = (16, 64, 256, 1024)
+    """Shapes that reach every configuration: rows that begin at multiples of 16 bytes, rows and tensors that do not."""
+    tiles = [16, 64, 256, 1024]
     widths = {
         "soft_label_kl": [*WHOLE, 2**13 + 16],
         "augment_latent none": tiles,
@@ -88,24 +95,27 @@ def cases() -> list[Case]:
     every = []
     for what, aligned in widths.items():
         op, _, basis = what.partition(" ")
-        # An odd width, and 1, which Triton makes a constant.
-        for width, dtype in product([1, *aligned, *(w - 1 for w in aligned), aligned[-1] + 1], DTYPES):
+        for width, dtype in product([*aligned, *(w - 1 for w in aligned), aligned[-1] + 1], DTYPES):
             every.append(Case(op, width, dtype, basis))
+        every += [Case(op, width, dtype, basis, shifted=True) for width, dtype in product(aligned, DTYPES)]
     return every
 
 
 def call(case: Case) -> None:
-    x, seed = torch.zeros(2, case.width, dtype=case.dtype), torch.tensor(1)
-    copies = {"gaussian": 1, "dropout": 1, "drop_prob": 0.5}
+    def tensor(rows: int) -> torch.Tensor:
+        flat = torch.zeros(rows * case.width + 1, dtype=case.dtype)
+        return flat[1 if case.shifted else 0 :][: rows * case.width].view(rows, case.width)
+
+    seed, copies = torch.tensor(1), {"gaussian": 1, "dropout": 1, "drop_prob": 0.5}
     if case.op == "soft_label_kl":
-        soft_label_kl.soft_label_kl(x, torch.zeros_like(x), reference_grad=True)
+        soft_label_kl.soft_label_kl(tensor(2), tensor(2), reference_grad=True)
     elif case.op == "augment_latent":
         # A basis of the right shape without the memory of one.
         shape = {"none": None, "dense": (case.width, case.width), "hadamard": (case.width,)}[case.basis]
         basis = None if shape is None else torch.zeros(1).expand(shape)
-        augment_latent.augment_latent(x, seed, sigma=1.0, tau=1.0, basis=basis, **copies)
+        augment_latent.augment_latent(tensor(2), seed, sigma=1.0, tau=1.0, basis=basis, **copies)
     else:
-        augment_latent.augment_latent_backward(torch.zeros(6, case.width, dtype=case.dtype), seed, **copies)
+        augment_latent.augment_latent_backward(tensor(6), seed, **copies)
 
 
 class HostDriver:
@@ -162,7 +172,7 @@ def describe(case: Case, architecture: int, function: JITFunction, options: dict
         name=f"{function.fn.__name__.lstrip('_')}, {constants}, {kernel.metadata.num_warps} warps",
         architecture=architecture,
         case=f"{case.op} {case}",
-        aligned=case.width % 16 == 0,
+        aligned=case.aligned,
         registers=registers,
         shared=max(shared, kernel.metadata.shared),
         stack=stack + local,
@@ -181,8 +191,9 @@ def table(kernels: list[Kernel]) -> str:
         "# What the Triton kernels take",
         "",
         "Registers of a thread, bytes of shared memory, and bytes of stack and spills together, which should be 0, of",
-        "every configuration that can be launched: the most over float32, bfloat16 and float16, and over rows that",
-        "begin at multiples of 16 bytes (all of which have loads of 16 bytes) and rows that do not.",
+        "every configuration that can be launched: the most over float32, bfloat16 and float16, and over tensors that",
+        "begin at a multiple of 16 bytes and tensors that do not. Vector: elements that a load takes, 1 where rows do",
+        "not begin at multiples of 16 bytes.",
         f"Written by `python bench/triton_resources.py` with Triton {triton.__version__}.",
         "",
         f"| kernel | {' | '.join(columns)} |",
@@ -208,8 +219,12 @@ def main() -> int:
     jobs = list(product(cases(), ARCHITECTURES))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         kernels = [kernel for found in pool.map(inspect, jobs, chunksize=4) for kernel in found]
+    text, before = table(kernels), arguments.out.read_text() if arguments.out.exists() else ""
+    stale = arguments.check and f"with Triton {triton.__version__}." in before and text != before
+    if stale:
+        print(f"{arguments.out.name} is not what the kernels take now: make triton-resources")
     if not arguments.check:
-        arguments.out.write_text(table(kernels))
+        arguments.out.write_text(text)
     names = {kernel.name for kernel in kernels}
     print(f"{len(names)} configurations in {len(set(kernels))} kernels ({time.monotonic() - start:.0f} s)")
     for architecture in ARCHITECTURES:
@@ -217,7 +232,7 @@ def main() -> int:
         print(f"sm_{architecture}: at most {most} registers")
     bad = sorted({f"sm_{k.architecture}: {k.name} has {k.complaint()} ({k.case})" for k in kernels if k.complaint()})
     print(*bad, sep="\n", end="\n" * bool(bad))
-    return int(bool(bad))
+    return int(bool(bad) or stale)
 
 
 if __name__ == "__main__":

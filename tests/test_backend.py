@@ -157,22 +157,33 @@ def test_triton_needs_no_cuda_in_the_build(
 
 
 @pytest.mark.parametrize(
-    ("cuda", "spec", "why"),
+    ("cuda", "spec", "compiler", "why"),
     [
-        (None, object(), f"torch {torch.__version__} was built without CUDA"),
-        ("13.0", None, "triton is not installed"),
-        ("13.0", object(), ""),
+        (None, object(), "/gcc", f"torch {torch.__version__} was built without CUDA"),
+        ("13.0", None, "/gcc", "triton is not installed"),
+        ("13.0", object(), None, "Triton needs a C compiler when it runs, and found neither CC nor gcc nor clang"),
+        ("13.0", object(), "/gcc", ""),
     ],
 )
 def test_when_triton_kernels_are_registered(
-    monkeypatch: pytest.MonkeyPatch, cuda: str | None, spec: object, why: str
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, spec: object, compiler: str | None, why: str
 ) -> None:
     calls: list[str] = []
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(_backend.shutil, "which", lambda name: compiler)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(_backend.triton, "register", lambda: calls.append("registered"))
     assert _backend._register_triton() == why
     assert calls == ["registered"] * (not why)
+
+
+def test_a_triton_of_another_name_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert _backend._triton_version() == "Triton"
 
 
 @pytest.mark.skipif(bool(_backend.triton_error), reason=_backend.triton_error)

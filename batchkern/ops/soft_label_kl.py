@@ -29,7 +29,7 @@ def soft_label_kl(
     Args:
         reference_logits: ``(B, C)`` float32, bfloat16, float16 or float64: the soft labels.
         virtual_logits: ``(M * B, C)``, copy-major as :func:`batchkern.augment_latent` stacks them; same dtype.
-        temperature: T above 0, finite.
+        temperature: T, a normal number of float32: from 1.2e-38 to 3.4e38.
         reference_grad: let the gradient flow into the soft labels too. By default they are constants.
         per_sample: also return the divergences ``(M * B,)``, detached.
 
@@ -49,7 +49,7 @@ def soft_label_kl(
             f"virtual_logits must have shape (M * {batch}, {classes}) to match reference_logits, "
             f"got {tuple(virtual_logits.shape)}"
         )
-    check.number("temperature", temperature, 0, torch.finfo(torch.float32).max, open_low=True)
+    check.number("temperature", temperature, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
     reference = reference_logits if reference_grad else reference_logits.detach()
     if _backend.has_kernel("soft_label_kl", reference):
         call: dict[str, Any] = {"temperature": temperature}

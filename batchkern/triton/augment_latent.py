@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from batchkern.triton.launch import cdiv, check_float, dense_rows, device_of, kernel, power_of_two
+from batchkern.triton.launch import cdiv, check_float, dense_rows, device_of, kernel, power_of_two, vector
 from batchkern.triton.random import clipped_normals, dropout_factors
 
 NOISE_BYTES = 16 << 20
@@ -25,14 +25,14 @@ TILE = 2048
 """Elements of a block."""
 
 
-@kernel(("batch", "first", "last", "first_dropout", "end", "threshold"))
+@kernel(("batch", "width", "stride", "first", "last", "first_dropout", "end", "threshold"))
 def _rows(
     x,  # (B, Q)
     out,  # ((1 + G + D) * B, Q)
     noise,  # (last - first, Q), or out
     seed,
     batch,
-    width,
+    width,  # in units of VECTOR, as stride is
     stride,
     first,  # rows [first, last) of out are Gaussian,
     last,
@@ -45,8 +45,11 @@ def _rows(
     DENSE: tl.constexpr,  # the noise goes to its buffer, else it is added
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """One tile of one kind of rows: Gaussian ones, then x, then dropout."""
+    width *= VECTOR
+    stride *= VECTOR
     parts = tl.cdiv(width, COLUMNS)
     tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     gaussian, plain = tl.cdiv(last - first, ROWS), tl.cdiv(batch, ROWS)
@@ -98,14 +101,14 @@ def _product(x, h, EXACT: tl.constexpr):
     return result
 
 
-@kernel(("batch", "first", "last", "pieces"))
+@kernel(("batch", "width", "stride", "first", "last", "pieces"))
 def _hadamard_rows(
     x,  # (B, Q)
     out,  # ((1 + G + D) * B, Q)
     signs,  # (Q,)
     seed,
     batch,
-    width,
+    width,  # in units of VECTOR, as stride is
     stride,
     first,  # rows [first, last) of out are Gaussian
     last,
@@ -117,11 +120,14 @@ def _hadamard_rows(
     A: tl.constexpr,
     B: tl.constexpr,
     EXACT: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """A piece of A * B columns, (A, B) row-major, is transformed as H_A X H_B.
 
     A row of several pieces is a Hadamard matrix of such blocks: each program sums all of the row's pieces, with signs.
     """
+    width *= VECTOR
+    stride *= VECTOR
     N: tl.constexpr = A * B
     h_a, h_b = _hadamard(A), _hadamard(B)
     key = tl.load(seed)
@@ -153,13 +159,13 @@ def _hadamard_rows(
         tl.store(out + rows[:, None] * width + columns[None, :], value.to(out.dtype.element_ty), mask)
 
 
-@kernel(("batch", "gaussian", "dropout", "threshold"))
+@kernel(("batch", "width", "stride", "gaussian", "dropout", "threshold"))
 def _sum_of_copies(
     grad,  # ((1 + G + D) * B, Q)
     out,  # (B, Q)
     seed,
     batch,
-    width,
+    width,  # in units of VECTOR, as stride is
     stride,
     gaussian,
     dropout,
@@ -167,8 +173,11 @@ def _sum_of_copies(
     scale,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """The gradient of x, by copies in their order."""
+    width *= VECTOR
+    stride *= VECTOR
     parts = tl.cdiv(width, COLUMNS)
     tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -199,7 +208,7 @@ def augment_latent(
     rescale_dropout: bool = False,
     basis: Tensor | None = None,
 ) -> Tensor:
-    """``batchkern::augment_latent``: one launch; two with a Hadamard basis; one and two for every 16 MB of noise with a
+    """``batchkern::augment_latent``: one launch; two with a Hadamard basis; two for every 16 MB of noise with a
     dense one."""
     check_float(x, "x")
     _check_seed(seed)
@@ -218,6 +227,7 @@ def augment_latent(
     columns, rows = _tile(width)
     parts, plain = cdiv(width, columns), cdiv(batch, rows)
     dropped = cdiv(dropout * batch, rows)
+    unit = vector(x)
 
     def write(first: int, last: int, others: bool, deviation: float, clip: float, noise: Tensor | None = None) -> None:
         tiles = cdiv(last - first, rows) + (plain + dropped if others else 0)
@@ -227,8 +237,8 @@ def augment_latent(
             out if noise is None else noise,
             seed,
             batch,
-            width,
-            x.stride(0),
+            width // unit,
+            x.stride(0) // unit,
             first,
             last,
             end_gaussian,
@@ -240,6 +250,7 @@ def augment_latent(
             DENSE=noise is not None,
             ROWS=rows,
             COLUMNS=columns,
+            VECTOR=unit,
             num_warps=8,
         )
 
@@ -248,12 +259,12 @@ def augment_latent(
             write(batch, end_gaussian, True, sigma, tau)
             return out
         # The noise in units of its size, so that float16 neither overflows nor loses digits.
-        unit = min(sigma, tau)
-        deviation, clip = (sigma / unit, tau / unit) if unit > 0 else (0.0, 1.0)
+        size = min(sigma, tau)
+        deviation, clip = (sigma / size, tau / size) if size > 0 else (0.0, 1.0)
         if basis.dim() == 1:
             write(batch, batch, True, sigma, tau)
             signs = basis.to(torch.float32).contiguous()
-            _write_hadamard(x, out, signs, seed, batch, end_gaussian, deviation, clip, unit)
+            _write_hadamard(x, out, signs, seed, batch, end_gaussian, deviation, clip, size)
             return out
         matrix = basis.to(x.dtype).t()
         chunk = max(1, NOISE_BYTES // (width * x.element_size()))
@@ -261,7 +272,7 @@ def augment_latent(
         for first in range(batch, end_gaussian, chunk):
             last = min(first + chunk, end_gaussian)
             write(first, last, first == batch, deviation, clip, buffer)
-            out[first:last].addmm_(buffer[: last - first], matrix, alpha=unit)
+            out[first:last].addmm_(buffer[: last - first], matrix, alpha=size)
     return out
 
 
@@ -274,9 +285,10 @@ def _write_hadamard(
     last: int,
     deviation: float,
     clip: float,
-    unit: float,
+    size: float,
 ) -> None:
     batch, width = x.shape
+    unit = vector(x)
     padded = power_of_two(width, 16)
     piece = min(padded, WIDEST)
     pieces = padded // piece
@@ -290,18 +302,19 @@ def _write_hadamard(
         signs,
         seed,
         batch,
-        width,
-        x.stride(0),
+        width // unit,
+        x.stride(0) // unit,
         first,
         last,
         pieces,
         deviation,
         clip,
-        unit / width**0.5,
+        size / width**0.5,
         ROWS=rows,
         A=a,
         B=piece // a,
         EXACT=x.dtype != torch.bfloat16,
+        VECTOR=unit,
         num_warps=8,
     )
 
@@ -328,20 +341,22 @@ def augment_latent_backward(
         return out
     threshold, scale = _mask(drop_prob, rescale_dropout)
     columns, rows = _tile(width)
+    unit = vector(grad)
     with device_of(grad):
         _sum_of_copies[cdiv(batch, rows) * cdiv(width, columns),](
             grad,
             out,
             seed,
             batch,
-            width,
-            grad.stride(0),
+            width // unit,
+            grad.stride(0) // unit,
             gaussian,
             dropout,
             threshold,
             scale,
             ROWS=rows,
             COLUMNS=columns,
+            VECTOR=unit,
             num_warps=8,
         )
     return out

@@ -18,25 +18,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from batchkern.triton.launch import cdiv, check_float, dense_rows, device_of, kernel, power_of_two
+from batchkern.triton.launch import cdiv, check_float, dense_rows, device_of, kernel, power_of_two, vector
 
 ONE_TILE = 8192
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOG_2 = tl.constexpr(math.log(2))
-RUNTIME = ("batch", "copies", "wants_grad", "wants_rows")
-"""What may change from call to call without another compilation."""
+RUNTIME = ("batch", "copies", "classes", "reference_stride", "virtual_stride", "wants_grad", "wants_rows")
+"""What may change from call to call without another compilation. Classes and strides are in units of VECTOR."""
 
 
 @triton.jit
 def _alignment(p_max, q_max, p_log_sum, q_log_sum, k):
-    """``offset`` and ``shift`` of a row: u = ((q + offset) - p) k + shift, rounded at most to its own digits.
-
-    Logits that are close are subtracted as they are, which is exact. Only where the row of virtual logits lies higher
-    or lower as a whole it is moved first.
-    """
+    """``offset`` and ``shift`` of a row of virtual logits, as `_log_ratio` takes them."""
     distance = p_max - q_max
     offset = tl.where(tl.abs(distance) > 0.5, distance, 0.0)
-    return offset, tl.fma(p_max - (q_max + offset), k, (p_log_sum - q_log_sum) * LOG_2)
+    moved = (p_max - tl.where(offset > 0.0, offset, 0.0)) - (q_max + tl.where(offset < 0.0, offset, 0.0))
+    return offset, tl.fma(moved, k, (p_log_sum - q_log_sum) * LOG_2)
+
+
+@triton.jit
+def _log_ratio(p, q, offset, shift, k):
+    """u = log Q - log P of logits that are subtracted as they are, which is exact where they are close.
+
+    Where one row lies higher than the other as a whole, it is moved down first: so none loses digits that it has.
+    """
+    return tl.fma((q + tl.where(offset < 0.0, offset, 0.0)) - (p - tl.where(offset > 0.0, offset, 0.0)), k, shift)
 
 
 @triton.jit
@@ -46,7 +52,7 @@ def _divergence(p, q, p_max, q_max, p_log_sum, q_log_sum, offset, shift, k):
     ``p`` and ``q`` are logits; of their rows ``_max`` is the maximum and ``_log_sum`` log2 of the sum of exponentials
     relative to it. A class that is absent, at -inf in both rows, gives 0 and 0.
     """
-    u = tl.fma((q + offset) - p, k, shift)
+    u = _log_ratio(p, q, offset, shift, k)
     # From 128 up P is 0. The comparison also takes the NaN of an absent class away; that of a NaN logit is in P or Q.
     u = tl.where(u < 128.0, u, 128.0)
     p = tl.exp2(tl.fma(p - p_max, k * LOG2_E, -p_log_sum))
@@ -90,7 +96,11 @@ def _whole_rows(
     wants_rows,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
+    classes *= VECTOR
+    reference_stride *= VECTOR
+    virtual_stride *= VECTOR
     tile, copy = tl.program_id(0) // copies, tl.program_id(0) % copies
     rows = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
@@ -144,7 +154,7 @@ def _log_sum_exp(row, classes, scale, SETS: tl.constexpr, THREADS: tl.constexpr,
     return maximum, tl.log2(tl.sum(sums * tl.exp2((maxima - maximum) * scale), 0))
 
 
-@kernel()
+@kernel(("classes", "stride"))
 def _reference_rows(
     reference,  # (B, C)
     reference_rows,  # (B, 2)
@@ -155,6 +165,8 @@ def _reference_rows(
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    classes *= VECTOR
+    stride *= VECTOR
     row = tl.program_id(0).to(tl.int64)
     maximum, log_sum = _log_sum_exp(reference + row * stride, classes, k * LOG2_E, SETS, THREADS, VECTOR)
     tl.store(reference_rows + 2 * row, maximum)
@@ -182,6 +194,9 @@ def _swept_rows(
     THREADS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    classes *= VECTOR
+    reference_stride *= VECTOR
+    virtual_stride *= VECTOR
     # The copies of a row are neighbours: they run at the same time and share the reference's row in the cache.
     row, copy = (tl.program_id(0) // copies).to(tl.int64), tl.program_id(0) % copies
     row_q = copy.to(tl.int64) * batch + row
@@ -228,8 +243,12 @@ def _reference_gradient(
     k,
     grad_scale,
     COLUMNS: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):
     """P (sum of t - sum of KL), with t = -u, over the copies of a row in their order."""
+    classes *= VECTOR
+    reference_stride *= VECTOR
+    virtual_stride *= VECTOR
     parts = tl.cdiv(classes, COLUMNS)
     row, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     columns = part * COLUMNS + tl.arange(0, COLUMNS)
@@ -240,7 +259,7 @@ def _reference_gradient(
     for copy in range(0, copies):
         row_q = copy * batch + row
         q = tl.load(virtual + row_q * virtual_stride + columns, mask, float("-inf")).to(tl.float32)
-        u = tl.fma((q + tl.load(virtual_rows + 2 * row_q)) - p, k, tl.load(virtual_rows + 2 * row_q + 1))
+        u = _log_ratio(p, q, tl.load(virtual_rows + 2 * row_q), tl.load(virtual_rows + 2 * row_q + 1), k)
         total -= u + tl.load(kl + row_q)
     p_max, p_log_sum = tl.load(reference_rows + 2 * row), tl.load(reference_rows + 2 * row + 1)
     p = tl.exp2(tl.fma(p - p_max, k * LOG2_E, -p_log_sum))
@@ -270,42 +289,27 @@ def soft_label_kl(
     if rows == 0 or classes == 0:
         return kl.zero_().mean(), kl, to_virtual, to_reference.zero_()
     k = 1 / temperature
-    strides = reference.stride(0), virtual.stride(0)
-    shape = batch, copies, classes
-    rest = *strides, k, k / rows
+    unit = vector(reference, virtual)
+    strides = reference.stride(0) // unit, virtual.stride(0) // unit
+    rows_of = of_reference, of_virtual
+    numbers = batch, copies, classes // unit, *strides, k, k / rows
     with device_of(reference):
         if classes > ONE_TILE:
-            # Groups of 16 bytes need rows that begin at multiples of them.
-            aligned = not any(n % 16 for n in (classes, *strides, reference.data_ptr(), virtual.data_ptr()))
-            vector = 16 // dtype.itemsize
-            sweep = {"SETS": 2, "VECTOR": vector} if aligned else {"SETS": 8, "VECTOR": 1}
-            sweep.update(THREADS=1024, num_warps=32)
-            _reference_rows[batch,](reference, of_reference, classes, strides[0], k, **sweep)
+            sweep = {"SETS": 2 if unit > 1 else 8, "THREADS": 1024, "VECTOR": unit, "num_warps": 32}
+            _reference_rows[batch,](reference, of_reference, classes // unit, strides[0], k, **sweep)
             run, tiles, options = _swept_rows, batch, sweep
         else:
             columns = power_of_two(classes, 16)
             tile = max(1, 256 // columns)
             run, tiles = _whole_rows, cdiv(batch, tile)
-            options = {"ROWS": tile, "COLUMNS": columns, "num_warps": min(max(1, columns // 256), 16)}
+            options = {"ROWS": tile, "COLUMNS": columns, "VECTOR": unit, "num_warps": min(max(1, columns // 256), 16)}
         wants = int(virtual_grad), int(reference_grad)
-        run[tiles * copies,](
-            reference, virtual, kl, to_virtual, of_reference, of_virtual, *shape, *rest, *wants, **options
-        )
+        run[tiles * copies,](reference, virtual, kl, to_virtual, *rows_of, *numbers, *wants, **options)
         if reference_grad:
             columns = 256 if classes <= 256 else 1024
+            options = {"COLUMNS": columns, "VECTOR": unit, "num_warps": columns // 256}
             grid = (batch * cdiv(classes, columns),)
-            _reference_gradient[grid](
-                reference,
-                virtual,
-                kl,
-                to_reference,
-                of_reference,
-                of_virtual,
-                *shape,
-                *rest,
-                COLUMNS=columns,
-                num_warps=max(1, columns // 256),
-            )
+            _reference_gradient[grid](reference, virtual, kl, to_reference, *rows_of, *numbers, **options)
     return kl.mean(), kl, to_virtual, to_reference
 
 

@@ -173,6 +173,16 @@ def test_a_row_may_be_shifted_as_a_whole(offset: float, classes: int) -> None:
             assert (moved[0] >= 0).all()
 
 
+@pytest.mark.parametrize("offset", [1.0, 100.0, 1e4])
+@pytest.mark.parametrize("higher", [0, 1])
+@pytest.mark.parametrize("classes", [10, 8208])
+def test_a_row_that_lies_higher_as_a_whole_loses_no_digits(classes: int, higher: int, offset: float) -> None:
+    p = torch.randn(8, classes)
+    rows = [p, p + 1e-3 * torch.randn(8, classes)]
+    rows[higher] = rows[higher] + offset
+    assert_no_worse_than_eager(*rows, 1.0)
+
+
 @pytest.mark.parametrize("classes", [10, 1000, 32000])
 def test_next_to_the_reference(classes: int) -> None:
     rows = 64 if classes < 32000 else 4
