@@ -346,9 +346,9 @@ P, Q = torch.zeros(2, 3), torch.zeros(4, 3)
         ({"virtual_logits": torch.zeros(3, 3)}, ValueError, ["virtual_logits", "(3, 3)", "(M * 2, 3)"]),
         ({"reference_logits": torch.zeros(0, 3)}, ValueError, ["virtual_logits", "(4, 3)", "(M * 0, 3)"]),
         ({"virtual_logits": Q.to("meta")}, ValueError, ["virtual_logits", "meta", "cpu"]),
-        ({"temperature": 0.0}, ValueError, ["temperature", "0.0", "(0, 3.4"]),
-        ({"temperature": -1}, ValueError, ["temperature", "-1", "(0, 3.4"]),
-        ({"temperature": math.nan}, ValueError, ["temperature", "nan", "(0, 3.4"]),
+        ({"temperature": 0.0}, ValueError, ["temperature", "0.0", "[1.175"]),
+        ({"temperature": -1}, ValueError, ["temperature", "-1", "[1.175"]),
+        ({"temperature": math.nan}, ValueError, ["temperature", "nan", "[1.175"]),
         ({"temperature": "1"}, TypeError, ["temperature", "str", "number"]),
     ],
 )

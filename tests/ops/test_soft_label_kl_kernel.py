@@ -299,7 +299,7 @@ def test_huge_logits() -> None:
         torch.testing.assert_close(to_q.double(), p.flip(1).double().softmax(1) - p.double().softmax(1))
 
 
-@pytest.mark.parametrize("temperature", [INF, 1e39, 0.0, -1.0, math.nan])
+@pytest.mark.parametrize("temperature", [INF, 1e39, 1e-39, 0.0, -1.0, math.nan])
 def test_a_temperature_out_of_float32_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match="temperature must be in"):
         batchkern.soft_label_kl(torch.randn(3, 21), torch.randn(6, 21), temperature=temperature)
