@@ -63,7 +63,11 @@ def stages(out: Path) -> list[Stage]:
         Stage("measure", [sys.executable, "bench/gpu_kernels.py", "--out", str(out / "kernels.json")], 150),
         sanitizer("memcheck", "ERROR SUMMARY: 0 errors"),
         sanitizer("racecheck", "RACECHECK SUMMARY: 0 hazards"),
-        Stage("semantics", [*PYTEST, "--through", "cuda", "-k", "not compile and not group", *semantic], 180),
+        Stage(
+            "semantics",
+            [*PYTEST, "--through", "cuda", "-k", "not compile and not group", "tests/triton", *semantic],
+            180,
+        ),
     ]
 
 
