@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-OPS = ("augment_latent", "soft_label_kl")
 KERNELS = {
     "augment_latent": "augment_latent",
     "augment_latent_backward": "augment_latent",
     "soft_label_kl": "soft_label_kl",
 }
 """The module of each operator's launcher, which has the operator's name."""
+OPS = frozenset(KERNELS.values())
 LEAST_CAPABILITY = (8, 0)
 
 _library = torch.library.Library("batchkern", "IMPL")

@@ -36,7 +36,7 @@ def _rows(
     stride,
     first,  # rows [first, last) of out are Gaussian,
     last,
-    first_dropout,  # and [first_dropout, end) are dropout; where they are none, there is no copy of x either
+    first_dropout,  # [first_dropout, end) are dropout
     end,
     sigma,
     tau,
@@ -47,7 +47,7 @@ def _rows(
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One tile of one kind of rows: Gaussian ones, then x, then dropout."""
+    """One tile of one kind of rows: Gaussian ones, then x, then dropout. A grid may end after the first kind."""
     width *= VECTOR
     stride *= VECTOR
     parts = tl.cdiv(width, COLUMNS)
