@@ -4,6 +4,7 @@ from batchkern._version import __version__
 from batchkern.basis import Hadamard, random_basis
 from batchkern.ops import (
     BatchLedger,
+    LinearTrimmedCrossEntropyLoss,
     TrimmedCrossEntropyLoss,
     augment_latent,
     linear_trimmed_cross_entropy,
@@ -16,6 +17,7 @@ from batchkern.ops import (
 __all__ = [
     "BatchLedger",
     "Hadamard",
+    "LinearTrimmedCrossEntropyLoss",
     "TrimmedCrossEntropyLoss",
     "__version__",
     "augment_latent",

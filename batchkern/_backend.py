@@ -30,6 +30,8 @@ OPS = (
     "rank_batches",
 )
 DEVICES = ("cpu", "cuda")
+MADE_OF = {"linear_trimmed_cross_entropy": "cross_entropy_losses"}
+"""The operator that has the kernel, where it has another name: of these losses and torch's matmul it is made."""
 
 
 def _import_extension() -> tuple[ModuleType | None, str]:
@@ -68,7 +70,9 @@ def _find_kernels() -> set[tuple[str, str]]:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     if extension is None:
         return set()
-    return {(op, device) for op in OPS for device in DEVICES if has(f"batchkern::{op}", device.upper())}
+    return {
+        (op, device) for op in OPS for device in DEVICES if has(f"batchkern::{MADE_OF.get(op, op)}", device.upper())
+    }
 
 
 _kernels = _find_kernels()

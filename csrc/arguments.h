@@ -75,15 +75,21 @@ inline void check_count(int64_t k, int64_t n) {
     TORCH_CHECK_VALUE(k >= 0 && k <= n, "k must be in [0, ", n, "], got ", k);
 }
 
-// What both passes of a cross entropy need. Holds the tensors that pointers are taken of.
+// What both passes of a cross entropy need. Holds the tensors that pointers are taken of. The columns of the
+// logits may be a part of the classes, from first_class on.
 struct CrossEntropyArguments {
     CrossEntropyArguments(const at::Tensor& logits_, const at::Tensor& target_,
-                          const std::optional<at::Tensor>& class_weight)
+                          const std::optional<at::Tensor>& class_weight, int64_t first_class_ = 0,
+                          std::optional<int64_t> classes_ = std::nullopt)
         : type(element_type(logits_, "logits")) {
         TORCH_CHECK_VALUE(logits_.dim() == 2 && logits_.size(0) < kMaxRows, "logits must be (B, C), got ",
                           logits_.sizes());
         rows = logits_.size(0);
-        classes = logits_.size(1);
+        columns = logits_.size(1);
+        first_class = first_class_;
+        classes = classes_.value_or(columns);
+        TORCH_CHECK_VALUE(first_class >= 0 && first_class <= classes - columns, "logits have ", columns,
+                          " columns, which are not classes from ", first_class, " on of ", classes);
         TORCH_CHECK_VALUE(target_.dim() == 1 && target_.size(0) == rows && target_.scalar_type() == at::kLong,
                           "target must be int64 (", rows, ",), got ", target_.scalar_type(), " ",
                           target_.sizes());
@@ -91,6 +97,7 @@ struct CrossEntropyArguments {
         logits = dense_rows(logits_);
         target = target_.contiguous();
         if (!class_weight) return;
+        TORCH_CHECK_VALUE(columns == classes, "class_weight needs logits of all classes");
         TORCH_CHECK_VALUE(class_weight->dim() == 1 && class_weight->size(0) == classes,
                           "class_weight must be (", classes, ",), got ", class_weight->sizes());
         check_device(*class_weight, "class_weight", logits_);
@@ -99,15 +106,28 @@ struct CrossEntropyArguments {
 
     const float* weights() const { return weight.defined() ? weight.const_data_ptr<float>() : nullptr; }
 
+    void check_lse(const at::Tensor& lse) const {
+        TORCH_CHECK_VALUE(lse.dim() == 2 && lse.size(0) == rows && lse.size(1) == 2 && lse.is_contiguous() &&
+                              lse.scalar_type() == at::kFloat,
+                          "lse must be contiguous float32 (", rows, ", 2)");
+        check_device(lse, "lse", logits);
+    }
+
+    // What a forward pass writes into.
+    void check_losses(const at::Tensor& losses, const at::Tensor& lse) const {
+        TORCH_CHECK_VALUE(losses.dim() == 1 && losses.size(0) == rows && losses.is_contiguous() &&
+                              losses.scalar_type() == at::kFloat,
+                          "losses must be contiguous float32 (", rows, ",)");
+        check_device(losses, "losses", logits);
+        check_lse(lse);
+    }
+
     // What only the backward pass is given.
     void check_saved(const at::Tensor& upstream, const at::Tensor& lse, const at::Tensor& kept,
                      const at::Tensor& normalizer) const {
         check_scalar(upstream, "grad", logits);
         check_scalar(normalizer, "normalizer", logits);
-        TORCH_CHECK_VALUE(lse.dim() == 2 && lse.size(0) == rows && lse.size(1) == 2 && lse.is_contiguous() &&
-                              lse.scalar_type() == at::kFloat,
-                          "lse must be contiguous float32 (", rows, ", 2)");
-        check_device(lse, "lse", logits);
+        check_lse(lse);
         TORCH_CHECK_VALUE(kept.dim() == 1 && kept.size(0) == rows && kept.is_contiguous() &&
                               kept.scalar_type() == at::kBool,
                           "kept must be contiguous bool (", rows, ",)");
@@ -115,7 +135,7 @@ struct CrossEntropyArguments {
     }
 
     ElementType type;
-    int64_t rows, classes;
+    int64_t rows, columns, first_class, classes;
     at::Tensor logits;  // rows whose elements lie side by side
     at::Tensor target;
     at::Tensor weight;  // undefined: all 1

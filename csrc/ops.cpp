@@ -25,17 +25,19 @@ TORCH_LIBRARY(batchkern, m) {
     m.def(
         "trimmed_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor lse, Tensor kept, "
         "Tensor normalizer, Tensor? class_weight=None, float label_smoothing=0.0) -> Tensor");
+    // The columns of the logits may be a part of the classes, from first_class on.
     m.def(
         "trimmed_cross_entropy_backward_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor lse, "
-        "Tensor kept, Tensor normalizer, Tensor? class_weight=None, float label_smoothing=0.0) -> ()");
+        "Tensor kept, Tensor normalizer, Tensor? class_weight=None, float label_smoothing=0.0, "
+        "int first_class=0, int? classes=None) -> ()");
+    // The rows alone, without a selection: linear_trimmed_cross_entropy looks at a part of them at a time.
+    m.def(
+        "cross_entropy_losses(Tensor logits, Tensor target, Tensor(a!) losses, Tensor(b!) lse, "
+        "int ignore_index=-100, float label_smoothing=0.0) -> ()");
     m.def(
         "trimmed_mean(Tensor losses, float keep, Tensor? keep_tensor=None, Tensor? mask=None) "
         "-> (Tensor mean, Tensor kept, Tensor normalizer)");
     m.def("trimmed_mean_backward(Tensor grad, Tensor kept, Tensor normalizer, ScalarType dtype) -> Tensor");
-    m.def(
-        "linear_trimmed_cross_entropy(Tensor hidden, Tensor weight, Tensor target, float keep, *, "
-        "Tensor? keep_tensor=None, Tensor? bias=None, int ignore_index=-100, float label_smoothing=0.0, "
-        "int? chunk_rows=None) -> (Tensor loss, Tensor losses, Tensor lse, Tensor kept, Tensor normalizer)");
     // basis: (Q, Q), or the signs (Q,) of a Hadamard transform.
     m.def(
         "augment_latent(Tensor x, Tensor seed, *, int gaussian, int dropout, float sigma, float tau, "
@@ -133,7 +135,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     Call<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, double, MaybeTensor, MaybeTensor)>::define(
         m, "trimmed_mean");
     Call<void(const Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, MaybeTensor,
-              double)>::define(m, "trimmed_cross_entropy_backward_");
+              double, int64_t, std::optional<int64_t>)>::define(m, "trimmed_cross_entropy_backward_");
+    Call<void(const Tensor&, const Tensor&, Tensor&, Tensor&, int64_t, double)>::define(
+        m, "cross_entropy_losses");
     Call<Tensor(const Tensor&, const Tensor&, const Tensor&, at::ScalarType)>::define(
         m, "trimmed_mean_backward");
     Call<Tensor(const Tensor&, c10::SymInt)>::define(m, "rank_batches");

@@ -28,14 +28,23 @@ OPERATORS = {
         1,
     ),
     "trimmed_cross_entropy_backward_": (
-        "grad logits target lse kept normalizer class_weight label_smoothing",
+        "grad logits target lse kept normalizer class_weight label_smoothing first_class classes",
         0,
     ),
+    "cross_entropy_losses": ("logits target losses lse ignore_index label_smoothing", 0),
     "trimmed_mean": ("losses keep keep_tensor mask", 3),
     "trimmed_mean_backward": ("grad kept normalizer dtype", 1),
-    "linear_trimmed_cross_entropy": (
-        "hidden weight target keep * keep_tensor bias ignore_index label_smoothing chunk_rows",
-        5,
+    "linear_losses": (
+        "hidden weight bias target dtype ignore_index label_smoothing rows keep_logits",
+        3,
+    ),
+    "linear_losses_and_gradients": (
+        "hidden weight bias target dtype ignore_index label_smoothing rows keep needs",
+        6,
+    ),
+    "linear_gradients": (
+        "hidden weight bias grad target lse kept normalizer logits dtype label_smoothing chunk share needs",
+        1,
     ),
     "augment_latent": (
         "x seed * gaussian dropout sigma tau drop_prob rescale_dropout basis",
@@ -103,9 +112,9 @@ def test_there_are_no_other_operators() -> None:
     assert registered == {f"batchkern::{name}" for name in OPERATORS}
 
 
-def test_only_the_operator_named_so_writes_to_its_arguments() -> None:
+def test_only_these_operators_write_to_their_arguments() -> None:
     mutable = {name for name in OPERATORS if getattr(torch.ops.batchkern, name).default._schema.is_mutable}
-    assert mutable == {"trimmed_cross_entropy_backward_"}
+    assert mutable == {"trimmed_cross_entropy_backward_", "cross_entropy_losses"}
 
 
 def test_setup_accepts_this_environment() -> None:

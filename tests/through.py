@@ -25,6 +25,7 @@ CUDA_OPS = (
     "trimmed_cross_entropy",
     "trimmed_cross_entropy_backward",
     "trimmed_cross_entropy_backward_",
+    "cross_entropy_losses",
     "trimmed_mean",
     "trimmed_mean_backward",
     "rank_batches",

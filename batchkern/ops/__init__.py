@@ -1,7 +1,7 @@
 """The operations: one module each, with the public function, its checks and its docstring."""
 
 from batchkern.ops.augment_latent import augment_latent
-from batchkern.ops.linear_trimmed_cross_entropy import linear_trimmed_cross_entropy
+from batchkern.ops.linear_trimmed_cross_entropy import LinearTrimmedCrossEntropyLoss, linear_trimmed_cross_entropy
 from batchkern.ops.rank_batches import BatchLedger, rank_batches
 from batchkern.ops.soft_label_kl import soft_label_kl
 from batchkern.ops.trimmed_cross_entropy import TrimmedCrossEntropyLoss, trimmed_cross_entropy
@@ -9,6 +9,7 @@ from batchkern.ops.trimmed_mean import trimmed_mean
 
 __all__ = [
     "BatchLedger",
+    "LinearTrimmedCrossEntropyLoss",
     "TrimmedCrossEntropyLoss",
     "augment_latent",
     "linear_trimmed_cross_entropy",

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from batchkern import reference
+from batchkern import _backend, reference
 from batchkern.ops import _checks as check
-from batchkern.ops._autograd import boundary
+from batchkern.ops import _linear
+from batchkern.ops._autograd import boundary, once_differentiable
+from batchkern.ops.trimmed_mean import select_over_group, trimmed_mean_op
 
 
 def linear_trimmed_cross_entropy(
@@ -43,43 +47,160 @@ def linear_trimmed_cross_entropy(
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
     """
     check.tensor("hidden", hidden, dims=2)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    check.tensor("weight", weight, dims=2, dtypes=(hidden.dtype,))
-    check.same_device("weight", weight, hidden)
+    dtype = _compute_dtype(hidden)
+    _check_parameter("weight", weight, 2, hidden, dtype)
     words, width = weight.shape
     if hidden.shape[1] != width:
         raise ValueError(f"weight must have shape (V, {hidden.shape[1]}) to match hidden, got {tuple(weight.shape)}")
     if bias is not None:
-        check.vector("bias", bias, rows=words, like=hidden, dtypes=(hidden.dtype,))
+        _check_parameter("bias", bias, 1, hidden, dtype)
+        check.vector("bias", bias, rows=words, like=hidden, dtypes=check.FLOATS)
     check.vector("target", target, rows=hidden.shape[0], like=hidden, dtypes=(torch.int64,))
-    check.target_values(target, classes=words, ignore_index=ignore_index)
     check.fraction("keep", keep, hidden)
     check.number("label_smoothing", label_smoothing, 0, 1)
     check.ignored(ignore_index, group)
     if chunk_rows is not None:
         check.count("chunk_rows", chunk_rows, low=1)
-    loss, losses = reference.linear_trimmed_cross_entropy(
-        boundary(hidden),
-        boundary(weight),
-        target,
-        keep,
-        bias=None if bias is None else boundary(bias),
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        group=group,
-        chunk_rows=chunk_rows,
-    )
-    return (loss, losses) if per_sample else loss
+    if not _backend.has_kernel("linear_trimmed_cross_entropy", hidden):
+        check.target_values(target, classes=words, ignore_index=ignore_index)
+        loss, losses = reference.linear_trimmed_cross_entropy(
+            boundary(hidden),
+            boundary(weight),
+            target,
+            keep,
+            bias=None if bias is None else boundary(bias),
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            group=group,
+            chunk_rows=chunk_rows,
+        )
+        return (loss, losses) if per_sample else loss
+    call: dict[str, Any] = {
+        "target": target,
+        "keep": float(keep) if isinstance(keep, Tensor) and check.readable(keep) else keep,
+        "dtype": dtype,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "group": group,
+        "rows": _linear.chunk_rows(hidden, weight, dtype, chunk_rows),
+        "grad": torch.is_grad_enabled(),
+    }
+    loss = _LinearTrimmedCrossEntropy.apply(hidden, weight, bias, call)
+    return (loss, call["losses"].detach()) if per_sample else loss
 
 
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What ``F.linear`` does under autocast, where hidden is often bfloat16 and the parameters are float32."""
+class _LinearTrimmedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: dict[str, Any]) -> Tensor:
+        target, keep, dtype, group = call["target"], call["keep"], call["dtype"], call["group"]
+        ctx.needs = [call["grad"] and needed for needed in ctx.needs_input_grad[:3]]
+        ctx.used = False
+        rows = call["rows"]
+        known = None if group is not None or isinstance(keep, Tensor) else keep
+        way = _linear.choose(known, ctx.needs, all_in_a_chunk=rows >= hidden.shape[0], dtype=dtype)
+        arguments = hidden, weight, bias, target, dtype, call["ignore_index"], call["label_smoothing"], rows
+        grads: list[Tensor] = []
+        logits: list[Tensor] = []
+        if way == "gradient of all":
+            loss, losses, lse, kept, normalizer, grads = _linear.call(
+                _linear.losses_and_gradients, *arguments, keep, ctx.needs
+            )
+        else:
+            keep_logits = way == "keep logits" and any(ctx.needs)
+            losses, lse, logits = _linear.call(_linear.losses, *arguments, keep_logits)
+            valid = target != call["ignore_index"]
+            if group is None:
+                loss, kept, normalizer = trimmed_mean_op(losses, *check.split_keep(keep, losses), valid)
+            else:
+                kept, normalizer = select_over_group(losses, valid, None, keep, group)
+                loss = torch.where(kept, losses, 0).sum() / normalizer
+        ctx.save_for_backward(
+            hidden, weight, bias, target, lse, kept, normalizer, logits[0] if logits else None, *grads
+        )
+        share = None if group is not None else 1.0 if known is None else known
+        ctx.options = dtype, call["label_smoothing"], rows, share, ctx.needs
+        call["losses"] = losses
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target, lse, kept, normalizer, logits, *grads = ctx.saved_tensors
+        if grads and torch.compiler.is_compiling():
+            grads = [grad * x for x in grads]
+        elif grads and not ctx.used:
+            ctx.used = True  # another backward pass computes them again
+            # Through .data, since autograd would take the scaling for a mistake of the caller.
+            grads = [x.data.mul_(grad) for x in grads]
+        else:
+            saved = grad, target, lse, kept, normalizer, logits
+            grads = _linear.call(_linear.gradients, hidden, weight, bias, *saved, *ctx.options)
+        results = iter(grads)
+        return *(next(results) if needed else None for needed in ctx.needs), None
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The type of the logits: that of ``F.linear``, under autocast too."""
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
 
-    def cast(x: Tensor) -> Tensor:
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64 else x
 
-    return cast(hidden), cast(weight), None if bias is None else cast(bias)
+def _check_parameter(name: str, x: Tensor, dims: int, hidden: Tensor, dtype: torch.dtype) -> None:
+    """``x`` may differ in type from hidden where autocast makes them equal."""
+    cast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
+    check.tensor(name, x, dims=dims, dtypes=check.FLOATS[:3] if cast else (hidden.dtype,))
+    check.same_device(name, x, hidden)
+
+
+class LinearTrimmedCrossEntropyLoss(nn.Module):
+    """:func:`linear_trimmed_cross_entropy` as a module; ``keep`` may be reassigned between steps.
+
+    It has no parameters: the last layer's weight is given in each call, so that it may be tied to the embedding.
+
+    Args:
+        keep, ignore_index, label_smoothing, per_sample, group, chunk_rows: as in the function.
+    """
+
+    def __init__(
+        self,
+        keep: float | Tensor,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        per_sample: bool = False,
+        group: dist.ProcessGroup | None = None,
+        chunk_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        check.fraction("keep", keep, keep if isinstance(keep, Tensor) else torch.empty(0))
+        check.number("label_smoothing", label_smoothing, 0, 1)
+        check.ignored(ignore_index, group)
+        if chunk_rows is not None:
+            check.count("chunk_rows", chunk_rows, low=1)
+        self.keep = keep
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.per_sample = per_sample
+        self.group = group
+        self.chunk_rows = chunk_rows
+
+    def forward(
+        self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        return linear_trimmed_cross_entropy(
+            hidden,
+            weight,
+            target,
+            self.keep,
+            bias=bias,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            per_sample=self.per_sample,
+            group=self.group,
+            chunk_rows=self.chunk_rows,
+        )
+
+    def extra_repr(self) -> str:
+        return f"keep={self.keep}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}"

@@ -157,7 +157,7 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
         ctx.inplace = None, version  # the loss may live on; the logits need not
         torch.autograd.graph.increment_version(logits)
         backward = _backend.call("trimmed_cross_entropy_backward_")
-        backward(grad, logits, *saved, ctx.label_smoothing)
+        backward(grad, logits, *saved, ctx.label_smoothing, 0, None)
         return logits, None
 
 
@@ -175,6 +175,10 @@ if _backend.extension is not None:
 
     @torch.library.register_fake("batchkern::trimmed_cross_entropy_backward_")
     def _(grad: Tensor, logits: Tensor, *rest: Any) -> None:
+        return None
+
+    @torch.library.register_fake("batchkern::cross_entropy_losses")
+    def _(logits: Tensor, *rest: Any) -> None:
         return None
 
 

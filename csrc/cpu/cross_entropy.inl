@@ -83,34 +83,36 @@ void grad_rows(const GradRows& a, const CrossEntropyOptions& o) {
     for (int64_t i = 0; i < a.rows; ++i) {
         T* grad = static_cast<T*>(a.grad) + i * a.grad_stride;
         if (!a.kept[i]) {
-            if (!a.grad_is_zero) memset(grad, 0, o.classes * sizeof(T));
+            if (!a.grad_is_zero) memset(grad, 0, a.columns * sizeof(T));
             continue;
         }
         // d loss / d z_j = total * softmax_j - smooth * w_j - (j == target) * peak
         const T* row = static_cast<const T*>(a.logits) + i * a.stride;
-        const int64_t target = a.target[i];
+        const int64_t target = a.target[i] - a.first_class;
+        const bool has_target = target >= 0 && target < a.columns;
         const double weight = o.class_weight ? o.class_weight[target] : 1.0;
         const double smooth = o.smoothing / o.classes;
         const double peak = (1 - o.smoothing) * weight;
         const float total = static_cast<float>(peak + smooth * o.weight_sum);
         const float maximum = a.lse[2 * i], log_sum = a.lse[2 * i + 1], scale = a.scale;
-        const float at_target = total * exp_nonpositive((load(row + target) - maximum) - log_sum);
+        const float at_target =
+            has_target ? total * exp_nonpositive((load(row + target) - maximum) - log_sum) : 0.0f;
         const double level = smooth * (o.class_weight ? o.class_weight[target] : 1.0);
         if (o.class_weight && smooth > 0) {
             const float factor = static_cast<float>(smooth);
             BATCHKERN_SIMD()
-            for (int64_t j = 0; j < o.classes; ++j) {
+            for (int64_t j = 0; j < a.columns; ++j) {
                 const float p = exp_nonpositive((load(row + j) - maximum) - log_sum);
                 store(grad + j, (total * p - factor * o.class_weight[j]) * scale);
             }
         } else {
             const float constant = static_cast<float>(smooth);
             BATCHKERN_SIMD()
-            for (int64_t j = 0; j < o.classes; ++j) {
+            for (int64_t j = 0; j < a.columns; ++j) {
                 const float p = exp_nonpositive((load(row + j) - maximum) - log_sum);
                 store(grad + j, (total * p - constant) * scale);
             }
         }
-        store(grad + target, static_cast<float>((at_target - level - peak) * scale));
+        if (has_target) store(grad + target, static_cast<float>((at_target - level - peak) * scale));
     }
 }

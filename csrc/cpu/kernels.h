@@ -27,15 +27,17 @@ struct LossRows {
 };
 
 struct GradRows {
-    const void* logits;  // (rows, classes)
+    const void* logits;  // (rows, columns)
     int64_t stride;
     const int64_t* target;  // (rows,)
     const float* lse;       // (rows, 2)
     const bool* kept;       // (rows,)
-    void* grad;             // (rows, classes); may be the logits themselves
+    void* grad;             // (rows, columns); may be the logits themselves
     int64_t grad_stride;
-    bool grad_is_zero;  // dropped rows hold zeros already
-    float scale;        // upstream gradient over the normalizer
+    bool grad_is_zero;    // dropped rows hold zeros already
+    float scale;          // upstream gradient over the normalizer
+    int64_t first_class;  // the columns are the classes from this one on
+    int64_t columns;
     int64_t rows;
 };
 

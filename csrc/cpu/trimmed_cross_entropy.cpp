@@ -13,8 +13,9 @@ namespace {
 
 struct Problem : CrossEntropyArguments {
     Problem(const at::Tensor& logits_, const at::Tensor& target_,
-            const std::optional<at::Tensor>& class_weight, int64_t ignore_index, double smoothing)
-        : CrossEntropyArguments(logits_, target_, class_weight),
+            const std::optional<at::Tensor>& class_weight, int64_t ignore_index, double smoothing,
+            int64_t first_class_ = 0, std::optional<int64_t> classes_ = std::nullopt)
+        : CrossEntropyArguments(logits_, target_, class_weight, first_class_, classes_),
           options{classes, weights(), static_cast<double>(classes), smoothing, ignore_index} {
         if (!options.class_weight) return;
         options.weight_sum = 0;
@@ -35,6 +36,26 @@ void check_target(const Problem& p, const bool* kept) {
     }
 }
 
+// losses (rows,) and lse (rows, 2) float32, contiguous.
+void write_losses(const Problem& p, const at::Tensor& losses, const at::Tensor& lse) {
+    check_target(p, nullptr);
+    const int64_t* const target = p.target.const_data_ptr<int64_t>();
+    float* const loss = losses.mutable_data_ptr<float>();
+    float* const log_sums = lse.mutable_data_ptr<float>();
+    at::parallel_for(0, p.rows, grain(p.classes), [&](int64_t begin, int64_t end) {
+        kernels().loss_rows[p.type]({row_pointer(p.logits, begin), p.logits.stride(0), target + begin,
+                                     loss + begin, log_sums + 2 * begin, end - begin},
+                                    p.options);
+    });
+}
+
+void cross_entropy_losses(const at::Tensor& logits, const at::Tensor& target, at::Tensor& losses,
+                          at::Tensor& lse, int64_t ignore_index, double label_smoothing) {
+    const Problem p(logits, target, std::nullopt, ignore_index, label_smoothing);
+    p.check_losses(losses, lse);
+    write_losses(p, losses, lse);
+}
+
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target_, double keep,
@@ -43,25 +64,17 @@ Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target
                               double label_smoothing) {
     const double fraction = keep_value(keep, keep_tensor, logits);
     const Problem p(logits, target_, class_weight, ignore_index, label_smoothing);
-    check_target(p, nullptr);
     const auto floats = logits.options().dtype(at::kFloat);
     at::Tensor losses = at::empty({p.rows}, floats), lse = at::empty({p.rows, 2}, floats);
     at::Tensor kept = at::empty({p.rows}, floats.dtype(at::kBool));
+    write_losses(p, losses, lse);
+
     const int64_t* const target = p.target.const_data_ptr<int64_t>();
-    float* const loss = losses.mutable_data_ptr<float>();
-    float* const log_sums = lse.mutable_data_ptr<float>();
     bool* const is_kept = kept.mutable_data_ptr<bool>();
-
-    at::parallel_for(0, p.rows, grain(p.classes), [&](int64_t begin, int64_t end) {
-        kernels().loss_rows[p.type]({row_pointer(p.logits, begin), p.logits.stride(0), target + begin,
-                                     loss + begin, log_sums + 2 * begin, end - begin},
-                                    p.options);
-    });
-
     const auto keys = order_keys(losses, kFloat32);
     for (int64_t i = 0; i < p.rows; ++i) is_kept[i] = target[i] != ignore_index;
     const int64_t k = select_rows(keys.get(), is_kept, p.rows, fraction, is_kept);
-    const double sum = kernels().sum_kept[kFloat32](loss, is_kept, p.rows);
+    const double sum = kernels().sum_kept[kFloat32](losses.const_data_ptr<float>(), is_kept, p.rows);
     double normalizer = static_cast<double>(k);
     if (p.options.class_weight) {
         normalizer = 0;
@@ -81,11 +94,12 @@ void write_gradient(const Problem& p, const at::Tensor& upstream, const at::Tens
     check_target(p, is_kept);
     const float* const log_sums = lse.const_data_ptr<float>();
     const int64_t* const target = p.target.const_data_ptr<int64_t>();
-    at::parallel_for(0, p.rows, grain(p.classes), [&](int64_t begin, int64_t end) {
-        kernels().grad_rows[p.type]({row_pointer(p.logits, begin), p.logits.stride(0), target + begin,
-                                     log_sums + 2 * begin, is_kept + begin, mutable_row_pointer(grad, begin),
-                                     grad.stride(0), grad_is_zero, scale, end - begin},
-                                    p.options);
+    at::parallel_for(0, p.rows, grain(p.columns), [&](int64_t begin, int64_t end) {
+        kernels().grad_rows[p.type](
+            {row_pointer(p.logits, begin), p.logits.stride(0), target + begin, log_sums + 2 * begin,
+             is_kept + begin, mutable_row_pointer(grad, begin), grad.stride(0), grad_is_zero, scale,
+             p.first_class, p.columns, end - begin},
+            p.options);
     });
 }
 
@@ -132,8 +146,9 @@ at::Tensor trimmed_cross_entropy_backward(const at::Tensor& grad, const at::Tens
 void trimmed_cross_entropy_backward_(const at::Tensor& grad, at::Tensor& logits, const at::Tensor& target,
                                      const at::Tensor& lse, const at::Tensor& kept,
                                      const at::Tensor& normalizer,
-                                     const std::optional<at::Tensor>& class_weight, double label_smoothing) {
-    const Problem p(logits, target, class_weight, -1, label_smoothing);
+                                     const std::optional<at::Tensor>& class_weight, double label_smoothing,
+                                     int64_t first_class, std::optional<int64_t> classes) {
+    const Problem p(logits, target, class_weight, -1, label_smoothing, first_class, classes);
     write_gradient(p, grad, lse, kept, normalizer, p.logits, false);
     if (!p.logits.is_same(logits)) logits.copy_(p.logits);
 }
@@ -141,6 +156,7 @@ void trimmed_cross_entropy_backward_(const at::Tensor& grad, at::Tensor& logits,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(batchkern, CPU, m) {
+    m.impl("cross_entropy_losses", &cross_entropy_losses);
     m.impl("trimmed_cross_entropy", &trimmed_cross_entropy);
     m.impl("trimmed_cross_entropy_backward", &trimmed_cross_entropy_backward);
     m.impl("trimmed_cross_entropy_backward_", &trimmed_cross_entropy_backward_);

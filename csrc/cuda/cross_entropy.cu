@@ -66,14 +66,14 @@ cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& ca
     const unsigned parts = blocks_per_row(type, rows.rows, rows.classes);
     const ForwardScratch scratch(memory.scratch, rows.rows, parts);
     const float* const weights = rows.class_weight;
-    const Selection<KeyedLosses> selection{
-        {scratch.keys, call.losses, rows.target, weights},
-        rows.rows,
-        {call.reduction.keep_tensor, call.reduction.keep},
-        {call.reduction.kept, call.reduction.mean, call.reduction.normalizer},
-        memory.workspace,
-        scratch.block_sums};
-    const bool at_once = rows.rows <= kOneBlock;
+    const Reduction reduction = call.reduction.value_or(Reduction{});
+    const Selection<KeyedLosses> selection{{scratch.keys, call.losses, rows.target, weights},
+                                           rows.rows,
+                                           {reduction.keep_tensor, reduction.keep},
+                                           {reduction.kept, reduction.mean, reduction.normalizer},
+                                           memory.workspace,
+                                           scratch.block_sums};
+    const bool at_once = call.reduction && rows.rows <= kOneBlock;
     const CrossEntropyForward a{rows,
                                 call.ignore_index,
                                 call.losses,
@@ -92,7 +92,7 @@ cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& ca
             return launch(stream, blocks_of<kGroup>(rows.rows, parts), kThreads<kGroup>, 0, false, kernel, a);
         });
     });
-    if (at_once || error != cudaSuccess) return error;
+    if (at_once || !call.reduction || error != cudaSuccess) return error;
     return launch(stream, dim3(select_blocks(rows.rows)), kSelectThreads, 0, true,
                   &select_rows<true, KeyedLosses>, selection);
 }

@@ -53,7 +53,7 @@ __device__ __forceinline__ Share share_of_block(int vectors) {
 }
 
 // As PyTorch's own cross entropy does: nothing is read out of bounds, and the next synchronisation raises.
-__device__ __forceinline__ void check_class(int64_t target, int classes) {
+__device__ __forceinline__ void check_class(int64_t target, int64_t classes) {
     assert(target >= 0 && target < classes && "target must be in [0, C) or ignore_index");
 }
 

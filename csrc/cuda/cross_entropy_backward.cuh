@@ -11,7 +11,7 @@ struct RowGradient {
     float maximum, log_sum;
     float total, smooth, peak, scale;
     const float* class_weight;
-    int target;
+    int target;  // its column, or -1
 
     template <bool kSmooth>
     __device__ __forceinline__ float at(int column, float z) const {
@@ -25,10 +25,11 @@ template <bool kSmooth>
 __device__ __forceinline__ RowGradient row_gradient(const BackwardCall& a, int64_t row) {
     const CrossEntropyRows& rows = a.rows;
     const int64_t target = rows.target[row];
-    check_class(target, rows.classes);
+    check_class(target, a.all_classes);
+    const int64_t column = target - a.first_class;
     const float2 lse = reinterpret_cast<const float2*>(a.lse)[row];
     const float weight = rows.class_weight ? rows.class_weight[target] : 1.0f;
-    const float smooth = kSmooth ? rows.smoothing / static_cast<float>(rows.classes) : 0.0f;
+    const float smooth = kSmooth ? rows.smoothing / static_cast<float>(a.all_classes) : 0.0f;
     const float peak = kSmooth ? (1.0f - rows.smoothing) * weight : weight;
     const float spread = !kSmooth ? 0.0f : rows.class_weight ? smooth * *a.weight_sum : rows.smoothing;
     return {lse.x,
@@ -38,7 +39,7 @@ __device__ __forceinline__ RowGradient row_gradient(const BackwardCall& a, int64
             peak,
             *a.upstream / *a.normalizer,
             rows.class_weight,
-            static_cast<int>(target)};
+            column >= 0 && column < rows.classes ? static_cast<int>(column) : -1};
 }
 
 template <class T, int kGroup>

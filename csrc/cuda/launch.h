@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #include "../element_type.h"
 #include "workspace.h"
@@ -36,11 +37,13 @@ struct ForwardCall {
     int64_t ignore_index;
     float* losses;  // (rows,), 0 where ignored
     float* lse;     // (rows, 2): the maximum m, and log of the sum of exp(z - m); 0 where ignored
-    Reduction reduction;
+    std::optional<Reduction> reduction;  // none: the rows alone
 };
 
 struct BackwardCall {
     CrossEntropyRows rows;
+    int64_t first_class;  // the columns are the classes from this one on
+    int64_t all_classes;
     const float* lse;         // (rows, 2), as the forward pass wrote it
     const bool* kept;         // (rows,)
     const float* upstream;    // one number
