@@ -2,6 +2,7 @@
 
 from batchkern._version import __version__
 from batchkern.basis import Hadamard, random_basis
+from batchkern.causal_lm import CausalLMPatch, patch_causal_lm
 from batchkern.ops import (
     BatchLedger,
     LinearTrimmedCrossEntropyLoss,
@@ -16,12 +17,14 @@ from batchkern.ops import (
 
 __all__ = [
     "BatchLedger",
+    "CausalLMPatch",
     "Hadamard",
     "LinearTrimmedCrossEntropyLoss",
     "TrimmedCrossEntropyLoss",
     "__version__",
     "augment_latent",
     "linear_trimmed_cross_entropy",
+    "patch_causal_lm",
     "random_basis",
     "rank_batches",
     "soft_label_kl",

@@ -54,7 +54,8 @@ class Stage:
 def stages(out: Path) -> list[Stage]:
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     build = {"BATCHKERN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
-    operations = ["trimmed_cross_entropy", "trimmed_mean", "rank_batches", "augment_latent", "soft_label_kl"]
+    operations = ["trimmed_cross_entropy", "trimmed_mean", "rank_batches", "linear_trimmed_cross_entropy"]
+    operations += ["augment_latent", "soft_label_kl"]
     semantic = [f"tests/ops/test_{op}{suffix}.py" for op in operations for suffix in ("", "_kernel")]
     setup = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--force"]
     return [

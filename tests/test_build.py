@@ -39,11 +39,11 @@ OPERATORS = {
         3,
     ),
     "linear_losses_and_gradients": (
-        "hidden weight bias target dtype ignore_index label_smoothing rows keep needs",
+        "hidden weight bias target dtype ignore_index label_smoothing rows needs keep",
         6,
     ),
     "linear_gradients": (
-        "hidden weight bias grad target lse kept normalizer logits dtype label_smoothing chunk share needs",
+        "hidden weight bias grad target lse kept normalizer logits dtype label_smoothing chunk needs keep",
         1,
     ),
     "augment_latent": (

@@ -43,7 +43,8 @@ def chunk_rows(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: int |
     """Rows of a chunk: as many as were wanted, or else those of equal chunks within ``CHUNK_BYTES``."""
     rows, words = hidden.shape[0], weight.shape[0]
     if wanted is None:
-        most = max(LEAST_CHUNK, CHUNK_BYTES[hidden.device.type] // max(1, words * dtype.itemsize))
+        size = 4 if hidden.is_cpu else dtype.itemsize  # on a CPU torch may make narrower products in float32 first
+        most = max(LEAST_CHUNK, CHUNK_BYTES[hidden.device.type] // max(1, words * size))
         wanted = _divide(rows, _divide(rows, most))
     return max(1, min(wanted, rows))
 
@@ -218,11 +219,12 @@ def losses_and_gradients(
     ignore_index: int,
     label_smoothing: float,
     rows: int,
-    keep: float,
     needs: Sequence[bool],
+    keep: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss, losses, lse, kept, normalizer, and the gradients of the loss by those of (hidden, weight, bias) that need
     one: of all rows first."""
+    keep = float(keep)
     valid = target != ignore_index
     normalizer = kept_count(valid.sum(), keep).float()
     one = torch.ones((), device=hidden.device)
@@ -319,11 +321,12 @@ def gradients(
     dtype: torch.dtype,
     label_smoothing: float,
     chunk: int,
-    share: float | None,
     needs: Sequence[bool],
+    keep: float | Tensor | None,
 ) -> list[Tensor]:
-    """The gradients by those of (hidden, weight, bias) that need one, of the kept rows alone."""
-    rows = _Rows(hidden, target, lse, kept, share, dtype)
+    """The gradients by those of (hidden, weight, bias) that need one, of the kept rows alone: ``keep`` of all, or None
+    where it may be any number of them."""
+    rows = _Rows(hidden, target, lse, kept, None if keep is None else float(keep), dtype)
     sums = _Sums(weight, bias, needs, terms=1)
     to_rows = torch.zeros(rows.hidden.shape, device=hidden.device) if needs[0] else None
     for words, gradient in rows.gradients(grad, normalizer, weight, bias, label_smoothing, chunk, logits):
@@ -352,22 +355,27 @@ _operators = {
     ),
     losses_and_gradients: _operator(
         losses_and_gradients,
-        "Tensor target, ScalarType dtype, int ignore_index, float label_smoothing, int rows, float keep, bool[] needs",
+        "Tensor target, ScalarType dtype, int ignore_index, float label_smoothing, int rows, bool[] needs, Tensor keep",
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     ),
     gradients: _operator(
         gradients,
         "Tensor grad, Tensor target, Tensor lse, Tensor kept, Tensor normalizer, Tensor? logits, ScalarType dtype, "
-        "float label_smoothing, int chunk, float? share, bool[] needs",
+        "float label_smoothing, int chunk, bool[] needs, Tensor? keep",
         "Tensor[]",
     ),
 }
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
-    """``function``, or its operator where a graph is being traced."""
-    traced = torch.compiler.is_compiling() or isinstance(args[0], FakeTensor)
-    return _operators[function](*args) if traced else function(*args)
+    """``function``, or its operator where a graph is being traced. The last argument, if a float, is ``keep``: as a
+    number it would be a constant of the graph, and a schedule would compile again and again."""
+    if not torch.compiler.is_compiling() and not isinstance(args[0], FakeTensor):
+        return function(*args)
+    *rest, keep = args
+    if isinstance(keep, float):
+        keep = torch.ones((), dtype=torch.float64, device="cpu") * keep
+    return _operators[function](*rest, keep)
 
 
 @_operators[losses].register_fake
@@ -381,7 +389,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest
 
 @_operators[losses_and_gradients].register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    needs = rest[-1]
+    needs = rest[-2]
     losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     loss, lse, kept = (
         losses.new_empty(()),
@@ -393,7 +401,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
 
 @_operators[gradients].register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    return _fake_gradients(hidden, weight, bias, rest[-1])
+    return _fake_gradients(hidden, weight, bias, rest[-2])
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:

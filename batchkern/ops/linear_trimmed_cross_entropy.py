@@ -77,7 +77,7 @@ def linear_trimmed_cross_entropy(
         return (loss, losses) if per_sample else loss
     call: dict[str, Any] = {
         "target": target,
-        "keep": float(keep) if isinstance(keep, Tensor) and check.readable(keep) else keep,
+        "keep": keep if isinstance(keep, Tensor) and not check.readable(keep) else float(keep),
         "dtype": dtype,
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
@@ -103,7 +103,7 @@ class _LinearTrimmedCrossEntropy(torch.autograd.Function):
         logits: list[Tensor] = []
         if way == "gradient of all":
             loss, losses, lse, kept, normalizer, grads = _linear.call(
-                _linear.losses_and_gradients, *arguments, keep, ctx.needs
+                _linear.losses_and_gradients, *arguments, ctx.needs, keep
             )
         else:
             keep_logits = way == "keep logits" and any(ctx.needs)
@@ -117,8 +117,8 @@ class _LinearTrimmedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(
             hidden, weight, bias, target, lse, kept, normalizer, logits[0] if logits else None, *grads
         )
-        share = None if group is not None else 1.0 if known is None else known
-        ctx.options = dtype, call["label_smoothing"], rows, share, ctx.needs
+        most = None if group is not None else 1.0 if known is None else known
+        ctx.options = dtype, call["label_smoothing"], rows, ctx.needs, most
         call["losses"] = losses
         return loss
 

@@ -1,0 +1,264 @@
+"""patch_causal_lm on tiny randomly initialised models of transformers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import batchkern
+from batchkern.ops import _linear
+
+WORDS = 300
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": WORDS}
+LLAMA = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2}
+
+
+def make(kind: str, **options: Any) -> transformers.PreTrainedModel:
+    torch.manual_seed(1)
+    config = {
+        "llama": lambda: transformers.LlamaConfig(**{**LLAMA, **options}),
+        "tied": lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
+        "bias": lambda: transformers.PhiConfig(**{**SIZES, "intermediate_size": 64}, resid_pdrop=0.0),
+        "experts": lambda: transformers.MixtralConfig(**LLAMA, num_local_experts=2, output_router_logits=True),
+        "scaled": lambda: transformers.CohereConfig(**LLAMA, logit_scale=0.25),
+        "capped": lambda: transformers.Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=30.0),
+    }[kind]()
+    return transformers.AutoModelForCausalLM.from_config(config).train()
+
+
+def batch() -> dict[str, Tensor]:
+    ids = torch.randint(WORDS, (3, 17))
+    labels = ids.clone()
+    labels[0, :6] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def step(model: nn.Module, **arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    loss = model(**arguments).loss
+    loss.backward()
+    return loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters()}
+
+
+def assert_same_step(
+    ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]], **tolerance: float
+) -> None:
+    torch.testing.assert_close(ours[0], theirs[0], **tolerance)
+    assert len(theirs[1]) > 5
+    torch.testing.assert_close(ours[1], theirs[1], **tolerance)
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "bias", "experts"])
+@pytest.mark.parametrize("chunk_rows", [None, 10])
+def test_keep_1_is_the_unpatched_model(kind: str, chunk_rows: int | None) -> None:
+    model, arguments = make(kind), batch()
+    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (kind == "tied")
+    expected = step(model, **arguments)
+    patch = batchkern.patch_causal_lm(model, 1.0, chunk_rows=chunk_rows)
+    assert_same_step(step(model, **arguments), expected, rtol=1e-5, atol=1e-7)
+    if kind != "experts":  # whose loss has a term of the router's besides
+        torch.testing.assert_close(patch.untrimmed_loss, expected[0])
+
+
+def test_bfloat16_and_autocast() -> None:
+    arguments = batch()
+    model = make("llama").bfloat16()
+    expected = step(model, **arguments)
+    batchkern.patch_causal_lm(model, 1.0, chunk_rows=10)
+    assert_same_step(step(model, **arguments), expected, rtol=2**-5, atol=2**-8)
+    model = make("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = step(model, **arguments)
+        batchkern.patch_causal_lm(model, 1.0, chunk_rows=10)
+        assert_same_step(step(model, **arguments), expected, rtol=2**-5, atol=2**-8)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5])
+def test_the_loss_is_that_of_the_hardest_tokens(keep: float) -> None:
+    model, arguments = make("llama"), batch()
+    logits = model(arguments["input_ids"]).logits[:, :-1].reshape(-1, WORDS)
+    target = arguments["labels"][:, 1:].reshape(-1)
+    model.zero_grad()
+    expected = batchkern.trimmed_cross_entropy(logits, target, keep)
+    expected.backward()
+    grads = {name: x.grad.clone() for name, x in model.named_parameters()}
+    patch = batchkern.patch_causal_lm(model, keep)
+    assert_same_step(step(model, **arguments), (expected.detach(), grads), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(patch.untrimmed_loss, nn.functional.cross_entropy(logits, target).detach())
+    assert not patch.untrimmed_loss.requires_grad
+
+
+def test_a_schedule() -> None:
+    model, arguments = make("llama"), batch()
+    patch = batchkern.patch_causal_lm(model, 1.0)
+    losses = []
+    for keep in (1.0, 0.5, 0.1):
+        patch.keep = keep
+        losses.append(float(model(**arguments).loss))
+    assert losses == sorted(losses)
+    assert losses[0] < losses[1] < losses[2]
+
+
+@pytest.mark.parametrize("items", [100, torch.tensor(100)])
+def test_gradient_accumulation_counts_items_as_the_trainer_does(items: int | Tensor) -> None:
+    model, arguments = make("llama"), batch()
+    expected = step(model, **arguments, num_items_in_batch=items)
+    patch = batchkern.patch_causal_lm(model, 1.0)
+    assert_same_step(step(model, **arguments, num_items_in_batch=items), expected, rtol=1e-5, atol=1e-7)
+    patch.keep = 0.3
+    count = int((arguments["labels"][:, 1:] != -100).sum())
+    torch.testing.assert_close(model(**arguments, num_items_in_batch=items).loss, model(**arguments).loss * count / 100)
+
+
+def test_shift_labels_are_taken_as_they_are() -> None:
+    model, arguments = make("llama"), batch()
+    shifted = torch.randint(WORDS, arguments["labels"].shape)
+    expected = step(model, **arguments, shift_labels=shifted)
+    batchkern.patch_causal_lm(model, 1.0)
+    assert_same_step(step(model, **arguments, shift_labels=shifted), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_logits_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+    write = _linear._write_logits
+    monkeypatch.setattr(_linear, "_write_logits", lambda out, *rest: (shapes.append(out.shape), write(out, *rest)))
+    model = make("llama")
+    batchkern.patch_causal_lm(model, 0.2, chunk_rows=10)
+    output = model(**batch())
+    assert output.logits is None
+    assert "logits" not in output
+    output.loss.backward()
+    assert {rows for rows, _ in shapes} <= {9, 10, 1}  # chunks, the last of them, the kept
+
+
+def test_every_other_call_is_the_models_own() -> None:
+    model, arguments = make("llama"), batch()
+    without_labels = {"input_ids": arguments["input_ids"]}
+    trained = model(**without_labels).logits
+    model.eval()
+    evaluated = model(**arguments)
+    generated = model.generate(arguments["input_ids"][:1, :4], max_new_tokens=5, do_sample=False)
+    batchkern.patch_causal_lm(model, 0.1)
+    torch.testing.assert_close(model(**arguments).logits, evaluated.logits)
+    torch.testing.assert_close(model(**arguments).loss, evaluated.loss)  # of all tokens
+    assert torch.equal(model.generate(arguments["input_ids"][:1, :4], max_new_tokens=5, do_sample=False), generated)
+    model.train()
+    torch.testing.assert_close(model(**without_labels).logits, trained)
+
+
+def test_a_tuple_has_no_logits_either() -> None:
+    model, arguments = make("llama"), batch()
+    whole = model(**arguments, return_dict=False)
+    batchkern.patch_causal_lm(model, 1.0)
+    parts = model(**arguments, return_dict=False)
+    assert len(parts) == len(whole) - 1
+    torch.testing.assert_close(parts[0], whole[0])
+
+
+def test_labels_given_by_place() -> None:
+    model, arguments = make("llama"), batch()
+    assert list(inspect.signature(model.forward).parameters)[5] == "labels"
+    batchkern.patch_causal_lm(model, 0.5)
+    by_place = model(arguments["input_ids"], None, None, None, None, arguments["labels"])
+    assert by_place.logits is None
+    assert torch.equal(by_place.loss, model(**arguments).loss)
+
+
+def test_remove() -> None:
+    model, arguments = make("llama"), batch()
+    signature = inspect.signature(model.forward)
+    expected = model(**arguments)
+    patch = batchkern.patch_causal_lm(model, 0.1)
+    assert inspect.signature(model.forward) == signature  # Trainer drops columns that are not among the arguments
+    assert model(**arguments).logits is None
+    for _ in range(2):
+        patch.remove()
+        assert "forward" not in model.__dict__
+        torch.testing.assert_close(model(**arguments).logits, expected.logits)
+        torch.testing.assert_close(model(**arguments).loss, expected.loss)
+    again = batchkern.patch_causal_lm(model, 0.1)
+    assert model(**arguments).logits is None
+    patch.remove()  # which has nothing to give back any more
+    assert model(**arguments).logits is None
+    again.remove()
+
+
+def test_an_error_in_the_model_leaves_it_in_order() -> None:
+    model, arguments = make("llama"), batch()
+    model.eval()
+    logits = model(**arguments).logits
+    model.train()
+    batchkern.patch_causal_lm(model, 0.5)
+    wrong = {**arguments, "labels": arguments["labels"] + WORDS}
+    with pytest.raises(ValueError, match=r"target\[5\] is .* must be in \[0, 300\)"):
+        model(**wrong)
+    model.eval()
+    torch.testing.assert_close(model(**arguments).logits, logits)
+
+
+def test_compiled() -> None:
+    model, arguments = make("llama"), batch()
+    batchkern.patch_causal_lm(model, 0.4, chunk_rows=10)
+    expected = step(model, **arguments)
+    model.zero_grad()
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(**arguments).loss
+    loss.backward()
+    grads = {name: x.grad.clone() for name, x in model.named_parameters()}
+    assert_same_step((loss.detach(), grads), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("scaled", "changes its logits"), ("capped", "changes its logits")])
+def test_models_that_change_their_logits_are_refused(kind: str, words: str) -> None:
+    model = make(kind)
+    patch = batchkern.patch_causal_lm(model, 0.5)
+    with pytest.raises(RuntimeError, match=f"{type(model).__name__} cannot be patched.*{words}"):
+        model(**batch())
+    patch.remove()
+    assert model(**batch()).logits.shape == (3, 17, WORDS)
+
+
+def test_models_that_do_not_call_their_loss_function_are_refused() -> None:
+    model = make("llama")
+    original = type(model).forward
+    model.forward = lambda input_ids, labels=None: original(model, input_ids)
+    batchkern.patch_causal_lm(model, 0.5)
+    with pytest.raises(RuntimeError, match="has not called its loss_function"):
+        model(**batch())
+
+
+def with_head(head: nn.Module) -> nn.Module:
+    model = make("llama")
+    model.lm_head = head
+    return model
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def patched(model: nn.Module) -> nn.Module:
+    batchkern.patch_causal_lm(model, 0.5)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "error", "words"),
+    [
+        (lambda: nn.Linear(3, 3), {}, TypeError, "causal language model of transformers, .* got Linear"),
+        (lambda: make("llama").model, {}, TypeError, "plain nn.Linear, got NoneType"),
+        (lambda: with_head(Scaled(32, WORDS)), {}, TypeError, "plain nn.Linear, got Scaled"),
+        (lambda: patched(make("llama")), {}, ValueError, "patched already"),
+        (lambda: make("llama"), {"keep": 0.0}, ValueError, r"keep must be in \(0, 1\], got 0.0"),
+        (lambda: make("llama"), {"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1, got 0"),
+        (lambda: make("llama"), {"group": "all"}, TypeError, "group must be a torch.distributed process group"),
+    ],
+)
+def test_wrong_arguments(model: Any, arguments: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        batchkern.patch_causal_lm(model(), **{"keep": 0.5, **arguments})
