@@ -58,6 +58,10 @@ class Problem:
     floor_bytes: dict[str, float]
     floor_seconds: dict[str, float] = field(default_factory=dict)
     inplace: Step | None = None
+    parameters: tuple[Tensor, ...] = ()
+    """Leaves besides the input that get a gradient."""
+    peers: dict[str, Step] = field(default_factory=dict)
+    """Variants besides ours and ``PEERS``."""
     upstream: Tensor | None = None
     """The gradient of the result; None: 1."""
     check: Check = assert_same
@@ -155,19 +159,27 @@ class Bench:
             "ours inplace": problem.inplace,
             "eager": problem.eager,
             "compile": torch.compile(problem.eager, fullgraph=True, dynamic=False),
+            **problem.peers,
         }
         self.steps = {name: known[name] for name in case.variants}
         whole = case.phases[-1]
-        ((y, dx),) = self._prepare("eager", whole, 1)()
+        ((y, dx, others),) = self._prepare("eager", whole, 1)()
         for name in self.steps:
             if name != "eager":
-                problem.check(*self._prepare(name, whole, 1)()[0], y, dx)
-        del y, dx
+                ((our_y, our_dx, our_others),) = self._prepare(name, whole, 1)()
+                problem.check(our_y, our_dx, y, dx)
+                for ours, theirs in zip(our_others, others, strict=True):
+                    assert_same(our_y, ours, y, theirs)
+                del our_y, our_dx, our_others
+        del y, dx, others
         self.peaks = {name: peak_bytes(self._prepare(name, whole, 1)) for name in self.steps}
         self.case = case
 
-    def _prepare(self, variant: str, phase: str, calls: int) -> Callable[[], list[tuple[Tensor, Tensor | None]]]:
-        """Everything that is not to be timed; what it returns is. Each call has inputs and a graph of its own.
+    def _prepare(
+        self, variant: str, phase: str, calls: int
+    ) -> Callable[[], list[tuple[Tensor, Tensor | None, tuple[Tensor, ...]]]]:
+        """Everything that is not to be timed; what it returns is: results, their gradients by the input and by the
+        parameters. Each call has inputs and a graph of its own.
 
         The inputs are not leaves, as logits are not in training: ``inplace_backward`` needs that, and the gradient is
         returned in fresh memory instead of being accumulated.
@@ -175,15 +187,20 @@ class Bench:
         step, upstream = self.steps[variant], self.problem.upstream
         base = self.problem.input
         if "backward" not in self.problem.floor_bytes:  # not differentiable
-            return lambda: [(step(base), None) for _ in range(calls)]
+            return lambda: [(step(base), None, ()) for _ in range(calls)]
         leaf = base.detach().requires_grad_()
         inputs = [leaf.clone() for _ in range(calls)]
         if phase == "forward":
-            return lambda: [(step(x), None) for x in inputs]
+            return lambda: [(step(x), None, ()) for x in inputs]
+
+        def backward(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+            dx, *others = torch.autograd.grad(y, (x, *self.problem.parameters), upstream)
+            return y, dx, tuple(others)
+
         if phase == "full":
-            return lambda: [(y := step(x), torch.autograd.grad(y, x, upstream)[0]) for x in inputs]
+            return lambda: [backward(step(x), x) for x in inputs]
         graphs = [(step(x), x) for x in inputs]
-        return lambda: [(y, torch.autograd.grad(y, x, upstream)[0]) for y, x in graphs]
+        return lambda: [backward(y, x) for y, x in graphs]
 
     def _measure(self, phase: str) -> dict[str, list[float]]:
         """Seconds a call, by variant and round."""
