@@ -22,6 +22,11 @@ class Problem:
     variants: dict[str, Call]
     host: bool = False
     """Whether the host time of a call counts too."""
+    floor_flops: float = 0.0
+    """Of bfloat16 products."""
+    captured: bool = True
+    """Whether a call is measured in a CUDA graph. Not where it is so long that launches do not show, and peers wait
+    for the device."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,52 @@ def cross_entropy(rows: int, classes: int, dtype: torch.dtype) -> Problem:
             "compile": step(torch.compile(eager, fullgraph=True, dynamic=False)),
         },
         host=rows * classes < 10_000,
+    )
+
+
+def linear_cross_entropy(rows: int, width: int, words: int, keep: float) -> Problem:
+    """Forward and backward pass, the gradients of hidden and weight among them. Peers that cannot trim, and so cost the
+    same at any keep, are there at keep = 1."""
+    hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (width**-0.5 * torch.randn(words, width, device="cuda")).bfloat16().requires_grad_()
+    target = torch.randint(words, (rows,), device="cuda")
+    kept = max(round(keep * rows), 1)
+
+    def eager(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        losses = F.cross_entropy(F.linear(hidden, weight).float(), target, reduction="none")
+        return losses.topk(kept, sorted=False).values.mean()
+
+    functions = {
+        "ours": lambda h, w: batchkern.linear_trimmed_cross_entropy(h, w, target, keep),
+        "eager": eager,
+        "compile": torch.compile(eager, fullgraph=True, dynamic=False),
+    }
+    if keep == 1:
+        if hasattr(F, "linear_cross_entropy"):
+            options = torch.nn.LinearCrossEntropyOptions()
+            functions["torch"] = lambda h, w: F.linear_cross_entropy(h, w, target, options=options)
+        if importlib.util.find_spec("liger_kernel"):
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+            liger = LigerFusedLinearCrossEntropyLoss()
+            functions["liger"] = lambda h, w: liger(w, h, target)
+        if importlib.util.find_spec("cut_cross_entropy"):
+            from cut_cross_entropy import linear_cross_entropy as cut
+
+            functions["cut"] = lambda h, w: cut(h, w, target)
+        if importlib.util.find_spec("quack"):
+            from quack.linear_cross_entropy import chunked_linear_cross_entropy as quack
+
+            functions["quack"] = lambda h, w: quack(h, w, target)
+
+    def step(function: Callable[..., torch.Tensor]) -> Call:
+        return lambda: torch.autograd.grad(function(hidden, weight), (hidden, weight))
+
+    return Problem(
+        2 * (hidden.nbytes + weight.nbytes),
+        {name: step(function) for name, function in functions.items()},
+        floor_flops=min(1 + 3 * keep, 3 + 2 * (1 - keep)) * 2 * rows * width * words,
+        captured=False,
     )
 
 
@@ -176,6 +227,17 @@ def cases() -> list[Case]:
         shape = batch, copies, classes, dtype
         result.append(Case("soft_label_kl", label, "forward", lambda s=shape: divergence(*s, full=False), target))
         result.append(Case("soft_label_kl", label, "full", lambda s=shape: divergence(*s, full=True)))
+    for keep, target in ((0.2, 11e-3), (1.0, None), (0.5, None), (0.1, None)):
+        label, shape = f"4096x4096x128256 keep {keep:g}", (4096, 4096, 128_256)
+        result.append(
+            Case(
+                "linear_trimmed_cross_entropy",
+                label,
+                "full",
+                lambda s=shape, k=keep: linear_cross_entropy(*s, k),
+                target,
+            )
+        )
     for basis, target in (("normalized", None), ("hadamard", 0.25e-3), ("none", None)):
         label = f"1024x4096 32 copies bf16 {basis}"  # normalized: within 1.25 of the line "matmul"
         result.append(Case("augment_latent", label, "forward", lambda b=basis: augmentation(b), target))

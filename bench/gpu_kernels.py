@@ -34,7 +34,20 @@ def event_seconds(call: Call) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def captured(call: Call) -> tuple[torch.cuda.CUDAGraph, int]:
+def peak_bytes(call: Call) -> int:
+    """Beyond what there was, of a call that has been made before."""
+    for _ in range(2):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del result
+    return peak
+
+
+def captured(call: Call) -> tuple[Call, int]:
     """A graph of so many calls that it runs for about 2 ms, and their number."""
     torch.cuda.synchronize()  # the other stream would not wait for the inputs
     stream = torch.cuda.Stream()
@@ -49,7 +62,7 @@ def captured(call: Call) -> tuple[torch.cuda.CUDAGraph, int]:
             call()
     graph.replay()
     torch.cuda.synchronize()
-    return graph, calls
+    return graph.replay, calls
 
 
 def copy_bandwidth() -> float:
@@ -58,6 +71,13 @@ def copy_bandwidth() -> float:
     to = torch.empty_like(source)
     to.copy_(source)
     return 2 * source.nbytes / statistics.median(event_seconds(lambda: to.copy_(source)) for _ in range(15))
+
+
+def matmul_rate() -> float:
+    """bfloat16 flops a second."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a @ b
+    return 2 * 8192**3 / statistics.median(event_seconds(lambda: a @ b) for _ in range(15))
 
 
 def host_seconds(call: Call) -> float:
@@ -70,26 +90,28 @@ def host_seconds(call: Call) -> float:
     return seconds
 
 
-def measure(case: Case, bandwidth: float) -> list[dict[str, Any]]:
+def measure(case: Case, bandwidth: float, matmul_rate: float) -> list[dict[str, Any]]:
     torch.compiler.reset()
     torch.manual_seed(0)
     problem = case.build()
-    graphs = {}
+    timed: dict[str, tuple[Call, int]] = {}
+    peaks: dict[str, int] = {}
     for name, call in problem.variants.items():
         try:
-            graphs[name] = captured(call)
+            peaks[name] = peak_bytes(call)
+            timed[name] = captured(call) if problem.captured else (call, 1)
         except Exception as error:
             if name == "ours":
                 raise
             print(f"{case.op} {case.label}: {name} cannot be measured: {str(error).splitlines()[0]}")
-    seconds: dict[str, list[float]] = {name: [] for name in graphs}
-    order = list(graphs)
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
+    order = list(timed)
     for _ in range(ROUNDS):
         random.shuffle(order)
         for name in order:
-            graph, calls = graphs[name]
-            seconds[name].append(event_seconds(graph.replay) / calls)
-    floor = problem.floor_bytes / bandwidth
+            call, calls = timed[name]
+            seconds[name].append(event_seconds(call) / calls)
+    floor = problem.floor_bytes / bandwidth + problem.floor_flops / matmul_rate
     rows = []
     for name, durations in seconds.items():
         p20, median, p80 = harness.quantiles(durations)
@@ -103,7 +125,9 @@ def measure(case: Case, bandwidth: float) -> list[dict[str, Any]]:
                 "p20_s": p20,
                 "p80_s": p80,
                 "ratio_to_ours": harness.quantiles([a / b for a, b in zip(durations, seconds["ours"])])[1],
+                "peak_bytes": peaks[name],
                 "floor_bytes": problem.floor_bytes,
+                "floor_flops": problem.floor_flops,
                 "floor_s": floor,
                 "over_floor": median / floor,
                 "target_s": case.target_s if name == "ours" else None,
@@ -127,8 +151,9 @@ def line(row: dict[str, Any]) -> str:
     target = f"  target {row['target_s'] * 1e6:.0f}" if row["target_s"] else ""
     host = f"  host {row['host_s'] * 1e6:.0f}" if row["host_s"] else ""
     return (
-        f"{row['op']:22} {row['case']:22} {row['variant']:8} {row['median_s'] * 1e6:10.1f} us"
+        f"{row['op']:28} {row['case']:26} {row['variant']:8} {row['median_s'] * 1e6:10.1f} us"
         f"  x{row['over_floor']:.2f} of the floor  x{row['ratio_to_ours']:.2f} of ours{target}{host}"
+        f"  {row['peak_bytes'] / 1e6:,.0f} MB"
     )
 
 
@@ -141,14 +166,15 @@ def main() -> int:
         print("gpu_kernels.py needs a CUDA GPU that torch can see", file=sys.stderr)
         return 2
     start = time.monotonic()
-    bandwidth = copy_bandwidth()
-    report: dict[str, Any] = {"machine": facts(), "copy_bytes_per_s": bandwidth, "rows": [], "left_out": []}
-    print(f"{report['machine']['gpu']}: copy {bandwidth / 1e12:.2f} TB/s")
+    bandwidth, rate = copy_bandwidth(), matmul_rate()
+    report: dict[str, Any] = {"machine": facts(), "copy_bytes_per_s": bandwidth, "matmul_flops_per_s": rate}
+    report |= {"rows": [], "left_out": []}
+    print(f"{report['machine']['gpu']}: copy {bandwidth / 1e12:.2f} TB/s, bf16 matmul {rate / 1e12:.0f} Tflop/s")
     for case in cases():
         if time.monotonic() - start > arguments.seconds:
             report["left_out"].append(f"{case.op} {case.label}")
         else:
-            rows = measure(case, bandwidth)
+            rows = measure(case, bandwidth, rate)
             report["rows"] += rows
             print("\n".join(line(row) for row in rows), flush=True)
         if arguments.out:

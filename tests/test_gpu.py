@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
 
-OPS = ("trimmed_cross_entropy", "trimmed_mean", "rank_batches", "augment_latent", "soft_label_kl")
+OPS = _backend.OPS
 # One shape for each way of sharing rows among threads, and of selecting.
 SHAPES = [
     (128, 10),  # eight lanes for a row, one block in all
@@ -219,6 +219,118 @@ def test_a_wrong_target_trips_an_assert_on_the_device() -> None:
     assert run.returncode != 0
     assert "target must be in [0, C) or ignore_index" in run.stderr
     assert "device-side assert triggered" in run.stderr
+
+
+# --- linear_trimmed_cross_entropy: cuBLAS and the row kernels ----------------------------------------------------
+
+
+def layer(rows: int, width: int, words: int, dtype: torch.dtype) -> list[Tensor]:
+    """hidden, weight, bias, target"""
+    hidden, weight = torch.randn(rows, width, device="cuda"), torch.randn(words, width, device="cuda") / width**0.5
+    _, target = batch(rows, words)
+    return [hidden.to(dtype), weight.to(dtype), torch.randn(words, device="cuda").to(dtype), target]
+
+
+def linear_step(
+    hidden: Tensor, weight: Tensor, bias: Tensor, target: Tensor, keep: float | Tensor, **options: object
+) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+    loss, losses = batchkern.linear_trimmed_cross_entropy(
+        *leaves[:2], target, keep, bias=leaves[2], per_sample=True, **options
+    )
+    return [loss.detach(), losses, *torch.autograd.grad(1.5 * loss, leaves)]
+
+
+def error(x: Tensor, exact: Tensor) -> Tensor:
+    return (x.double() - exact).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("shape", [(100, 16, 50), (700, 64, 5003), (1000, 256, 32_000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chunk_rows", [64, None])
+@pytest.mark.parametrize("keep", [0.2, 0.9, 1.0])
+def test_linear(shape: tuple[int, int, int], dtype: torch.dtype, chunk_rows: int | None, keep: float) -> None:
+    hidden, weight, bias, target = layer(*shape, dtype)
+    loss, losses, *grads = linear_step(hidden, weight, bias, target, keep, chunk_rows=chunk_rows)
+    kept, _ = reference.select(losses, target != -100, keep)
+    assert torch.equal(grads[0].any(1), kept)
+    steps = []
+    for oracle in (torch.float64, dtype):
+        leaves = [x.detach().to(oracle).requires_grad_() for x in (hidden, weight, bias)]
+        mean = F.cross_entropy(F.linear(*leaves)[kept], target[kept])
+        steps.append([mean.detach(), *torch.autograd.grad(1.5 * mean, leaves)])
+    for ours, exact, theirs in zip([loss, *grads], *steps):
+        assert error(ours, exact) <= 1.2 * error(theirs, exact) + 1e-6 * exact.abs().max()
+
+
+def test_linear_under_autocast() -> None:
+    hidden, weight, bias, target = layer(600, 64, 3000, torch.float32)
+    for keep, chunk_rows in ((0.2, 64), (0.9, 64), (1.0, 64), (0.5, None)):
+        with torch.autocast("cuda", torch.bfloat16):
+            wide = linear_step(hidden.bfloat16(), weight, bias, target, keep, chunk_rows=chunk_rows)
+        narrow = linear_step(*(x.bfloat16() for x in (hidden, weight, bias)), target, keep, chunk_rows=chunk_rows)
+        assert [x.dtype for x in wide[2:]] == [torch.bfloat16, torch.float32, torch.float32]
+        for ours, theirs in zip(wide, narrow):
+            torch.testing.assert_close(ours.float(), theirs.float(), rtol=2**-7, atol=1e-4)
+
+
+def test_a_captured_linear_step_follows_keep_and_its_inputs() -> None:
+    for keep in (torch.tensor(0.5, dtype=torch.float64, device="cuda"), 0.3, 1.0):
+        inputs = layer(500, 32, 2000, torch.float32)
+        linear_step(*inputs, keep, chunk_rows=100)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = linear_step(*inputs, keep, chunk_rows=100)
+        for seed, value in enumerate([0.1, 1.0]):
+            torch.manual_seed(seed)
+            fresh = layer(500, 32, 2000, torch.float32)
+            for x, y in zip(inputs, fresh):
+                x.copy_(y)
+            if isinstance(keep, Tensor):
+                keep.fill_(value)
+            graph.replay()
+            expected = linear_step(*fresh, value if isinstance(keep, Tensor) else keep, chunk_rows=100)
+            torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_no_linear_step_waits_for_the_device() -> None:
+    inputs = layer(500, 32, 2000, torch.bfloat16)
+    for keep in (0.2, 0.9, 1.0):
+        linear_step(*inputs, keep, chunk_rows=100)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            linear_step(*inputs, keep, chunk_rows=100)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_all_logits_never_exist() -> None:
+    hidden, weight, bias, target = layer(8192, 64, 64_000, torch.bfloat16)  # logits of 1 GB
+    for keep in (0.2, 1.0):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        linear_step(hidden, weight, bias, target, keep)
+        torch.cuda.synchronize()
+        assert torch.cuda.max_memory_allocated() - before < 0.7e9
+
+
+def test_compiled_linear_step_equals_eager() -> None:
+    hidden, weight, bias, target = layer(500, 32, 2000, torch.float32)
+
+    def loss(hidden: Tensor, keep: float) -> Tensor:
+        return batchkern.linear_trimmed_cross_entropy(hidden.tanh(), weight, target, keep, bias=bias, chunk_rows=100)
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    for keep in (1.0, 0.9, 0.5, 0.2):
+        leaves = [hidden.clone().requires_grad_() for _ in range(2)]
+        results = [f(leaf, keep) for f, leaf in zip((compiled, loss), leaves)]
+        torch.testing.assert_close(*results)
+        for result in results:
+            result.backward()
+        torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
 
 
 # --- augment_latent and soft_label_kl: kernels in Triton ---------------------------------------------------------

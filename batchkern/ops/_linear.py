@@ -27,7 +27,7 @@ from batchkern.ops import _checks as check
 from batchkern.ops.trimmed_mean import trimmed_mean_op
 from batchkern.reference import kept_count
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Of the logits of a chunk, where the caller did not say how many rows it has."""
 LEAST_CHUNK = 128
 """Rows: with fewer, matmuls would read the weight too often."""
