@@ -190,7 +190,7 @@ class Arm:
         seconds, at_updates, at_seconds, first = 0.0, None, None, 0.0
         tokens = self.options.batch * self.options.length
         while at_updates is None or at_seconds is None:
-            start = time.perf_counter()
+            keep, start = self.keep_now(), time.perf_counter()
             loss, over_all = self.update()
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
@@ -198,7 +198,7 @@ class Arm:
             if self.done % max(1, self.options.updates // 8) == 0 and self.done <= self.options.updates:
                 looked_at = "all" if self.loss is hardest else "its "
                 print(
-                    f"  {self.name:12} update {self.done:5}  {seconds:6.1f} s  keep {self.keep_now():.2f}  "
+                    f"  {self.name:12} update {self.done:5}  {seconds:6.1f} s  keep {keep:.2f}  "
                     f"loss of {looked_at} tokens {over_all:.3f}, of the kept {loss:.3f}  "
                     f"{tokens * self.done / seconds:,.0f} tokens/s"
                 )

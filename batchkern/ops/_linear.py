@@ -289,19 +289,19 @@ class _Rows:
         logits: Tensor | None = None,
     ) -> Iterator[tuple[slice, Tensor]]:
         """For each slice of the vocabulary the gradient ``(rows, words)`` by its logits, which are taken from
-        ``logits (N, V)`` or computed again. The next one uses the same memory, of a chunk at most."""
+        ``logits (N, V)`` or computed again. The next one uses the same memory, a chunk at most."""
         rows, words, dtype = len(self.index), len(weight), self.hidden.dtype
         most = min(chunk * words, SLICE_BYTES[weight.device.type] // dtype.itemsize)
         width = _divide(words, _divide(words * rows, most))
         if width > ALIGNMENT:
             width = min(words, _divide(width, ALIGNMENT) * ALIGNMENT)
-        buffer = _buffer(rows, width, weight, dtype)
+        buffer = _buffer(rows if logits is None else 0, width, weight, dtype)
         for part in _parts(words, max(1, width)):
-            out = buffer[:, : part.stop - part.start]
             if logits is None:
+                out = buffer[:, : part.stop - part.start]
                 _write_logits(out, self.hidden, weight[part].to(dtype), None if bias is None else bias[part].to(dtype))
             else:
-                out.copy_(logits[:, part][self.index])
+                out = logits[:, part].index_select(0, self.index)
             saved = self.target, self.lse, self.mask, normalizer
             _to_gradient(grad, out, *saved, label_smoothing, (part.start, words))
             yield part, out
