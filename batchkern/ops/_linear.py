@@ -234,7 +234,8 @@ def losses_and_gradients(
     for part, narrow, logits in chunks:
         saved = target[part], chunks.lse[part], valid[part], normalizer
         _to_gradient(one, logits, *saved, label_smoothing, (0, len(weight)))
-        sums.add(logits, narrow, first=part.start == 0)
+        # An ignored row may hold NaN, as padding does after some attentions: times zero it would spread.
+        sums.add(logits, narrow.masked_fill(~valid[part, None], 0), first=part.start == 0)
         if to_hidden is not None:
             _add_product(to_hidden[part], logits, chunks.weight, first=True)
     losses, lse = chunks.losses, chunks.lse
@@ -275,7 +276,7 @@ class _Rows:
         # Its own rows come first, in order. Those behind them make up the number, and have a gradient of zeros.
         self.index = torch.sort(mask.byte(), descending=True, stable=True).indices[:count]
         self.mask = mask[self.index]
-        self.hidden = hidden[self.index].to(dtype)
+        self.hidden = hidden[self.index].to(dtype).masked_fill_(~self.mask[:, None], 0)
         self.target, self.lse = target[self.index], lse[self.index]
 
     def gradients(

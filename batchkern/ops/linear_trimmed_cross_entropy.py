@@ -1,4 +1,4 @@
-"""Trimmed cross entropy fused with the last linear layer, for language models."""
+"""Trimmed cross entropy fused with the last linear layer, for language models: see ``_linear.py`` for how."""
 
 from __future__ import annotations
 
@@ -28,17 +28,26 @@ def linear_trimmed_cross_entropy(
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """``trimmed_cross_entropy(hidden @ weight.T + bias, target, keep, ...)``.
+    """``trimmed_cross_entropy(F.linear(hidden, weight, bias), target, keep, ...)`` without all ``(N, V)`` logits.
+
+    With F = 2 N H V flops a step costs (1 + 3 keep) F, near ``keep=1`` (3 + 2 (1 - keep)) F: rows that are dropped, and
+    ignored ones, cost their forward pass alone. Beyond inputs and gradients it holds the logits of one chunk; a second
+    one for a moment, where those of the first are kept for the backward pass; and near ``keep=1`` the gradient of a
+    16-bit weight in float32. Products are PyTorch's and follow its settings (TF32, reductions in bfloat16).
 
     Args:
-        hidden: ``(N, H)`` float32, bfloat16, float16 or float64.
-        weight: ``(V, H)``, same dtype.
+        hidden: ``(N, H)`` float32, bfloat16, float16 or float64 (which has no kernel, and holds all logits).
+        weight: ``(V, H)``, same dtype; may be that of the embedding. Under autocast types may differ, as ``F.linear``
+            would cast both, and the gradient of a float32 weight is made in float32.
         target: ``(N,)`` int64 in [0, V), or ``ignore_index``.
-        keep: fraction of rows kept, in (0, 1], or a 0-dim float64 tensor on the same device.
+        keep: fraction of rows kept, in (0, 1]; or a 0-dim float64 tensor on the same device, read when the operation
+            runs. A GPU's tensor is not looked at by the host, and saves nothing: the step then costs 4 F.
         bias: ``(V,)``, same dtype.
-        ignore_index, label_smoothing, group: as in :func:`batchkern.trimmed_cross_entropy`.
+        ignore_index, label_smoothing, group: as in :func:`batchkern.trimmed_cross_entropy`. With a group on a GPU the
+            backward pass waits for the number of rows that this process keeps, unless a graph is being captured.
         per_sample: also return the losses ``(N,)``, detached, 0 at ignored rows.
-        chunk_rows: rows whose logits a fused kernel holds at a time. The reference holds all ``(N, V)`` of them.
+        chunk_rows: rows of a chunk. None: equal chunks of at most 64 MiB of logits, on a GPU 512, but of 128 rows at
+            least. Where that is all ``N`` rows, their logits are kept for the backward pass.
 
     Returns:
         The 0-dim loss, or ``(loss, losses)``.
@@ -47,14 +56,13 @@ def linear_trimmed_cross_entropy(
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
     """
     check.tensor("hidden", hidden, dims=2)
-    dtype = _compute_dtype(hidden)
-    _check_parameter("weight", weight, 2, hidden, dtype)
+    _check_parameter("weight", weight, 2, hidden)
     words, width = weight.shape
     if hidden.shape[1] != width:
         raise ValueError(f"weight must have shape (V, {hidden.shape[1]}) to match hidden, got {tuple(weight.shape)}")
     if bias is not None:
-        _check_parameter("bias", bias, 1, hidden, dtype)
-        check.vector("bias", bias, rows=words, like=hidden, dtypes=check.FLOATS)
+        _check_parameter("bias", bias, 1, hidden)
+        check.vector("bias", bias, rows=words, like=hidden, dtypes=(bias.dtype,))
     check.vector("target", target, rows=hidden.shape[0], like=hidden, dtypes=(torch.int64,))
     check.fraction("keep", keep, hidden)
     check.number("label_smoothing", label_smoothing, 0, 1)
@@ -75,6 +83,7 @@ def linear_trimmed_cross_entropy(
             chunk_rows=chunk_rows,
         )
         return (loss, losses) if per_sample else loss
+    dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype
     call: dict[str, Any] = {
         "target": target,
         "keep": keep if isinstance(keep, Tensor) and not check.readable(keep) else float(keep),
@@ -139,18 +148,13 @@ class _LinearTrimmedCrossEntropy(torch.autograd.Function):
         return *(next(results) if needed else None for needed in ctx.needs), None
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The type of the logits: that of ``F.linear``, under autocast too."""
-    device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+def _autocasts(hidden: Tensor) -> bool:
+    """Whether ``F.linear`` would cast its arguments."""
+    return hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
 
 
-def _check_parameter(name: str, x: Tensor, dims: int, hidden: Tensor, dtype: torch.dtype) -> None:
-    """``x`` may differ in type from hidden where autocast makes them equal."""
-    cast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
-    check.tensor(name, x, dims=dims, dtypes=check.FLOATS[:3] if cast else (hidden.dtype,))
+def _check_parameter(name: str, x: Tensor, dims: int, hidden: Tensor) -> None:
+    check.tensor(name, x, dims=dims, dtypes=check.FLOATS[:3] if _autocasts(hidden) else (hidden.dtype,))
     check.same_device(name, x, hidden)
 
 

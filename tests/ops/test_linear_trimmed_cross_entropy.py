@@ -112,12 +112,15 @@ def test_frozen_arguments(frozen: str) -> None:
             torch.testing.assert_close(leaf.grad, grad)
 
 
-def test_rows_with_nan_that_are_dropped_or_ignored_leave_no_trace() -> None:
-    hidden, weight, _, target = problem()
-    hidden[0], target[0] = math.nan, -100
-    hidden[1], target[1] = math.inf, -100
-    _, (hidden_grad, _) = run(hidden, weight, None, target, 0.3)
-    assert not hidden_grad[:2].isnan().any()
+@pytest.mark.parametrize("keep", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("chunk_rows", [5, None])
+def test_ignored_rows_with_nan_leave_no_trace(keep: float, chunk_rows: int | None) -> None:
+    # Where a whole sequence is padding, attention may give NaN.
+    hidden, weight, bias, target = problem()
+    target[:2] = -100
+    expected = run(hidden, weight, bias, target, keep, chunk_rows=chunk_rows)
+    hidden[0], hidden[1] = math.nan, math.inf
+    torch.testing.assert_close(run(hidden, weight, bias, target, keep, chunk_rows=chunk_rows), expected)
 
 
 def test_dropped_rows_have_zero_gradient() -> None:
