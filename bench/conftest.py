@@ -95,6 +95,6 @@ def _title(machine: dict[str, Any], bandwidth: dict[str, float]) -> str:
 
 
 def _time(seconds: float, *spread: float) -> str:
-    scale, unit = (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
+    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
     between = f" ({', '.join(f'{scale * s:.3g}' for s in spread)})" if spread else ""
     return f"{scale * seconds:.3g} {unit}{between}"
