@@ -67,7 +67,7 @@ def _table(report: dict[str, Any]) -> str:
         memory = ", ".join(f"{r['peak_bytes'] / 1e6:.3g}" for r in (row, *peers)) if "peak_bytes" in row else ""
         table.add_row(
             "" if shown == [op, case] else f"  {case}",
-            phase + variant.removeprefix("ours"),
+            f"{phase} {variant.removeprefix('ours').strip()}",
             _time(row["median_s"], row["p20_s"], row["p80_s"]),
             _time(row["floor_s"]),
             f"{row['over_floor']:.3g}",
