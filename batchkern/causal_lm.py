@@ -1,15 +1,15 @@
 """Trimmed losses for the causal language models of Hugging Face ``transformers``, without a change of their code.
 
-Two places that every such model has are used: its output layer, ``get_output_embeddings()``, and its ``loss_function``.
-While the model trains on labels the layer hands its input on as it is, and the loss function gets the last hidden
-state where it expected logits. ``transformers`` itself is not imported.
+Two places that such a model has are used: its output layer, ``get_output_embeddings()``, and its ``loss_function``.
+While the model trains on labels the layer hands its input on as it is, and the loss function gets the last hidden state
+where it expected logits. All that is put into the model is bound methods of one object, so that a copy of the model has
+its own. ``transformers`` itself is not imported.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -33,11 +33,13 @@ def patch_causal_lm(
     tokens of the batch, and ``output.logits`` is None. At ``keep=1`` loss and gradients are the unpatched model's. In
     every other call, evaluation and generation among them, the model does what it did before. With
     ``num_items_in_batch`` (gradient accumulation in ``transformers.Trainer``) the mean over the kept tokens counts as
-    many items as the batch has labels. Patch a model before it is compiled or wrapped for distributed training.
+    many items as the batch has labels. Patch a model after adapters are added, and before it is compiled or wrapped for
+    distributed training. A copy of the model is patched too: ``CausalLMPatch.of(copy)``.
 
     Args:
         model: a causal language model of ``transformers``, which calls its ``loss_function`` on what its output layer,
-            an ``nn.Linear``, returned. Models that scale or cap their logits in between are refused in the first call.
+            an ``nn.Linear``, returned. Models that scale, cap or cast their logits in between are refused in the first
+            call.
         keep: fraction of the tokens kept, in (0, 1]; or a 0-dim float64 tensor on the device of the loss.
         group, chunk_rows: as in :func:`linear_trimmed_cross_entropy`.
 
@@ -66,69 +68,63 @@ class CausalLMPatch:
         check.process_group(group)
         if chunk_rows is not None:
             check.count("chunk_rows", chunk_rows, low=1)
-        # A PEFT model's forward leads to that of its base model.
-        get_base: Any = getattr(model, "get_base_model", lambda: model)
-        base = get_base()
-        loss: Any = getattr(base, "loss_function", None)
-        if isinstance(getattr(loss, "__self__", None), CausalLMPatch):
-            raise ValueError("model is patched already: assign to the patch's keep, or remove() it first")
-        if not hasattr(base, "get_output_embeddings") or getattr(loss, "__name__", "") != "ForCausalLMLoss":
-            raise TypeError(
-                "model must be a causal language model of transformers, whose loss_function is ForCausalLMLoss, "
-                f"got {type(model).__name__}"
-            )
-        head = base.get_output_embeddings()
-        if getattr(type(head), "forward", None) is not nn.Linear.forward:
-            raise TypeError(f"the output layer of model must be a plain nn.Linear, got {type(head).__name__}")
+        base, head, loss = _parts(model)
         self.keep, self._group, self._chunk_rows = keep, group, chunk_rows
-        self._model, self._head, self._loss = base, head, loss
+        self._model, self._base, self._head, self._loss = model, base, head, loss
         self._training = False
         self._hidden: Tensor | None = None
-        self._forwards = [(module, module.__dict__.get("forward"), module.forward) for module in (base, head)]
-
-        @functools.wraps(base.forward)  # whose arguments transformers.Trainer looks at
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._model_forward(*args, **kwargs)
-
-        base.forward = forward
-        head.forward = self._head_forward
+        self._version = 0
+        self._own_forward = head.__dict__.get("forward")
+        self._head_forward = head.forward
+        head.forward = self._hand_on
         base.loss_function = self._loss_function
+        self._hooks = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, always_call=True),
+        ]
+
+    @staticmethod
+    def of(model: nn.Module) -> CausalLMPatch | None:
+        """The patch of a model, or of a copy of a patched one; None where there is none."""
+        patch = getattr(getattr(_base(model), "loss_function", None), "__self__", None)
+        return patch if isinstance(patch, CausalLMPatch) else None
 
     def remove(self) -> None:
-        """Gives the model its own forward passes and loss function back, where that has not been done."""
-        if not self._forwards:
+        """Gives the model its own output layer and loss function back, where that has not been done."""
+        if not self._hooks:
             return
-        for module, own, _ in self._forwards:
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = own
-        self._forwards = []
-        self._model.loss_function = self._loss
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._own_forward is None:
+            del self._head.forward
+        else:
+            self._head.forward = self._own_forward
+        self._base.loss_function = self._loss
 
-    def _model_forward(self, *args: Any, **kwargs: Any) -> Any:
-        forward = self._forwards[0][2]
-        labels = inspect.signature(forward).bind(*args, **kwargs).arguments.get("labels")
-        if labels is None or not self._model.training:
-            return forward(*args, **kwargs)
-        self._training = True
-        try:
-            output = forward(*args, **kwargs)
-            if self._training:
-                raise RuntimeError(
-                    f"{type(self._model).__name__} cannot be patched: it has not called its loss_function"
-                )
-            if isinstance(output, tuple):
-                return tuple(x for x in output if x is not self._hidden)
-            return type(output)(**{**output, "logits": None})
-        finally:
-            self._training, self._hidden = False, None
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if model is not self._model:
+            raise RuntimeError("a patched model cannot be replicated by DataParallel: use DistributedDataParallel")
+        labels = inspect.signature(model.forward).bind(*args, **kwargs).arguments.get("labels")
+        self._training = labels is not None and model.training
+        self._hidden = None
 
-    def _head_forward(self, hidden: Tensor) -> Tensor:
+    def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Also where the forward pass raised, and there is no output."""
+        unused, hidden = self._training, self._hidden
+        self._training, self._hidden = False, None
+        if hidden is None or output is None:
+            return output
+        if unused:
+            raise RuntimeError(f"{type(self._base).__name__} cannot be patched: it has not called its loss_function")
+        if isinstance(output, tuple):
+            return tuple(x for x in output if x is not hidden)
+        return type(output)(**{**output, "logits": None})
+
+    def _hand_on(self, hidden: Tensor) -> Tensor:
         if not self._training:
-            logits: Tensor = self._forwards[1][2](hidden)
-            return logits
-        self._hidden = hidden
+            return cast(Tensor, self._head_forward(hidden))
+        self._hidden, self._version = hidden, _version(hidden)
         return hidden
 
     def _loss_function(
@@ -143,12 +139,16 @@ class CausalLMPatch:
     ) -> Tensor:
         if not self._training:
             items = num_items_in_batch, ignore_index, shift_labels
-            loss: Tensor = self._loss(logits, labels, vocab_size, *items, **options)
-            return loss
-        if logits is not self._hidden:
+            return cast(Tensor, self._loss(logits, labels, vocab_size, *items, **options))
+        name = type(self._base).__name__
+        if self._hidden is None:
             raise RuntimeError(
-                f"{type(self._model).__name__} cannot be patched: between the output layer and the loss it changes its "
-                "logits, by a scale or a cap"
+                f"the output layer of {name} was replaced since it was patched: remove() and patch again"
+            )
+        if logits is not self._hidden or _version(logits) != self._version:
+            raise RuntimeError(
+                f"{name} cannot be patched: between the output layer and the loss it changes its logits, by a scale, a "
+                "cap or a cast"
             )
         self._training = False
         if shift_labels is None:
@@ -171,4 +171,38 @@ class CausalLMPatch:
             return mean
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(mean.device)
-        return mean * count / num_items_in_batch
+        # A batch without labels is a part of nothing.
+        return torch.where(count > 0, mean, 0.0) * count / num_items_in_batch
+
+
+def _version(x: Tensor) -> int:
+    """How often ``x`` was changed in place; the compiler cannot look at that."""
+    return 0 if torch.compiler.is_compiling() else x._version
+
+
+def _base(model: nn.Module) -> Any:
+    """The model itself, or that in a PEFT model, whose forward pass leads to it."""
+    get: Any = getattr(model, "get_base_model", lambda: model)
+    return get()
+
+
+def _parts(model: nn.Module) -> tuple[Any, Any, Any]:
+    """The model of transformers, its output layer and its loss function."""
+    base = _base(model)
+    loss = getattr(base, "loss_function", None)
+    if CausalLMPatch.of(model) is not None:
+        raise ValueError(
+            "model is patched already: assign to the keep of CausalLMPatch.of(model), or remove() it first"
+        )
+    name = type(base).__name__
+    forwards = [inspect.unwrap(c.__dict__["forward"]) for c in type(base).__mro__ if "forward" in c.__dict__]
+    calls_it = any("loss_function" in getattr(forward, "__code__", forward).co_names for forward in forwards)
+    encoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    if getattr(loss, "__name__", "") != "ForCausalLMLoss" or not calls_it or encoder:
+        raise TypeError(
+            f"model must be a causal language model of transformers that calls its loss_function, got {name}"
+        )
+    head = base.get_output_embeddings()
+    if getattr(type(head), "forward", None) is not nn.Linear.forward:
+        raise TypeError(f"model must have a plain nn.Linear as its output layer, {name} has {type(head).__name__}")
+    return base, head, loss

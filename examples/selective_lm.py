@@ -227,10 +227,10 @@ def print_table(results: list[Result]) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def at_least(low: int) -> Callable[[str], int]:
+    def whole(low: int, high: int = 1_000_000) -> Callable[[str], int]:
         def number(text: str) -> int:
-            if not text.isdecimal() or int(text) < low:
-                raise argparse.ArgumentTypeError(f"must be a whole number of at least {low}, got {text!r}")
+            if not text.isdecimal() or not low <= int(text) <= high:
+                raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
             return int(text)
 
         return number
@@ -246,15 +246,15 @@ def parse() -> argparse.Namespace:
 
     parser.add_argument("--text", type=Path, help="a text file; default: the source of Python's standard library")
     parser.add_argument("--keep", type=fraction, nargs="+", default=[1.0, 0.5, 0.2], help="one arm for each")
-    parser.add_argument("--updates", type=at_least(1), default=400)
-    parser.add_argument("--vocabulary", type=at_least(300), default=16384)
-    parser.add_argument("--width", type=at_least(32), default=128)
-    parser.add_argument("--layers", type=at_least(1), default=2)
-    parser.add_argument("--length", type=at_least(2), default=128, help="tokens of a sequence")
-    parser.add_argument("--batch", type=at_least(1), default=8, help="sequences")
-    parser.add_argument("--test-batches", type=at_least(1), default=32)
+    parser.add_argument("--updates", type=whole(1), default=400)
+    parser.add_argument("--vocabulary", type=whole(300), default=16384)
+    parser.add_argument("--width", type=whole(32, 8192), default=128)
+    parser.add_argument("--layers", type=whole(1), default=2)
+    parser.add_argument("--length", type=whole(2, 65536), default=128, help="tokens of a sequence")
+    parser.add_argument("--batch", type=whole(1), default=8, help="sequences")
+    parser.add_argument("--test-batches", type=whole(1), default=32)
     parser.add_argument("--rate", type=fraction, default=2e-3, help="of AdamW")
-    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     options = parser.parse_args()
     if options.width % 32:
         parser.error(f"--width must be a multiple of 32, got {options.width}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from typing import Any
 
 import pytest
@@ -202,6 +204,42 @@ def test_an_error_in_the_model_leaves_it_in_order() -> None:
     torch.testing.assert_close(model(**arguments).logits, logits)
 
 
+def test_a_copy_has_a_patch_of_its_own() -> None:
+    model, arguments = make("llama"), batch()
+    patch = batchkern.patch_causal_lm(model, 0.3)
+    expected = step(model, **arguments)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        its = batchkern.CausalLMPatch.of(other)
+        assert isinstance(its, batchkern.CausalLMPatch)
+        assert its is not patch
+        model.zero_grad()
+        assert_same_step(step(other, **arguments), expected)
+        assert all(x.grad is None for x in model.parameters())
+        its.keep = 1.0
+        assert other(**arguments).loss < expected[0]
+        its.remove()
+        assert other(**arguments).logits.shape == (3, 17, WORDS)
+        assert batchkern.CausalLMPatch.of(other) is None
+        assert_same_step(step(model, **arguments), expected)
+    assert batchkern.CausalLMPatch.of(model) is patch
+
+
+def test_a_replica_is_refused() -> None:
+    model = make("llama")
+    batchkern.patch_causal_lm(model, 0.3)
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        model._replicate_for_data_parallel()(**batch())
+
+
+def test_a_micro_batch_without_labels() -> None:
+    model, arguments = make("llama"), batch()
+    arguments["labels"].fill_(-100)
+    expected = step(model, **arguments, num_items_in_batch=7)
+    assert expected[0] == 0
+    batchkern.patch_causal_lm(model, 1.0)
+    assert_same_step(step(model, **arguments, num_items_in_batch=7), expected)
+
+
 def test_compiled() -> None:
     model, arguments = make("llama"), batch()
     batchkern.patch_causal_lm(model, 0.4, chunk_rows=10)
@@ -221,6 +259,33 @@ def test_models_that_change_their_logits_are_refused(kind: str, words: str) -> N
         model(**batch())
     patch.remove()
     assert model(**batch()).logits.shape == (3, 17, WORDS)
+
+
+def test_logits_changed_in_place_are_noticed() -> None:
+    model = make("llama")
+    batchkern.patch_causal_lm(model, 0.5)
+    model.lm_head.register_forward_hook(lambda layer, arguments, logits: logits.mul_(0.5))
+    with pytest.raises(RuntimeError, match="changes its logits"):
+        model(**batch())
+
+
+def test_a_cast_of_the_logits_is_refused() -> None:
+    config = transformers.MambaConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=1, state_size=4)
+    model = transformers.AutoModelForCausalLM.from_config(config).bfloat16().train()
+    # Up to transformers 4 it does not call its loss_function either.
+    with pytest.raises((RuntimeError, TypeError), match="a scale, a cap or a cast|calls its loss_function"):
+        patched(model)(**batch())
+
+
+def test_another_output_layer_is_noticed() -> None:
+    model = make("llama")
+    patch = batchkern.patch_causal_lm(model, 0.5)
+    model.resize_token_embeddings(WORDS + 8)
+    with pytest.raises(RuntimeError, match="was replaced since it was patched"):
+        model(**batch())
+    patch.remove()
+    batchkern.patch_causal_lm(model, 0.5)
+    assert model(**batch()).logits is None
 
 
 def test_models_that_do_not_call_their_loss_function_are_refused() -> None:
@@ -243,6 +308,10 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+T5 = transformers.T5Config(vocab_size=WORDS, d_model=32, d_ff=48, num_layers=1, num_heads=4, d_kv=8)
+XLNET = transformers.XLNetConfig(vocab_size=WORDS, d_model=32, n_layer=1, n_head=4, d_inner=48)
+
+
 def patched(model: nn.Module) -> nn.Module:
     batchkern.patch_causal_lm(model, 0.5)
     return model
@@ -251,9 +320,11 @@ def patched(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("model", "arguments", "error", "words"),
     [
-        (lambda: nn.Linear(3, 3), {}, TypeError, "causal language model of transformers, .* got Linear"),
-        (lambda: make("llama").model, {}, TypeError, "plain nn.Linear, got NoneType"),
-        (lambda: with_head(Scaled(32, WORDS)), {}, TypeError, "plain nn.Linear, got Scaled"),
+        (lambda: nn.Linear(3, 3), {}, TypeError, "causal language model of transformers .* got Linear"),
+        (lambda: make("llama").model, {}, TypeError, "calls its loss_function, got LlamaModel"),
+        (lambda: transformers.T5ForConditionalGeneration(T5), {}, TypeError, "got T5ForConditionalGeneration"),
+        (lambda: transformers.XLNetLMHeadModel(XLNET), {}, TypeError, "calls its loss_function, got XLNetLMHeadModel"),
+        (lambda: with_head(Scaled(32, WORDS)), {}, TypeError, "plain nn.Linear as its output layer, .* has Scaled"),
         (lambda: patched(make("llama")), {}, ValueError, "patched already"),
         (lambda: make("llama"), {"keep": 0.0}, ValueError, r"keep must be in \(0, 1\], got 0.0"),
         (lambda: make("llama"), {"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1, got 0"),

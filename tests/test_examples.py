@@ -76,7 +76,8 @@ def test_selective_lm(text: Path, tmp_path: Path) -> None:
     [
         (["--keep", "1", "0"], "must be in (0, 1], got '0'"),
         (["--keep", "half"], "must be in (0, 1], got 'half'"),
-        (["--updates", "0"], "must be a whole number of at least 1, got '0'"),
+        (["--updates", "0"], "must be a whole number from 1 to 1000000, got '0'"),
+        (["--seed", "9" * 30], "must be a whole number from 0 to 1000000, got '999"),
         (["--width", "48"], "--width must be a multiple of 32, got 48"),
         (["--text", "nowhere.txt"], "--text must be a file that can be read, got nowhere.txt: No such file"),
         (["--text", "."], "--text must be a file that can be read, got .: Is a directory"),

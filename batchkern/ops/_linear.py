@@ -100,7 +100,8 @@ def _write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | No
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """``out += a @ b``, or ``out = a @ b``; ``out`` may have another type than its factors."""
+    """``out += a @ b``, or ``out = a @ b``; ``out`` may have another type than its factors. Only CUDA has products of
+    16-bit factors in float32: elsewhere they are rounded once before they are added."""
     beta = 0 if first else 1
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)

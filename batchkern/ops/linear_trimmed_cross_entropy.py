@@ -33,7 +33,8 @@ def linear_trimmed_cross_entropy(
     With F = 2 N H V flops a step costs (1 + 3 keep) F, near ``keep=1`` (3 + 2 (1 - keep)) F: rows that are dropped, and
     ignored ones, cost their forward pass alone. Beyond inputs and gradients it holds the logits of one chunk; a second
     one for a moment, where those of the first are kept for the backward pass; and near ``keep=1`` the gradient of a
-    16-bit weight in float32. Products are PyTorch's and follow its settings (TF32, reductions in bfloat16).
+    16-bit weight in float32; under autocast, a copy of the weight. Products are PyTorch's, with its settings (TF32,
+    reductions in bfloat16).
 
     Args:
         hidden: ``(N, H)`` float32, bfloat16, float16 or float64 (which has no kernel, and holds all logits).
@@ -141,6 +142,8 @@ class _LinearTrimmedCrossEntropy(torch.autograd.Function):
             ctx.used = True  # another backward pass computes them again
             # Through .data, since autograd would take the scaling for a mistake of the caller.
             grads = [x.data.mul_(grad) for x in grads]
+            if ctx.needs[0]:
+                grads[0].masked_fill_(~kept[:, None], 0)  # even where the upstream gradient is infinite
         else:
             saved = grad, target, lse, kept, normalizer, logits
             grads = _linear.call(_linear.gradients, hidden, weight, bias, *saved, *ctx.options)
@@ -150,7 +153,8 @@ class _LinearTrimmedCrossEntropy(torch.autograd.Function):
 
 def _autocasts(hidden: Tensor) -> bool:
     """Whether ``F.linear`` would cast its arguments."""
-    return hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
+    device = hidden.device.type
+    return hidden.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _check_parameter(name: str, x: Tensor, dims: int, hidden: Tensor) -> None:

@@ -241,6 +241,12 @@ def test_compiled_equals_eager(autocast: bool) -> None:
         torch.testing.assert_close(*results, rtol=1e-2 if autocast else None, atol=1e-3 if autocast else None)
 
 
+def test_meta_tensors() -> None:
+    hidden, weight, target = (x.to("meta") for x in (HIDDEN, WEIGHT, TARGET))
+    loss, losses = batchkern.linear_trimmed_cross_entropy(hidden, weight, target, 0.5, per_sample=True)
+    assert (loss.device.type, loss.shape, losses.shape) == ("meta", (), (4,))
+
+
 HIDDEN, WEIGHT, TARGET = torch.zeros(4, 3), torch.zeros(6, 3), torch.tensor([0, 5, 2, 0])
 ON_META = {"device": "meta"}
 

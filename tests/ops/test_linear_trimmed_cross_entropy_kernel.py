@@ -188,6 +188,17 @@ def test_dropped_rows_are_exact_zeros(chunk_rows: int | None, keep: float) -> No
     assert torch.equal(to_hidden.any(1), kept_rows(losses, target, keep))
 
 
+@pytest.mark.parametrize("chunk_rows", [7, None], ids=["chunks", "one chunk"])
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_dropped_rows_are_zeros_under_an_infinite_gradient(chunk_rows: int | None, keep: float) -> None:
+    # As a loss scale that is too large makes.
+    hidden, weight, _, target = problem()
+    leaves = leaves_of(hidden, weight)
+    loss, losses = batchkern.linear_trimmed_cross_entropy(*leaves, target, keep, per_sample=True, chunk_rows=chunk_rows)
+    to_hidden, _ = torch.autograd.grad(loss, leaves, torch.tensor(math.inf))
+    assert torch.equal(to_hidden.any(1), kept_rows(losses, target, keep))
+
+
 def test_bf16_sums_of_many_chunks_are_made_in_float32() -> None:
     # A thousand equal rows: each adds the same to the gradient of the weight, and in bfloat16 a sum of ones stops at
     # 256. Their mean is the gradient of one row.
