@@ -197,8 +197,7 @@ def _parts(model: nn.Module) -> tuple[Any, Any, Any]:
     name = type(base).__name__
     forwards = [inspect.unwrap(c.__dict__["forward"]) for c in type(base).__mro__ if "forward" in c.__dict__]
     calls_it = any("loss_function" in getattr(forward, "__code__", forward).co_names for forward in forwards)
-    encoder = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
-    if getattr(loss, "__name__", "") != "ForCausalLMLoss" or not calls_it or encoder:
+    if getattr(loss, "__name__", "") != "ForCausalLMLoss" or not calls_it:
         raise TypeError(
             f"model must be a causal language model of transformers that calls its loss_function, got {name}"
         )

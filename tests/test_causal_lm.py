@@ -200,6 +200,7 @@ def test_an_error_in_the_model_leaves_it_in_order() -> None:
     wrong = {**arguments, "labels": arguments["labels"] + WORDS}
     with pytest.raises(ValueError, match=r"target\[5\] is .* must be in \[0, 300\)"):
         model(**wrong)
+    assert model.lm_head(torch.zeros(1, 32)).shape == (1, WORDS)
     model.eval()
     torch.testing.assert_close(model(**arguments).logits, logits)
 
