@@ -349,6 +349,7 @@ def test_ctrl_c_ends_all_workers_with_one_sentence(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script in the background ignores it
     )
     assert process.stderr.readline().startswith(" 1/12  ")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
