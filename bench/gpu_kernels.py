@@ -90,7 +90,7 @@ def host_seconds(call: Call) -> float:
     return seconds
 
 
-def measure(case: Case, bandwidth: float, matmul_rate: float) -> list[dict[str, Any]]:
+def measure(case: Case, bandwidth: float, rate: float) -> list[dict[str, Any]]:
     torch.compiler.reset()
     torch.manual_seed(0)
     problem = case.build()
@@ -111,7 +111,7 @@ def measure(case: Case, bandwidth: float, matmul_rate: float) -> list[dict[str, 
         for name in order:
             call, calls = timed[name]
             seconds[name].append(event_seconds(call) / calls)
-    floor = problem.floor_bytes / bandwidth + problem.floor_flops / matmul_rate
+    floor = problem.floor_bytes / bandwidth + problem.floor_flops / rate
     rows = []
     for name, durations in seconds.items():
         p20, median, p80 = harness.quantiles(durations)

@@ -52,10 +52,12 @@ def chunk_rows(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: int |
 def choose(keep: float | None, needs: Sequence[bool], *, all_in_a_chunk: bool, dtype: torch.dtype) -> Way:
     """The way to the gradients of (hidden, weight, bias) that takes the fewest flops. ``keep`` is None where the host
     does not know it, or where other processes have a say in which rows are kept."""
+    if not any(needs):
+        return "logits again"  # never, that is
     if all_in_a_chunk:
         return "keep logits"
     # Without the upstream gradient, which scales the loss, a gradient in float16 would underflow.
-    if keep is None or not any(needs) or dtype == torch.float16:
+    if keep is None or dtype == torch.float16:
         return "logits again"
     products = needs[0] + needs[1]
     again = 1 + keep * (1 + products)
@@ -258,13 +260,9 @@ def losses_and_gradients(
 def _count(mask: Tensor, share: float | None) -> int:
     """How many rows a mask has, or on a GPU the most that it can have: ``share`` of all, rounded up. Where no share is
     known the GPU is asked, unless a graph is being captured."""
-    if _at_hand(mask) or (share is None and not torch.cuda.is_current_stream_capturing()):
+    if mask.is_cpu or (share is None and not torch.cuda.is_current_stream_capturing()):
         return int(mask.sum())
     return len(mask) if share is None else min(len(mask), math.floor(share * len(mask)) + 1)
-
-
-def _at_hand(x: Tensor) -> bool:
-    return x.is_cpu
 
 
 class _Rows:

@@ -116,8 +116,7 @@ class _LinearTrimmedCrossEntropy(torch.autograd.Function):
                 _linear.losses_and_gradients, *arguments, ctx.needs, keep
             )
         else:
-            keep_logits = way == "keep logits" and any(ctx.needs)
-            losses, lse, logits = _linear.call(_linear.losses, *arguments, keep_logits)
+            losses, lse, logits = _linear.call(_linear.losses, *arguments, way == "keep logits")
             valid = target != call["ignore_index"]
             if group is None:
                 loss, kept, normalizer = trimmed_mean_op(losses, *check.split_keep(keep, losses), valid)
