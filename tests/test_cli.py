@@ -29,6 +29,7 @@ PIL_Image = pytest.importorskip("PIL.Image")
 
 from batchkern import _backend, cli  # noqa: E402
 from batchkern._version import __version__  # noqa: E402
+from batchkern.cli import _train  # noqa: E402
 from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, WEIGHTS  # noqa: E402
 from batchkern.trainer import Trainer  # noqa: E402
 
@@ -170,9 +171,9 @@ def test_a_warning_is_one_line(batchkern):
 
 def test_one_thread_for_small_images_alone():
     torch.set_num_threads(2)
-    cli._spare_threads((3, 32, 32))
+    _train._spare_threads((3, 32, 32))
     assert torch.get_num_threads() == 2
-    cli._spare_threads((1, 8, 8))
+    _train._spare_threads((1, 8, 8))
     assert torch.get_num_threads() == 1
 
 
@@ -459,6 +460,7 @@ def test_ctrl_c_saves_and_names_the_command_that_goes_on(batchkern):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script in the background ignores it
     )
     assert process.stdout.readline().startswith("epoch 1/8")
     process.send_signal(signal.SIGINT)
@@ -491,7 +493,7 @@ def test_ctrl_c_before_the_training(batchkern, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_pair", stop)
+    monkeypatch.setattr(_train, "load_pair", stop)
     assert batchkern("train", *QUICK) == (2, "", "batchkern: interrupted\n")
 
 

@@ -27,6 +27,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
 from batchkern import cli, compare, plots
+from batchkern.cli import _compare
 from batchkern.compare import ARMS, RESULTS, Comparison, interval, run, slug, split_arms, summarise
 from batchkern.errors import UserError
 from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, WEIGHTS
@@ -116,10 +117,10 @@ def test_a_slug_is_one_plain_name():
 
 def test_arms_without_a_passive_set(batchkern, monkeypatch):
     """digits has one by default, anything else only what it is given."""
-    assert cli._chosen_arms([], None, "digits") == (ARMS, "photo-patches")
-    assert cli._chosen_arms([], None, "photo-patches") == (tuple(a for a in ARMS if "passive" not in a), None)
-    assert cli._chosen_arms([], "digits", "photo-patches") == (ARMS, "digits")
-    assert cli._chosen_arms(["trimming"], None, "digits") == (("trimming",), None)
+    assert _compare._chosen_arms([], None, "digits") == (ARMS, "photo-patches")
+    assert _compare._chosen_arms([], None, "photo-patches") == (tuple(a for a in ARMS if "passive" not in a), None)
+    assert _compare._chosen_arms([], "digits", "photo-patches") == (ARMS, "digits")
+    assert _compare._chosen_arms(["trimming"], None, "digits") == (("trimming",), None)
     words = ("--data", "photo-patches", "--arm", "passive", *SMALL)
     assert_refused(batchkern, words, "passive needs a data set to inject: --passive SOURCE")
 

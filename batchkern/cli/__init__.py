@@ -1,0 +1,88 @@
+"""The command line: ``batchkern train | compare | info``.
+
+What a user did wrong is one line on stderr and exit status 2, never a traceback; a traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any, NoReturn
+
+import torch
+
+from batchkern._version import __version__
+from batchkern.cli._compare import compare
+from batchkern.cli._info import info
+from batchkern.cli._train import train
+from batchkern.errors import UserError, require
+
+try:
+    import typer
+except ImportError:  # main() says so in a sentence
+    typer = None  # type: ignore[assignment]
+
+
+def main() -> NoReturn:
+    """The entry point of ``batchkern`` and ``python -m batchkern``."""
+    try:
+        require("typer", "train")
+        require("rich", "train")
+    except UserError as error:
+        _fail(f"error: {error}")
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        _app()(prog_name="batchkern")
+    raise SystemExit(0)
+
+
+def _app() -> typer.Typer:
+    # Plain help and usage errors: rich would break sentences at the edges of a box.
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app.callback()(_group)
+    for command in (train, compare, info):
+        app.command()(_in_sentences(command))
+    return app
+
+
+def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
+    """``command``, with what a user did wrong, and Ctrl-C, told in one line."""
+
+    @functools.wraps(command)
+    def told(*args: Any, **options: Any) -> None:
+        try:
+            command(*args, **options)
+        except UserError as error:
+            _fail(f"error: {error}")
+        except torch.OutOfMemoryError as error:
+            _fail(f"error: out of memory; a smaller --batch-size needs less ({error})")
+        except KeyboardInterrupt as stop:
+            _fail(str(stop) or "interrupted")
+
+    return told
+
+
+def _fail(sentence: str) -> NoReturn:
+    print("batchkern:", " ".join(sentence.split()), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """In place of Python's two lines with a path and a line of source."""
+    print("batchkern: warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"batchkern {__version__}")
+        raise SystemExit(0)
+
+
+def _group(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Training with selected mini-batches: five published strategies, and random selection as their control."""

@@ -1,0 +1,40 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from batchkern.strategies import STRATEGIES
+
+try:
+    import typer
+except ImportError:  # batchkern.cli.main says so in a sentence
+    typer = None  # type: ignore[assignment]
+
+
+def option(*names: str, help: str) -> Any:
+    """Nothing where typer is missing, since this module must load to say so."""
+    return typer.Option(*names, help=help) if typer else None
+
+
+DataOption = Annotated[str, option(help="digits, a parquet file, a folder of images, or a name on the hub")]
+TestOption = Annotated[str | None, option(help="test data; default: those of --data, else a fifth of it")]
+StrategyOption = Annotated[
+    str, option(help=f'{", ".join(STRATEGIES)}; joined, with options: "trimming(end=0.3)+passive(every=20)"')
+]
+PassiveOption = Annotated[str | None, option(help="data that the strategy passive injects, e.g. photo-patches")]
+ImageSizeOption = Annotated[int | None, option(help="resize all images to so many pixels square")]
+ModelOption = Annotated[str, option(help="cnn, resnet8, resnet20, resnet56, or any model of timm")]
+ClassifierOption = Annotated[str | None, option(help="the model's last linear layer, where it cannot be found")]
+EpochsOption = Annotated[int, option(help="of the baseline; strategies may visit less in one")]
+BatchSizeOption = Annotated[int, option(help="of the baseline; strategies may change it")]
+OptimizerOption = Annotated[str, option(help="sgd, adam or adamw")]
+LrOption = Annotated[float, option(help="learning rate, at the start of the schedule")]
+MomentumOption = Annotated[float, option(help="of sgd; the first beta of adam and adamw")]
+WeightDecayOption = Annotated[float, option(help="of the optimizer")]
+ScheduleOption = Annotated[str, option(help="of the learning rate: constant, cosine or step")]
+AmpOption = Annotated[str, option(help="mixed precision: none, bf16 or fp16")]
+AugmentOption = Annotated[str, option(help="none, flip, crop or crop+flip")]
+SmoothingOption = Annotated[float, option(help="label smoothing of the training loss, in [0, 1]")]
+DeviceOption = Annotated[str | None, option(help="cpu, cuda or cuda:N; default: cuda where there is one")]
+OverwriteOption = Annotated[bool, option("--overwrite", help="replace the files that batchkern wrote in --out")]

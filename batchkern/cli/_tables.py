@@ -1,0 +1,31 @@
+"""Tables on a terminal or in a pipe."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from batchkern.errors import require
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PIPE_WIDTH = 500
+
+
+def make_table(*headings: str, numbers: bool = False) -> Table:
+    """Columns of words, or one and then ``numbers``."""
+    box, table = require("rich.box", "train"), require("rich.table", "train").Table
+    made: Table = table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0 if numbers else 1), pad_edge=False)
+    for place, heading in enumerate(headings):
+        made.add_column(heading, justify="right" if numbers and place else "left", overflow="fold")
+    return made
+
+
+def print_tables(*tables: Table) -> None:
+    console = require("rich.console", "train").Console
+    for place, table in enumerate(tables):
+        if place:
+            print()
+        # In a pipe nothing says how wide a line may be, and rich would guess 80 columns and break them.
+        (console() if sys.stdout.isatty() else console(width=PIPE_WIDTH)).print(table)
