@@ -43,7 +43,7 @@ def elsewhere(tmp_path, tmp_path_factory, monkeypatch):
     """A working directory and a cache of this test's own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[1]))  # for processes, where it is not installed
+    monkeypatch.setenv("PYTHONPATH", str(Path(cli.__file__).parents[2]))  # for processes, where it is not installed
 
 
 @pytest.fixture
