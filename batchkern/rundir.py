@@ -14,13 +14,15 @@ import torch
 
 from batchkern.errors import UserError, require
 
-CONFIG, METRICS, CHECKPOINT, WEIGHTS, CURVES = (
+CONFIG, METRICS, CHECKPOINT, WEIGHTS, SAMPLES, CURVES = (
     "config.json",
     "metrics.jsonl",
     "checkpoint.pt",
     "model.safetensors",
+    "samples.safetensors",
     "curves.png",
 )
+RUN_FILES = (CONFIG, METRICS, CHECKPOINT, WEIGHTS, SAMPLES, CURVES)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -75,7 +77,7 @@ class RunDirectory:
                 raise UserError(f"{self.path} exists and is not a batchkern run; give another output directory")
             if contents and not overwrite:
                 raise UserError(f"{self.path} holds a run already; resume it, overwrite it, or give another directory")
-            for name in (CHECKPOINT, WEIGHTS, CURVES):
+            for name in (CHECKPOINT, WEIGHTS, SAMPLES, CURVES):
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
@@ -144,7 +146,7 @@ class RunDirectory:
         self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
         return state
 
-    def save_weights(self, weights: dict[str, torch.Tensor]) -> None:
+    def save_tensors(self, file: str, tensors: dict[str, torch.Tensor]) -> None:
         save = require("safetensors.torch", "train").save
         # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
-        self._write(WEIGHTS, save({name: value.detach().cpu().contiguous().clone() for name, value in weights.items()}))
+        self._write(file, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))

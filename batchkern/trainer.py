@@ -35,10 +35,11 @@ from batchkern.configure import (
     pick_schedule,
 )
 from batchkern.data import Feed, ImageData
+from batchkern.diagnostics import SampleLog
 from batchkern.errors import UserError
 from batchkern.plan import Batch, EpochBatches
 from batchkern.progress import ProgressBar
-from batchkern.rundir import CHECKPOINT, RunDirectory
+from batchkern.rundir import CHECKPOINT, SAMPLES, WEIGHTS, RunDirectory
 from batchkern.seeding import derived_seed
 from batchkern.strategies import Run, Step, Strategy, check_combination
 from batchkern.strategies.base import Perturbation, run_with_virtual
@@ -183,6 +184,8 @@ class Trainer:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.grad_scaler.GradScaler(self.device.type, enabled=self.amp == torch.float16)
 
+        clean = train.clean_labels
+        self.samples = SampleLog(len(train), self.device, None if clean is None else clean != train.labels)
         self.counts = Counts()
         self.history: list[dict[str, Any]] = []
         """One row an epoch, as in metrics.jsonl."""
@@ -241,6 +244,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "batches": self.batches.state_dict(),
                 "strategies": [strategy.state_dict() for strategy in self.strategies],
+                "samples": self.samples.state_dict(),
                 "rng": rng,
                 "cuda_rng": cuda_rng,
             }
@@ -256,6 +260,7 @@ class Trainer:
         self.batches.load_state_dict(state["batches"])
         for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
             strategy.load_state_dict(saved)
+        self.samples.load_state_dict(state["samples"])
         self._rng = state["rng"], state["cuda_rng"]
 
     # --- the training ------------------------------------------------------------------------------------------
@@ -402,6 +407,7 @@ class Trainer:
         seen = full_target if scored else target
         for strategy in self.strategies:
             strategy.observe(step, losses)
+        self.samples.observe(step.batch.indices, losses, owner.kept(step, losses))
         sums = losses.sum(), value * len(seen), (logits.argmax(1) == seen).sum(), torch.full_like(value, len(seen))
         self._sums += torch.stack([x.double() for x in sums])
         self.counts.samples_seen += len(full_target)
@@ -473,8 +479,11 @@ class Trainer:
             "train_accuracy": correct,
             **self.evaluate(),
         }
+        if epoch + 1 == self.run.epochs:
+            row["train_set_accuracy"] = self._accuracy(self.feed)
+        row.update(self.samples.end_epoch())
         for strategy in self.strategies:
-            row.update(strategy.diagnostics())
+            row.update(strategy.diagnostics(row))
         self.history.append(row)
         self._sums.zero_()
         if self.directory:
@@ -483,7 +492,8 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         if self.directory:
-            self.directory.save_weights(self.model.state_dict())
+            self.directory.save_tensors(WEIGHTS, self.model.state_dict())
+            self.directory.save_tensors(SAMPLES, self.samples.samples())
             from batchkern.plots import plot_run
 
             plot_run(self.directory.path)
@@ -506,6 +516,10 @@ class Trainer:
             loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
         rows = len(self.test_feed.data)
         return {"test_accuracy": voted / rows, "test_accuracy_plain": plain / rows, "test_loss": loss / rows}
+
+    def _accuracy(self, feed: Feed) -> float:
+        correct = sum(float((scores.argmax(1) == target).sum()) for target, _, scores in self._inference(feed))
+        return correct / len(feed.data)
 
     def predict(self, data: ImageData) -> Tensor:
         """Predicted classes ``(N,)`` int64 on the CPU, as the strategies decide at inference (majority vote, say)."""

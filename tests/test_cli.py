@@ -30,7 +30,7 @@ PIL_Image = pytest.importorskip("PIL.Image")
 from batchkern import _backend, cli  # noqa: E402
 from batchkern._version import __version__  # noqa: E402
 from batchkern.cli import _train  # noqa: E402
-from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, WEIGHTS  # noqa: E402
+from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, RUN_FILES, WEIGHTS  # noqa: E402
 from batchkern.trainer import Trainer  # noqa: E402
 
 one_thread = single_thread()
@@ -124,7 +124,7 @@ def test_train_prints_a_line_each_epoch_and_where_the_files_are(batchkern):
     speed = (rows[1]["samples_seen"] - rows[0]["samples_seen"]) / (rows[1]["seconds"] - rows[0]["seconds"])
     assert second.endswith(f"  {speed:,.0f} samples/s")
     assert last == f"test accuracy {rows[1]['test_accuracy']:.2%} after 24 updates; in runs/digits-trimming-cnn-s0:"
-    assert files.split() == [CONFIG, METRICS, CHECKPOINT, WEIGHTS, CURVES]
+    assert files.split() == list(RUN_FILES)
     assert sorted(os.listdir("runs/digits-trimming-cnn-s0")) == sorted(files.split())
 
 

@@ -144,7 +144,7 @@ def arm(run, moment: str, number: int, die=die) -> None:
         case "checkpointed":
             wrap(run.directory, "save_checkpoint", after=at)
         case "weights":
-            wrap(run.directory, "save_weights", before=at)
+            wrap(run.directory, "save_tensors", before=at)
 
 
 def killed(name: str, out: Path, moment: str, number: int, every: int | None) -> bool:

@@ -76,7 +76,7 @@ def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
     directory = opened(tmp_path)
     directory.append_metrics({"epoch": 0})
     directory.save_checkpoint(state(1))
-    directory.save_weights({"weight": torch.zeros(2)})
+    directory.save_tensors(WEIGHTS, {"weight": torch.zeros(2)})
     (tmp_path / CURVES).write_bytes(b"png")
     (tmp_path / "notes.txt").write_text("mine")
     opened(tmp_path, {"epochs": 5}, overwrite=True)
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"checkpoint.pt cannot be written: No space left on device"):
         directory.save_checkpoint(state(9))
     with pytest.raises(UserError, match=r"model.safetensors cannot be written: No space left on device"):
-        directory.save_weights({"weight": torch.zeros(2)})
+        directory.save_tensors(WEIGHTS, {"weight": torch.zeros(2)})
     assert not (tmp_path / WEIGHTS).exists()
     assert opened(tmp_path, resume=True).load_checkpoint.__func__ is RunDirectory.load_checkpoint
     monkeypatch.undo()
@@ -237,7 +237,7 @@ def test_weights_are_saved_whole_whatever_their_memory(tmp_path):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     model.register_buffer("view", torch.arange(6.0).view(2, 3).T)
-    opened(tmp_path).save_weights(model.state_dict())
+    opened(tmp_path).save_tensors(WEIGHTS, model.state_dict())
     saved = safetensors.load_file(tmp_path / WEIGHTS)
     assert saved.keys() == model.state_dict().keys()
     assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())

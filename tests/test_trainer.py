@@ -603,7 +603,7 @@ def test_a_strategy_of_the_users_own_sees_every_seam():
         def observe(self, step, losses):
             calls.append(("observe", step.update, len(losses)))
 
-        def diagnostics(self):
+        def diagnostics(self, row):
             return {"spied": float(len(calls))}
 
         def finish(self, run):

@@ -104,7 +104,8 @@ class RecordingTrainer(Trainer):
         batch = self.feed.batch
 
         def fed(indices: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
-            self.fed.append(indices)
+            if step is not None:  # not where it is only evaluated
+                self.fed.append(indices)
             return batch(indices, step)
 
         self.feed.batch = fed  # type: ignore[method-assign]

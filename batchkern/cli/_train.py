@@ -34,7 +34,7 @@ from batchkern.cli._options import (
 from batchkern.compare import check_passive, slug
 from batchkern.data import load, load_pair
 from batchkern.plots import kept_fractions
-from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, WEIGHTS
+from batchkern.rundir import RUN_FILES
 from batchkern.strategies import parse
 from batchkern.trainer import Trainer
 
@@ -107,7 +107,7 @@ def train(
         said = str(stop) or f"interrupted; resume from the last checkpoint in {out}"
         raise KeyboardInterrupt(f"{said}: {_resume_command()}") from None
     print(f"test accuracy {row['test_accuracy']:.2%} after {trainer.counts.updates:,} updates; in {out}:")
-    print("  " + "  ".join((CONFIG, METRICS, CHECKPOINT, WEIGHTS, CURVES)))
+    print("  " + "  ".join(RUN_FILES))
 
 
 class TalkingTrainer(Trainer):

@@ -5,6 +5,7 @@ return `ImageData`, which hands out uint8 rows for any index tensor. `Feed` turn
 augmented batches on the device. Which rows make up a batch is decided elsewhere, by the index plan.
 """
 
+from batchkern.data.derived import subset, with_label_noise
 from batchkern.data.feed import AUGMENTATIONS, Feed
 from batchkern.data.images import ImageData, StreamedImages, TensorImages, match_shape
 from batchkern.data.loading import load, load_pair
@@ -18,4 +19,6 @@ __all__ = [
     "load",
     "load_pair",
     "match_shape",
+    "subset",
+    "with_label_noise",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +38,10 @@ class ImageData(ABC):
         labels: (N,) int64 on the CPU, each in 0..len(classes)-1.
         classes: the name of each class.
         shape: (C, H, W) of every image; C is 1 (grey) or 3 (RGB).
+        clean_labels: (N,) int64, where it is known what labels ought to be; None: not known.
     """
+
+    clean_labels: Tensor | None = None
 
     def __init__(self, labels: Tensor, classes: Sequence[str], shape: tuple[int, int, int], name: str) -> None:
         self.name = name
@@ -59,6 +63,23 @@ class ImageData(ABC):
     @abstractmethod
     def reshaped(self, shape: tuple[int, int, int]) -> ImageData:
         """The same images, colour-converted and resized to `shape`; see `match_shape`."""
+
+    @abstractmethod
+    def _selected(self, positions: Tensor) -> ImageData:
+        """The images at `positions`, without clean labels."""
+
+    def select(self, positions: Tensor) -> ImageData:
+        """The images at `positions` (m,) int64 on the CPU."""
+        part = self._selected(positions)
+        if self.clean_labels is not None:
+            part.clean_labels = self.clean_labels[positions]
+        return part
+
+    def relabelled(self, labels: Tensor, *, clean: Tensor | None) -> ImageData:
+        """The same images under other labels; `clean` says what they ought to be."""
+        other = copy.copy(self)
+        other.labels, other.clean_labels = labels, clean
+        return other
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of images / 255: two (C,) float32 tensors.
@@ -114,6 +135,9 @@ class TensorImages(ImageData):
     def rows(self, indices: Tensor) -> Tensor:
         return self.images.index_select(0, indices)
 
+    def _selected(self, positions: Tensor) -> TensorImages:
+        return TensorImages(self.images[positions], self.labels[positions], self.classes, name=self.name)
+
     def reshaped(self, shape: tuple[int, int, int]) -> TensorImages:
         if shape == self.shape:
             return self
@@ -151,6 +175,10 @@ class StreamedImages(ImageData):
         for slot, image in zip(out.numpy(), self.cells.decode(indices.tolist()), strict=True):
             slot[...] = image
         return out
+
+    def _selected(self, positions: Tensor) -> StreamedImages:
+        cells = replace(self.cells, index=self.cells.index[positions])
+        return StreamedImages(cells, self.labels[positions], self.classes)
 
     def reshaped(self, shape: tuple[int, int, int]) -> StreamedImages:
         if shape == self.shape:

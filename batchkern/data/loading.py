@@ -52,7 +52,12 @@ def load(
 
 
 def load_pair(
-    train: str, test: str | None = None, *, image_size: int | None = None, memory_limit: int = MEMORY_LIMIT
+    train: str,
+    test: str | None = None,
+    *,
+    image_size: int | None = None,
+    clean_labels: str | None = None,
+    memory_limit: int = MEMORY_LIMIT,
 ) -> tuple[ImageData, ImageData]:
     """A training set, the split "train" of `train`, and a test set with the same classes and shape.
 
@@ -63,6 +68,7 @@ def load_pair(
             neither, a fixed fifth of each class is held out from its split "train", the same in every run
             whatever its seeds.
         image_size, memory_limit: as for `load`, the limit for each set by itself.
+        clean_labels: a column of `train` that says what its labels ought to be, where they are known to be noisy.
 
     Returns:
         (training set, test set), the second with the channels and the class names of the first.
@@ -73,7 +79,7 @@ def load_pair(
     """
     _check_size(image_size)
     splits = open_source(train)
-    train_part = _part(train, splits, "train")
+    train_part = _part(train, splits, "train", clean_labels)
     if test is not None:
         test_part = _test_part(test, open_source(test))
     elif "test" in splits or "validation" in splits:
@@ -98,11 +104,15 @@ def load_pair(
     return train_data, match_shape(test_data, train_data.shape)
 
 
-def _part(source: str, splits: Mapping[str, Any], split: str) -> TensorImages | Table:
+def _part(source: str, splits: Mapping[str, Any], split: str, clean_labels: str | None = None) -> TensorImages | Table:
     if split not in splits:
         raise UserError(f"{source}: no split {split!r}; it has {', '.join(splits)}")
     part = splits[split]
-    return part if isinstance(part, TensorImages) else read_table(source, split, part)
+    if not isinstance(part, TensorImages):
+        return read_table(source, split, part, clean_labels)
+    if clean_labels is not None:
+        raise UserError(f"{source}: it has no columns, so none of clean labels either, got {clean_labels!r}")
+    return part
 
 
 def _test_part(source: str, splits: Mapping[str, Any]) -> TensorImages | Table:
@@ -123,6 +133,7 @@ def _decoded(
     part: TensorImages | Table, classes: tuple[str, ...], image_size: int | None, memory_limit: int
 ) -> ImageData:
     """In memory where that fits, else streamed."""
+    data: ImageData
     if isinstance(part, TensorImages):
         data = TensorImages(part.images, part.labels, classes, name=part.name)
         return data if image_size is None else match_shape(data, (data.shape[0], image_size, image_size))
@@ -131,8 +142,11 @@ def _decoded(
     cells = replace(part.cells, size=size, resize=image_size is not None, threaded=large(first))
     channels = 3 if len(first) == 3 or cells.any_colour(sample_rows(len(cells))) else 1
     if len(cells) * channels * size[0] * size[1] > memory_limit:
-        return StreamedImages(replace(cells, channels=channels), part.labels, classes)
-    return TensorImages(decode_all(cells, channels), part.labels, classes, name=part.name)
+        data = StreamedImages(replace(cells, channels=channels), part.labels, classes)
+    else:
+        data = TensorImages(decode_all(cells, channels), part.labels, classes, name=part.name)
+    data.clean_labels = part.clean
+    return data
 
 
 def _check_size(image_size: int | None) -> None:

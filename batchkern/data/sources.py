@@ -37,11 +37,13 @@ class Table:
         cells: the images.
         labels: (N,) int64, none negative, each below len(classes) if there are names.
         classes: the names of the classes, or None: the labels are just integers.
+        clean: (N,) int64, what the labels ought to be, or None: not known.
     """
 
     cells: Cells
     labels: Tensor
     classes: tuple[str, ...] | None
+    clean: Tensor | None = None
 
     @property
     def name(self) -> str:
@@ -50,7 +52,8 @@ class Table:
     def select(self, positions: Tensor) -> Table:
         """The rows at `positions` (m,) int64."""
         cells = replace(self.cells, index=self.cells.index[positions])
-        return replace(self, cells=cells, labels=self.labels[positions])
+        clean = None if self.clean is None else self.clean[positions]
+        return replace(self, cells=cells, labels=self.labels[positions], clean=clean)
 
 
 def held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,8 +92,11 @@ def open_source(source: str) -> Mapping[str, Any]:
     return _open_hub(source)
 
 
-def read_table(name: str, split: str, dataset: Any) -> Table:
+def read_table(name: str, split: str, dataset: Any, clean_labels: str | None = None) -> Table:
     """The images and labels of one split of a `datasets.Dataset`.
+
+    Args:
+        clean_labels: the column of what the labels ought to be, where it is known.
 
     Raises:
         UserError: no image column, no label column, no rows, an unlabelled row, or a label out of range.
@@ -110,15 +116,25 @@ def read_table(name: str, split: str, dataset: Any) -> Table:
         raise UserError(f"{name}: the split {split!r} has no rows")
     labels = _read_labels(name, dataset, label)
     names = getattr(dataset.features[label], "names", None)
+    _check_labels(name, labels, names)
+    clean = None
+    if clean_labels is not None:
+        if clean_labels not in dataset.features:
+            raise UserError(f"{name}: no column {clean_labels!r} of clean labels among its columns: {columns}")
+        clean = _read_labels(name, dataset, clean_labels)
+        _check_labels(name, clean, names)
+    feature = dataset.features[images[0]]
+    undecoded = dataset.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
+    cells = Cells(name, undecoded, images[0], feature, torch.arange(len(labels)))
+    return Table(cells, labels, tuple(names) if names else None, clean)
+
+
+def _check_labels(name: str, labels: Tensor, names: list[str] | None) -> None:
     wrong = ((labels < 0) | (labels >= (len(names) if names else torch.inf))).nonzero().flatten()
     if len(wrong):
         row = int(wrong[0])
         allowed = f"0..{len(names) - 1}" if names else "0, 1, 2, ..."
         raise UserError(f"{name}: row {row} has the label {int(labels[row])}; allowed are {allowed}")
-    feature = dataset.features[images[0]]
-    undecoded = dataset.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
-    cells = Cells(name, undecoded, images[0], feature, torch.arange(len(labels)))
-    return Table(cells, labels, tuple(names) if names else None)
 
 
 def _kind(feature: Any) -> str:

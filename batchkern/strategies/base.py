@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -125,8 +125,12 @@ class Strategy:
         """Class scores ``(B, C)`` for prediction, or ``None`` for the model's own logits."""
         return None
 
-    def diagnostics(self) -> dict[str, float]:
-        """Figures of the epoch so far, for the metrics; called once at its end."""
+    def kept(self, step: Step, losses: Tensor) -> Tensor | None:
+        """Positions in the batch of the rows that the loss counted, or ``None`` for all; ``losses (B,)`` of all."""
+        return None
+
+    def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """Figures of the epoch, for the metrics; called once at its end. ``row``: what the metrics say already."""
         return {}
 
     def finish(self, run: Run) -> None:

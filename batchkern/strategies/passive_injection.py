@@ -4,7 +4,7 @@ Algorithm 1."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -67,6 +67,7 @@ class PassiveInjection(Strategy):
         size = min(self.batch_size or run.batch_size, len(data))
         self.batches = EpochBatches(len(data), size, epochs=1, seed=derived_seed(run.seed, "passive"))
         self.active, self.injected, self.pending = 0, 0, None
+        self.seen, self.correct = 0, torch.zeros((), dtype=torch.int64, device=run.device)  # in the epoch
         _, self.classifier = find_classifier(run.model, run.classifier)
         with torch.random.fork_rng(devices=[]):  # arms of a comparison go on to draw the same numbers
             torch.manual_seed(derived_seed(run.seed, "passive head"))
@@ -100,17 +101,29 @@ class PassiveInjection(Strategy):
                 step.run.model(images)
         finally:
             handle.remove()
-        return trimmed_cross_entropy(step.run.extras[HEAD](features[0]), target, 1.0)
+        logits = step.run.extras[HEAD](features[0])
+        self.correct += (logits.detach().argmax(1) == target).sum()
+        self.seen += len(target)
+        return trimmed_cross_entropy(logits, target, 1.0)
 
     def finish(self, run: Run) -> None:
         if HEAD in run.extras:  # not where a finished training is asked to go on
             del run.extras[HEAD]
 
-    def diagnostics(self) -> dict[str, float]:
-        return {"passive_updates": self.injected}
+    def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """``passive_accuracy`` is that of the epoch's passive batches, each before its update."""
+        figures: dict[str, float] = {"passive_updates": self.injected}
+        if self.seen:
+            figures["passive_accuracy"] = float(self.correct) / self.seen
+        self.correct.zero_()
+        self.seen = 0
+        return figures
 
     def state_dict(self) -> dict[str, Any]:
-        return {"active": self.active, "injected": self.injected, "pending": self.pending}
+        names = ("active", "injected", "pending", "seen")
+        return {name: getattr(self, name) for name in names} | {"correct": int(self.correct)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.active, self.injected, self.pending = state["active"], state["injected"], state["pending"]
+        state = dict(state)
+        self.correct.fill_(state.pop("correct"))
+        vars(self).update(state)

@@ -67,14 +67,21 @@ class RandomSelection(Strategy):
         rows = len(target)
         keep = linear(self.start, self.end)(step.batch.epoch, step.run.epochs)
         step.kept = kept_rows(keep, rows)
-        order = torch.randperm(rows, generator=generator(self.seed, "random rows", step.update))
-        dropped = order[step.kept :].to(target.device)
+        dropped = self._order(step, rows)[step.kept :].to(target.device)
         smoothing = step.run.label_smoothing
         with torch.no_grad():
             _, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
         chosen = target.index_fill(0, dropped, IGNORED)
         loss = trimmed_cross_entropy(logits, chosen, 1.0, ignore_index=IGNORED, label_smoothing=smoothing)
         return loss, losses
+
+    def _order(self, step: Step, rows: int) -> Tensor:
+        return torch.randperm(rows, generator=generator(self.seed, "random rows", step.update))
+
+    def kept(self, step: Step, losses: Tensor) -> Tensor | None:
+        if self.select == "batches":
+            return None
+        return self._order(step, len(losses))[: step.kept].to(losses.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"replay": self.replay.state_dict()}

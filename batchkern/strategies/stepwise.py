@@ -3,7 +3,8 @@ with Respect to Data Distribution", ICPR 2020, section III."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -63,6 +64,9 @@ class Stepwise(Strategy):
 
     def setup(self, run: Run) -> None:
         self.epoch = self.place = 0
+        self.rows, self.run_batch_size, n = run.rows, run.batch_size, len(self.fractions)
+        self.bounds = [i * run.epochs // n for i in range(n + 1)]
+        """The epoch in which each step begins, and the end."""
         if run.epochs < len(self.fractions):
             raise UserError(f"epochs must be at least {len(self.fractions)}, one a step of Stepwise, got {run.epochs}")
         for fraction, multiple in zip(self.fractions, self.batch_multiples, strict=True):
@@ -83,17 +87,22 @@ class Stepwise(Strategy):
         decays = int(epoch_in_step / max(1.0, self.decay_every * step_epochs) + 1e-9)
         return factor * self.gamma**decays
 
+    def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """Eq. 10's noise scale, rate * M_i / b_i, of the step that the epoch belongs to, at the rate of its end."""
+        step = bisect.bisect_right(self.bounds, row["epoch"]) - 1
+        batch_size = self.batch_multiples[step] * self.run_batch_size
+        return {"noise_scale": row["lr"] * round(self.fractions[step] * self.rows) / batch_size}
+
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
-        n, seed = len(self.fractions), batches.seed
-        bounds = [i * batches.epochs // n for i in range(n + 1)]
+        seed = batches.seed
         shuffled = torch.randperm(batches.rows, generator=generator(seed, "subsets"))
         while self.epoch < batches.epochs:
-            step = next(i for i in range(n) if self.epoch < bounds[i + 1])
+            step = bisect.bisect_right(self.bounds, self.epoch) - 1
             subset = shuffled[: round(self.fractions[step] * batches.rows)]
             order = torch.randperm(len(subset), generator=generator(seed, "epoch", self.epoch))
             size = self.batch_multiples[step] * batches.batch_size
             index_batches = subset[order].split(size)
-            first, length = bounds[step], bounds[step + 1] - bounds[step]
+            first, length = self.bounds[step], self.bounds[step + 1] - self.bounds[step]
             rate = self.rate(step, self.epoch - first, length, size)
             while self.place < len(index_batches):
                 progress = (self.epoch + self.place / len(index_batches)) / batches.epochs

@@ -4,6 +4,7 @@ Effective Distilled Dynamic Soft Label Regularizer", IJCAI 2020, section 3."""
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -86,7 +87,8 @@ class StochasticAugmentation(Strategy):
         self._fires = bernoulli(min(1.0, max(0.0, math.cos(self.omega))))
 
     def setup(self, run: Run) -> None:
-        self.fired, self.kl_sum = 0, 0.0
+        self.fired = self.fired_in_epoch = 0
+        self.kl_sum: Tensor | float = 0.0
         modules = dict(run.model.named_modules())
         for name in self.layers:
             if not name or name not in modules:
@@ -120,6 +122,7 @@ class StochasticAugmentation(Strategy):
         if not self._fires(generator(seed, "augment", *decision)):
             return None
         self.fired += 1
+        self.fired_in_epoch += 1
         numbers = generator(seed, "augment layer", moment)
         layer = self.modules[int(torch.randint(len(self.modules), (), generator=numbers))]
         place = derived_seed(seed, "augment numbers", moment)
@@ -166,11 +169,14 @@ class StochasticAugmentation(Strategy):
         counts = nn.functional.one_hot(votes, run.classes).sum(dim=0).float()
         return counts + 0.5 * nn.functional.one_hot(votes[0], run.classes)
 
-    def diagnostics(self) -> dict[str, float]:
-        return {"augmented_updates": self.fired, "virtual_kl": float(self.kl_sum) / max(self.fired, 1)}
+    def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """The mean divergence of virtual samples in the epoch, before eta."""
+        kl, self.kl_sum = float(self.kl_sum) / max(self.fired_in_epoch, 1), 0.0
+        self.fired_in_epoch = 0
+        return {"augmented_updates": self.fired, "virtual_kl": kl}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"fired": self.fired, "kl_sum": float(self.kl_sum)}
+        return {"fired": self.fired, "fired_in_epoch": self.fired_in_epoch, "kl_sum": float(self.kl_sum)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.fired, self.kl_sum = state["fired"], state["kl_sum"]
+        self.fired, self.fired_in_epoch, self.kl_sum = state["fired"], state["fired_in_epoch"], state["kl_sum"]

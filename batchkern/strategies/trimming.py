@@ -95,6 +95,9 @@ class Trimming(Strategy):
         keep = 1.0 if step.narrowed else self.keep(step.batch.epoch, step.run.epochs)
         return trimmed_cross_entropy(logits, target, keep, label_smoothing=step.run.label_smoothing, per_sample=True)
 
+    def kept(self, step: Step, losses: Tensor) -> Tensor | None:
+        return None if step.kept in (None, len(losses)) else rank_batches(losses, 1.0)[: step.kept]
+
     def state_dict(self) -> dict[str, Any]:
         return {"compact_below": self.compact_below}
 

@@ -1,0 +1,98 @@
+"""Which samples a training counts and what they lose: figures for each epoch, and a count for each sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+QUANTILES = (0.1, 0.5, 0.9)
+TIMES = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+class SampleLog:
+    """Keeps, on the device, how often each sample was kept and the last loss it was seen to have.
+
+    A sample is kept when it is in a batch and the loss counts it: not where trimming drops it, and not where its batch
+    is not replayed.
+
+    Args:
+        rows: size of the training set.
+        device: where losses come from.
+        mislabelled: ``(rows,)`` bool, where it is known which labels are wrong.
+    """
+
+    def __init__(self, rows: int, device: torch.device, mislabelled: Tensor | None) -> None:
+        self.times_kept = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.last_loss = torch.full((rows,), torch.nan, device=device)
+        self.mislabelled = None if mislabelled is None else mislabelled.to(device)
+        self._times_before = self.times_kept.clone()
+        """``times_kept`` when the epoch began."""
+        self._kept_before: Tensor | None = None
+        """``(rows,)`` bool: kept in the epoch before."""
+
+    def observe(self, indices: Tensor, losses: Tensor, kept: Tensor | None) -> None:
+        """Rows ``(b,)`` of a batch, their losses, and the positions in it of those kept; ``None``: all."""
+        rows = indices.to(self.last_loss.device)
+        self.last_loss.index_copy_(0, rows, losses.float())
+        counted = rows if kept is None else rows[kept]
+        self.times_kept.index_add_(0, counted, torch.ones_like(counted, dtype=torch.int32))
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Figures of the epoch:
+
+        - ``times_kept``: how often samples were kept since the training began: least, 10 %, median, 90 %, most;
+        - ``never_kept``: share of samples never kept so far;
+        - ``kept_loss``, ``dropped_loss``: 10 %, 50 % and 90 % quantiles of the last losses of the samples kept in this
+          epoch and of all others (``None`` where there is none);
+        - ``kept_overlap``: share of the samples kept in this epoch that were kept in the one before as well, and
+          ``kept_overlap_by_chance``: what it would be for a random choice as large (both from the second epoch on);
+        - ``kept_mislabelled``: share of what was kept, each time it was, that is mislabelled (where that is known).
+        """
+        visits = self.times_kept - self._times_before
+        kept = visits > 0
+        known = ~self.last_loss.isnan()
+        row: dict[str, Any] = {
+            "times_kept": quantiles(self.times_kept, TIMES),
+            "never_kept": float((self.times_kept == 0).double().mean()),
+            "kept_loss": quantiles(self.last_loss[kept & known], QUANTILES),
+            "dropped_loss": quantiles(self.last_loss[~kept & known], QUANTILES),
+        }
+        if self._kept_before is not None:
+            row["kept_overlap"] = float((kept & self._kept_before).sum() / kept.sum().clamp(min=1))
+            row["kept_overlap_by_chance"] = float(self._kept_before.double().mean())
+        if self.mislabelled is not None:
+            row["kept_mislabelled"] = float(visits[self.mislabelled].sum() / visits.sum().clamp(min=1))
+        self._times_before, self._kept_before = self.times_kept.clone(), kept
+        return row
+
+    def samples(self) -> dict[str, Tensor]:
+        """A value for each sample of the training set, at the end of the training."""
+        values = {"times_kept": self.times_kept, "last_loss": self.last_loss}
+        return values if self.mislabelled is None else values | {"mislabelled": self.mislabelled}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "times_kept": self.times_kept,
+            "last_loss": self.last_loss,
+            "times_before": self._times_before,
+            "kept_before": self._kept_before,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.last_loss.device
+        self.times_kept, self.last_loss = state["times_kept"].to(device), state["last_loss"].to(device)
+        self._times_before = state["times_before"].to(device)
+        before = state["kept_before"]
+        self._kept_before = None if before is None else before.to(device)
+
+
+def quantiles(values: Tensor, at: tuple[float, ...]) -> list[float] | None:
+    """Values of the nearest rank (``torch.quantile`` takes no more than 16 million); ``None`` of nothing."""
+    if len(values) == 0:
+        return None
+    ordered = values.sort().values
+    places = [round(q * (len(values) - 1)) for q in at]
+    picked: list[float] = ordered[torch.tensor(places, device=values.device)].tolist()
+    return picked
