@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from batchkern.errors import require
 from batchkern.rundir import CONFIG, CURVES, METRICS, write_file
 
-UPDATES_PLOT, SECONDS_PLOT = "accuracy-updates.png", "accuracy-seconds.png"
 # Okabe and Ito's colours, which stay apart for colour-blind readers too; grey in place of yellow, which is
 # hardly seen on white.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#E69F00", "#808080")
@@ -66,36 +65,126 @@ def kept_fractions(rows: Rows) -> list[float]:
     return (kept / np.maximum(seen, 1)).tolist()
 
 
-def plot_comparison(directory: Path, arms: Mapping[str, Sequence[Rows]], title: str) -> None:
-    """Writes test accuracy over updates and over seconds: a line for each arm, a band for the range of its seeds.
+def plot_accuracy(path: Path, arms: Mapping[str, Sequence[Rows]], key: str, label: str, title: str) -> None:
+    """Writes test accuracy over ``key``: a line for each arm, the mean of its seeds, and a band for their range.
 
     Args:
         arms: the runs of each arm, one a seed. An arm without runs is left out.
+        key: of the rows, what the horizontal axis shows; ``label``: its name.
 
     Raises:
-        UserError: matplotlib is missing, or a file cannot be written.
+        UserError: matplotlib is missing, or the file cannot be written.
     """
-    for name, key, label in (
-        (UPDATES_PLOT, "updates", "updates of the model (passive ones not counted)"),
-        (SECONDS_PLOT, "seconds", "seconds of training (without evaluation)"),
-    ):
-        figure = _figure(9, 6, layout="constrained")
-        axes = figure.subplots()
-        ends = []
-        for place, (arm, runs) in enumerate(arms.items()):
-            if runs:
-                x, accuracies = on_common_grid(runs, key)
-                _band(axes, x, accuracies, arm, place)
-                ends += [*accuracies[:, -1], accuracies.max()]
-        if ends:
-            # Not from where the runs begin: that would press how they end, which matters, into a line at the top.
-            span = max(max(ends) - min(ends), 1.0)
-            axes.set_ylim(max(0.0, min(ends) - span), max(ends) + 0.1 * span)
-            figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        axes.set(title=title, xlabel=label, ylabel="test accuracy (%)")
-        axes.set_xlim(left=0)
+    figure = _figure(9, 6, layout="constrained")
+    axes = figure.subplots()
+    ends = []
+    for place, (arm, runs) in enumerate(arms.items()):
+        if runs:
+            x, accuracies = on_common_grid(runs, key)
+            _band(axes, x, accuracies, arm, place)
+            ends += [*accuracies[:, -1], accuracies.max()]
+    if ends:
+        # Not from where the runs begin: that would press how they end, which matters, into a line at the top.
+        span = max(max(ends) - min(ends), 1.0)
+        axes.set_ylim(max(0.0, min(ends) - span), max(ends) + 0.1 * span)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    axes.set(title=title, xlabel=label, ylabel="test accuracy (%)")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.25)
+    _save(figure, path)
+
+
+def plot_differences(path: Path, groups: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]) -> None:
+    """Writes a panel for each group of paired differences: means, 95 % intervals and the seeds they are of.
+
+    Args:
+        groups: by title, pairs of a name and a paired difference as in results.json, in accuracy.
+    """
+    count = max((len(group) for group in groups.values()), default=1)
+    figure = _figure(5.2 * max(len(groups), 1), 1.3 + 0.42 * count, layout="constrained")
+    panels = figure.subplots(1, max(len(groups), 1), squeeze=False)[0]
+    for axes, (title, group) in zip(panels, groups.items(), strict=False):
+        for place, (_, difference) in enumerate(group):
+            told = (difference["p_corrected"] or 1.0) < 0.05
+            axes.errorbar(
+                100 * difference["mean"],
+                -place,
+                xerr=None if difference["half_width"] is None else 100 * difference["half_width"],
+                fmt="o",
+                color=COLOURS[2] if told else COLOURS[1],
+                capsize=3,
+            )
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks([-place for place in range(len(group))], [name for name, _ in group])
+        axes.set_ylim(-len(group) + 0.4, 0.6)
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("difference in test accuracy (points)")
+        axes.grid(alpha=0.25, axis="x")
+    _save(figure, path)
+
+
+DIAGNOSTICS = {
+    "kept fraction": "samples that the loss counts (%)",
+    "never_kept": "samples never kept so far (%)",
+    "kept_overlap": "of those kept, kept the epoch before too (%)",
+    "kept_mislabelled": "of those kept, mislabelled (%)",
+    "kept_loss": "median last loss of those kept",
+    "dropped_loss": "median last loss of those dropped",
+    "noise_scale": "noise scale of stepwise",
+    "virtual_kl": "KL of virtual samples",
+    "passive_accuracy": "accuracy on passive batches (%)",
+}
+"""Panels of the diagnostics of a comparison: key in the rows, title."""
+
+
+def plot_diagnostics(path: Path, arms: Mapping[str, Sequence[Rows]]) -> None:
+    """Writes a panel for each diagnostic that any run has: a line for each arm that has it, the mean of its seeds."""
+    curves = {
+        key: {arm: values for arm, runs in arms.items() if (values := _mean_curve(runs, key)) is not None}
+        for key in DIAGNOSTICS
+    }
+    shown = {key: lines for key, lines in curves.items() if lines}
+    rows = max(1, -(-len(shown) // 3))
+    figure = _figure(12, 3.2 * rows + 0.6, layout="constrained")
+    panels = figure.subplots(rows, 3, squeeze=False).flat
+    places = {arm: place for place, arm in enumerate(arms)}
+    for axes, (key, lines) in zip(panels, shown.items(), strict=False):
+        for arm, values in lines.items():
+            factor = 100 if "%" in DIAGNOSTICS[key] else 1
+            progress = np.arange(1, len(values) + 1) / len(values)
+            axes.plot(progress, factor * values, **_look(arm, places[arm]), linewidth=1.4)
+        axes.set_title(DIAGNOSTICS[key], fontsize="medium", loc="left")
+        axes.set_xlim(0, 1)
         axes.grid(alpha=0.25)
-        _save(figure, directory / name)
+    for axes in list(figure.axes)[len(shown) :]:
+        axes.set_axis_off()
+    for axes in list(figure.axes)[: len(shown)][-3:]:
+        axes.set_xlabel("share of the training")
+    handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    _save(figure, path)
+
+
+def _mean_curve(runs: Sequence[Rows], key: str) -> NDArray[np.float64] | None:
+    """Over the epochs, NaN where no seed has a value; of quantiles the median. ``None`` where no epoch has one."""
+    if key == "kept fraction":
+        columns = [[f if f < 1 else np.nan for f in kept_fractions(rows)] for rows in runs]
+    else:
+        columns = [[_scalar(row.get(key)) for row in rows] for rows in runs]
+    values = np.array(columns, dtype=float)
+    if values.size == 0 or np.isnan(values).all():
+        return None
+    known = ~np.isnan(values)
+    sums: NDArray[np.float64] = np.where(known, values, 0.0).sum(axis=0)
+    counts = known.sum(axis=0)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _scalar(value: Any) -> float:
+    if value is None:
+        return float("nan")
+    return float(value[len(value) // 2] if isinstance(value, list) else value)
 
 
 def on_common_grid(runs: Sequence[Rows], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -112,11 +201,15 @@ def on_common_grid(runs: Sequence[Rows], key: str) -> tuple[NDArray[np.float64],
 
 
 def _band(axes: Any, x: NDArray[np.float64], accuracies: NDArray[np.float64], arm: str, place: int) -> None:
-    colour = COLOURS[place % len(COLOURS)]
-    dashes = "--" if arm.startswith("random") or place >= len(COLOURS) else "-"
-    axes.fill_between(x, accuracies.min(axis=0), accuracies.max(axis=0), color=colour, alpha=0.1, linewidth=0)
+    look = _look(arm, place)
+    axes.fill_between(x, accuracies.min(axis=0), accuracies.max(axis=0), color=look["color"], alpha=0.1, linewidth=0)
     marker = "o" if len(x) == 1 else None  # a single point has no line
-    axes.plot(x, accuracies.mean(axis=0), dashes, color=colour, marker=marker, label=arm, linewidth=1.6)
+    axes.plot(x, accuracies.mean(axis=0), marker=marker, linewidth=1.6, **look)
+
+
+def _look(arm: str, place: int) -> dict[str, Any]:
+    dashes = "--" if arm.startswith("random") or place >= len(COLOURS) else "-"
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes, "label": arm}
 
 
 def _curves(axes: Any, rows: Rows, title: str, **labels: str) -> None:

@@ -201,7 +201,7 @@ class Trainer:
         mean, std = self.statistics
         return Feed(data, mean=mean, std=std, device=self.device, augment=augment, seed=seed)
 
-    def _owner(self, thing: str) -> Strategy:
+    def owner(self, thing: str) -> Strategy:
         """The strategy that decides ``thing``, else the plain baseline."""
         return next((s for s in self.strategies if thing in s.owns), Strategy())
 
@@ -275,7 +275,7 @@ class Trainer:
         self.model.train()
         label = "+".join(s.name for s in self.strategies) or "baseline"
         with self._own_rng(), self._sigint(), ProgressBar(label, enabled=self.progress) as bar:
-            for batch in self._plan():
+            for batch in self.plan():
                 started = time.perf_counter()
                 self._update(batch)
                 if batch.ends_epoch and self.device.type == "cuda":
@@ -346,7 +346,7 @@ class Trainer:
             speed=self.counts.samples_seen / max(self.counts.seconds, 1e-9),
         )
 
-    def _plan(self) -> Iterator[Batch]:
+    def plan(self) -> Iterator[Batch]:
         owner_first = sorted(self.strategies, key=lambda s: "the batch plan" not in s.owns)
         stream: Iterator[Batch] = iter(self.batches)
         for strategy in owner_first:
@@ -363,6 +363,8 @@ class Trainer:
         if batch.inject is not None:
             inject = batch.inject
             self._descend(lambda: inject(step))
+            self.counts.samples_forward += len(batch.indices)
+            self.counts.samples_backward += len(batch.indices)
             return
         images, target = self.feed.batch(batch.indices, self.counts.updates)
         self._active_update(step, images, target)
@@ -379,12 +381,12 @@ class Trainer:
             scored.append((logits, losses))
             return losses
 
-        owner = self._owner("the loss")
+        owner = self.owner("the loss")
         rows = owner.narrow(step, score)
         full_target = target
         if rows is not None:
             images, target, step.narrowed = images[rows], target[rows], True
-        perturbation = self._owner("the virtual samples").perturb(step)
+        perturbation = self.owner("the virtual samples").perturb(step)
         outcome: list[tuple[Tensor, Tensor]] = []
 
         def objective() -> Tensor:
@@ -407,7 +409,9 @@ class Trainer:
         seen = full_target if scored else target
         for strategy in self.strategies:
             strategy.observe(step, losses)
-        self.samples.observe(step.batch.indices, losses, owner.kept(step, losses))
+        # A choice without losses leaves those that it did not choose without one.
+        known = step.batch.indices if rows is None or scored else step.batch.indices[rows.cpu()]
+        self.samples.observe(known, losses, owner.kept(step, losses))
         sums = losses.sum(), value * len(seen), (logits.argmax(1) == seen).sum(), torch.full_like(value, len(seen))
         self._sums += torch.stack([x.double() for x in sums])
         self.counts.samples_seen += len(full_target)

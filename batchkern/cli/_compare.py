@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from batchkern.cli._options import (
     AugmentOption,
     BatchSizeOption,
     ClassifierOption,
+    CleanLabelsOption,
     DataOption,
     DeviceOption,
     EpochsOption,
@@ -19,6 +21,7 @@ from batchkern.cli._options import (
     LrOption,
     ModelOption,
     MomentumOption,
+    NoiseOption,
     OptimizerOption,
     OverwriteOption,
     ScheduleOption,
@@ -28,25 +31,34 @@ from batchkern.cli._options import (
     option,
 )
 from batchkern.cli._tables import make_table, print_tables
-from batchkern.compare import ARMS, COUNTS, RESULTS, Comparison, run, slug, split_arms, wants_passive
+from batchkern.compare import ARMS, BUDGETS, RESULTS, Comparison, run, slug, split_arms, wants_passive
+from batchkern.compare.report import CSV, REPORT, costs, effects, notes, verdict
 from batchkern.errors import UserError
-from batchkern.plots import SECONDS_PLOT, UPDATES_PLOT
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-FEW_SEEDS = 10
-"""Below this, the note under a comparison warns."""
 
 
 def compare(
     data: DataOption = "digits",
     test: TestOption = None,
-    arms: Annotated[str, option(help='strategies, such as "baseline, trimming(end=0.3)"; default: all')] = "",
-    arm: Annotated[list[str] | None, option(help="one strategy; may be given several times")] = None,
+    arms: Annotated[
+        str, option(help='strategies, such as "all, trimming(end=0.3)"; all: the five, which is the default')
+    ] = "",
+    arm: Annotated[
+        list[str] | None, option(help='one more: "trimming+augmentation"; may be given several times')
+    ] = None,
+    no_controls: Annotated[bool, option("--no-controls", help="without the random controls of what selects")] = False,
     passive: Annotated[str | None, option(help="as for train; photo-patches if --data is digits")] = None,
     seeds: Annotated[int, option(help="runs of each arm")] = 3,
-    jobs: Annotated[int | None, option(help="runs side by side; default: CPU cores, or 1 on a GPU")] = None,
+    budget: Annotated[
+        str, option(help="what arms have alike: updates, cost (samples forward and backward), or both")
+    ] = ("updates, cost"),
+    train_rows: Annotated[int | None, option(help="train on so many images, the same in all runs")] = None,
+    test_rows: Annotated[int | None, option(help="test on so many images, the same in all runs")] = None,
+    noise: NoiseOption = 0.0,
+    clean_labels: CleanLabelsOption = None,
+    jobs: Annotated[int | None, option(help="runs side by side; default: CPU cores, or one on each GPU")] = None,
     model: ModelOption = "cnn",
     epochs: EpochsOption = 15,
     batch_size: BatchSizeOption = 32,
@@ -63,11 +75,15 @@ def compare(
     device: DeviceOption = None,
     out: Annotated[Path | None, option(help="default: runs/compare-<data>-<model>")] = None,
     overwrite: OverwriteOption = False,
+    resume: Annotated[
+        bool, option("--resume", help="go on with what is in --out; more arms, seeds and budgets may be asked for")
+    ] = False,
 ) -> None:
-    """Compare strategies over several seeds.
+    """Find out whether strategies help: on your data, against the baseline and random controls, over several seeds.
 
-    Every strategy, the baseline and the random controls train from the same initial weights and on the same order of
-    the data, seed by seed. The defaults suit digits; there they take one or two minutes on two cores.
+    Every arm trains from the same initial weights and on the same order of the data, seed by seed; once for as many
+    updates as the baseline, once for as many samples forward and backward. The defaults suit digits; there they take
+    some minutes on two cores. A comparison that was killed goes on with --resume.
     """
     chosen, passive = _chosen_arms([*split_arms(arms), *(arm or [])], passive, data)
     source = Path(data).stem if Path(data).exists() else data
@@ -78,7 +94,13 @@ def compare(
         image_size=image_size,
         model=model,
         arms=chosen,
+        controls=not no_controls,
         seeds=seeds,
+        budgets=tuple(dict.fromkeys(word for word in budget.replace(",", " ").split())),
+        train_rows=train_rows,
+        test_rows=test_rows,
+        noise=noise,
+        clean_labels=clean_labels,
         training={
             "epochs": epochs,
             "batch_size": batch_size,
@@ -95,15 +117,12 @@ def compare(
         },
         out=out or Path("runs", slug(f"compare-{source}-{model}")),
         overwrite=overwrite,
+        resume=resume,
     )
-    results = run(comparison, jobs=jobs, report=_Report(len(chosen) * seeds))
-    print_tables(comparison_table(results["summary"]))
-    print(comparison_note(results))
-    print(f"in {comparison.out}: {RESULTS}  {UPDATES_PLOT}  {SECONDS_PLOT}, and a directory for each run")
-    failed = [outcome for outcome in results["runs"] if outcome["error"]]
-    if failed:
-        first = f"arm {failed[0]['arm']}, seed {failed[0]['seed']}: {failed[0]['error']}"
-        raise UserError(f"{len(failed)} of {len(results['runs'])} runs failed, the first is {first}")
+    results = run(comparison, jobs=jobs, report=print_run)
+    print_comparison(results)
+    print(f"in {comparison.out}: {REPORT}  {RESULTS}  {CSV}, plots, and a directory for each run")
+    check_runs(results)
 
 
 def _chosen_arms(named: Sequence[str], passive: str | None, data: str) -> tuple[tuple[str, ...], str | None]:
@@ -118,53 +137,32 @@ def _chosen_arms(named: Sequence[str], passive: str | None, data: str) -> tuple[
     return chosen, passive
 
 
-class _Report:
-    """A line on stderr for each run that has ended."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.ended = 0
-
-    def __call__(self, outcome: dict[str, Any]) -> None:
-        self.ended += 1
-        last = outcome["rows"][-1:]
-        reached = [f"test accuracy {row['test_accuracy']:.2%}, {row['seconds']:.1f} s" for row in last]
-        what = f"{outcome['arm']}, seed {outcome['seed']}: {outcome['error'] or reached[0]}"
-        print(f"{self.ended:{len(str(self.total))}}/{self.total}  {what}", file=sys.stderr, flush=True)
+def print_run(outcome: dict[str, Any], ended: int, runs: int) -> None:
+    """A line on stderr for a run that has ended."""
+    last = outcome["final"]
+    what = outcome["error"] or f"test accuracy {last['test_accuracy']:.2%}, {last['seconds']:.1f} s"
+    place = f"{outcome['arm']}, {outcome['epochs']} epochs, seed {outcome['seed']}"
+    print(f"{ended:{len(str(runs))}}/{runs}  {place}: {what}", file=sys.stderr, flush=True)
 
 
-def comparison_table(summary: Sequence[dict[str, Any]]) -> Table:
-    """One row for each arm, from the summary of results.json."""
-    columns = [key for key in COUNTS if any(arm[key] is not None for arm in summary)]
-    headings = ("arm", "test_accuracy (%)", *columns)
-    # In two lines each, so that the usual table fits into 80 columns.
-    table = make_table(*(heading.replace("_", "\n") for heading in headings), numbers=True)
-    for arm in summary:
-        failed = f" ({len(arm['failed'])} failed)" if arm["failed"] else ""
-        accuracy = arm["test_accuracy"]
-        if accuracy is None:
-            table.add_row(arm["arm"] + failed, "-")
-            continue
-        half = accuracy["half_width"]
-        reached = f"{100 * accuracy['mean']:.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
-        numbers = ((arm[key], 1 if key == "seconds" else 0) for key in columns)
-        table.add_row(arm["arm"] + failed, reached, *("" if n is None else f"{n:,.{digits}f}" for n, digits in numbers))
+def print_comparison(results: dict[str, Any]) -> None:
+    for budget in results["settings"]["budgets"]:
+        print(f"At {BUDGETS[budget]}:\n")
+        print_tables(*(_filled(rows) for rows in (effects(results, budget), costs(results, budget))))
+        print("\n" + "\n".join(verdict(results, budget)) + "\n")
+    print("\n".join(textwrap.fill(note, 118) for note in notes(results)))
+
+
+def _filled(rows: Sequence[Sequence[str]]) -> Table:
+    table = make_table(*rows[0], numbers=True)
+    for row in rows[1:]:
+        table.add_row(*row)
     return table
 
 
-def comparison_note(results: dict[str, Any]) -> str:
-    """How to read the table."""
-    seeds, environment = len(results["settings"]["seeds"]), results["environment"]
-    if seeds == 1:
-        about = "Accuracy after the last epoch, of one seed: without others, there is no telling chance from effect."
-    else:
-        about = (
-            "Accuracy after the last epoch: mean over the seeds ± half of its 95 % confidence interval "
-            f"(Student's t, {seeds - 1} degrees of freedom)."
-        )
-        if seeds < FEW_SEEDS:
-            about += f"\n{seeds} seeds are few: a difference that is small beside these intervals may well be chance."
-    return (
-        f"{about}\nSeconds are of training alone; {environment['jobs']} at a time, "
-        f"{environment['threads_per_run']} CPU threads each, on {environment['cores']} cores."
-    )
+def check_runs(results: dict[str, Any]) -> None:
+    """Raises where a run failed, once all that ended is on the screen."""
+    failed = [outcome for outcome in results["runs"] if outcome["error"]]
+    if failed:
+        first = f"arm {failed[0]['arm']}, seed {failed[0]['seed']}: {failed[0]['error']}"
+        raise UserError(f"{len(failed)} of {len(results['runs'])} runs failed, the first is {first}")

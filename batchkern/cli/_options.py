@@ -36,5 +36,9 @@ ScheduleOption = Annotated[str, option(help="of the learning rate: constant, cos
 AmpOption = Annotated[str, option(help="mixed precision: none, bf16 or fp16")]
 AugmentOption = Annotated[str, option(help="none, flip, crop or crop+flip")]
 SmoothingOption = Annotated[float, option(help="label smoothing of the training loss, in [0, 1]")]
+NoiseOption = Annotated[float, option(help="give so large a part of the training images a wrong label, in [0, 1)")]
+CleanLabelsOption = Annotated[
+    str | None, option(help="column of --data with the right labels, where those it trains on are known to be noisy")
+]
 DeviceOption = Annotated[str | None, option(help="cpu, cuda or cuda:N; default: cuda where there is one")]
 OverwriteOption = Annotated[bool, option("--overwrite", help="replace the files that batchkern wrote in --out")]

@@ -14,6 +14,7 @@ from batchkern.cli._options import (
     AugmentOption,
     BatchSizeOption,
     ClassifierOption,
+    CleanLabelsOption,
     DataOption,
     DeviceOption,
     EpochsOption,
@@ -21,6 +22,7 @@ from batchkern.cli._options import (
     LrOption,
     ModelOption,
     MomentumOption,
+    NoiseOption,
     OptimizerOption,
     OverwriteOption,
     PassiveOption,
@@ -32,7 +34,7 @@ from batchkern.cli._options import (
     option,
 )
 from batchkern.compare import check_passive, slug
-from batchkern.data import load, load_pair
+from batchkern.data import load, load_pair, with_label_noise
 from batchkern.plots import kept_fractions
 from batchkern.rundir import RUN_FILES
 from batchkern.strategies import parse
@@ -56,6 +58,8 @@ def train(
     augment: AugmentOption = "none",
     label_smoothing: SmoothingOption = 0.0,
     image_size: ImageSizeOption = None,
+    noise: NoiseOption = 0.0,
+    clean_labels: CleanLabelsOption = None,
     classifier: ClassifierOption = None,
     seed: Annotated[int, option(help="of the weights, the order and every choice")] = 0,
     device: DeviceOption = None,
@@ -69,7 +73,9 @@ def train(
 ) -> None:
     """Train a model, with any combination of strategies."""
     check_passive([strategy], passive)
-    train_set, test_set = load_pair(data, test, image_size=image_size)
+    train_set, test_set = load_pair(data, test, image_size=image_size, clean_labels=clean_labels)
+    if noise:
+        train_set = with_label_noise(train_set, noise, seed)
     strategies = parse(strategy, passive=None if passive is None else load(passive, image_size=image_size))
     if out is None:
         source = Path(data).stem if Path(data).exists() else data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -26,10 +26,13 @@ class RandomSelection(Strategy):
     """Random rows in place of the hardest rows, or random batches in place of the hardest batches.
 
     Args:
-        select: ``"rows"``: as :class:`Trimming` in its masked form, with k random rows. ``"batches"``: as
-            :class:`HardBatches`, with rounds of floor(delta * N) random batches.
+        select: ``"rows"``: as :class:`Trimming`, with k random rows. ``"batches"``: as :class:`HardBatches`, with
+            rounds of floor(delta * N) random batches.
         start, end: fractions of rows, as in :class:`Trimming`.
         delta: fraction of batches, as in :class:`HardBatches`.
+        backward: of rows. ``"masked"``: a pass over the whole batch, with zero gradients at dropped rows.
+            ``"compact"``: a pass over the chosen rows alone, since no loss is needed to choose them; the losses of the
+            others stay unknown.
     """
 
     name: ClassVar[str] = "random"
@@ -38,11 +41,14 @@ class RandomSelection(Strategy):
     start: float = 1.0
     end: float = 0.2
     delta: float = 0.2
+    backward: Literal["masked", "compact"] = "masked"
     replay: Replay = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.select not in ("rows", "batches"):
             raise UserError(f"select must be rows or batches, got {self.select!r}")
+        if self.backward not in ("masked", "compact"):
+            raise UserError(f"backward must be masked or compact, got {self.backward!r}")
         check_keep(self.start, self.end)
         check_delta(self.delta)
         self.owns = frozenset({"the loss" if self.select == "rows" else "the batch plan"})
@@ -61,13 +67,19 @@ class RandomSelection(Strategy):
         order = torch.randperm(self.batches, generator=generator(self.seed, "random batches", round))
         return order[: int(self.delta * self.batches)].tolist()
 
-    def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
+        rows = len(step.batch.indices)
         if self.select == "batches":
+            return None
+        step.kept = kept_rows(linear(self.start, self.end)(step.batch.epoch, step.run.epochs), rows)
+        if step.kept == rows or self.backward == "masked":
+            return None
+        return self._order(step, rows)[: step.kept].sort().values.to(step.run.device)
+
+    def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if self.select == "batches" or step.narrowed:
             return super().loss(step, logits, target)
-        rows = len(target)
-        keep = linear(self.start, self.end)(step.batch.epoch, step.run.epochs)
-        step.kept = kept_rows(keep, rows)
-        dropped = self._order(step, rows)[step.kept :].to(target.device)
+        dropped = self._order(step, len(target))[step.kept :].to(target.device)
         smoothing = step.run.label_smoothing
         with torch.no_grad():
             _, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
@@ -79,7 +91,7 @@ class RandomSelection(Strategy):
         return torch.randperm(rows, generator=generator(self.seed, "random rows", step.update))
 
     def kept(self, step: Step, losses: Tensor) -> Tensor | None:
-        if self.select == "batches":
+        if self.select == "batches" or step.narrowed:
             return None
         return self._order(step, len(losses))[: step.kept].to(losses.device)
 

@@ -1,0 +1,241 @@
+"""What a comparison shows: tables, a verdict in words, plots, results.csv, and all of it on one page of HTML."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from batchkern.compare.arms import BASELINE, BUDGETS, cost
+from batchkern.compare.statistics import LEVEL
+from batchkern.plots import plot_accuracy, plot_diagnostics, plot_differences
+from batchkern.rundir import METRICS, write_file
+
+REPORT, CSV = "report.html", "results.csv"
+BUDGET_PLOTS = {"updates": "accuracy-updates.png", "cost": "accuracy-cost.png"}
+SECONDS_PLOT, DIFFERENCES_PLOT, DIAGNOSTICS_PLOT = "accuracy-seconds.png", "differences.png", "diagnostics.png"
+REPORT_FILES = (REPORT, CSV, *BUDGET_PLOTS.values(), SECONDS_PLOT, DIFFERENCES_PLOT, DIAGNOSTICS_PLOT)
+FEW_SEEDS = 5
+"""Below this, the note under a comparison warns."""
+
+Results = Mapping[str, Any]
+
+
+def write_report(out: Path, results: Results) -> None:
+    """All of :data:`REPORT_FILES` that this comparison has; results.json is written already."""
+    write_file(out / CSV, _csv(results["runs"]).encode())
+    plots = _write_plots(out, results)
+    images = {name: "data:image/png;base64," + base64.b64encode((out / name).read_bytes()).decode() for name in plots}
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    template = environment.from_string(files(__package__).joinpath("report.html.jinja").read_text())
+    page = template.render(
+        title=title(results["settings"]),
+        results=results,
+        budgets={
+            budget: {
+                "name": BUDGETS[budget],
+                "verdict": verdict(results, budget),
+                "effects": effects(results, budget),
+                "costs": costs(results, budget),
+                "plot": images[BUDGET_PLOTS[budget]],
+            }
+            for budget in results["settings"]["budgets"]
+        },
+        images=images,
+        names={"differences": DIFFERENCES_PLOT, "seconds": SECONDS_PLOT, "diagnostics": DIAGNOSTICS_PLOT},
+        notes=notes(results),
+        failed=[outcome for outcome in results["runs"] if outcome["error"]],
+        settings=json.dumps(results["settings"], indent=1),
+    )
+    write_file(out / REPORT, page.encode())
+
+
+def title(settings: Mapping[str, Any]) -> str:
+    count = len(settings["seeds"])
+    return f"{settings['model']} on {settings['train']['name']}, {count} seed{'s' * (count > 1)}"
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def verdict(results: Results, budget: str) -> list[str]:
+    """What the paired differences of one budget allow to say."""
+    entries = [entry for entry in _entries(results, budget) if entry["arm"] != BASELINE]
+    if not entries:
+        return ["Every arm uses up this budget in the same training as the first one: see there."]
+    said = []
+    for name, what in (("baseline", "the baseline"), ("control", "its random control")):
+        tests = [(entry["arm"], entry["difference"].get(name)) for entry in entries]
+        told = [(arm, test) for arm, test in tests if test and test["p_corrected"] is not None]
+        if not told:
+            continue
+        sorts: dict[str, list[str]] = {"Better than": [], "Worse than": [], "Not to be told from": []}
+        for arm, test in told:
+            found = test["p_corrected"] < LEVEL
+            sort = ("Better than" if test["mean"] > 0 else "Worse than") if found else "Not to be told from"
+            sorts[sort].append(f"{arm} ({_points(test)})" if found else arm)
+        said += [f"{sort} {what}: {', '.join(arms)}." for sort, arms in sorts.items() if arms]
+    return said or ["One seed alone: without others, there is no telling chance from effect."]
+
+
+def notes(results: Results) -> list[str]:
+    """How to read the tables."""
+    settings, environment = results["settings"], results["environment"]
+    seeds = len(settings["seeds"])
+    about = ["Test accuracy after the last epoch."]
+    if seeds > 1:
+        about.append(
+            f"Means over {seeds} seeds ± half of their 95 % confidence interval (Student's t). Differences are paired: "
+            "the same seed has the same initial weights and order of the data. p: paired t-test, corrected by Holm's "
+            f"method for all tests of this comparison; below {LEVEL} a difference counts as found."
+        )
+    if 1 < seeds < FEW_SEEDS:
+        about.append(f"{seeds} seeds are few: only differences that are large beside these intervals can be found.")
+    about += [
+        "All on one test set, and with settings that were not tuned for any arm: another data set, network or learning "
+        "rate may well decide otherwise.",
+        "Reach: epochs of the baseline, by what is used of the budget, until an arm's test accuracy first reached the "
+        "best that the baseline of its seed ever had (median of the seeds that did). Gap: accuracy on the training set "
+        "less that on the test set. Cost: passes of samples, a backward pass counted as two, relative to the baseline.",
+        f"Seconds are of training alone; {environment['jobs']} at a time, {environment['threads_per_run']} CPU threads "
+        f"each, on {environment['cores']} cores.",
+    ]
+    return about
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+Rows = list[tuple[str, ...]]
+
+
+def effects(results: Results, budget: str) -> Rows:
+    """Headings, then a row for each arm: its accuracy, and by how much it differs."""
+    rows: Rows = [("arm", "test accuracy (%)", "- baseline", "p", "- control", "p")]
+    for entry in _entries(results, budget):
+        accuracy = entry["test_accuracy"]
+        cells = [_percent(accuracy)] if accuracy else ["-"]
+        for name in ("baseline", "control"):
+            test = entry["difference"].get(name)
+            cells += [_points(test), _p(test["p_corrected"])] if test else ["", ""]
+        rows.append((_arm(entry), *cells))
+    return rows
+
+
+def costs(results: Results, budget: str) -> Rows:
+    """Headings, then a row for each arm: how soon it was as good as the baseline, how it generalises, what it cost."""
+    passive = any(entry["passive_updates"] for entry in _entries(results, budget))
+    headings = ["arm", "reach", "gap (points)", "epochs", "updates", "passive", "cost", "seconds"]
+    rows: Rows = [tuple(heading for heading in headings if passive or heading != "passive")]
+    for entry in _entries(results, budget):
+        if not entry["test_accuracy"]:
+            rows.append((_arm(entry), *[""] * (len(rows[0]) - 1)))
+            continue
+        cells = [_reach(entry["reach"]), _percent(entry["gap"]), str(entry["epochs"]), f"{entry['updates']:,.0f}"]
+        if passive:
+            cells.append(f"{entry['passive_updates']:,.0f}" if entry["passive_updates"] else "")
+        cells += ["" if entry["cost"] is None else f"{entry['cost']:.2f}", f"{entry['seconds']:,.1f}"]
+        rows.append((_arm(entry), *cells))
+    return rows
+
+
+def _entries(results: Results, budget: str) -> list[Mapping[str, Any]]:
+    """The arms of a budget: of a second one the baseline, and those whose training is not that of the first."""
+    first = results["settings"]["budgets"][0]
+    epochs = results["settings"]["arm_epochs"]
+    return [
+        entry
+        for entry in results["summary"]
+        if entry["budget"] == budget
+        and (budget == first or entry["arm"] == BASELINE or epochs[entry["arm"]][budget] != epochs[entry["arm"]][first])
+    ]
+
+
+def _arm(entry: Mapping[str, Any]) -> str:
+    return entry["arm"] + (f" ({len(entry['failed'])} failed)" if entry["failed"] else "")
+
+
+def _percent(value: Mapping[str, Any]) -> str:
+    half = value["half_width"]
+    return f"{100 * value['mean']:.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+
+
+def _points(test: Mapping[str, Any]) -> str:
+    half = test["half_width"]
+    return f"{100 * test['mean']:+.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+
+
+def _p(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def _reach(reach: Mapping[str, Any] | None) -> str:
+    if reach is None or not reach["seeds"]:
+        return ""
+    share = f"({reach['reached']}/{reach['seeds']})"
+    return f"never {share}" if reach["median"] is None else f"{reach['median']:.1f} {share}"
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _csv(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each run: what it is, and the single numbers of its last epoch."""
+    own = ("arm", "epochs", "seed", "directory", "error")
+    finals = [outcome["final"] or {} for outcome in runs]
+    numbers = dict.fromkeys(key for row in finals for key, value in row.items() if isinstance(value, int | float))
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow([*own, *numbers])
+    for outcome, row in zip(runs, finals, strict=True):
+        writer.writerow([*(outcome[key] for key in own), *(row.get(key, "") for key in numbers)])
+    return text.getvalue()
+
+
+def _write_plots(out: Path, results: Results) -> list[str]:
+    settings = results["settings"]
+    seeds = f"mean and range of {len(settings['seeds'])} seeds" if len(settings["seeds"]) > 1 else "one seed"
+    heading = f"{settings['model']} on {settings['train']['name']}: {seeds}"
+    labels = {"updates": "updates of the model (passive ones not counted)", "cost": "passes of samples, backward twice"}
+    by_budget = {budget: _rows_of_arms(out, results, budget) for budget in settings["budgets"]}
+    for budget, arms in by_budget.items():
+        plot_accuracy(out / BUDGET_PLOTS[budget], arms, budget, labels[budget], heading)
+    arms = next(iter(by_budget.values()))
+    plot_accuracy(out / SECONDS_PLOT, arms, "seconds", "seconds of training (without evaluation)", heading)
+    groups = {
+        f"arm less {what}, equal {budget}": [
+            (entry["arm"], entry["difference"][name])
+            for entry in _entries(results, budget)
+            if entry["difference"].get(name)
+        ]
+        for budget in settings["budgets"]
+        for name, what in (("baseline", "baseline"), ("control", "random control"))
+    }
+    plot_differences(out / DIFFERENCES_PLOT, {name: group for name, group in groups.items() if group})
+    plot_diagnostics(out / DIAGNOSTICS_PLOT, arms)
+    return [*(BUDGET_PLOTS[budget] for budget in by_budget), SECONDS_PLOT, DIFFERENCES_PLOT, DIAGNOSTICS_PLOT]
+
+
+def _rows_of_arms(out: Path, results: Results, budget: str) -> dict[str, list[list[dict[str, Any]]]]:
+    """The metrics of every run that ended, by arm, each row with what it had used of the cost budget."""
+    arms: dict[str, list[list[dict[str, Any]]]] = {}
+    for arm, epochs in results["settings"]["arm_epochs"].items():
+        arms[arm] = []
+        for outcome in results["runs"]:
+            if (outcome["arm"], outcome["epochs"]) == (arm, epochs[budget]) and not outcome["error"]:
+                lines = (out / outcome["directory"] / METRICS).read_text().splitlines()
+                rows = [json.loads(line) for line in lines]
+                for row in rows:
+                    row["cost"] = cost(row["samples_forward"], row["samples_backward"])
+                arms[arm].append(rows)
+    return arms

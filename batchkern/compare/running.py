@@ -1,0 +1,443 @@
+"""Arms x seeds, each run a run directory of its own, in an order that a kill at any moment does not upset."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from batchkern._version import __version__
+from batchkern.compare.arms import (
+    ARMS,
+    BASELINE,
+    BUDGETS,
+    check_passive,
+    control_of,
+    forecast,
+    matched_epochs,
+    slug,
+    spent,
+    with_controls,
+)
+from batchkern.compare.report import REPORT_FILES, write_report
+from batchkern.compare.summary import summarise
+from batchkern.compare.workers import in_processes
+from batchkern.configure import check_counts, check_one_process, pick_device
+from batchkern.data import ImageData, load, load_pair, subset, with_label_noise
+from batchkern.errors import UserError
+from batchkern.rundir import CHECKPOINT, CONFIG, RUN_FILES, write_file
+from batchkern.strategies import parse
+from batchkern.trainer import Interrupted, Trainer
+
+RESULTS = "results.json"
+KIND = "batchkern comparison"
+
+Report = Callable[[dict[str, Any], int, int], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Args:
+        data, test: as :func:`batchkern.data.load_pair` takes them.
+        model: a name for :func:`batchkern.models.build`.
+        out: its directory, with a directory ``<arm>/<epochs>-epochs/seed-<s>`` for each run.
+        passive: the passive set, where an arm injects one.
+        arms: in the notation of :func:`batchkern.strategies.parse`; the baseline is added where it is missing.
+        controls: add the random control of each arm that selects by loss.
+        seeds: 0, 1, ... up to so many.
+        budgets: of :data:`BUDGETS`. An arm trains for as many epochs as use up what the baseline uses in its own, and
+            its learning rate decays over these. An arm with the same epochs in both budgets trains once.
+        train_rows, test_rows: use a stratified part of this size, the same in all runs.
+        noise: fraction of the training labels that are replaced by wrong ones, drawn anew for each seed.
+        clean_labels: a column of the data that says what noisy labels ought to be.
+        training: further keyword arguments of :class:`Trainer`, the same in all runs.
+        overwrite: replace the files of a comparison that is there.
+        resume: go on with the comparison that is there, if there is one; it may get more arms, seeds and budgets.
+    """
+
+    data: str
+    model: str
+    out: Path
+    test: str | None = None
+    passive: str | None = None
+    image_size: int | None = None
+    arms: tuple[str, ...] = ARMS
+    controls: bool = True
+    seeds: int = 3
+    budgets: tuple[str, ...] = ("updates",)
+    train_rows: int | None = None
+    test_rows: int | None = None
+    noise: float = 0.0
+    clean_labels: str | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    overwrite: bool = False
+    resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts(seeds=self.seeds)
+        if self.overwrite and self.resume:
+            raise UserError("overwrite and resume exclude each other; give one of them")
+        if not self.arms:
+            raise UserError("there is no arm to compare")
+        unknown = [budget for budget in self.budgets if budget not in BUDGETS]
+        if unknown or not self.budgets:
+            raise UserError(f"budget must be one of {', '.join(BUDGETS)}, or both, got {', '.join(unknown) or 'none'}")
+        slugs: dict[str, str] = {}
+        for arm in self.arms:
+            if (other := slugs.setdefault(slug(arm), arm)) is not arm:
+                raise UserError(f"arms {other!r} and {arm!r} are the same, or their directories would be")
+        check_passive(self.arms, self.passive)
+        arms = with_controls(self.arms) if self.controls else tuple(dict.fromkeys([BASELINE, *self.arms]))
+        object.__setattr__(self, "arms", arms)
+
+    def trainer(self, run: RunOf, *, write: bool, device: str | None = None) -> Trainer:
+        """The training of one run. Its device changes nothing but where it runs."""
+        train, test, passive = _data(
+            self.data, self.test, self.passive, self.image_size, self.clean_labels, self.train_rows, self.test_rows
+        )
+        if self.noise:
+            train = with_label_noise(train, self.noise, run.seed)
+        directory = self.out / run.directory
+        begun = (directory / CHECKPOINT).exists()
+        where = {} if device is None else {"device": device}
+        return Trainer(
+            self.model,
+            train,
+            test,
+            strategies=parse(run.arm, passive=passive),
+            seed=run.seed,
+            out=directory if write else None,
+            resume=write and begun,
+            overwrite=write and not begun,  # what a kill left there before the first checkpoint
+            progress=False,
+            **self.training | where | {"epochs": run.epochs},
+        )
+
+
+@dataclass(frozen=True)
+class RunOf:
+    """One training of a comparison."""
+
+    arm: str
+    epochs: int
+    seed: int
+
+    @property
+    def directory(self) -> Path:
+        return Path(slug(self.arm), f"{self.epochs}-epochs", f"seed-{self.seed}")
+
+    @classmethod
+    def recorded(cls, outcome: dict[str, Any]) -> RunOf:
+        return cls(outcome["arm"], outcome["epochs"], outcome["seed"])
+
+
+@lru_cache(maxsize=1)
+def _data(
+    data: str,
+    test: str | None,
+    passive: str | None,
+    image_size: int | None,
+    clean_labels: str | None,
+    train_rows: int | None,
+    test_rows: int | None,
+) -> tuple[ImageData, ImageData, ImageData | None]:
+    """Loaded once in each process."""
+    injected = None if passive is None else load(passive, image_size=image_size)
+    train, held_out = load_pair(data, test, image_size=image_size, clean_labels=clean_labels)
+    train = train if train_rows is None else subset(train, train_rows)
+    held_out = held_out if test_rows is None else subset(held_out, test_rows)
+    return train, held_out, injected
+
+
+# --- running ---------------------------------------------------------------------------------------------------------
+
+
+def run(
+    comparison: Comparison, *, jobs: int | None = None, report: Report = lambda outcome, ended, runs: None
+) -> dict[str, Any]:
+    """Trains all arms, writing results.json as it goes, and at the end the plots, results.csv and report.html.
+
+    On a CPU each run uses one thread, whatever ``jobs`` is, so that results do not depend on it; for a small model
+    that is also the fastest. A run that fails, or whose process dies, is part of the results and ends no other.
+
+    Args:
+        jobs: runs side by side, in processes of their own unless 1; default: usable CPU cores, or one on each GPU.
+        report: called with each run as it ends, an entry of ``runs``; how many have ended; how many there are.
+
+    Returns:
+        What is in results.json: settings, environment, runs, summary.
+
+    Raises:
+        UserError: whatever can be known to be wrong before training.
+        Interrupted: Ctrl-C. Finished runs are in results.json, the others in their checkpoints.
+    """
+    check_counts(jobs=jobs)
+    check_one_process()
+    device = pick_device(comparison.training.get("device"))
+    devices = _devices(device, jobs)
+    try:
+        with _threads(1 if device.type == "cpu" else torch.get_num_threads()):
+            settings = _check(comparison)
+            with _claimed(comparison, settings) as finished:
+                tasks = [task for task in _tasks(settings) if task not in finished]
+                devices = devices[: max(len(tasks), 1)]
+                results: dict[str, Any] = {
+                    "kind": KIND,
+                    "settings": settings,
+                    "environment": _environment(device, len(devices)),
+                    "runs": list(finished.values()),
+                    "summary": [],
+                }
+                _write(comparison.out, results)
+                with contextlib.closing(_outcomes(comparison, tasks, devices)) as outcomes:
+                    for outcome in outcomes:
+                        results["runs"].append(outcome)
+                        _write(comparison.out, results)
+                        report(outcome, len(results["runs"]), len(finished) + len(tasks))
+                _conclude(comparison, results)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; finished runs are in {comparison.out}; resume it to go on from there"
+        ) from None
+    finally:
+        _data.cache_clear()
+    return results
+
+
+def _conclude(comparison: Comparison, results: dict[str, Any]) -> None:
+    # In the order of the tasks, however the runs took turns.
+    order = {task: place for place, task in enumerate(_tasks(results["settings"]))}
+    results["runs"].sort(key=lambda outcome: order[RunOf.recorded(outcome)])
+    results["summary"] = summarise(results["settings"], results["runs"])
+    _write(comparison.out, results)
+    write_report(comparison.out, results)
+
+
+def usable_cores() -> int:
+    """Those this process may run on, which in a container or batch job may be few."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _devices(device: torch.device, jobs: int | None) -> list[str]:
+    """The device of each process: a GPU that was not named is any of them, in turn."""
+    if device.type == "cpu":
+        return ["cpu"] * (jobs or usable_cores())
+    names = [str(device)] if device.index is not None else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [names[i % len(names)] for i in range(jobs or len(names))]
+
+
+def _check(comparison: Comparison) -> dict[str, Any]:
+    """Builds every trainer once, so that what is wrong is told now and not after an hour; the settings of all runs."""
+    epochs = comparison.training.get("epochs", 15)
+    check_counts(epochs=epochs)
+
+    def build(arm: str, epochs: int) -> Trainer:
+        try:
+            return comparison.trainer(RunOf(arm, epochs, 0), write=False)
+        except UserError as error:
+            raise UserError(str(error) if arm == BASELINE else f"arm {arm}: {error}") from error
+
+    baseline = build(BASELINE, epochs)
+    settings = baseline.settings
+    plain = vars(forecast(baseline))
+    arm_epochs = {
+        arm: {
+            budget: matched_epochs(partial(build, arm), epochs, budget, spent(budget, plain))
+            for budget in comparison.budgets
+        }
+        for arm in comparison.arms
+    }
+    shared = {key: value for key, value in settings.items() if key not in ("strategies", "seed")}
+    return shared | {
+        "passive": comparison.passive,
+        "noise": comparison.noise,
+        "arms": list(comparison.arms),
+        "controls": {arm: control for arm in comparison.arms if (control := control_of(arm)) in comparison.arms},
+        "seeds": list(range(comparison.seeds)),
+        "budgets": list(comparison.budgets),
+        "arm_epochs": arm_epochs,
+    }
+
+
+def _tasks(settings: dict[str, Any]) -> list[RunOf]:
+    """All runs, every arm of a seed before the next seed."""
+    return [
+        RunOf(arm, epochs, seed)
+        for seed in settings["seeds"]
+        for arm in settings["arms"]
+        for epochs in dict.fromkeys(settings["arm_epochs"][arm].values())
+    ]
+
+
+def _environment(device: torch.device, jobs: int) -> dict[str, Any]:
+    return {
+        "batchkern": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "cores": usable_cores(),
+        "jobs": jobs,
+        "threads_per_run": torch.get_num_threads(),
+    }
+
+
+def _outcomes(comparison: Comparison, tasks: Sequence[RunOf], devices: Sequence[str]) -> Generator[dict[str, Any]]:
+    """The runs, as they end."""
+    if len(devices) == 1:
+        yield from (_run(comparison, task, devices[0]) for task in tasks)
+        return
+    _data.cache_clear()  # workers load their own
+    yield from in_processes(partial(_run, comparison), _died, tasks, devices)
+
+
+def _record(task: RunOf) -> dict[str, Any]:
+    return {
+        "arm": task.arm,
+        "epochs": task.epochs,
+        "seed": task.seed,
+        "directory": str(task.directory),
+        "error": None,
+        "curve": None,
+        "final": None,
+    }
+
+
+def _died(task: RunOf, how: str) -> dict[str, Any]:
+    return _record(task) | {"error": f"its process {how}, perhaps for want of memory; fewer --jobs need less"}
+
+
+def _run(comparison: Comparison, task: RunOf, device: str) -> dict[str, Any]:
+    """One run: what it reached and how, or why it failed."""
+    outcome = _record(task)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they were shown when the arms were checked
+            trainer = comparison.trainer(task, write=True, device=device)
+        trainer.fit()
+        keys = ("test_accuracy", "updates", "samples_forward", "samples_backward")
+        outcome["curve"] = {key: [row[key] for row in trainer.history] for key in keys}
+        outcome["final"] = trainer.history[-1]
+    except UserError as error:
+        outcome["error"] = str(error)
+    except Exception as error:  # a bug, or a model that fails in training: the other runs should not be lost
+        outcome["error"] = f"{type(error).__name__}: {error}"
+    return outcome
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- the directory ---------------------------------------------------------------------------------------------------
+
+
+def _write(out: Path, results: dict[str, Any]) -> None:
+    write_file(out / RESULTS, json.dumps(results, indent=1).encode())
+
+
+@contextlib.contextmanager
+def _claimed(comparison: Comparison, settings: dict[str, Any]) -> Iterator[dict[RunOf, dict[str, Any]]]:
+    """Makes the directory this comparison's, for as long as it runs; its finished runs, where it goes on.
+
+    By the rule of a run's directory: refuse what is there, or go on with it, or replace only what a comparison wrote.
+    """
+    out = comparison.out
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held = os.open(out, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out} is in use by another comparison; wait for it, or give another directory") from None
+        yield _finished(comparison, settings)
+    finally:
+        os.close(held)
+
+
+def _finished(comparison: Comparison, settings: dict[str, Any]) -> dict[RunOf, dict[str, Any]]:
+    out = comparison.out
+    # A kill during the first write of all leaves a part of it, which is no more than an empty directory.
+    if not {entry.name for entry in out.iterdir()} - {RESULTS + ".part"}:
+        return {}
+    earlier = _earlier(out)
+    if earlier is None:
+        raise UserError(f"{out} exists and is not a batchkern comparison; give another output directory")
+    if comparison.resume:
+        return _same(out, earlier, settings)
+    if not comparison.overwrite:
+        raise UserError(f"{out} holds a comparison already; resume it, overwrite it, or give another directory")
+    try:
+        _remove(out, earlier)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+    return {}
+
+
+def _earlier(out: Path) -> dict[str, Any] | None:
+    """The results of the comparison in ``out``; ``None`` where there is none."""
+    try:
+        results: dict[str, Any] = json.loads((out / RESULTS).read_text())
+        _tasks(results["settings"])
+        return results if results["kind"] == KIND else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[RunOf, dict[str, Any]]:
+    """The runs of an earlier comparison that did not fail, if it can go on as this one."""
+    own = ("arms", "controls", "seeds", "budgets", "arm_epochs")
+    was, now = earlier["settings"], json.loads(json.dumps(settings))
+    changed = [
+        f"{key} was {was.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(was.keys() | now.keys())
+        if key not in own and was.get(key) != now.get(key)
+    ]
+    if changed:
+        raise UserError(f"{out} was compared with other settings and cannot be resumed: {'; '.join(changed)}")
+    asked = set(_tasks(settings))
+    finished = {RunOf.recorded(outcome): outcome for outcome in earlier["runs"] if not outcome["error"]}
+    for task in finished:
+        if task not in asked:
+            raise UserError(
+                f"{out} has finished arm {task.arm}, {task.epochs} epochs, seed {task.seed}, which is not asked for "
+                "now; resuming may add arms, seeds and budgets, and leave out none"
+            )
+    return finished
+
+
+def _remove(out: Path, earlier: dict[str, Any]) -> None:
+    """What the comparison wrote; what a user put beside it stays."""
+    for name in REPORT_FILES:
+        (out / name).unlink(missing_ok=True)
+    for task in _tasks(earlier["settings"]):
+        directory = out / task.directory
+        for name in RUN_FILES:
+            if name != CONFIG:
+                (directory / name).unlink(missing_ok=True)
+        if directory.exists() and {entry.name for entry in directory.iterdir()} <= {CONFIG}:
+            (directory / CONFIG).unlink(missing_ok=True)  # else it still says that the directory is a run's
+        for emptied in (directory, directory.parent, directory.parent.parent):
+            with contextlib.suppress(OSError):  # holds something of the user's, or is gone
+                emptied.rmdir()

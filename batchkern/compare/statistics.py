@@ -1,0 +1,57 @@
+"""What a comparison may conclude: intervals, paired differences over seeds, and how many of them to believe."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from batchkern.errors import require
+
+LEVEL = 0.05
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half the width of its 95 % confidence interval by Student's t; ``None`` for a single value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    quantile = float(require("scipy.stats", "train").t.ppf(1 - LEVEL / 2, len(values) - 1))
+    return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> dict[str, Any] | None:
+    """The mean of ``values - reference`` over the seeds that both have, its interval and its p-value.
+
+    The p-value is that of the two-sided paired t-test. Where all differences are equal there is no deviation to judge
+    by (accuracies are multiples of one test image): then it is 1 for differences of zero, else that of the sign test.
+    ``None`` without a common seed; a single one has no interval and no p-value.
+    """
+    seeds = sorted(values.keys() & reference.keys())
+    if not seeds:
+        return None
+    differences = [values[seed] - reference[seed] for seed in seeds]
+    mean, half = interval(differences)
+    p: float | None = None
+    if len(seeds) > 1:
+        if max(differences) - min(differences) > 1e-12:
+            p = float(require("scipy.stats", "train").ttest_1samp(differences, 0.0).pvalue)
+        else:
+            p = 1.0 if abs(mean) < 1e-12 else 2.0 ** (1 - len(seeds))
+    return {"mean": mean, "half_width": half, "p": p, "p_corrected": None, "seeds": len(seeds)}
+
+
+def correct(differences: Sequence[dict[str, Any]]) -> None:
+    """Sets ``p_corrected`` of all by Holm's method: where nothing has an effect, 95 % of comparisons find none."""
+    tested = [difference for difference in differences if difference["p"] is not None]
+    if tested:
+        adjust = require("statsmodels.stats.multitest", "train").multipletests
+        corrected = adjust([difference["p"] for difference in tested], alpha=LEVEL, method="holm")[1]
+        for difference, p in zip(tested, corrected, strict=True):
+            difference["p_corrected"] = float(p)
+
+
+def first_reaching(accuracies: Sequence[float], used: Sequence[float], target: float) -> float | None:
+    """What was used of a budget when the accuracy first reached ``target``; ``None``: it never did."""
+    return next((x for x, accuracy in zip(used, accuracies, strict=True) if accuracy >= target), None)

@@ -1,0 +1,120 @@
+"""The runs of a comparison by budget and arm: what they reached, at which cost, and what may be chance."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from batchkern.compare.arms import BASELINE, cost, spent
+from batchkern.compare.statistics import correct, first_reaching, interval, paired_difference
+
+COUNTS = ("updates", "passive_updates", "samples_forward", "samples_backward", "seconds")
+"""What of a run's last row is averaged over the seeds, beside what it reached."""
+
+Outcome = Mapping[str, Any]
+
+
+def summarise(settings: Mapping[str, Any], runs: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """An entry for each budget and arm, in the order of the settings.
+
+    - ``test_accuracy``: after the last epoch: mean, half of its 95 % interval, a value for each seed;
+    - ``difference``: to the ``baseline`` and to the arm's ``control``, paired by seed; p-values are corrected over all
+      tests of the comparison (a pair of arms that is the same in two budgets is one test);
+    - ``reach``: epochs of the baseline (in what they use of the budget) until the arm's test accuracy first reached the
+      best that the baseline of its seed ever had: the median of the seeds that got there, and how many did;
+    - ``gap``: accuracy on the training set less that on the test set, after the last epoch;
+    - ``cost``: passes of samples, backward counted twice, in those of the baseline.
+    """
+    ended: dict[tuple[str, int], dict[int, Outcome]] = {}
+    for outcome in runs:
+        if outcome["error"] is None:
+            ended.setdefault((outcome["arm"], outcome["epochs"]), {})[outcome["seed"]] = outcome
+    tests: dict[tuple[Any, Any], dict[str, Any] | None] = {}
+    entries = []
+    for budget in settings["budgets"]:
+        baseline = (BASELINE, settings["arm_epochs"][BASELINE][budget])
+        for arm in settings["arms"]:
+            key = (arm, settings["arm_epochs"][arm][budget])
+            entry = _reached(budget, key, ended.get(key, {}), ended.get(baseline, {}))
+            entry["failed"] = _failed(runs, key)
+            entry["control"] = control = settings["controls"].get(arm)
+            references = {} if arm == BASELINE else {"baseline": baseline}
+            if control:
+                references["control"] = (control, settings["arm_epochs"][control][budget])
+            for name, reference in references.items():
+                pair = (key, reference)
+                if pair not in tests:
+                    tests[pair] = paired_difference(_accuracies(ended, key), _accuracies(ended, reference))
+                entry["difference"][name] = tests[pair]
+            entries.append(entry)
+    correct([test for test in tests.values() if test])
+    return entries
+
+
+def _accuracies(ended: Mapping[Any, Mapping[int, Outcome]], key: tuple[str, int]) -> dict[int, float]:
+    return {seed: outcome["final"]["test_accuracy"] for seed, outcome in ended.get(key, {}).items()}
+
+
+def _failed(runs: Sequence[Outcome], key: tuple[str, int]) -> list[dict[str, Any]]:
+    own = [outcome for outcome in runs if (outcome["arm"], outcome["epochs"]) == key and outcome["error"]]
+    return [{"seed": outcome["seed"], "error": outcome["error"]} for outcome in own]
+
+
+def _reached(
+    budget: str, key: tuple[str, int], ended: Mapping[int, Outcome], baseline: Mapping[int, Outcome]
+) -> dict[str, Any]:
+    arm, epochs = key
+    entry: dict[str, Any] = {
+        "budget": budget,
+        "arm": arm,
+        "epochs": epochs,
+        "seeds": len(ended),
+        "test_accuracy": None,
+        "difference": {},
+        "reach": None,
+        "gap": None,
+        "cost": None,
+        **dict.fromkeys(COUNTS),
+    }
+    if not ended:
+        return entry
+    last = [outcome["final"] for outcome in ended.values()]
+    entry["test_accuracy"] = _mean([row["test_accuracy"] for row in last])
+    entry["gap"] = _mean([row["train_set_accuracy"] - row["test_accuracy"] for row in last])
+    for name in COUNTS:
+        if name in last[0]:
+            entry[name] = statistics.fmean(row[name] for row in last)
+    if baseline:
+        plain = statistics.fmean(spent("cost", outcome["final"]) for outcome in baseline.values())
+        entry["cost"] = statistics.fmean(spent("cost", row) for row in last) / plain
+        entry["reach"] = _reach(budget, ended, baseline)
+    return entry
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any]:
+    mean, half = interval(values)
+    return {"mean": mean, "half_width": half, "values": list(values)}
+
+
+def _reach(budget: str, ended: Mapping[int, Outcome], baseline: Mapping[int, Outcome]) -> dict[str, Any]:
+    epochs = []
+    common = sorted(ended.keys() & baseline.keys())
+    for seed in common:
+        plain, own = baseline[seed]["curve"], ended[seed]["curve"]
+        one_epoch = _used(budget, plain)[-1] / len(plain["test_accuracy"])
+        used = [x / one_epoch for x in _used(budget, own)]
+        epochs.append(first_reaching(own["test_accuracy"], used, max(plain["test_accuracy"])))
+    reached = [x for x in epochs if x is not None]
+    return {
+        "median": statistics.median(reached) if reached else None,
+        "reached": len(reached),
+        "seeds": len(common),
+        "values": epochs,
+    }
+
+
+def _used(budget: str, curve: Mapping[str, Sequence[float]]) -> list[float]:
+    if budget == "updates":
+        return list(curve["updates"])
+    return [cost(f, b) for f, b in zip(curve["samples_forward"], curve["samples_backward"], strict=True)]
