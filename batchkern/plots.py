@@ -100,9 +100,9 @@ def plot_differences(path: Path, groups: Mapping[str, Sequence[tuple[str, Mappin
     Args:
         groups: by title, pairs of a name and a paired difference as in results.json, in accuracy.
     """
-    count = max((len(group) for group in groups.values()), default=1)
-    figure = _figure(5.2 * max(len(groups), 1), 1.3 + 0.42 * count, layout="constrained")
-    panels = figure.subplots(1, max(len(groups), 1), squeeze=False)[0]
+    heights = [len(group) + 2 for group in groups.values()] or [1]
+    figure = _figure(9, 0.35 * sum(heights), layout="constrained")
+    panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, group) in zip(panels, groups.items(), strict=False):
         for place, (_, difference) in enumerate(group):
             told = (difference["p_corrected"] or 1.0) < 0.05

@@ -78,10 +78,10 @@ def verdict(results: Results, budget: str) -> list[str]:
         told = [(arm, test) for arm, test in tests if test and test["p_corrected"] is not None]
         if not told:
             continue
-        sorts: dict[str, list[str]] = {"Better than": [], "Worse than": [], "Not to be told from": []}
+        sorts: dict[str, list[str]] = {"Better than": [], "Worse than": [], "No difference found from": []}
         for arm, test in told:
             found = test["p_corrected"] < LEVEL
-            sort = ("Better than" if test["mean"] > 0 else "Worse than") if found else "Not to be told from"
+            sort = ("Better than" if test["mean"] > 0 else "Worse than") if found else "No difference found from"
             sorts[sort].append(f"{arm} ({_points(test)})" if found else arm)
         said += [f"{sort} {what}: {', '.join(arms)}." for sort, arms in sorts.items() if arms]
     return said or ["One seed alone: without others, there is no telling chance from effect."]

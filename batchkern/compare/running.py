@@ -190,16 +190,13 @@ def run(
     try:
         with _threads(1 if device.type == "cpu" else torch.get_num_threads()):
             settings = _check(comparison)
-            with _claimed(comparison, settings) as finished:
+            with _claimed(comparison, settings) as earlier:
+                finished = {RunOf.recorded(outcome) for outcome in earlier.get("runs", ())}
                 tasks = [task for task in _tasks(settings) if task not in finished]
-                devices = devices[: max(len(tasks), 1)]
-                results: dict[str, Any] = {
-                    "kind": KIND,
-                    "settings": settings,
-                    "environment": _environment(device, len(devices)),
-                    "runs": list(finished.values()),
-                    "summary": [],
-                }
+                devices = devices[: len(tasks)]
+                environment = _environment(device, len(devices)) if tasks else earlier["environment"]
+                results: dict[str, Any] = {"kind": KIND, "settings": settings, "environment": environment}
+                results |= {"runs": [*earlier.get("runs", ())], "summary": []}
                 _write(comparison.out, results)
                 with contextlib.closing(_outcomes(comparison, tasks, devices)) as outcomes:
                     for outcome in outcomes:
@@ -355,8 +352,8 @@ def _write(out: Path, results: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _claimed(comparison: Comparison, settings: dict[str, Any]) -> Iterator[dict[RunOf, dict[str, Any]]]:
-    """Makes the directory this comparison's, for as long as it runs; its finished runs, where it goes on.
+def _claimed(comparison: Comparison, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Makes the directory this comparison's, for as long as it runs; what it holds already, where it goes on.
 
     By the rule of a run's directory: refuse what is there, or go on with it, or replace only what a comparison wrote.
     """
@@ -376,7 +373,7 @@ def _claimed(comparison: Comparison, settings: dict[str, Any]) -> Iterator[dict[
         os.close(held)
 
 
-def _finished(comparison: Comparison, settings: dict[str, Any]) -> dict[RunOf, dict[str, Any]]:
+def _finished(comparison: Comparison, settings: dict[str, Any]) -> dict[str, Any]:
     out = comparison.out
     # A kill during the first write of all leaves a part of it, which is no more than an empty directory.
     if not {entry.name for entry in out.iterdir()} - {RESULTS + ".part"}:
@@ -389,7 +386,7 @@ def _finished(comparison: Comparison, settings: dict[str, Any]) -> dict[RunOf, d
     if not comparison.overwrite:
         raise UserError(f"{out} holds a comparison already; resume it, overwrite it, or give another directory")
     try:
-        _remove(out, earlier)
+        _remove(out, earlier, _tasks(settings))
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
     return {}
@@ -405,10 +402,12 @@ def _earlier(out: Path) -> dict[str, Any] | None:
         return None
 
 
-def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[RunOf, dict[str, Any]]:
-    """The runs of an earlier comparison that did not fail, if it can go on as this one."""
+def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The results of an earlier comparison without the runs that failed, if it can go on as this one."""
     own = ("arms", "controls", "seeds", "budgets", "arm_epochs")
     was, now = earlier["settings"], json.loads(json.dumps(settings))
+    if was["passive"] is None:  # no arm has injected anything so far
+        own += ("passive",)
     changed = [
         f"{key} was {was.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(was.keys() | now.keys())
@@ -417,27 +416,27 @@ def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[
     if changed:
         raise UserError(f"{out} was compared with other settings and cannot be resumed: {'; '.join(changed)}")
     asked = set(_tasks(settings))
-    finished = {RunOf.recorded(outcome): outcome for outcome in earlier["runs"] if not outcome["error"]}
-    for task in finished:
+    finished = [outcome for outcome in earlier["runs"] if not outcome["error"]]
+    for task in map(RunOf.recorded, finished):
         if task not in asked:
             raise UserError(
                 f"{out} has finished arm {task.arm}, {task.epochs} epochs, seed {task.seed}, which is not asked for "
                 "now; resuming may add arms, seeds and budgets, and leave out none"
             )
-    return finished
+    return earlier | {"runs": finished}
 
 
-def _remove(out: Path, earlier: dict[str, Any]) -> None:
+def _remove(out: Path, earlier: dict[str, Any], tasks: Sequence[RunOf]) -> None:
     """What the comparison wrote; what a user put beside it stays."""
+    kept = {task.directory for task in tasks}
     for name in REPORT_FILES:
         (out / name).unlink(missing_ok=True)
     for task in _tasks(earlier["settings"]):
         directory = out / task.directory
         for name in RUN_FILES:
-            if name != CONFIG:
+            # Where a run of the new comparison is to be, config.json says that the directory is a run's.
+            if name != CONFIG or task.directory not in kept:
                 (directory / name).unlink(missing_ok=True)
-        if directory.exists() and {entry.name for entry in directory.iterdir()} <= {CONFIG}:
-            (directory / CONFIG).unlink(missing_ok=True)  # else it still says that the directory is a run's
         for emptied in (directory, directory.parent, directory.parent.parent):
             with contextlib.suppress(OSError):  # holds something of the user's, or is gone
                 emptied.rmdir()

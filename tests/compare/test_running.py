@@ -1,0 +1,435 @@
+"""Comparisons as they run: what they write, and that no failing arm, kill or Ctrl-C loses anything that was finished.
+
+One small comparison, run once in this process and once in two workers, serves most tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from training import flat, single_thread
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+
+from batchkern import cli, plots
+from batchkern.compare import ARMS, RESULTS, Comparison, run, running, slug, with_controls
+from batchkern.compare.report import CSV, REPORT, REPORT_FILES
+from batchkern.compare.running import RunOf
+from batchkern.errors import UserError
+from batchkern.rundir import CONFIG, CURVES, METRICS, RUN_FILES, WEIGHTS
+from batchkern.trainer import Trainer
+
+one_thread = single_thread()
+PACKAGE = str(Path(running.__file__).parents[2])
+SMALL = ["--epochs", "2", "--batch-size", "256"]
+ARMS_OF_THIS = "trimming(end=0.3), passive(every=5), stepwise(fractions=(.4,1),batch_multiples=(1,1))+augmentation"
+STEPWISE = ARMS_OF_THIS.split(", ")[-1]
+CONTROL = "random(select=rows,end=0.3)"
+# Its check passes, since that sees no gradient; its first penalty is infinite.
+FAILING = "augmentation(omega=0,sigma=1e4,tau=1e9,eta=1e38)"
+
+
+@pytest.fixture
+def batchkern(tmp_path, monkeypatch):
+    """Runs ``batchkern compare`` in a directory of the test's own: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    return in_process
+
+
+def in_process(*words):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+        patch.setattr(sys, "argv", ["batchkern", "compare", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    return ended.value.code or 0, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two seeds, run one after another and in two workers: (directory, stdout, stderr) by jobs."""
+    parent = tmp_path_factory.mktemp("compared")
+    outcomes = {}
+    for jobs in ("1", "2"):
+        words = [*SMALL, "--arms", ARMS_OF_THIS, "--seeds", "2", "--jobs", jobs, "--out", parent / jobs]
+        status, out, err = in_process(*words)
+        assert status == 0, err
+        outcomes[jobs] = parent / jobs, out, err
+    return outcomes
+
+
+def results_of(directory):
+    return json.loads(Path(directory, RESULTS).read_text())
+
+
+def without_seconds(results):
+    """Runs and summary, but for what a clock decides."""
+    runs = [o | {"final": {k: v for k, v in (o["final"] or {}).items() if k != "seconds"}} for o in results["runs"]]
+    return runs, [{k: v for k, v in entry.items() if k != "seconds"} for entry in results["summary"]]
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_runs_are_those_of_the_run_directories(finished):
+    directory, _, err = finished["2"]
+    results = results_of(directory)
+    arms = ["baseline", *ARMS_OF_THIS.split(", "), CONTROL]
+    # Of the stepwise arm 2 epochs are 3 + 6 updates and 575 + 1438 samples, 3 epochs 3 + 12 and 575 + 2876: the
+    # baseline's 12 updates are as near to both, its 2876 samples nearer to the second.
+    epochs = {arm: [2] for arm in arms} | {STEPWISE: [2, 3]}
+    assert results["settings"]["arm_epochs"] == {a: {"updates": e[0], "cost": e[-1]} for a, e in epochs.items()}
+    expected = [(arm, e, seed) for seed in (0, 1) for arm in arms for e in epochs[arm]]
+    assert [(o["arm"], o["epochs"], o["seed"]) for o in results["runs"]] == expected
+    for o in results["runs"]:
+        assert Path(o["directory"]) == Path(slug(o["arm"]), f"{o['epochs']}-epochs", f"seed-{o['seed']}")
+        lines = [json.loads(line) for line in (directory / o["directory"] / METRICS).read_text().splitlines()]
+        assert o["final"] == lines[-1]
+        assert o["curve"]["test_accuracy"] == [row["test_accuracy"] for row in lines]
+        assert sorted(os.listdir(directory / o["directory"])) == sorted(RUN_FILES)
+        settings = json.loads((directory / o["directory"] / CONFIG).read_text())["settings"]
+        assert (settings["seed"], settings["epochs"]) == (o["seed"], o["epochs"])
+        shared = {key: value for key, value in results["settings"].items() if key in settings and key != "epochs"}
+        assert len(shared) > 10
+        assert shared == {key: settings[key] for key in shared}
+    assert results["settings"]["controls"] == {"trimming(end=0.3)": CONTROL}
+    assert results["settings"]["passive"] == "photo-patches"
+    assert (results["environment"]["jobs"], results["environment"]["threads_per_run"]) == (2, 1)
+    assert results["environment"]["torch"] == torch.__version__
+    told = [
+        re.fullmatch(r" *\d+/12  (.*), (\d) epochs, seed (\d): test accuracy .*", line) for line in err.splitlines()
+    ]
+    assert sorted((m[1], int(m[2]), int(m[3])) for m in told) == sorted(expected)
+
+
+def test_the_report_lies_beside_them(finished):
+    directory, out, _ = finished["1"]
+    assert set(REPORT_FILES) <= set(os.listdir(directory))
+    for name in (REPORT, CSV, RESULTS):
+        assert name in out.splitlines()[-1]
+    assert "At equal updates of the model:" in out
+    assert "At equal cost: " in out
+    assert "2 seeds are few" in out
+
+
+# --- what must not matter, and what must -----------------------------------------------------------------------------
+
+
+def test_jobs_do_not_change_a_bit(finished):
+    one, two = (results_of(finished[jobs][0]) for jobs in ("1", "2"))
+    assert without_seconds(one) == without_seconds(two)
+    for o in one["runs"]:
+        paths = (finished[jobs][0] / o["directory"] / WEIGHTS for jobs in ("1", "2"))
+        assert len({path.read_bytes() for path in paths}) == 1
+
+
+def test_a_seed_is_the_same_weights_and_order_in_all_arms(finished):
+    directory = finished["1"][0]
+    runs = results_of(directory)["runs"]
+    lines = {(o["arm"], o["seed"]): (directory / o["directory"] / METRICS).read_text().splitlines() for o in runs}
+    first = {run: json.loads(rows[0]) for run, rows in lines.items()}
+    # Trimming keeps all in its first epoch, so that is the baseline's, bit for bit, if weights and order are.
+    for seed in (0, 1):
+        baseline, trimming = (first[arm, seed] for arm in ("baseline", "trimming(end=0.3)"))
+        assert baseline["train_loss"] == trimming["train_loss"]
+        assert baseline["test_loss"] == trimming["test_loss"]
+    assert first["baseline", 0]["train_loss"] != first["baseline", 1]["train_loss"]
+
+
+def test_every_default_arm_starts_from_the_same_weights(tmp_path):
+    comparison = Comparison("digits", "cnn", tmp_path, passive="photo-patches", training={"device": "cpu"})
+    trainers = [comparison.trainer(RunOf(arm, 5, 3), write=False) for arm in with_controls(ARMS)]
+    weights = [flat(trainer.model) for trainer in trainers]
+    assert len(weights) == 8
+    assert all(torch.equal(weights[0], other) for other in weights)
+    assert not torch.equal(weights[0], flat(comparison.trainer(RunOf("baseline", 5, 4), write=False).model))
+    orders = [trainer.batches.epoch(0) for trainer in trainers]
+    assert all(torch.equal(a, b) for order in orders for a, b in zip(order, orders[0], strict=True))
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def assert_refused(batchkern, words, *patterns):
+    status, out, err = batchkern(*words)
+    assert status == 2
+    assert re.fullmatch(r"(batchkern: without [^\n]*\n)?batchkern: error: [^\n]+\n", err), err
+    assert out == ""
+    for pattern in patterns:
+        assert re.search(pattern, err), err
+
+
+@pytest.mark.parametrize(
+    ("words", "patterns"),
+    [
+        ("--arms baseline,triming", ["'triming'", "did you mean trimming"]),
+        ("--arms trimming,trimming", ["arms 'trimming' and 'trimming' are the same"]),
+        ("--arm trimming(end=.3) --arm trimming(end=.3,)", ["are the same, or their directories would be"]),
+        ("--arms baseline,hard-batches(delta=0.01)", [r"arm hard-batches\(delta=0.01\): delta=0.01 selects none"]),
+        ("--arms baseline --passive digits", ["--passive is digits, but no strategy"]),
+        ("--arms baseline,stepwise", ["arm stepwise: epochs must be at least 5"]),
+        ("--model resnet21", ["unknown model 'resnet21'"]),
+        ("--seeds 0", ["seeds must be .* at least 1, got 0"]),
+        ("--jobs 0", ["jobs must be .* at least 1, got 0"]),
+        ("--device gpu", ["'gpu'"]),
+        ("--batch-size 5000", ["batch_size is 5000"]),
+        ("--data no.parquet", ["'no.parquet' is no file"]),
+        ("--out /proc/compared --arms baseline", ["/proc/compared cannot be written"]),
+    ],
+)
+def test_what_is_wrong_is_told_before_anything_is_trained(batchkern, words, patterns):
+    assert_refused(batchkern, [*SMALL, *words.split()], *patterns)
+    assert not Path("runs").exists()
+
+
+def test_a_failing_arm_is_reported_and_loses_no_other(batchkern):
+    words = [*SMALL, "--arm", "baseline", "--arm", FAILING, "--seeds", 1, "--jobs", 1, "--out", "out"]
+    status, out, err = batchkern(*words)
+    assert status == 2
+    assert re.search(rf"\n{re.escape(FAILING)} \(1 failed\) +- *\n", out)
+    assert re.search(r"\nbaseline +\d\d\.\d\d *\n", out)
+    assert "no telling chance from effect" in out
+    last = err.splitlines()[-1]
+    assert last.startswith(f"batchkern: error: 1 of 2 runs failed, the first is arm {FAILING}, seed 0: the loss is not")
+    assert "Traceback" not in err
+    results = results_of("out")
+    assert [bool(o["error"]) for o in results["runs"]] == [False, True]
+    assert results["summary"][1]["failed"] == [{"seed": 0, "error": results["runs"][1]["error"]}]
+    assert "1 of 2 runs failed" in Path("out", REPORT).read_text()
+    # What failed is tried again by a resumed comparison, and nothing else.
+    status, _, err = batchkern(*words, "--resume")
+    assert status == 2
+    assert re.fullmatch(rf"2/2  {re.escape(FAILING)}, 2 epochs, seed 0: the loss is not finite.*", err.splitlines()[0])
+
+
+def test_a_bug_in_one_run_is_reported_and_loses_no_other(tmp_path, monkeypatch):
+    fit = Trainer.fit
+
+    def broken(self):
+        if self.seed == 1:
+            raise RuntimeError("it broke")
+        return fit(self)
+
+    monkeypatch.setattr(Trainer, "fit", broken)
+    comparison = Comparison("digits", "cnn", tmp_path / "out", arms=("baseline",), seeds=3, training=tiny())
+    results = run(comparison, jobs=1)
+    assert [o["error"] for o in results["runs"]] == [None, "RuntimeError: it broke", None]
+    assert results["summary"][0]["seeds"] == 2
+
+
+def tiny():
+    return {"epochs": 1, "batch_size": 700, "device": "cpu"}
+
+
+def die_of_seed_1(comparison, task, device):
+    if task.seed == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return running._record(task) | {"error": "no such luck"}
+
+
+def test_a_worker_that_dies_is_an_outcome_and_loses_no_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "_run", die_of_seed_1)
+    comparison = Comparison("digits", "cnn", tmp_path / "out", arms=("baseline",), seeds=4, training=tiny())
+    errors = [o["error"] for o in run(comparison, jobs=2)["runs"]]
+    assert errors[1].startswith("its process was killed by SIGKILL, perhaps for want of memory")
+    assert [errors[0], *errors[2:]] == ["no such luck"] * 3
+
+
+def test_threads_are_given_back(tmp_path):
+    torch.set_num_threads(2)
+    comparison = Comparison("digits", "cnn", tmp_path / "out", arms=("baseline",), seeds=1, training=tiny())
+    assert run(comparison, jobs=1)["environment"]["threads_per_run"] == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_ctrl_c_ends_all_workers_with_one_sentence(tmp_path):
+    words = ["--arms", "baseline,trimming", "--seeds", "6", "--epochs", "3", "--jobs", "2", "--out", "out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "batchkern", "compare", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": PACKAGE},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script in the background ignores it
+    )
+    assert process.stderr.readline().startswith(" 1/18  ")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (2, "")
+    *lines, last = err.splitlines()
+    assert all(re.match(r" *\d+/18  ", line) for line in lines), err
+    assert last == "batchkern: interrupted; finished runs are in out; resume it to go on from there"
+    assert 18 > len(results_of(tmp_path / "out")["runs"]) >= 1 + len(lines)
+    for _ in range(100):  # Python's own tracker of resources ends a moment later than its owner
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("a worker is left")
+
+
+# --- the directory ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quick_plots(monkeypatch):
+    """Plots have tests of their own."""
+    monkeypatch.setattr(plots, "plot_run", lambda directory: (directory / CURVES).write_text("plot"))
+    monkeypatch.setattr(running, "write_report", lambda directory, results: (directory / REPORT).write_text("page"))
+
+
+def compared(**changes):
+    settings = {"arms": ("baseline", "trimming"), "controls": False, "seeds": 1, "training": tiny(), **changes}
+    return run(Comparison("digits", "cnn", Path("out"), **settings), jobs=1)
+
+
+def test_a_comparison_is_not_overwritten_unless_asked(tmp_path, monkeypatch, quick_plots):
+    monkeypatch.chdir(tmp_path)
+    compared(seeds=2)
+    before = Path("out", RESULTS).read_bytes()
+    with pytest.raises(UserError, match="out holds a comparison already; resume it, overwrite it"):
+        compared()
+    assert Path("out", RESULTS).read_bytes() == before
+    mine = [
+        Path("out/notes"),
+        Path("out/trimming/1-epochs/seed-1/notes"),
+        Path("out/baseline/1-epochs/seed-0/notes"),
+        Path("out/a/seed-0"),
+    ]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    compared(overwrite=True, training=tiny() | {"lr": 0.01})
+    assert all(path.read_text() == "mine" for path in mine)
+    # Runs of the old comparison that the new one does not have are gone: they would be taken for its own.
+    assert not Path("out/baseline/1-epochs/seed-1").exists()
+    assert os.listdir("out/trimming/1-epochs/seed-1") == ["notes"]
+    assert sorted(os.listdir("out/baseline/1-epochs/seed-0")) == sorted([*RUN_FILES, "notes"])
+    assert json.loads(Path("out/baseline/1-epochs/seed-0", CONFIG).read_text())["settings"]["lr"] == 0.01
+    assert [o["error"] for o in results_of("out")["runs"]] == [None, None]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", RESULTS])
+@pytest.mark.parametrize("contents", ["mine", "[]", '{"kind": "mine", "settings": {"arms": [], "seeds": []}}'])
+def test_what_is_not_a_comparison_is_never_touched(tmp_path, monkeypatch, name, contents):
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("out", name).write_text(contents)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="out exists and is not a batchkern comparison"):
+            compared(overwrite=overwrite)
+    assert os.listdir("out") == [name]
+    assert Path("out", name).read_text() == contents
+
+
+def test_results_are_written_after_every_run(tmp_path, monkeypatch, quick_plots):
+    """So that a kill loses what was under way alone."""
+    monkeypatch.chdir(tmp_path)
+    written = []
+    run(
+        Comparison("digits", "cnn", Path("out"), arms=("trimming",), controls=False, seeds=1, training=tiny()),
+        jobs=1,
+        report=lambda outcome, ended, runs: written.append((ended, runs, results_of("out")["runs"])),
+    )
+    assert [(ended, runs, len(recorded)) for ended, runs, recorded in written] == [(1, 2, 1), (2, 2, 2)]
+    assert written[1][2] == results_of("out")["runs"]
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_that_goes_on_repeats_nothing_and_may_grow(tmp_path, monkeypatch, quick_plots):
+    monkeypatch.chdir(tmp_path)
+    trained = []
+    fit = Trainer.fit
+    monkeypatch.setattr(Trainer, "fit", lambda self: trained.append((self.strategies, self.seed)) or fit(self))
+    first = compared()
+    assert len(trained) == 2
+    again = compared(resume=True)
+    assert len(trained) == 2
+    assert again == first
+    grown = compared(resume=True, seeds=2, arms=("baseline", "trimming", "passive(every=1)"), passive="photo-patches")
+    assert len(trained) == 2 + 4
+    assert [o for o in grown["runs"] if (o["arm"], o["seed"]) in {("baseline", 0), ("trimming", 0)}] == first["runs"]
+
+
+def test_resume_starts_where_there_is_nothing(tmp_path, monkeypatch, quick_plots):
+    monkeypatch.chdir(tmp_path)
+    assert [o["error"] for o in compared(resume=True)["runs"]] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"training": {"epochs": 1, "batch_size": 600, "device": "cpu"}}, "batch_size was 700, now 600"),
+        ({"noise": 0.1}, "noise was 0.0, now 0.1; train was"),
+        ({"train_rows": 1000}, "train was .*'rows': 1438.* now .*'rows': 1000"),
+        ({"arms": ("baseline",)}, "finished arm trimming, 1 epochs, seed 0, which is not asked for"),
+        ({"resume": True, "overwrite": True}, "overwrite and resume exclude each other"),
+    ],
+)
+def test_another_comparison_does_not_go_on(tmp_path, monkeypatch, quick_plots, changes, sentence):
+    monkeypatch.chdir(tmp_path)
+    compared()
+    before = Path("out", RESULTS).read_bytes()
+    with pytest.raises(UserError, match=sentence):
+        compared(**{"resume": True} | changes)
+    assert Path("out", RESULTS).read_bytes() == before
+
+
+def test_two_comparisons_do_not_share_a_directory(tmp_path, monkeypatch, quick_plots):
+    monkeypatch.chdir(tmp_path)
+    refused = []
+
+    def second(*_):
+        with pytest.raises(UserError, match="out is in use by another comparison"):
+            compared(resume=True)
+        refused.append(True)
+
+    run(Comparison("digits", "cnn", Path("out"), arms=("baseline",), seeds=1, training=tiny()), jobs=1, report=second)
+    assert refused
+
+
+@pytest.mark.slow
+def test_ten_kills_give_the_table_of_none(tmp_path):
+    """Killed with all its workers at random moments, start-up and the writing of the report among them."""
+    words = "--arms trimming(end=0.3),passive(every=3) --seeds 2 --epochs 3 --batch-size 128 --jobs 2 --resume --out"
+    command = [sys.executable, "-m", "batchkern", "compare", *words.split()]
+    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": PACKAGE}, "stdout": subprocess.DEVNULL}
+    options |= {"stderr": subprocess.DEVNULL, "start_new_session": True}
+    started = time.monotonic()
+    subprocess.run([*command, "whole"], check=True, timeout=200, **options)
+    duration = time.monotonic() - started
+    moments = random.Random(7)
+    for _ in range(10):
+        process = subprocess.Popen([*command, "killed"], **options)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=moments.uniform(0.2, 0.8) * duration)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, "killed"], check=True, timeout=200, **options)
+    whole, killed = (results_of(tmp_path / name) for name in ("whole", "killed"))
+    assert without_seconds(killed) == without_seconds(whole)
+    assert len(whole["runs"]) == 8
+    for o in whole["runs"]:
+        paths = (tmp_path / name / o["directory"] / WEIGHTS for name in ("whole", "killed"))
+        assert len({path.read_bytes() for path in paths}) == 1
