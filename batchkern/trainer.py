@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -26,30 +24,29 @@ from batchkern.configure import (
     check_counts,
     check_data,
     check_model,
-    check_one_process,
     check_range,
     describe_choice,
     describe_data,
     describe_model,
-    pick_device,
     pick_schedule,
+    uses_all_parameters,
 )
 from batchkern.data import Feed, ImageData
+from batchkern.distributed import Ranks
+from batchkern.divergence import FiniteCheck
 from batchkern.errors import UserError
+from batchkern.interrupts import Interrupted, StopRequest
+from batchkern.ops import trimmed_cross_entropy
 from batchkern.plan import Batch, EpochBatches
 from batchkern.progress import ProgressBar
 from batchkern.rundir import CHECKPOINT, RunDirectory
-from batchkern.seeding import derived_seed
+from batchkern.seeding import derived_seed, set_torch_states, torch_states
 from batchkern.strategies import Run, Step, Strategy, check_combination
 from batchkern.strategies.base import Perturbation, run_with_virtual
 
+__all__ = ["EVALUATION_BATCH", "Counts", "Interrupted", "Trainer"]
+
 EVALUATION_BATCH = 512
-CUDA_CHECK_EVERY = 50
-"""Updates between looks at whether the loss is finite on a GPU, where each look waits for the device."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during :meth:`Trainer.fit`; the message says what was saved."""
 
 
 @dataclass
@@ -61,21 +58,35 @@ class Counts:
     samples_seen: int = 0
     """Rows of active batches."""
     samples_forward: int = 0
+    """Rows of active and passive batches, in each pass."""
     samples_backward: int = 0
     samples_kept: int = 0
     seconds: float = 0.0
     """Of training: without evaluation and checkpoints."""
 
 
+class _Objective(nn.Module):
+    """All that trains, as one module for the averaging of gradients; it computes whatever it is given."""
+
+    def __init__(self, model: nn.Module, extras: nn.ModuleDict) -> None:
+        super().__init__()
+        self.model = model
+        self.extras = extras
+
+    def forward(self, objective: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return objective()
+
+
 class Trainer:
-    """One training run.
+    """One training run, in one process or in all that torchrun started (docs/distributed.md).
 
     Args:
         model: a module that maps images ``(B, C, H, W)`` to logits ``(B, classes)``, or a name for
             ``batchkern.models.build``, which is then initialised from ``seed``.
         train, test: the data; same shape and classes.
         strategies: any combination in which no two decide the same thing; none is the plain baseline.
-        epochs, batch_size: of the plain baseline; strategies may change what an epoch visits.
+        epochs, batch_size: of the plain baseline; strategies may change what an epoch visits. A batch is that of all
+            processes together.
         optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, or a function of the parameter list.
         lr, momentum, weight_decay: of the named optimizers; a function sets its own, and ``lr`` is taken from it.
         schedule: ``"constant"``, ``"cosine"``, ``"step"``, or ``f(progress) -> factor`` on the learning rate.
@@ -84,7 +95,7 @@ class Trainer:
         label_smoothing: in [0, 1], of the training loss.
         classifier: name of the model's last linear layer, where the last one registered is not it.
         seed: of the weights, the order, the augmentation and every choice. :meth:`fit` seeds torch's generators.
-        device: default: CUDA where torch sees it, else CPU.
+        device: default: CUDA where torch sees it, else CPU; of several processes, each takes a GPU of its own.
         out: the run's directory; ``None`` writes nothing.
         overwrite: replace the files of a run that is there. resume: go on from its checkpoint.
         checkpoint_every: also save after every so many updates; a checkpoint is always saved after an epoch.
@@ -120,7 +131,6 @@ class Trainer:
         checkpoint_every: int | None = None,
         progress: bool = True,
     ) -> None:
-        check_one_process()
         check_counts(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
         check_range("label_smoothing", label_smoothing, 0, 1)
         check_data(train, test, batch_size)
@@ -129,7 +139,8 @@ class Trainer:
             raise UserError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
         self.strategies = list(strategies)
         self.seed = seed
-        self.device = pick_device(device)
+        self.ranks = Ranks.join(device)
+        self.device = self.ranks.device
         self.amp = AMP_TYPES[amp]
         self.schedule = pick_schedule(schedule)
         self.checkpoint_every = checkpoint_every
@@ -151,6 +162,7 @@ class Trainer:
             "label_smoothing": label_smoothing,
             "classifier": classifier,
             "seed": seed,
+            "ranks": self.ranks.world,
         }
 
         with torch.random.fork_rng(devices=[]):
@@ -174,9 +186,16 @@ class Trainer:
             seed=seed,
             label_smoothing=label_smoothing,
             classifier=classifier,
+            ranks=self.ranks,
         )
         for strategy in self.strategies:
             strategy.setup(self.run)
+        self.parallel = self.ranks.parallel(
+            _Objective(self.model, self.run.extras),
+            find_unused=lambda: (
+                len(self.run.extras) > 0 or not uses_all_parameters(self.model, train.shape, self.device)
+            ),
+        )
         self.batches = EpochBatches(len(train), batch_size, epochs, derived_seed(seed, "order"))
         parameters = [*self.model.parameters(), *self.run.extras.parameters()]
         self.optimizer = build_optimizer(optimizer, parameters, lr, momentum, weight_decay)
@@ -188,8 +207,7 @@ class Trainer:
         """One row an epoch, as in metrics.jsonl."""
         # Of the epoch so far, on the device: untrimmed losses, objective, correct predictions, samples.
         self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        self._not_finite = torch.full((), -1, dtype=torch.int64, device=self.device)
-        self._stop = False
+        self._finite = FiniteCheck(self.device, self._last_checkpoint)
         self._rng: tuple[Tensor, Tensor | None] | None = None
         """States of torch's generators where this run goes on, once it has begun."""
         self.directory = self._open(out, overwrite=overwrite, resume=resume)
@@ -215,36 +233,48 @@ class Trainer:
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
         }
-        directory = RunDirectory(Path(out), self.settings, environment, overwrite=overwrite, resume=resume)
+        path = Path(out)
+        directory = self.ranks.first(
+            lambda: RunDirectory(path, self.settings, environment, overwrite=overwrite, resume=resume)
+        )
         if resume:
-            state = directory.load_checkpoint()
+            state, self.history = self.ranks.first(lambda: (directory.load_checkpoint(), directory.metrics()))
             if state is not None:
                 self._load(state)
-                self.history = directory.metrics()
         return directory
 
     def _save(self) -> None:
         """What a later process needs to go on to the same weights."""
-        if self.directory is None:
+        directory = self.directory
+        if directory is None:
             return
         self._check_finite()
-        self._check_weights()
-        rng, cuda_rng = self._rng_states()
-        self.directory.save_checkpoint(
-            {
-                "epochs_done": len(self.history),
-                "counts": asdict(self.counts),
-                "sums": self._sums,
-                "model": self.model.state_dict(),
-                "extras": self.run.extras.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "batches": self.batches.state_dict(),
-                "strategies": [strategy.state_dict() for strategy in self.strategies],
-                "rng": rng,
-                "cuda_rng": cuda_rng,
-            }
+        (rng, cuda_rng), *others = self.ranks.collect(torch_states(self.device))
+        self.ranks.first(
+            lambda: directory.save_checkpoint(
+                {
+                    "epochs_done": len(self.history),
+                    "counts": asdict(self.counts),
+                    "sums": self._sums,
+                    "model": self.model.state_dict(),
+                    "extras": self.run.extras.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "batches": self.batches.state_dict(),
+                    "strategies": [strategy.state_dict() for strategy in self.strategies],
+                    "rng": rng,
+                    "cuda_rng": cuda_rng,
+                    "rng_of_other_ranks": others,
+                }
+            )
         )
+
+    def _last_checkpoint(self) -> str:
+        if self.directory is None:
+            return ""
+        file = self.directory.path / CHECKPOINT
+        kept = self.ranks.first(file.exists)
+        return f"; the last finite checkpoint is kept in {file}" if kept else ""
 
     def _load(self, state: dict[str, Any]) -> None:
         self.counts = Counts(**state["counts"])
@@ -256,7 +286,7 @@ class Trainer:
         self.batches.load_state_dict(state["batches"])
         for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
             strategy.load_state_dict(saved)
-        self._rng = state["rng"], state["cuda_rng"]
+        self._rng = [(state["rng"], state["cuda_rng"]), *state.get("rng_of_other_ranks", [])][self.ranks.rank]
 
     # --- the training ------------------------------------------------------------------------------------------
 
@@ -269,7 +299,9 @@ class Trainer:
         """
         self.model.train()
         label = "+".join(s.name for s in self.strategies) or "baseline"
-        with self._own_rng(), self._sigint(), ProgressBar(label, enabled=self.progress) as bar:
+        stop = StopRequest(several=self.ranks.world > 1)
+        shown = self.progress and self.ranks.rank == 0
+        with self._own_rng(), stop.heeded(), ProgressBar(label, enabled=shown) as bar:
             for batch in self._plan():
                 started = time.perf_counter()
                 self._update(batch)
@@ -282,7 +314,7 @@ class Trainer:
                     self._save()
                 if bar.due():
                     self._show(bar, batch.progress)
-                if self._stop:
+                if self.ranks.agree(stop.made):
                     self._interrupt()
         return self._finish()
 
@@ -290,41 +322,17 @@ class Trainer:
     def _own_rng(self) -> Iterator[None]:
         """Torch's generators as this run left them, whatever was drawn in between, by another trainer say."""
         if self._rng is None:
-            torch.manual_seed(derived_seed(self.seed, "fit"))
+            # Each rank drops out other units of its rows.
+            place = (self.ranks.rank,) if self.ranks.rank else ()
+            torch.manual_seed(derived_seed(self.seed, "fit", *place))
         else:
-            rng, cuda_rng = self._rng
-            torch.set_rng_state(rng)
-            if self.device.type == "cuda" and cuda_rng is not None:
-                torch.cuda.set_rng_state(cuda_rng, self.device)
+            set_torch_states(self._rng, self.device)
         try:
             yield
         finally:
-            self._rng = self._rng_states()
-
-    def _rng_states(self) -> tuple[Tensor, Tensor | None]:
-        cuda = self.device.type == "cuda"
-        return torch.get_rng_state(), torch.cuda.get_rng_state(self.device) if cuda else None
-
-    @contextlib.contextmanager
-    def _sigint(self) -> Iterator[None]:
-        """Ctrl-C finishes the update under way: a checkpoint is only ever taken between updates."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self._stop = True
-
-        previous = signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
+            self._rng = torch_states(self.device)
 
     def _interrupt(self) -> None:
-        self._stop = False
         self._save()
         place = f"interrupted after update {self.counts.updates}"
         if self.directory is None:
@@ -357,112 +365,105 @@ class Trainer:
             self.optimizer.state.clear()
         if batch.inject is not None:
             inject = batch.inject
-            self._descend(lambda: inject(step))
+            self._descend(lambda: self._valued(inject(step)))
+            self.counts.samples_forward += len(batch.indices)
+            self.counts.samples_backward += len(batch.indices)
             return
-        images, target = self.feed.batch(batch.indices, self.counts.updates)
-        self._active_update(step, images, target)
+        self._active_update(step, *self._rows(step, step.share.positions))
         self.counts.updates += 1
 
+    def _rows(self, step: Step, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels of this rank, at ``positions`` of the batch."""
+        images, target = self.feed.batch(step.batch.indices, self.counts.updates, positions)
+        return images, step.share.ignore_filling(target)
+
     def _active_update(self, step: Step, images: Tensor, target: Tensor) -> None:
-        scored: list[tuple[Tensor, Tensor]] = []
+        """From this rank's rows; what strategies see and what is counted is of the whole batch."""
+        scored: list[Tensor] = []
 
         def score() -> Tensor:
             """A pass for the losses alone. It leaves batch norm's running statistics to the full pass."""
             with torch.no_grad(), self._autocast(), models.frozen_statistics(self.model):
                 logits = self.model(images)
-                _, losses = Strategy().loss(step, logits, target)
-            scored.append((logits, losses))
-            return losses
+                smoothing = self.run.label_smoothing
+                loss, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
+            scored.append(self.ranks.gather(step.share, _figures(logits, target, losses), loss)[0])
+            return scored[0][0]
 
         owner = self._owner("the loss")
         rows = owner.narrow(step, score)
-        full_target = target
         if rows is not None:
-            images, target, step.narrowed = images[rows], target[rows], True
+            images, target = self._narrowed(step, rows, images, target)
         perturbation = self._owner("the virtual samples").perturb(step)
-        outcome: list[tuple[Tensor, Tensor]] = []
+        outcome: list[Tensor] = []
 
-        def objective() -> Tensor:
+        def objective() -> tuple[Tensor, Tensor]:
             penalty: Tensor | float = 0.0
             if perturbation is None or perturbation.own_update:
                 logits = self.model(images)
             else:
                 logits, penalty = self._perturbed(perturbation, images)
             loss, losses = owner.loss(step, logits, target)
-            outcome.append((logits.detach(), losses))
-            return loss + penalty
+            loss = loss + penalty
+            figures, value = self.ranks.gather(step.share, _figures(logits, target, losses), loss.detach())
+            outcome.append(figures)
+            return loss, value
 
         value = self._descend(objective)
         passes = 1
         if perturbation is not None and perturbation.own_update:
-            self._descend(lambda: self._perturbed(perturbation, images)[1])
+            self._descend(lambda: self._valued(self._perturbed(perturbation, images)[1]))
             passes = 2
 
-        logits, losses = scored[0] if scored else outcome[0]
-        seen = full_target if scored else target
+        losses, correct = scored[0] if scored else outcome[0]
         for strategy in self.strategies:
             strategy.observe(step, losses)
-        sums = losses.sum(), value * len(seen), (logits.argmax(1) == seen).sum(), torch.full_like(value, len(seen))
+        sums = losses.sum(), value * len(losses), correct.sum(), torch.full_like(value, len(losses))
         self._sums += torch.stack([x.double() for x in sums])
-        self.counts.samples_seen += len(full_target)
-        self.counts.samples_forward += passes * len(target) + (len(full_target) if scored else 0)
-        self.counts.samples_backward += passes * len(target)
-        self.counts.samples_kept += len(full_target) if step.kept is None else step.kept
+        full, trained = len(step.batch.indices), step.share.rows
+        self.counts.samples_seen += full
+        self.counts.samples_forward += passes * trained + (full if scored else 0)
+        self.counts.samples_backward += passes * trained
+        self.counts.samples_kept += full if step.kept is None else step.kept
+
+    def _narrowed(self, step: Step, rows: Tensor, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows worth a full pass, dealt out evenly: they may all have been one rank's."""
+        step.narrowed, step.share = True, self.ranks.share(len(rows))
+        if self.ranks.world == 1:
+            return images[rows], target[rows]
+        return self._rows(step, step.share.take(rows.cpu()))
 
     def _perturbed(self, perturbation: Perturbation, images: Tensor) -> tuple[Tensor, Tensor]:
         raw, virtual = run_with_virtual(self.model, perturbation.layer, perturbation.virtual, images)
         return raw, perturbation.penalty(raw, virtual)
 
-    def _descend(self, objective: Callable[[], Tensor]) -> Tensor:
-        """One update along the gradient of ``objective``; its detached value."""
+    def _valued(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        return loss, self.ranks.mean(loss.detach())
+
+    def _descend(self, objective: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        """One update along the gradient of ``objective``: a rank's loss, and its mean over ranks, which is returned."""
         # Gradients become None, not zero: the optimizer then leaves alone what this update does not use.
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            loss = objective()
-        self._watch(loss.detach())
+            loss, value = self.parallel(objective)
+        # Every rank sees the same value and ends here together with the others, none of which waits for a gradient.
+        self._finite.watch(value, self.counts.updates)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return loss.detach()
+        return value
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
-    # --- a loss that is not finite -----------------------------------------------------------------------------
-
-    def _watch(self, loss: Tensor) -> None:
-        update = self.counts.updates
-        if self.device.type == "cpu":
-            if not torch.isfinite(loss):
-                self._diverged(update)
-            return
-        first = ~torch.isfinite(loss) & (self._not_finite < 0)
-        self._not_finite = torch.where(first, update, self._not_finite)
-        if update % CUDA_CHECK_EVERY == CUDA_CHECK_EVERY - 1:
-            self._check_finite()
-
     def _check_finite(self) -> None:
-        update = int(self._not_finite)
-        if update >= 0:
-            self._diverged(update)
-
-    def _check_weights(self) -> None:
-        """A step after a finite loss can overflow, and must not be saved over a checkpoint that is finite."""
-        weights = [*self.model.parameters(), *self.run.extras.parameters()]
-        if not torch.stack([weight.detach().isfinite().all() for weight in weights]).all():
-            self._diverged(self.counts.updates - 1, "the weights are not finite after")
-
-    def _diverged(self, update: int, what: str = "the loss is not finite at") -> None:
-        message = f"{what} update {update + 1}"
-        if self.directory and (self.directory.path / CHECKPOINT).exists():
-            message += f"; the last finite checkpoint is kept in {self.directory.path / CHECKPOINT}"
-        raise UserError(message + "; a lower learning rate may help")
+        self._finite.losses()
+        self._finite.weights([*self.model.parameters(), *self.run.extras.parameters()], self.counts.updates)
 
     # --- the end of an epoch, of a run --------------------------------------------------------------------------
 
     def _end_epoch(self, epoch: int) -> None:
         self._check_finite()
-        self._check_weights()
         loss, objective, correct, _ = (self._sums / self._sums[3].clamp(min=1)).tolist()
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -478,18 +479,21 @@ class Trainer:
         self.history.append(row)
         self._sums.zero_()
         if self.directory:
-            self.directory.append_metrics(row)
+            self.ranks.first(partial(self.directory.append_metrics, row))
         self._save()
 
     def _finish(self) -> dict[str, Any]:
         if self.directory:
-            self.directory.save_weights(self.model.state_dict())
-            from batchkern.plots import plot_run
-
-            plot_run(self.directory.path)
+            self.ranks.first(partial(self._write_results, self.directory))
         for strategy in self.strategies:
             strategy.finish(self.run)
         return self.history[-1]
+
+    def _write_results(self, directory: RunDirectory) -> None:
+        directory.save_weights(self.model.state_dict())
+        from batchkern.plots import plot_run
+
+        plot_run(directory.path)
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -500,10 +504,11 @@ class Trainer:
         model's own logits, whatever the strategies do at inference.
         """
         voted = plain = loss = 0.0
-        for target, logits, scores in self._inference(self.test_feed):
+        for _, target, logits, scores in self._inference(self.test_feed):
             voted += float((scores.argmax(1) == target).sum())
             plain += float((logits.argmax(1) == target).sum())
             loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
+        voted, plain, loss = (sum(parts) for parts in zip(*self.ranks.collect((voted, plain, loss)), strict=True))
         rows = len(self.test_feed.data)
         return {"test_accuracy": voted / rows, "test_accuracy_plain": plain / rows, "test_loss": loss / rows}
 
@@ -511,20 +516,30 @@ class Trainer:
         """Predicted classes ``(N,)`` int64 on the CPU, as the strategies decide at inference (majority vote, say)."""
         if data.shape != self.run.shape:
             raise UserError(f"data has images of shape {data.shape}; the model was trained on {self.run.shape}")
-        return torch.cat([scores.argmax(1).cpu() for _, _, scores in self._inference(self._feed(data))])
+        mine = {place: scores.argmax(1).cpu() for place, _, _, scores in self._inference(self._feed(data))}
+        predicted = {place: classes for part in self.ranks.collect(mine) for place, classes in part.items()}
+        return torch.cat([predicted[place] for place in sorted(predicted)])
 
     @torch.no_grad()
-    def _inference(self, feed: Feed) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Labels, logits and class scores, batch by batch."""
+    def _inference(self, feed: Feed) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Number, labels, logits and class scores of each batch; whole batches go to the ranks in turn, so that the
+        noise of a vote is that of one process."""
+        self.ranks.copy_first(self.model.buffers())  # batch norm's running statistics differ from rank to rank
         training = self.model.training
         self.model.eval()
         try:
-            for indices in torch.arange(len(feed.data)).split(EVALUATION_BATCH):
+            batches = list(enumerate(torch.arange(len(feed.data)).split(EVALUATION_BATCH)))
+            for place, indices in batches[self.ranks.rank :: self.ranks.world]:
                 images, target = feed.batch(indices, None)
                 with self._autocast():
                     logits = self.model(images)
                     inferred = (s.infer(self.run, images) for s in self.strategies)
                     scores = next((x for x in inferred if x is not None), logits)
-                yield target, logits, scores
+                yield place, target, logits, scores
         finally:
             self.model.train(training)
+
+
+def _figures(logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
+    """``(2, rows)``: the loss, and whether the prediction is right."""
+    return torch.stack([losses, (logits.detach().argmax(1) == target).to(losses.dtype)])

@@ -91,7 +91,7 @@ class PassiveInjection(Strategy):
             yield active
 
     def _passive_loss(self, step: Step) -> Tensor:
-        images, target = self.feed.batch(step.batch.indices, None)
+        images, target = self.feed.batch(step.share.take(step.batch.indices), None)
         features: list[Tensor] = []
         # The model's own head runs too (a small matmul), but nothing of it reaches the loss: its gradient stays None.
         handle = self.classifier.register_forward_pre_hook(lambda _, args: features.append(args[0]))
@@ -100,7 +100,8 @@ class PassiveInjection(Strategy):
                 step.run.model(images)
         finally:
             handle.remove()
-        return trimmed_cross_entropy(step.run.extras[HEAD](features[0]), target, 1.0)
+        logits = step.run.extras[HEAD](features[0])
+        return trimmed_cross_entropy(logits, step.share.ignore_filling(target), 1.0, group=step.run.ranks.group)
 
     def finish(self, run: Run) -> None:
         if HEAD in run.extras:  # not where a finished training is asked to go on
