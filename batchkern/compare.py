@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from batchkern._version import __version__
-from batchkern.configure import check_counts, pick_device
+from batchkern.configure import check_counts, check_one_process, pick_device
 from batchkern.data import ImageData, load, load_pair
 from batchkern.errors import UserError, require
 from batchkern.plots import SECONDS_PLOT, UPDATES_PLOT, plot_comparison
@@ -165,6 +165,7 @@ def run(
         UserError: whatever can be known to be wrong before training.
         Interrupted: Ctrl-C. Finished runs are in results.json.
     """
+    check_one_process()
     check_counts(jobs=jobs)
     device = pick_device(comparison.training.get("device"))
     tasks = [(arm, seed) for seed in range(comparison.seeds) for arm in comparison.arms]
