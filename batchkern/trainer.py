@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,55 +29,24 @@ from batchkern.configure import (
     describe_data,
     describe_model,
     pick_schedule,
-    uses_all_parameters,
 )
 from batchkern.data import Feed, ImageData
 from batchkern.distributed import Ranks
-from batchkern.divergence import FiniteCheck
 from batchkern.errors import UserError
 from batchkern.interrupts import Interrupted, StopRequest
-from batchkern.ops import trimmed_cross_entropy
+from batchkern.learner import Counts, Learner
 from batchkern.plan import Batch, EpochBatches
 from batchkern.progress import ProgressBar
 from batchkern.rundir import CHECKPOINT, RunDirectory
 from batchkern.seeding import derived_seed, set_torch_states, torch_states
-from batchkern.strategies import Run, Step, Strategy, check_combination
-from batchkern.strategies.base import Perturbation, run_with_virtual
+from batchkern.strategies import Run, Strategy, check_combination
 
 __all__ = ["EVALUATION_BATCH", "Counts", "Interrupted", "Trainer"]
 
 EVALUATION_BATCH = 512
 
 
-@dataclass
-class Counts:
-    """What a training has cost so far. Samples are rows, each time they enter a pass."""
-
-    updates: int = 0
-    """Active updates; passive ones are counted by their strategy."""
-    samples_seen: int = 0
-    """Rows of active batches."""
-    samples_forward: int = 0
-    """Rows of active and passive batches, in each pass."""
-    samples_backward: int = 0
-    samples_kept: int = 0
-    seconds: float = 0.0
-    """Of training: without evaluation and checkpoints."""
-
-
-class _Objective(nn.Module):
-    """All that trains, as one module for the averaging of gradients; it computes whatever it is given."""
-
-    def __init__(self, model: nn.Module, extras: nn.ModuleDict) -> None:
-        super().__init__()
-        self.model = model
-        self.extras = extras
-
-    def forward(self, objective: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        return objective()
-
-
-class Trainer:
+class Trainer(Learner):
     """One training run, in one process or in all that torchrun started (docs/distributed.md).
 
     Args:
@@ -137,19 +106,15 @@ class Trainer:
         check_combination(strategies)
         if amp not in AMP_TYPES:
             raise UserError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
-        self.strategies = list(strategies)
+        ranks = Ranks.join(device)
         self.seed = seed
-        self.ranks = Ranks.join(device)
-        self.device = self.ranks.device
-        self.amp = AMP_TYPES[amp]
-        self.schedule = pick_schedule(schedule)
         self.checkpoint_every = checkpoint_every
         self.progress = progress
         self.settings = {
             "train": describe_data(train),
             "test": describe_data(test),
             "model": describe_model(model),
-            "strategies": [strategy.describe() for strategy in self.strategies],
+            "strategies": [strategy.describe() for strategy in strategies],
             "epochs": epochs,
             "batch_size": batch_size,
             "optimizer": describe_choice(optimizer),
@@ -162,63 +127,48 @@ class Trainer:
             "label_smoothing": label_smoothing,
             "classifier": classifier,
             "seed": seed,
-            "ranks": self.ranks.world,
+            "ranks": ranks.world,
         }
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, "weights"))
             if isinstance(model, str):
                 model = models.build(model, shape=train.shape, classes=len(train.classes))
-        self.model = model.to(self.device)
-        check_model(self.model, train.shape, len(train.classes), self.device)
+        model = model.to(ranks.device)
+        check_model(model, train.shape, len(train.classes), ranks.device)
         self.statistics = train.statistics()
-        self.feed = self._feed(train, augment=augment, seed=derived_seed(seed, "augment"))
-        self.test_feed = self._feed(test)
-
-        self.run = Run(
-            model=self.model,
-            shape=train.shape,
-            classes=len(train.classes),
-            rows=len(train),
-            epochs=epochs,
-            batch_size=batch_size,
-            device=self.device,
-            seed=seed,
-            label_smoothing=label_smoothing,
-            classifier=classifier,
-            ranks=self.ranks,
-        )
-        for strategy in self.strategies:
-            strategy.setup(self.run)
-        self.parallel = self.ranks.parallel(
-            _Objective(self.model, self.run.extras),
-            find_unused=lambda: (
-                len(self.run.extras) > 0 or not uses_all_parameters(self.model, train.shape, self.device)
+        self.test_feed = self._feed(test, ranks.device)
+        super().__init__(
+            Run(
+                model=model,
+                shape=train.shape,
+                classes=len(train.classes),
+                rows=len(train),
+                epochs=epochs,
+                batch_size=batch_size,
+                device=ranks.device,
+                seed=seed,
+                label_smoothing=label_smoothing,
+                classifier=classifier,
+                ranks=ranks,
             ),
+            strategies,
+            self._feed(train, ranks.device, augment=augment, seed=derived_seed(seed, "augment")),
+            optimizer=lambda parameters: build_optimizer(optimizer, parameters, lr, momentum, weight_decay),
+            schedule=pick_schedule(schedule),
+            amp=AMP_TYPES[amp],
+            last_checkpoint=self._last_checkpoint,
         )
         self.batches = EpochBatches(len(train), batch_size, epochs, derived_seed(seed, "order"))
-        parameters = [*self.model.parameters(), *self.run.extras.parameters()]
-        self.optimizer = build_optimizer(optimizer, parameters, lr, momentum, weight_decay)
-        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler = torch.amp.grad_scaler.GradScaler(self.device.type, enabled=self.amp == torch.float16)
-
-        self.counts = Counts()
         self.history: list[dict[str, Any]] = []
         """One row an epoch, as in metrics.jsonl."""
-        # Of the epoch so far, on the device: untrimmed losses, objective, correct predictions, samples.
-        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
-        self._finite = FiniteCheck(self.device, self._last_checkpoint)
         self._rng: tuple[Tensor, Tensor | None] | None = None
         """States of torch's generators where this run goes on, once it has begun."""
         self.directory = self._open(out, overwrite=overwrite, resume=resume)
 
-    def _feed(self, data: ImageData, *, augment: str = "none", seed: int = 0) -> Feed:
+    def _feed(self, data: ImageData, device: torch.device, *, augment: str = "none", seed: int = 0) -> Feed:
         mean, std = self.statistics
-        return Feed(data, mean=mean, std=std, device=self.device, augment=augment, seed=seed)
-
-    def _owner(self, thing: str) -> Strategy:
-        """The strategy that decides ``thing``, else the plain baseline."""
-        return next((s for s in self.strategies if thing in s.owns), Strategy())
+        return Feed(data, mean=mean, std=std, device=device, augment=augment, seed=seed)
 
     # --- files -------------------------------------------------------------------------------------------------
 
@@ -315,6 +265,7 @@ class Trainer:
                 if bar.due():
                     self._show(bar, batch.progress)
                 if self.ranks.agree(stop.made):
+                    stop.made = False  # a further Ctrl-C does not end the saving
                     self._interrupt()
         return self._finish()
 
@@ -355,110 +306,6 @@ class Trainer:
         for strategy in owner_first:
             stream = strategy.plan(self.batches, stream)
         return stream
-
-    def _update(self, batch: Batch) -> None:
-        step = Step(self.run, batch, self.counts.updates)
-        factor = self.schedule(batch.progress) if batch.rate is None else batch.rate
-        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = base * factor
-        if batch.reset_optimizer:
-            self.optimizer.state.clear()
-        if batch.inject is not None:
-            inject = batch.inject
-            self._descend(lambda: self._valued(inject(step)))
-            self.counts.samples_forward += len(batch.indices)
-            self.counts.samples_backward += len(batch.indices)
-            return
-        self._active_update(step, *self._rows(step, step.share.positions))
-        self.counts.updates += 1
-
-    def _rows(self, step: Step, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels of this rank, at ``positions`` of the batch."""
-        images, target = self.feed.batch(step.batch.indices, self.counts.updates, positions)
-        return images, step.share.ignore_filling(target)
-
-    def _active_update(self, step: Step, images: Tensor, target: Tensor) -> None:
-        """From this rank's rows; what strategies see and what is counted is of the whole batch."""
-        scored: list[Tensor] = []
-
-        def score() -> Tensor:
-            """A pass for the losses alone. It leaves batch norm's running statistics to the full pass."""
-            with torch.no_grad(), self._autocast(), models.frozen_statistics(self.model):
-                logits = self.model(images)
-                smoothing = self.run.label_smoothing
-                loss, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
-            scored.append(self.ranks.gather(step.share, _figures(logits, target, losses), loss)[0])
-            return scored[0][0]
-
-        owner = self._owner("the loss")
-        rows = owner.narrow(step, score)
-        if rows is not None:
-            images, target = self._narrowed(step, rows, images, target)
-        perturbation = self._owner("the virtual samples").perturb(step)
-        outcome: list[Tensor] = []
-
-        def objective() -> tuple[Tensor, Tensor]:
-            penalty: Tensor | float = 0.0
-            if perturbation is None or perturbation.own_update:
-                logits = self.model(images)
-            else:
-                logits, penalty = self._perturbed(perturbation, images)
-            loss, losses = owner.loss(step, logits, target)
-            loss = loss + penalty
-            figures, value = self.ranks.gather(step.share, _figures(logits, target, losses), loss.detach())
-            outcome.append(figures)
-            return loss, value
-
-        value = self._descend(objective)
-        passes = 1
-        if perturbation is not None and perturbation.own_update:
-            self._descend(lambda: self._valued(self._perturbed(perturbation, images)[1]))
-            passes = 2
-
-        losses, correct = scored[0] if scored else outcome[0]
-        for strategy in self.strategies:
-            strategy.observe(step, losses)
-        sums = losses.sum(), value * len(losses), correct.sum(), torch.full_like(value, len(losses))
-        self._sums += torch.stack([x.double() for x in sums])
-        full, trained = len(step.batch.indices), step.share.rows
-        self.counts.samples_seen += full
-        self.counts.samples_forward += passes * trained + (full if scored else 0)
-        self.counts.samples_backward += passes * trained
-        self.counts.samples_kept += full if step.kept is None else step.kept
-
-    def _narrowed(self, step: Step, rows: Tensor, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows worth a full pass, dealt out evenly: they may all have been one rank's."""
-        step.narrowed, step.share = True, self.ranks.share(len(rows))
-        if self.ranks.world == 1:
-            return images[rows], target[rows]
-        return self._rows(step, step.share.take(rows.cpu()))
-
-    def _perturbed(self, perturbation: Perturbation, images: Tensor) -> tuple[Tensor, Tensor]:
-        raw, virtual = run_with_virtual(self.model, perturbation.layer, perturbation.virtual, images)
-        return raw, perturbation.penalty(raw, virtual)
-
-    def _valued(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        return loss, self.ranks.mean(loss.detach())
-
-    def _descend(self, objective: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
-        """One update along the gradient of ``objective``: a rank's loss, and its mean over ranks, which is returned."""
-        # Gradients become None, not zero: the optimizer then leaves alone what this update does not use.
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            loss, value = self.parallel(objective)
-        # Every rank sees the same value and ends here together with the others, none of which waits for a gradient.
-        self._finite.watch(value, self.counts.updates)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return value
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
-
-    def _check_finite(self) -> None:
-        self._finite.losses()
-        self._finite.weights([*self.model.parameters(), *self.run.extras.parameters()], self.counts.updates)
 
     # --- the end of an epoch, of a run --------------------------------------------------------------------------
 
@@ -516,7 +363,7 @@ class Trainer:
         """Predicted classes ``(N,)`` int64 on the CPU, as the strategies decide at inference (majority vote, say)."""
         if data.shape != self.run.shape:
             raise UserError(f"data has images of shape {data.shape}; the model was trained on {self.run.shape}")
-        mine = {place: scores.argmax(1).cpu() for place, _, _, scores in self._inference(self._feed(data))}
+        mine = {place: scores.argmax(1).cpu() for place, _, _, scores in self._inference(self._feed(data, self.device))}
         predicted = {place: classes for part in self.ranks.collect(mine) for place, classes in part.items()}
         return torch.cat([predicted[place] for place in sorted(predicted)])
 
@@ -538,8 +385,3 @@ class Trainer:
                 yield place, target, logits, scores
         finally:
             self.model.train(training)
-
-
-def _figures(logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
-    """``(2, rows)``: the loss, and whether the prediction is right."""
-    return torch.stack([losses, (logits.detach().argmax(1) == target).to(losses.dtype)])
