@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from test_resume import difference, outcome
 from training import DIFFERENT, flat, furthest, images, net, single_thread, trainer, without_plots
 
+from batchkern import compare
 from batchkern.data import Feed
 from batchkern.distributed import IGNORED, Share
 from batchkern.errors import UserError
@@ -280,6 +281,20 @@ def test_the_command_line_says_it_once_and_exits_2_on_every_rank(tmp_path):
     assert sorted(errors for _, _, errors in ended) == ["", said + "\n"]
 
 
+def test_a_comparison_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2: a comparison runs in one process"):
+        compare.run(None)
+
+
+def test_without_torchrun_the_others_cannot_be_joined(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but the other processes cannot be joined; .*torchrun"):
+        trainer()
+
+
 def test_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "batchkern", "train"]
     options = ["--data", "digits", "--epochs", "1", "--strategy", "trimming(start=0.5)", "--out", str(tmp_path / "run")]
@@ -299,7 +314,9 @@ def test_the_documented_loop_selects_over_all_ranks(pair):
     model = net()
     x, target = ranks.halves(0, 1)
     losses = F.cross_entropy(model(x), target, reduction="none")
-    losses.topk(round(0.3 * len(losses))).values.mean().backward()
+    hardest = losses.topk(round(0.3 * len(losses)))
+    assert (hardest.indices < 6).sum() == 3  # of four: each rank's own hardest would be others
+    hardest.values.mean().backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     for rank in pair:
         assert (rank["snippet"] - flat(model)).abs().max() <= CLOSE
