@@ -38,8 +38,8 @@ def check_one_process() -> None:
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":
         raise UserError(
-            f"WORLD_SIZE is {world}: the trainer runs in one process; in a distributed loop of your own, "
-            "trimmed_cross_entropy(..., group=...) selects over all ranks"
+            f"WORLD_SIZE is {world}: a comparison runs in one process, and its jobs side by side; "
+            "torchrun is for batchkern train"
         )
 
 
@@ -115,6 +115,18 @@ def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, dev
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"the model must give logits of shape (batch, {classes}), got {got} for a batch of 2")
+
+
+def uses_all_parameters(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> bool:
+    """Whether every parameter that trains has a part in the logits."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = model.training
+    model.eval()
+    try:
+        logits = model(torch.zeros(2, *shape, device=device))
+        return None not in torch.autograd.grad(logits.sum(), trained, allow_unused=True)
+    finally:
+        model.train(training)
 
 
 def describe_data(data: ImageData) -> dict[str, Any]:

@@ -95,6 +95,8 @@ class RunDirectory:
             recorded.keys()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self.path} holds no run to resume: {CONFIG} is missing or unreadable") from None
+        if "ranks" in settings:
+            recorded.setdefault("ranks", 1)  # runs of before there were more
         asked = json.loads(json.dumps(settings))
         changed = [
             f"{key} was {recorded.get(key)!r}, now {asked.get(key)!r}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import Tensor
 
 
 def derived_seed(seed: int, *place: int | str) -> int:
@@ -15,3 +16,14 @@ def derived_seed(seed: int, *place: int | str) -> int:
 
 def generator(seed: int, *place: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(derived_seed(seed, *place))
+
+
+def torch_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Of torch's default generators: the CPU's, and that of a CUDA ``device``."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def set_torch_states(states: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and states[1] is not None:
+        torch.cuda.set_rng_state(states[1], device)

@@ -158,6 +158,7 @@ def test_options_reach_the_trainer(batchkern):
         "label_smoothing": 0.1,
         "classifier": "fc",
         "seed": 7,
+        "ranks": 1,
     }
 
 

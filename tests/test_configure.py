@@ -55,9 +55,9 @@ def test_bad_settings_are_named(call, sentence):
         call()
 
 
-def test_several_processes_are_refused(monkeypatch):
+def test_a_comparison_in_several_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"WORLD_SIZE is 2: the trainer runs in one process.*group"):
+    with pytest.raises(UserError, match=r"WORLD_SIZE is 2: a comparison runs in one process.*batchkern train"):
         configure.check_one_process()
     monkeypatch.setenv("WORLD_SIZE", "1")
     configure.check_one_process()

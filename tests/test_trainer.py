@@ -316,7 +316,7 @@ def test_the_test_figures():
         (lambda: [StochasticAugmentation(0.0)], 18, 132, 132, 132, 132),
         (lambda: [StochasticAugmentation(0.0, two_step=True)], 18, 132, 264, 264, 132),
         (lambda: [StochasticAugmentation(math.pi / 2, two_step=True)], 18, 132, 132, 132, 132),
-        (lambda: [PassiveInjection(PASSIVE, 2)], 18, 132, 132, 132, 132),
+        (lambda: [PassiveInjection(PASSIVE, 2)], 18, 132, 132 + 60, 132 + 60, 132),
         (lambda: [Stepwise((0.5, 1.0), (1, 1))], 3 + 12, 22 + 88, 110, 110, 110),
     ],
 )

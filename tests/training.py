@@ -103,10 +103,10 @@ class RecordingTrainer(Trainer):
         self.initial_extras = copy.deepcopy(self.run.extras)
         batch = self.feed.batch
 
-        def fed(indices: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
+        def fed(indices: Tensor, step: int | None, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
             if step is not None:  # not where it is only evaluated
                 self.fed.append(indices)
-            return batch(indices, step)
+            return batch(indices, step, positions)
 
         self.feed.batch = fed  # type: ignore[method-assign]
 

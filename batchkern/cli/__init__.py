@@ -17,6 +17,7 @@ from batchkern._version import __version__
 from batchkern.cli._compare import compare
 from batchkern.cli._info import info
 from batchkern.cli._train import train
+from batchkern.distributed import says
 from batchkern.errors import UserError, require
 
 try:
@@ -65,13 +66,19 @@ def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _fail(sentence: str) -> NoReturn:
-    print("batchkern:", " ".join(sentence.split()), file=sys.stderr)
+    _say(sentence)
     raise SystemExit(2)
+
+
+def _say(sentence: str) -> None:
+    sentence = " ".join(sentence.split())
+    if says(sentence):
+        print("batchkern:", sentence, file=sys.stderr, flush=True)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """In place of Python's two lines with a path and a line of source."""
-    print("batchkern: warning:", " ".join(str(message).split()), file=sys.stderr)
+    _say(f"warning: {message}")
 
 
 def _print_version(asked: bool) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 
 from batchkern.cli._options import (
     AmpOption,
@@ -112,8 +114,11 @@ def train(
     except KeyboardInterrupt as stop:
         said = str(stop) or f"interrupted; resume from the last checkpoint in {out}"
         raise KeyboardInterrupt(f"{said}: {_resume_command()}") from None
-    print(f"test accuracy {row['test_accuracy']:.2%} after {trainer.counts.updates:,} updates; in {out}:")
-    print("  " + "  ".join(RUN_FILES))
+    if trainer.ranks.rank == 0:
+        print(f"test accuracy {row['test_accuracy']:.2%} after {trainer.counts.updates:,} updates; in {out}:")
+        print("  " + "  ".join(RUN_FILES))
+    if trainer.ranks.world > 1:
+        dist.destroy_process_group()
 
 
 class TalkingTrainer(Trainer):
@@ -121,6 +126,8 @@ class TalkingTrainer(Trainer):
 
     def _end_epoch(self, epoch: int) -> None:
         super()._end_epoch(epoch)
+        if self.ranks.rank > 0:
+            return
         row, before = self.history[-1], self.history[-2] if len(self.history) > 1 else {}
         seen, seconds = (row[key] - before.get(key, 0) for key in ("samples_seen", "seconds"))
         print(
@@ -144,4 +151,8 @@ def _spare_threads(shape: tuple[int, int, int]) -> None:
 
 def _resume_command() -> str:
     words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-    return shlex.join(["batchkern", *words, "--resume"])
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return shlex.join(["batchkern", *words, "--resume"])
+    # What else torchrun was given, such as where several machines meet, is not known here.
+    launcher = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])]
+    return shlex.join([*launcher, "-m", "batchkern", *words, "--resume"])

@@ -404,10 +404,10 @@ def _earlier(out: Path) -> dict[str, Any] | None:
 
 def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The results of an earlier comparison without the runs that failed, if it can go on as this one."""
-    own = ("arms", "controls", "seeds", "budgets", "arm_epochs")
+    own = {"arms", "controls", "seeds", "budgets", "arm_epochs"}
     was, now = earlier["settings"], json.loads(json.dumps(settings))
     if was["passive"] is None:  # no arm has injected anything so far
-        own += ("passive",)
+        own.add("passive")
     changed = [
         f"{key} was {was.get(key)!r}, now {now.get(key)!r}"
         for key in sorted(was.keys() | now.keys())

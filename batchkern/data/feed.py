@@ -60,17 +60,22 @@ class Feed:
         self._labels = data.labels.to(self.device)
         self._images = data.images.to(self.device) if isinstance(data, TensorImages) else None
 
-    def batch(self, indices: Tensor, step: int | None) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Tensor, step: int | None, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The images at `indices` (b,) int64, on any device, repeats allowed.
 
         Args:
             step: the number of the update that the batch is for. The augmentation is a pure function of
                 (seed, step) and the position in the batch, the same on every device, so that a resumed run
                 draws what an uninterrupted one would. None: no augmentation, as for evaluation.
+            positions: (p,) int64: make only these rows of the batch, as they are in the whole. None: all.
 
         Returns:
-            float32 (b, C, H, W) normalised images, and int64 (b,) labels, both on the device.
+            float32 (b, C, H, W) normalised images, and int64 (b,) labels, both on the device; p of each with
+            `positions`.
         """
+        whole = len(indices)
+        if positions is not None:
+            indices = indices[positions.to(indices.device)]
         on_device = indices.to(self.device)
         if self._images is not None:
             images = self._images.index_select(0, on_device)
@@ -80,23 +85,28 @@ class Feed:
                 images = images.pin_memory()
             images = images.to(self.device, non_blocking=True)
         if step is not None and self.augment != "none":
-            images = self._augmented(images, step)
+            images = self._augmented(images, step, whole, positions)
         return images.float().mul_(self._scale).add_(self._shift), self._labels.index_select(0, on_device)
 
-    def _augmented(self, images: Tensor, step: int) -> Tensor:
+    def _augmented(self, images: Tensor, step: int, whole: int, positions: Tensor | None) -> Tensor:
         """uint8 (b, C, H, W) -> the same: one gather over the padded pixels, a window for each image."""
         count, channels, height, width = images.shape
         # Drawn on the CPU, whatever the device: a GPU's generator would give other numbers.
         generator = torch.Generator().manual_seed(_key(self.seed, step))
+
+        def own(drawn: Tensor) -> Tensor:
+            """Of numbers drawn for the whole batch, those of the rows that are made."""
+            return (drawn if positions is None else drawn[positions]).to(self.device)
+
         y = torch.arange(height, device=self.device).expand(count, -1)
         x = torch.arange(width, device=self.device).expand(count, -1)
         if "flip" in self.augment:
-            flipped = torch.rand(count, 1, generator=generator) < 0.5
-            x = torch.where(flipped.to(self.device), x.flip(1), x)
+            flipped = torch.rand(whole, 1, generator=generator) < 0.5
+            x = torch.where(own(flipped), x.flip(1), x)
         if "crop" in self.augment:
             pad_y, pad_x = max(1, height // 8), max(1, width // 8)
-            y = y + torch.randint(2 * pad_y + 1, (count, 1), generator=generator).to(self.device)
-            x = x + torch.randint(2 * pad_x + 1, (count, 1), generator=generator).to(self.device)
+            y = y + own(torch.randint(2 * pad_y + 1, (whole, 1), generator=generator))
+            x = x + own(torch.randint(2 * pad_x + 1, (whole, 1), generator=generator))
             images = F.pad(images, (pad_x, pad_x, pad_y, pad_y))
         pixels = (y[:, :, None] * images.shape[3] + x[:, None, :]).view(count, 1, -1).expand(-1, channels, -1)
         return images.flatten(2).gather(2, pixels).view(count, channels, height, width)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from batchkern.configure import describe_choice
 from batchkern.data import ImageData
+from batchkern.distributed import Ranks, Share
 from batchkern.errors import UserError
 from batchkern.ops import trimmed_cross_entropy
 from batchkern.plan import Batch, EpochBatches
@@ -35,6 +36,8 @@ class Run:
     """Name of the model's last linear layer, where the user gave one."""
     extras: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     """Modules that train beside the model and are no part of it."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes of the training; a loss takes ``group=run.ranks.group``."""
 
     @property
     def batches_per_epoch(self) -> int:
@@ -53,6 +56,11 @@ class Step:
     """The batch was already cut to the rows worth a full pass."""
     kept: int | None = None
     """Rows that the loss counts; ``None``: all."""
+    share: Share = field(init=False)
+    """Which rows of the batch, of the narrowed one after that, are this rank's: those of its images and logits."""
+
+    def __post_init__(self) -> None:
+        self.share = self.run.ranks.share(len(self.batch.indices))
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Perturbation:
     virtual: Callable[[Tensor], Tensor]
     """Hidden ``(B, ...)`` -> ``((1 + M) * B, ...)``, the batch itself first."""
     penalty: Callable[[Tensor, Tensor], Tensor]
-    """Raw logits ``(B, C)`` and virtual logits ``(M * B, C)`` -> 0-dim."""
+    """Raw logits ``(B, C)`` and virtual logits ``(M * B, C)`` -> 0-dim; averaged over ranks, the whole batch's."""
     own_update: bool = False
     """Apply the penalty in a second update of its own, after that of the loss."""
 
@@ -115,11 +123,19 @@ class Strategy:
         return None
 
     def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and per-sample losses ``(B,)`` detached."""
-        return trimmed_cross_entropy(logits, target, 1.0, label_smoothing=step.run.label_smoothing, per_sample=True)
+        """The loss, and per-sample losses ``(B,)`` detached, of this rank's rows (``step.share``).
+
+        Averaged over ranks, the gradient of the loss is to be that of the whole batch, as ``group`` makes it. Rows with
+        the target -100 fill up a share, and count nowhere.
+        """
+        smoothing, group = step.run.label_smoothing, step.run.ranks.group
+        return trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True, group=group)
 
     def observe(self, step: Step, losses: Tensor) -> None:
-        """Sees the detached losses ``(B,)`` of every row of an active batch, before the next batch is planned."""
+        """Sees the detached losses ``(B,)`` of every row of an active batch, before the next batch is planned.
+
+        They are those of the whole batch, in its order, and the same on every rank.
+        """
 
     def infer(self, run: Run, images: Tensor) -> Tensor | None:
         """Class scores ``(B, C)`` for prediction, or ``None`` for the model's own logits."""

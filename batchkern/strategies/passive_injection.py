@@ -92,7 +92,7 @@ class PassiveInjection(Strategy):
             yield active
 
     def _passive_loss(self, step: Step) -> Tensor:
-        images, target = self.feed.batch(step.batch.indices, None)
+        images, target = self.feed.batch(step.share.take(step.batch.indices), None)
         features: list[Tensor] = []
         # The model's own head runs too (a small matmul), but nothing of it reaches the loss: its gradient stays None.
         handle = self.classifier.register_forward_pre_hook(lambda _, args: features.append(args[0]))
@@ -102,9 +102,11 @@ class PassiveInjection(Strategy):
         finally:
             handle.remove()
         logits = step.run.extras[HEAD](features[0])
-        self.correct += (logits.detach().argmax(1) == target).sum()
-        self.seen += len(target)
-        return trimmed_cross_entropy(logits, target, 1.0)
+        target, ranks = step.share.ignore_filling(target), step.run.ranks
+        hits, _ = ranks.gather(step.share, (logits.detach().argmax(1) == target)[None].float(), logits.new_zeros(()))
+        self.correct += hits.sum().long()
+        self.seen += step.share.rows
+        return trimmed_cross_entropy(logits, target, 1.0, group=ranks.group)
 
     def finish(self, run: Run) -> None:
         if HEAD in run.extras:  # not where a finished training is asked to go on

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from batchkern.distributed import IGNORED
 from batchkern.errors import UserError
 from batchkern.ops import trimmed_cross_entropy
 from batchkern.plan import Batch, EpochBatches, Replay
@@ -17,8 +18,6 @@ from batchkern.seeding import generator
 from batchkern.strategies.base import Run, Step, Strategy
 from batchkern.strategies.hard_batches import check_delta, check_delta_of
 from batchkern.strategies.trimming import check_keep, kept_rows
-
-IGNORED = -100
 
 
 @dataclass
@@ -79,13 +78,13 @@ class RandomSelection(Strategy):
     def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if self.select == "batches" or step.narrowed:
             return super().loss(step, logits, target)
-        dropped = self._order(step, len(target))[step.kept :].to(target.device)
-        smoothing = step.run.label_smoothing
+        chosen = self._order(step, step.share.rows)[: step.kept]
+        dropped = step.share.take(torch.ones(step.share.rows, dtype=torch.bool).index_fill(0, chosen, False))
+        smoothing, group = step.run.label_smoothing, step.run.ranks.group
         with torch.no_grad():
             _, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
-        chosen = target.index_fill(0, dropped, IGNORED)
-        loss = trimmed_cross_entropy(logits, chosen, 1.0, ignore_index=IGNORED, label_smoothing=smoothing)
-        return loss, losses
+        target = target.masked_fill(dropped.to(target.device), IGNORED)
+        return trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, group=group), losses
 
     def _order(self, step: Step, rows: int) -> Tensor:
         return torch.randperm(rows, generator=generator(self.seed, "random rows", step.update))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batchkern.basis import KINDS, Basis, BasisKind, random_basis
+from batchkern.distributed import Share
 from batchkern.errors import UserError
 from batchkern.models import find_classifier
 from batchkern.ops import augment_latent, soft_label_kl
@@ -88,7 +89,7 @@ class StochasticAugmentation(Strategy):
 
     def setup(self, run: Run) -> None:
         self.fired = self.fired_in_epoch = 0
-        self.kl_sum: Tensor | float = 0.0
+        self.kl_sum = 0.0
         modules = dict(run.model.named_modules())
         for name in self.layers:
             if not name or name not in modules:
@@ -126,13 +127,26 @@ class StochasticAugmentation(Strategy):
         numbers = generator(seed, "augment layer", moment)
         layer = self.modules[int(torch.randint(len(self.modules), (), generator=numbers))]
         place = derived_seed(seed, "augment numbers", moment)
-        return Perturbation(layer, lambda hidden: self.virtual(hidden, place), self.penalty, own_update=self.two_step)
+        share = step.share
+        return Perturbation(
+            layer,
+            lambda hidden: self.virtual(hidden, place, share),
+            lambda raw, virtual: self._penalty(step, raw, virtual),
+            own_update=self.two_step,
+        )
 
-    def virtual(self, hidden: Tensor, seed: int) -> Tensor:
-        """``hidden (B, ...)`` and its virtual samples, ``((1 + M) * B, ...)``."""
+    def virtual(self, hidden: Tensor, seed: int, share: Share | None = None) -> Tensor:
+        """``hidden (B, ...)`` and its virtual samples, ``((1 + M) * B, ...)``.
+
+        Numbers are drawn by the row of the batch, so a rank makes the virtual samples of the whole batch, around zeros
+        where the rows are others', and keeps its own: on W ranks W times the work of this layer's noise, and the memory
+        of ``(1 + M)`` whole batches at this layer, for the numbers of one process.
+        """
         flat = hidden.flatten(1)
-        return augment_latent(
-            flat,
+        share = share or Share(len(flat))
+        whole = share.spread(flat)
+        stacked = augment_latent(
+            whole,
             gaussian=self.gaussian,
             dropout=self.dropout,
             sigma=self.sigma,
@@ -140,7 +154,8 @@ class StochasticAugmentation(Strategy):
             drop_prob=self.drop_prob,
             basis=self._basis(flat, seed),
             seed=derived_seed(seed, "noise"),
-        ).reshape(-1, *hidden.shape[1:])
+        )
+        return share.take(stacked.view(-1, *whole.shape), dim=1).reshape(-1, *hidden.shape[1:])
 
     def _basis(self, flat: Tensor, seed: int) -> Basis | None:
         width = flat.shape[1]
@@ -154,10 +169,16 @@ class StochasticAugmentation(Strategy):
         numbers = generator(seed, "basis", device=flat.device)
         return random_basis(width, self.basis, device=flat.device, generator=numbers)
 
-    def penalty(self, raw: Tensor, virtual: Tensor) -> Tensor:
-        kl = soft_label_kl(raw, virtual)
+    def _penalty(self, step: Step, raw: Tensor, virtual: Tensor) -> Tensor:
+        share = step.share
+        if share.real < share.each:  # the filling of a share is no sample
+            virtual = virtual.view(-1, *raw.shape)[:, : share.real].flatten(0, 1)
+            raw = raw[: share.real]
+        # The mean over no samples would be NaN.
+        kl = soft_label_kl(raw, virtual) if share.real else virtual.sum()
         assert isinstance(kl, Tensor)
-        self.kl_sum = self.kl_sum + kl.detach()
+        kl = kl * (share.real * share.world / share.rows)  # averaged over ranks, the mean over the whole batch
+        self.kl_sum = self.kl_sum + step.run.ranks.mean(kl.detach())
         return self.eta * kl
 
     def infer(self, run: Run, images: Tensor) -> Tensor | None:

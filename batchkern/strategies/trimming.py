@@ -75,7 +75,7 @@ class Trimming(Strategy):
                     stacklevel=2,
                 )
         elif self.backward == "auto" and not normalised:
-            self.compact_below = _break_even(run)
+            self.compact_below = run.ranks.first(lambda: _break_even(run))
 
     def keep(self, epoch: int, epochs: int) -> float:
         value = (self.schedule or linear(self.start, self.end))(epoch, epochs)
@@ -93,7 +93,8 @@ class Trimming(Strategy):
 
     def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         keep = 1.0 if step.narrowed else self.keep(step.batch.epoch, step.run.epochs)
-        return trimmed_cross_entropy(logits, target, keep, label_smoothing=step.run.label_smoothing, per_sample=True)
+        smoothing, group = step.run.label_smoothing, step.run.ranks.group
+        return trimmed_cross_entropy(logits, target, keep, label_smoothing=smoothing, per_sample=True, group=group)
 
     def kept(self, step: Step, losses: Tensor) -> Tensor | None:
         return None if step.kept in (None, len(losses)) else rank_batches(losses, 1.0)[: step.kept]
@@ -109,7 +110,7 @@ def _break_even(run: Run) -> float:
     """The fraction below which a loss-only pass plus a full pass of the kept rows beats one full pass of all rows."""
     forward_times, full_times = [], []
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-        images = torch.randn(run.batch_size, *run.shape, device=run.device)
+        images = torch.randn(run.ranks.share(run.batch_size).each, *run.shape, device=run.device)
         for _ in range(5):
             with torch.no_grad():
                 forward_times.append(_seconds(lambda: run.model(images), run.device))

@@ -1,0 +1,212 @@
+"""One update: from a batch of the plan to a step of the optimizer, through the seams of the strategies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchkern import models
+from batchkern.configure import OptimizerFactory, uses_all_parameters
+from batchkern.data import Feed
+from batchkern.diagnostics import SampleLog
+from batchkern.divergence import FiniteCheck
+from batchkern.ops import trimmed_cross_entropy
+from batchkern.plan import Batch
+from batchkern.schedules import RateSchedule
+from batchkern.strategies import Run, Step, Strategy
+from batchkern.strategies.base import Perturbation, run_with_virtual
+
+
+@dataclass
+class Counts:
+    """What a training has cost so far. Samples are rows, each time they enter a pass."""
+
+    updates: int = 0
+    """Active updates; passive ones are counted by their strategy."""
+    samples_seen: int = 0
+    """Rows of active batches."""
+    samples_forward: int = 0
+    """Rows of active and passive batches, in each pass."""
+    samples_backward: int = 0
+    samples_kept: int = 0
+    seconds: float = 0.0
+    """Of training: without evaluation and checkpoints."""
+
+
+class _Objective(nn.Module):
+    """All that trains, as one module for the averaging of gradients; it computes whatever it is given."""
+
+    def __init__(self, model: nn.Module, extras: nn.ModuleDict) -> None:
+        super().__init__()
+        self.model = model
+        self.extras = extras
+
+    def forward(self, objective: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        return objective()
+
+
+class Learner:
+    """What changes with every update: weights, optimizer, counts, the sums of the epoch.
+
+    Args:
+        run: with the model, on its device.
+        strategies: set up here, before there is an optimizer.
+        feed: of the training set.
+        optimizer: a function of the parameter list.
+        samples: what is kept of each sample of the training set.
+        last_checkpoint: what to say of files where the training ends because it diverged.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        strategies: Sequence[Strategy],
+        feed: Feed,
+        *,
+        optimizer: OptimizerFactory,
+        schedule: RateSchedule,
+        amp: torch.dtype | None,
+        samples: SampleLog,
+        last_checkpoint: Callable[[], str],
+    ) -> None:
+        self.run, self.model, self.ranks, self.device = run, run.model, run.ranks, run.device
+        self.strategies = list(strategies)
+        self.feed = feed
+        self.schedule = schedule
+        self.amp = amp
+        self.samples = samples
+        for strategy in self.strategies:
+            strategy.setup(run)
+        self.parallel = self.ranks.parallel(
+            _Objective(run.model, run.extras),
+            # A head that idles in this update has no gradient to wait for.
+            find_unused=lambda: len(run.extras) > 0 or not uses_all_parameters(run.model, run.shape, run.device),
+        )
+        self.optimizer = optimizer([*run.model.parameters(), *run.extras.parameters()])
+        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.grad_scaler.GradScaler(self.device.type, enabled=amp == torch.float16)
+        self.counts = Counts()
+        # Of the epoch so far, on the device: untrimmed losses, objective, correct predictions, samples.
+        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self._finite = FiniteCheck(self.device, last_checkpoint)
+
+    def owner(self, thing: str) -> Strategy:
+        """The strategy that decides ``thing``, else the plain baseline."""
+        return next((s for s in self.strategies if thing in s.owns), Strategy())
+
+    def _update(self, batch: Batch) -> None:
+        step = Step(self.run, batch, self.counts.updates)
+        factor = self.schedule(batch.progress) if batch.rate is None else batch.rate
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * factor
+        if batch.reset_optimizer:
+            self.optimizer.state.clear()
+        if batch.inject is not None:
+            inject = batch.inject
+            self._descend(lambda: self._valued(inject(step)))
+            self.counts.samples_forward += len(batch.indices)
+            self.counts.samples_backward += len(batch.indices)
+            return
+        self._active_update(step, *self._rows(step, step.share.positions))
+        self.counts.updates += 1
+
+    def _rows(self, step: Step, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels of this rank, at ``positions`` of the batch."""
+        images, target = self.feed.batch(step.batch.indices, self.counts.updates, positions)
+        return images, step.share.ignore_filling(target)
+
+    def _active_update(self, step: Step, images: Tensor, target: Tensor) -> None:
+        """From this rank's rows; what strategies see and what is counted is of the whole batch."""
+        scored: list[Tensor] = []
+
+        def score() -> Tensor:
+            """A pass for the losses alone. It leaves batch norm's running statistics to the full pass."""
+            with torch.no_grad(), self._autocast(), models.frozen_statistics(self.model):
+                logits = self.model(images)
+                smoothing = self.run.label_smoothing
+                loss, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
+            scored.append(self.ranks.gather(step.share, _figures(logits, target, losses), loss)[0])
+            return scored[0][0]
+
+        owner = self.owner("the loss")
+        rows = owner.narrow(step, score)
+        if rows is not None:
+            images, target = self._narrowed(step, rows, images, target)
+        perturbation = self.owner("the virtual samples").perturb(step)
+        outcome: list[Tensor] = []
+
+        def objective() -> tuple[Tensor, Tensor]:
+            penalty: Tensor | float = 0.0
+            if perturbation is None or perturbation.own_update:
+                logits = self.model(images)
+            else:
+                logits, penalty = self._perturbed(perturbation, images)
+            loss, losses = owner.loss(step, logits, target)
+            loss = loss + penalty
+            figures, value = self.ranks.gather(step.share, _figures(logits, target, losses), loss.detach())
+            outcome.append(figures)
+            return loss, value
+
+        value = self._descend(objective)
+        passes = 1
+        if perturbation is not None and perturbation.own_update:
+            self._descend(lambda: self._valued(self._perturbed(perturbation, images)[1]))
+            passes = 2
+
+        losses, correct = scored[0] if scored else outcome[0]
+        for strategy in self.strategies:
+            strategy.observe(step, losses)
+        # A choice without losses leaves those that it did not choose without one.
+        known = step.batch.indices if rows is None or scored else step.batch.indices[rows.cpu()]
+        self.samples.observe(known, losses, owner.kept(step, losses))
+        sums = losses.sum(), value * len(losses), correct.sum(), torch.full_like(value, len(losses))
+        self._sums += torch.stack([x.double() for x in sums])
+        full, trained = len(step.batch.indices), step.share.rows
+        self.counts.samples_seen += full
+        self.counts.samples_forward += passes * trained + (full if scored else 0)
+        self.counts.samples_backward += passes * trained
+        self.counts.samples_kept += full if step.kept is None else step.kept
+
+    def _narrowed(self, step: Step, rows: Tensor, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows worth a full pass, dealt out evenly: they may all have been one rank's."""
+        step.narrowed, step.share = True, self.ranks.share(len(rows))
+        if self.ranks.world == 1:
+            return images[rows], target[rows]
+        return self._rows(step, step.share.take(rows.cpu()))
+
+    def _perturbed(self, perturbation: Perturbation, images: Tensor) -> tuple[Tensor, Tensor]:
+        raw, virtual = run_with_virtual(self.model, perturbation.layer, perturbation.virtual, images)
+        return raw, perturbation.penalty(raw, virtual)
+
+    def _valued(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        return loss, self.ranks.mean(loss.detach())
+
+    def _descend(self, objective: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+        """One update along the gradient of ``objective``: a rank's loss, and its mean over ranks, which is returned."""
+        # Gradients become None, not zero: the optimizer then leaves alone what this update does not use.
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            loss, value = self.parallel(objective)
+        # Every rank sees the same value and ends here together with the others, none of which waits for a gradient.
+        self._finite.watch(value, self.counts.updates)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return value
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
+
+    def _check_finite(self) -> None:
+        self._finite.losses()
+        self._finite.weights([*self.model.parameters(), *self.run.extras.parameters()], self.counts.updates)
+
+
+def _figures(logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
+    """``(2, rows)``: the loss, and whether the prediction is right."""
+    return torch.stack([losses, (logits.detach().argmax(1) == target).to(losses.dtype)])
