@@ -17,6 +17,11 @@ def option(*names: str, help: str) -> Any:
     return typer.Option(*names, help=help) if typer else None
 
 
+def argument(*, help: str) -> Any:
+    """A word without a name before it."""
+    return typer.Argument(help=help) if typer else None
+
+
 DataOption = Annotated[str, option(help="digits, a parquet file, a folder of images, or a name on the hub")]
 TestOption = Annotated[str | None, option(help="test data; default: those of --data, else a fifth of it")]
 StrategyOption = Annotated[
