@@ -224,12 +224,12 @@ def test_settings(name, epochs, batch_size, optimizer, lr, momentum, weight_deca
     [
         ("trimming/svhn-resnet34", {0: 1, 49: 1, 50: 0.5, 99: 0.5, 100: 0.25, 149: 0.25}),
         ("hard-batches/cifar10-resnet18-0.2", {0: 1, 99: 1}),
-        ("stepwise/food101-res2net50_26w_4s", {29: 1, 30: 0.1, 59: 0.1, 60: 0.01, 90: 0.001, 99: 0.001}),
+        ("stepwise/food101-res2net50_26w_4s", {29: 1, 30: 0.1, 59: 0.1, 60: 0.01, 89: 0.01, 90: 0.001}),
         ("augmentation/cifar100-resnet44", {81: 1, 82: 0.1, 122: 0.1, 123: 0.01}),
         ("augmentation/imagenet-resnet50", {29: 1, 30: 0.1, 60: 0.01}),
         ("augmentation/imagenet-vgg16", {24: 1, 25: 0.1, 50: 0.01}),
         ("passive/cifar10-wrn22-10", {49: 1, 50: 0.2, 99: 0.2, 100: 0.04, 150: 0.008, 199: 0.008, 200: 0.0016}),
-        ("passive/imagenet-resnet50", {29: 1, 30: 0.1, 60: 0.01, 90: 0.001, 119: 0.001}),
+        ("passive/imagenet-resnet50", {29: 1, 30: 0.1, 59: 0.1, 60: 0.01, 89: 0.01, 90: 0.001}),
     ],
 )
 def test_rates_change_at_the_published_epochs(name, factors):

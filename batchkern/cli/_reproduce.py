@@ -185,13 +185,14 @@ def _half(half: float | None, digits: str = "g") -> str:
 
 
 def verdict(recipe: Recipe, results: dict[str, Any]) -> str:
-    """Whether the published difference lies within the measured interval."""
+    """Whether the published difference lies within the measured interval, and whether zero does."""
     mean, half = measured(recipe, results).get("difference", (None, None))
     if mean is None or half is None:
         return "There is no interval of the measured difference: it takes two seeds whose runs all end."
     low, high = mean - half, mean + half
     lies = "lies" if low <= recipe.published.difference <= high else "does not lie"
+    zero = " Zero lies within it: these runs do not tell an effect from chance." if low <= 0 <= high else ""
     return (
         f"The published difference, {recipe.published.difference:+.2f} points, {lies} within the 95 % interval of the "
-        f"measured one, [{low:+.2f}, {high:+.2f}] (Student's t, paired by seed)."
+        f"measured one, [{low:+.2f}, {high:+.2f}] (Student's t, paired by seed).{zero}"
     )
