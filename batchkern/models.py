@@ -13,8 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchkern.errors import UserError, require
 
 # 6n + 2 layers (He et al. 2015, section 4.2).
-_RESNETS = {"resnet8": 1, "resnet20": 3, "resnet56": 9}
-BUILT_IN = ("cnn", *_RESNETS)
+_RESNETS = {"resnet8": 1, "resnet20": 3, "resnet44": 7, "resnet56": 9}
+# Depth 6n + 4 and widening factor (Zagoruyko & Komodakis 2016, table 1).
+_WIDE_RESNETS = {"wrn22-10": (3, 10)}
+BUILT_IN = ("cnn", *_RESNETS, *_WIDE_RESNETS)
 
 
 class SmallCNN(nn.Module):
@@ -90,11 +92,56 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+class _PreActivationBlock(nn.Module):
+    """Batch norm and ReLU before each of two 3x3 convolutions; a 1x1 one as the shortcut where channels change."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if inputs != outputs else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        activated = F.relu(self.bn1(x))
+        y = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return y + (x if self.shortcut is None else self.shortcut(activated))
+
+
+class WideResNet(nn.Module):
+    """The wide residual networks of Zagoruyko & Komodakis 2016 for CIFAR: 6n + 4 layers, k times as wide, no dropout.
+
+    (b, C, H, W) -> logits (b, classes). With n = 3 and k = 10, WRN-22-10, 26.8 million parameters.
+    """
+
+    def __init__(self, n: int, k: int, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        blocks, width = [], 16
+        for stage in range(3):
+            for place in range(n):
+                stride = 2 if stage > 0 and place == 0 else 1
+                blocks.append(_PreActivationBlock(width, 16 * k * 2**stage, stride))
+                width = 16 * k * 2**stage
+        self.blocks = nn.Sequential(*blocks)
+        self.bn = nn.BatchNorm2d(width)
+        self.fc = nn.Linear(width, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.blocks(self.conv(images))))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
 def build(name: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """A new model with random weights, by name.
 
     Args:
-        name: "cnn" (`SmallCNN`), "resnet8", "resnet20", "resnet56" (`CifarResNet`), or a model of timm.
+        name: "cnn" (`SmallCNN`), "resnet8", "resnet20", "resnet44", "resnet56" (`CifarResNet`), "wrn22-10"
+            (`WideResNet`), or a model of timm.
         shape: (C, H, W) of the images.
         classes: number of logits.
 
@@ -110,6 +157,8 @@ def build(name: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
         return SmallCNN(shape[0], classes)
     if name in _RESNETS:
         return CifarResNet(_RESNETS[name], shape[0], classes)
+    if name in _WIDE_RESNETS:
+        return WideResNet(*_WIDE_RESNETS[name], shape[0], classes)
     return _build_timm(name, shape, classes)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -61,9 +62,18 @@ def cosine() -> RateSchedule:
     return lambda progress: 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def step(milestones: tuple[float, ...] = (1 / 3, 2 / 3), gamma: float = 0.5) -> RateSchedule:
-    """Times ``gamma`` at each milestone; the default is the trimming paper's (epochs 50 and 100 of 150)."""
-    return lambda progress: gamma ** sum(progress >= m for m in milestones)
+@dataclass(frozen=True)
+class step:
+    """Times ``gamma`` at each milestone; the default is the trimming paper's (epochs 50 and 100 of 150).
+
+    A class, so that a worker process can be sent one, and a run's config.json tells its numbers.
+    """
+
+    milestones: tuple[float, ...] = (1 / 3, 2 / 3)
+    gamma: float = 0.5
+
+    def __call__(self, progress: float) -> float:
+        return self.gamma ** sum(progress >= m for m in self.milestones)
 
 
 RATES: dict[str, Callable[[], RateSchedule]] = {"constant": constant, "cosine": cosine, "step": step}

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def count(model):
 
 @pytest.mark.parametrize(
     ("name", "published"),
-    [("resnet20", 0.27e6), ("resnet56", 0.85e6)],  # He et al. 2015, table 6
+    [("resnet20", 0.27e6), ("resnet44", 0.66e6), ("resnet56", 0.85e6)],  # He et al. 2015, table 6
 )
 def test_resnet_parameter_counts(name, published):
     assert round(count(build(name, shape=(3, 32, 32), classes=10)) / 1e6, 2) * 1e6 == published
@@ -41,6 +42,31 @@ def test_resnet_parameters_by_hand():
     model = build("resnet20", shape=(3, 32, 32), classes=10)
     assert count(model) == convolutions + norms + 650
     assert sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in model.modules()) == 20
+
+
+def test_wide_resnet_parameters_by_hand():
+    n, k = 3, 10
+    widths = [16, 16 * k, 32 * k, 64 * k]
+    expected = 27 * 16 + 2 * widths[3] + 10 * widths[3] + 10  # the first convolution, the last norm, the classifier
+    for before, width in pairwise(widths):
+        expected += 9 * before * width + 9 * (2 * n - 1) * width**2 + before * width  # the last is the shortcut
+        expected += 2 * (before + (2 * n - 1) * width)
+    model = build("wrn22-10", shape=(3, 32, 32), classes=10)
+    assert count(model) == expected
+    assert round(count(model) / 1e6, 1) == 26.8  # Zagoruyko & Komodakis 2016, table 4
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 22  # their depth counts the shortcuts
+
+
+def test_wide_resnet_blocks_are_activated_before_their_convolutions():
+    first, second, *_ = build("wrn22-10", shape=(3, 32, 32), classes=10).blocks
+    for block in (first, second):
+        nn.init.zeros_(block.conv2.weight)  # leaves the shortcut alone
+    x = torch.randn(2, 16, 6, 6)
+    normalised = (x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
+    expected = F.conv2d(F.relu(normalised), first.shortcut.weight)
+    torch.testing.assert_close(first(x), expected)
+    y = torch.randn(2, 160, 6, 6)
+    assert torch.equal(second(y), y)
 
 
 def test_resnet_shortcut_is_option_a():

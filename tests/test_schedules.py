@@ -1,11 +1,13 @@
 """Schedules: what they give at the ends, in between, and what they refuse."""
 
 import math
+import pickle
 
 import pytest
 import torch
 
 from batchkern import schedules
+from batchkern.configure import describe_choice
 from batchkern.errors import UserError
 
 
@@ -62,6 +64,13 @@ def test_rates():
     assert [schedules.step()(p) for p in at] == [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
     assert [schedules.step((0.5,), 0.1)(p) for p in at] == [1.0, 1.0, 1.0, 0.1, 0.1, 0.1]
     assert set(schedules.RATES) == {"constant", "cosine", "step"}
+
+
+def test_a_step_schedule_reaches_a_worker_and_says_its_numbers():
+    schedule = schedules.step((0.2, 0.9), 0.1)
+    sent = pickle.loads(pickle.dumps(schedule))
+    assert [sent(p) for p in (0.1, 0.2, 0.95)] == pytest.approx([1, 0.1, 0.01])
+    assert describe_choice(schedule) == "step(milestones=(0.2, 0.9), gamma=0.1)"
 
 
 @pytest.mark.parametrize("per_epoch", [1, 7, 391])

@@ -1,4 +1,4 @@
-"""The command line: ``batchkern train | compare | info``.
+"""The command line: ``batchkern train | compare | reproduce | info``.
 
 What a user did wrong is one line on stderr and exit status 2, never a traceback; a traceback is a bug of ours.
 """
@@ -16,6 +16,7 @@ import torch
 from batchkern._version import __version__
 from batchkern.cli._compare import compare
 from batchkern.cli._info import info
+from batchkern.cli._reproduce import reproduce
 from batchkern.cli._train import train
 from batchkern.distributed import says
 from batchkern.errors import UserError, require
@@ -43,7 +44,7 @@ def _app() -> typer.Typer:
     # Plain help and usage errors: rich would break sentences at the edges of a box.
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.callback()(_group)
-    for command in (train, compare, info):
+    for command in (train, compare, reproduce, info):
         app.command()(_in_sentences(command))
     return app
 

@@ -17,6 +17,11 @@ def option(*names: str, help: str) -> Any:
     return typer.Option(*names, help=help) if typer else None
 
 
+def argument(*, help: str) -> Any:
+    """A word without a name before it."""
+    return typer.Argument(help=help) if typer else None
+
+
 DataOption = Annotated[str, option(help="digits, a parquet file, a folder of images, or a name on the hub")]
 TestOption = Annotated[str | None, option(help="test data; default: those of --data, else a fifth of it")]
 StrategyOption = Annotated[
@@ -24,7 +29,7 @@ StrategyOption = Annotated[
 ]
 PassiveOption = Annotated[str | None, option(help="data that the strategy passive injects, e.g. photo-patches")]
 ImageSizeOption = Annotated[int | None, option(help="resize all images to so many pixels square")]
-ModelOption = Annotated[str, option(help="cnn, resnet8, resnet20, resnet56, or any model of timm")]
+ModelOption = Annotated[str, option(help="cnn, resnet8, 20, 44 or 56, wrn22-10, or any model of timm")]
 ClassifierOption = Annotated[str | None, option(help="the model's last linear layer, where it cannot be found")]
 EpochsOption = Annotated[int, option(help="of the baseline; strategies may visit less in one")]
 BatchSizeOption = Annotated[int, option(help="of the baseline; strategies may change it")]

@@ -132,7 +132,7 @@ def seeds_and_noise(numbers, effects, seeds=5, size=2000):
 
 
 def test_no_effect_is_found_where_none_is():
-    """In 400 comparisons of arms that differ by chance alone, each of four tests against the baseline and one control."""
+    """In 400 comparisons of arms that differ by chance alone; each has four tests against the baseline, one against a control."""
     numbers = np.random.default_rng(0)
     wrong = sum(bool(found(seeds_and_noise(numbers, dict.fromkeys(ARMS, 0.0)))) for _ in range(400))
     assert wrong <= 32  # 5 % are 20, with a deviation of 4.4

@@ -1,0 +1,140 @@
+"""Passive batch injection, Tables I, II and V to VII."""
+
+from dataclasses import replace
+
+from batchkern.recipes.base import (
+    CIFAR10,
+    CIFAR100,
+    FIVE_SEEDS,
+    GTSRB,
+    IMAGENET,
+    SVHN,
+    LeftOut,
+    Published,
+    Recipe,
+    Training,
+    milestones,
+)
+
+PAPER = "Singh et al. 2020, arXiv:2006.04406"
+
+_CIFAR = Training(
+    lr=0.1,
+    momentum=0.9,
+    weight_decay=5e-4,
+    batch_size=128,
+    epochs=250,
+    schedule=milestones(50, 100, 150, 200, of=250, gamma=0.2),
+    augment="crop+flip",
+)
+_SVHN = replace(_CIFAR, augment="crop")
+_IMAGENET = Training(
+    lr=0.1,
+    momentum=0.9,
+    weight_decay=1e-4,
+    batch_size=256,
+    epochs=120,
+    schedule=milestones(30, 60, 90, of=120, gamma=0.1),
+    augment="crop+flip",
+)
+
+_CHOSEN = (
+    "Passive batches are as large as active ones, and are not augmented; the paper does not say.",
+    "Active batches are counted over the whole training, not anew in each epoch.",
+    "Of SVHN the 73,257 training images are used, without the extra ones.",
+    FIVE_SEEDS,
+)
+_CIFAR_CHOSEN = (*_CHOSEN, "Weight decay is used but not given: 5e-4.")
+_SVHN_CHOSEN = (
+    *_CIFAR_CHOSEN,
+    "The settings for SVHN as the active set are not given: those for CIFAR, without flips, which make other digits.",
+)
+_VGG_CHOSEN = (
+    *_CIFAR_CHOSEN,
+    "VGG-16 on CIFAR is not described: timm's vgg16_bn, with batch norm and two layers of 4,096 but no dropout.",
+)
+_IMAGENET_CHOSEN = (
+    *_CHOSEN,
+    "Weight decay is used but not given: 1e-4.",
+    "Images are resized to 224 x 224 for training and test; crops are taken from the image padded by an eighth, not "
+    "from a larger one.",
+)
+
+
+def _recipe(
+    name: str,
+    table: str,
+    active: str,
+    passive: str,
+    model: str,
+    figures: tuple[float, float],
+    every: int = 100,
+    training: Training = _CIFAR,
+    chosen: tuple[str, ...] = _CIFAR_CHOSEN,
+    image_size: int = 32,
+) -> Recipe:
+    return Recipe(
+        name=f"passive/{name}" + (f"-g{every}" if every != 100 else ""),
+        paper=PAPER,
+        table=table,
+        published=Published("accuracy", *figures),
+        data=active,
+        model=model,
+        image_size=image_size,
+        strategy=f"passive(every={every})",
+        training=training,
+        seeds=5,
+        chosen=chosen,
+        passive=passive,
+    )
+
+
+def _imagenet(name: str, table: str, passive: str, figures: tuple[float, float]) -> Recipe:
+    return _recipe(
+        name, table, IMAGENET, passive, "resnet50", figures, training=_IMAGENET, chosen=_IMAGENET_CHOSEN, image_size=224
+    )
+
+
+_TABLE_2 = (
+    ("cifar10", CIFAR10, "resnet56", 93.4, {100: 94.4, 1: 93.3}),
+    ("cifar10", CIFAR10, "wrn22-10", 95.6, {100: 96.0, 1: 95.4}),
+    ("cifar10", CIFAR10, "vgg16_bn", 93.5, {100: 94.1, 1: 93.4}),
+    ("cifar100", CIFAR100, "resnet56", 71.6, {100: 71.7, 1: 71.3}),
+    ("cifar100", CIFAR100, "wrn22-10", 79.3, {100: 80.2, 1: 79.2}),
+    ("cifar100", CIFAR100, "vgg16_bn", 72.0, {100: 74.1, 1: 71.9}),
+)
+
+RECIPES = (
+    _imagenet("imagenet-resnet50", "Table I", CIFAR100, (76.1, 76.8)),
+    *(
+        _recipe(
+            f"{short}-{model}",
+            "Table II",
+            data,
+            SVHN,
+            model,
+            (baseline, method),
+            every,
+            chosen=_VGG_CHOSEN if model == "vgg16_bn" else _CIFAR_CHOSEN,
+        )
+        for short, data, model, baseline, methods in _TABLE_2
+        for every, method in methods.items()
+    ),
+    _recipe("cifar10-resnet56-gtsrb", "Table V", CIFAR10, GTSRB, "resnet56", (93.4, 94.3)),
+    _imagenet("imagenet-resnet50-svhn", "Table VI", SVHN, (76.1, 76.7)),
+    *(
+        _recipe("cifar10-resnet56", "Table VII", CIFAR10, SVHN, "resnet56", (93.4, method), every)
+        for every, method in {10: 94.1, 1000: 93.6}.items()
+    ),
+    *(
+        _recipe("svhn-resnet56", "Table VII", SVHN, CIFAR10, "resnet56", (96.3, method), every, _SVHN, _SVHN_CHOSEN)
+        for every, method in {100: 96.8, 1: 96.1, 10: 96.7, 1000: 96.4}.items()
+    ),
+)
+LEFT_OUT = (
+    LeftOut(PAPER, "Table I: WideResNet-18 (widen=2)", "neither batchkern nor timm has this network for ImageNet"),
+    LeftOut(PAPER, "Tables I and II: the rows SRIP", "another method, which batchkern does not have"),
+    LeftOut(PAPER, "Table I: top-5 accuracy", "only top-1 is measured"),
+    LeftOut(PAPER, "Table III", "object detection"),
+    LeftOut(PAPER, "Table IV", "the gap between training and test accuracy, which a comparison does not measure"),
+)

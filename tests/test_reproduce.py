@@ -1,0 +1,297 @@
+"""``batchkern reproduce``: what it shows, what it trains, and what it refuses."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from dataclasses import fields, replace
+
+import pytest
+from training import single_thread
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+pytest.importorskip("datasets")
+
+from batchkern import cli, compare
+from batchkern.cli import _reproduce
+from batchkern.data import load_pair, sources
+from batchkern.recipes import LEFT_OUT, RECIPES
+
+one_thread = single_thread()
+NEW = {"budgets", "controls", "train_rows", "resume"}
+JOINED = {field.name for field in fields(compare.Comparison)} >= NEW
+
+
+@pytest.fixture
+def batchkern(tmp_path, monkeypatch, capsys):
+    """Runs ``batchkern reproduce`` in a directory of the test's own: (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["batchkern", "reproduce", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def interface(monkeypatch):
+    """Gives a comparison that does not have them yet the arguments and the results that recipes need."""
+    if JOINED:
+        return
+
+    def comparison(**arguments):
+        return compare.Comparison(**{key: value for key, value in arguments.items() if key not in NEW})
+
+    def run(comparison, **options):
+        results = compare.run(comparison, **options)
+        values = [entry["test_accuracy"]["values"] for entry in results["summary"]]
+        for entry, own in zip(results["summary"], values):
+            mean, half = compare.interval([a - b for a, b in zip(own, values[0])])
+            entry |= {"budget": "updates", "difference": {"baseline": {"mean": mean, "half_width": half}}}
+        return results
+
+    monkeypatch.setattr(_reproduce, "Comparison", comparison)
+    monkeypatch.setattr(_reproduce, "run", run)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A recipe for digits: a published one with a cheap network, few epochs and other data."""
+    published = RECIPES["passive/cifar10-resnet56"]
+    training = replace(published.training, epochs=4, batch_size=128)
+    recipe = replace(published, model="cnn", image_size=8, training=training, strategy="passive(every=5)")
+    monkeypatch.setitem(RECIPES, published.name, recipe)
+    return recipe
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """What would be compared and how, in place of comparing it."""
+    asked = []
+
+    def run(comparison, **options):
+        asked.append(comparison | options)
+        return {"summary": [], "runs": []}
+
+    monkeypatch.setattr(_reproduce, "Comparison", dict)
+    monkeypatch.setattr(_reproduce, "run", run)
+    return asked
+
+
+def refused(batchkern, words, *patterns):
+    status, out, err = batchkern(*words)
+    assert status == 2, (status, out, err)
+    assert re.fullmatch(r"batchkern: error: [^\n]+\n", err), err
+    for pattern in patterns:
+        assert re.search(pattern, err), err
+    return out
+
+
+def summary(recipe, difference, half_width):
+    figures = [{"mean": 0.80, "half_width": 0.005}, {"mean": 0.80 + difference, "half_width": half_width}]
+    paired = {"baseline": {"mean": difference, "half_width": half_width}}
+    return {
+        "summary": [
+            {"arm": "baseline", "test_accuracy": figures[0], "difference": {}},
+            {"arm": recipe.strategy, "test_accuracy": figures[1], "difference": paired},
+            {"arm": "random(select=rows)", "test_accuracy": figures[0], "difference": {}},
+        ]
+    }
+
+
+# --- lists and descriptions ------------------------------------------------------------------------------------------
+
+
+def test_list_shows_every_recipe_and_every_row_left_out(batchkern):
+    status, out, err = batchkern("--list")
+    assert (status, err) == (0, "")
+    lines = {line.split()[0]: line for line in out.splitlines() if "/" in line.split(" ")[0]}
+    assert set(lines) == set(RECIPES)
+    line = lines["hard-batches/stl10-resnet18-0.5"]
+    for part in ("Table 5", "resnet18", "tanganke/stl10", " 100 ", " 5 ", "accuracy 50 ± 1.5 -> 49.5 ± 1.6 %"):
+        assert part in line
+    assert "error 17.43 -> 17.01 %" in lines["trimming/cifar10-resnet34"]
+    assert "injected: tanganke/gtsrb" in lines["passive/cifar10-resnet56-gtsrb"]
+    for rows in LEFT_OUT:
+        assert any(rows.rows in line and rows.reason in line for line in out.splitlines())
+
+
+@pytest.mark.parametrize("name", ["trimming/svhn-resnet34", "passive/imagenet-resnet50"])
+def test_a_recipe_is_printed_in_full(name):
+    recipe = RECIPES[name]
+    text = _reproduce.description(recipe)
+    for part in (name, recipe.table, recipe.data, recipe.model, recipe.strategy, recipe.passive or "", *recipe.chosen):
+        assert part in text
+
+
+def test_settings_are_told_as_a_paper_does():
+    text = _reproduce.description(RECIPES["passive/cifar10-resnet56"])
+    assert "sgd, lr 0.1, momentum 0.9, weight decay 0.0005, rate times 0.2 at epochs 50, 100, 150, 200\n" in text
+    assert "250 epochs, batches of 128, 5 seeds\n" in text
+    assert "uoft-cs/cifar10, 32 x 32 pixels, augmentation: crop+flip\n" in text
+    assert "constant rate\n" in _reproduce.description(RECIPES["hard-batches/stl10-resnet18-0.5"])
+
+
+def test_help_has_every_option(batchkern):
+    status, out, _ = batchkern("--help")
+    assert status == 0
+    names = set(inspect.signature(cli.reproduce).parameters) - {"name", "listed"} | {"list"}
+    assert all(f"--{name} " in out for name in names)
+    assert "epochs and training rows" in " ".join(out.split())
+
+
+# --- what it trains --------------------------------------------------------------------------------------------------
+
+
+def test_reproduces_a_recipe_on_other_data(batchkern, tiny, tmp_path):
+    words = f"{tiny.name} --data digits --passive photo-patches --scale 0.5 --seeds 2 --jobs 1 --out there".split()
+    status, out, err = batchkern(*words)
+    assert status == 0, err
+    # First the recipe, then the warnings, then the figures, then the warnings again.
+    order = ("chosen, where", "NOT COMPARABLE", "(%)", "The published difference")
+    places = [*(out.index(part) for part in order), out.rindex("NOT COMPARABLE")]
+    assert places == sorted(set(places)), out
+    assert "at scale 0.5 these are 2 epochs of 1,280 training rows" in out  # ten batches
+    assert out.count("Comparable with the paper only if digits is uoft-cs/cifar10.") == 2
+    assert out.count("only if photo-patches is ufldl-stanford/svhn:cropped_digits.") == 2
+    number = r"\d+\.\d\d ± \d+\.\d\d"
+    assert re.search(rf"^baseline +93\.40 +{number} *$", out, re.MULTILINE)
+    assert re.search(rf"^passive\(every=5\) +94\.40 +{number} *$", out, re.MULTILINE)
+    assert re.search(r"^difference +\+1\.00 +[+-]\d+\.\d\d ± \d+\.\d\d *$", out, re.MULTILINE)
+    assert re.search(r"\+1\.00 points, (lies|does not lie) within .* \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\]", out)
+    assert len(re.findall(r"^(baseline|passive\(every=5\)), seed [01]: test accuracy", err, re.MULTILINE)) == 4
+    assert (tmp_path / "there" / "baseline" / "seed-1").is_dir()
+    # What is there is not replaced unless asked for.
+    refused(batchkern, words, "there holds a comparison already")
+
+
+def test_options_reach_the_comparison(batchkern, tiny, planned):
+    status, out, err = batchkern(
+        tiny.name,
+        "--seeds",
+        3,
+        "--jobs",
+        2,
+        "--device",
+        "cpu",
+        "--amp",
+        "bf16",
+        "--out",
+        "o",
+        "--resume",
+        "--test",
+        "t",
+    )
+    assert status == 0, err
+    (asked,) = planned
+    assert (asked["seeds"], asked["jobs"], asked["resume"], asked["overwrite"]) == (3, 2, True, False)
+    assert (asked["training"]["device"], asked["training"]["amp"]) == ("cpu", "bf16")
+    assert (str(asked["out"]), asked["test"], asked["train_rows"]) == ("o", "t", None)
+    assert (asked["data"], asked["passive"]) == (tiny.data, tiny.passive)
+    assert "comparable" not in out.lower()
+
+
+def test_scale_reaches_the_comparison(batchkern, tiny, planned):
+    status, _, err = batchkern(tiny.name, "--data", "digits", "--passive", "digits", "--scale", "0.95", "--overwrite")
+    assert status == 0, err
+    (asked,) = planned
+    assert (asked["train_rows"], asked["training"]["epochs"]) == (round(0.95 * len(load_pair("digits")[0])), 4)
+    assert (str(asked["out"]), asked["overwrite"]) == ("runs/reproduce-passive-cifar10-resnet56", True)
+    assert (asked["data"], asked["passive"]) == ("digits", "digits")
+
+
+# --- the figures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "difference", "half_width", "sentence"),
+    [
+        # published: error 17.43 -> 17.01
+        ("trimming/cifar10-resnet34", 0.004, 0.003, r"-0\.42 points, lies within .* \[-0\.70, -0\.10\]"),
+        ("trimming/cifar10-resnet34", -0.004, 0.003, r"-0\.42 points, does not lie within .* \[\+0\.10, \+0\.70\]"),
+        ("trimming/cifar10-resnet34", 0.001, 0.002, r"-0\.42 points, does not lie within .* \[-0\.30, \+0\.10\]"),
+        ("trimming/cifar10-resnet34", 0.004, None, r"^There is no interval"),
+        # published: accuracy 93.4 -> 94.4
+        ("passive/cifar10-resnet56", 0.004, 0.003, r"\+1\.00 points, does not lie within .* \[\+0\.10, \+0\.70\]"),
+        ("passive/cifar10-resnet56", 0.009, 0.003, r"\+1\.00 points, lies within .* \[\+0\.60, \+1\.20\]"),
+    ],
+)
+def test_verdict(name, difference, half_width, sentence):
+    recipe = RECIPES[name]
+    verdict = _reproduce.verdict(recipe, summary(recipe, difference, half_width))
+    assert re.search(sentence, verdict)
+    assert ("Zero lies within" in verdict) == (half_width is not None and abs(difference) <= half_width)
+
+
+def test_published_beside_measured(capsys):
+    recipe = RECIPES["trimming/cifar10-resnet34"]
+    _reproduce.print_tables(_reproduce.side_by_side(recipe, summary(recipe, 0.004, 0.003)))
+    lines = [line.split() for line in capsys.readouterr().out.replace("start=1.0, end", "start=1.0,end").splitlines()]
+    assert lines[0] == ["test", "error", "(%)", "published", "measured"]
+    assert lines[2:] == [
+        ["baseline", "17.43", "20.00", "±", "0.50"],
+        [recipe.strategy.replace(" ", ""), "17.01", "19.60", "±", "0.30"],
+        ["difference", "-0.42", "-0.40", "±", "0.30"],
+        ["random(select=rows)", "-", "20.00", "±", "0.50"],
+    ]
+
+
+def test_published_intervals_are_shown(capsys):
+    recipe = RECIPES["hard-batches/stl10-resnet18-0.5"]
+    _reproduce.print_tables(_reproduce.side_by_side(recipe, {"summary": []}))
+    out = capsys.readouterr().out
+    assert re.search(r"baseline +50\.00 ± 1\.50 +- *$", out, re.MULTILINE)
+    assert re.search(r"difference +-0\.50 +- *$", out, re.MULTILINE)
+
+
+# --- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def test_refuses_a_wrong_name(batchkern):
+    words = ("passive/cifar-resnet56",)
+    assert (
+        refused(batchkern, words, "'passive/cifar-resnet56'", "near matches: .*passive/cifar10-resnet56", "--list")
+        == ""
+    )
+    assert refused(batchkern, (), "name a recipe, such as .* --list") == ""
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "1.5", "nan"])
+def test_refuses_a_scale(batchkern, scale):
+    assert refused(batchkern, ("trimming/cifar10-resnet34", "--scale", scale), "scale must be") == ""
+
+
+def test_refuses_no_seeds(batchkern, tiny):
+    refused(batchkern, (tiny.name, "--data", "digits", "--seeds", "0"), "seeds must be .* at least 1, got 0")
+
+
+@pytest.mark.parametrize("scale", [(), ("--scale", "0.1")])
+def test_data_that_cannot_be_had(batchkern, monkeypatch, scale):
+    """After the recipe, which tells what would be needed."""
+
+    def offline(*args, **options):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(sources, "_load_dataset", offline)
+    words = ("trimming/cifar10-resnet34", *scale)
+    out = refused(batchkern, words, "'uoft-cs/cifar10' is no local file or folder, and cannot be loaded from the hub")
+    assert out.startswith("trimming/cifar10-resnet34: Fassold 2021")
+
+
+def test_failed_runs_are_told(batchkern, tiny, monkeypatch):
+    failed = {"arm": tiny.strategy, "seed": 1, "rows": [], "error": "the loss is nan"}
+    monkeypatch.setattr(_reproduce, "Comparison", dict)
+    monkeypatch.setattr(_reproduce, "run", lambda comparison, **options: {"summary": [], "runs": [failed]})
+    out = refused(
+        batchkern, (tiny.name,), r"1 of 1 runs failed, the first is arm passive\(every=5\), seed 1: the loss is"
+    )
+    assert "There is no interval" in out
