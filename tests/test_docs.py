@@ -86,7 +86,7 @@ def test_python_snippets_run(item, tmp_path, monkeypatch, capsys):
     torch.set_num_threads(1)  # small tensors: other threads would only be waited for
     try:
         # The blank lines make a traceback show the line of the page.
-        exec(compile("\n" * (line - 1) + code, str(DOCS / page), "exec"), {"__name__": "snippet"})
+        exec(compile("\n" * (line - 1) + code, str(DOCS / page), "exec"), {"__name__": "__main__"})
     finally:
         torch.set_num_threads(threads)
     if page in CARDS:
