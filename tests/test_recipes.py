@@ -403,8 +403,7 @@ def test_arguments_of_the_comparison():
         "out": Path("there"),
         "arms": ("baseline", "passive(every=100)"),
         "seeds": 5,
-        "budgets": ("updates",),
-        "controls": True,
+        "budgets": ("epochs",),
         "train_rows": 700,
         "training": {
             "epochs": 250,

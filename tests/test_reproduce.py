@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from training import single_thread
@@ -16,14 +16,12 @@ pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 pytest.importorskip("datasets")
 
-from batchkern import cli, compare
+from batchkern import cli
 from batchkern.cli import _reproduce
 from batchkern.data import load_pair, sources
 from batchkern.recipes import LEFT_OUT, RECIPES
 
 one_thread = single_thread()
-NEW = {"budgets", "controls", "train_rows", "resume"}
-JOINED = {field.name for field in fields(compare.Comparison)} >= NEW
 
 
 @pytest.fixture
@@ -40,27 +38,6 @@ def batchkern(tmp_path, monkeypatch, capsys):
         return ended.value.code or 0, out, err
 
     return run
-
-
-@pytest.fixture(autouse=True)
-def interface(monkeypatch):
-    """Gives a comparison that does not have them yet the arguments and the results that recipes need."""
-    if JOINED:
-        return
-
-    def comparison(**arguments):
-        return compare.Comparison(**{key: value for key, value in arguments.items() if key not in NEW})
-
-    def run(comparison, **options):
-        results = compare.run(comparison, **options)
-        values = [entry["test_accuracy"]["values"] for entry in results["summary"]]
-        for entry, own in zip(results["summary"], values):
-            mean, half = compare.interval([a - b for a, b in zip(own, values[0])])
-            entry |= {"budget": "updates", "difference": {"baseline": {"mean": mean, "half_width": half}}}
-        return results
-
-    monkeypatch.setattr(_reproduce, "Comparison", comparison)
-    monkeypatch.setattr(_reproduce, "run", run)
 
 
 @pytest.fixture

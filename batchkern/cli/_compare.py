@@ -52,7 +52,7 @@ def compare(
     passive: Annotated[str | None, option(help="as for train; photo-patches if --data is digits")] = None,
     seeds: Annotated[int, option(help="runs of each arm")] = 3,
     budget: Annotated[
-        str, option(help="what arms have alike: updates, cost (samples forward and backward), or both")
+        str, option(help="what arms have alike: epochs, updates, cost (samples forward and backward), or several")
     ] = ("updates, cost"),
     train_rows: Annotated[int | None, option(help="train on so many images, the same in all runs")] = None,
     test_rows: Annotated[int | None, option(help="test on so many images, the same in all runs")] = None,

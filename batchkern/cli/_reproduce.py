@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from batchkern.cli._compare import check_runs, print_run
 from batchkern.cli._options import AmpOption, DeviceOption, OverwriteOption, argument, option
 from batchkern.cli._tables import make_table, print_tables
 from batchkern.compare import Comparison, run
@@ -77,25 +77,11 @@ def reproduce(
         overwrite=overwrite,
         resume=resume,
     )
-    results = run(Comparison(**arguments), jobs=jobs, report=_report)
+    results = run(Comparison(**arguments), jobs=jobs, report=print_run)
     print_tables(side_by_side(recipe, results))
     print("", verdict(recipe, results), *warning, sep="\n")
     print(f"in {arguments['out']}: the results in full, and a directory for each run")
-    _refuse_failures(results)
-
-
-def _refuse_failures(results: dict[str, Any]) -> None:
-    failed = [outcome for outcome in results["runs"] if outcome["error"]]
-    if failed:
-        first = f"arm {failed[0]['arm']}, seed {failed[0]['seed']}: {failed[0]['error']}"
-        raise UserError(f"{len(failed)} of {len(results['runs'])} runs failed, the first is {first}")
-
-
-def _report(outcome: dict[str, Any]) -> None:
-    """A line on stderr for each run that has ended."""
-    reached = [f"test accuracy {row['test_accuracy']:.2%}, {row['seconds']:.1f} s" for row in outcome["rows"][-1:]]
-    what = outcome["error"] or "".join(reached)
-    print(f"{outcome['arm']}, seed {outcome['seed']}: {what}", file=sys.stderr, flush=True)
+    check_runs(results)
 
 
 def _other_data(published: Recipe, recipe: Recipe) -> list[str]:

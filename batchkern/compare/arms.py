@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -33,6 +33,7 @@ ARMS = (
 )
 """The plain baseline and the five strategies."""
 BUDGETS = {
+    "epochs": "equal epochs, however little of the data a strategy visits in one",
     "updates": "equal updates of the model",
     "cost": "equal cost: samples forward and backward, a backward pass counted as two forward passes",
 }
@@ -103,8 +104,8 @@ def cost(samples_forward: float, samples_backward: float) -> float:
     return samples_forward + 2 * samples_backward
 
 
-def spent(budget: str, row: dict[str, float]) -> float:
-    """What a row of the metrics has used of a budget."""
+def spent(budget: str, row: Mapping[str, float]) -> float:
+    """What a row of the metrics has used of a budget of updates or cost."""
     return row["updates"] if budget == "updates" else cost(row["samples_forward"], row["samples_backward"])
 
 
@@ -137,7 +138,7 @@ def forecast(trainer: Trainer) -> Counts:
 
 
 def matched_epochs(build: Callable[[int], Trainer], epochs: int, budget: str, target: float) -> int:
-    """The number of epochs for which an arm uses a budget up, to the nearest epoch.
+    """The number of epochs for which an arm uses a budget of updates or cost up, to the nearest epoch.
 
     Args:
         build: a trainer of the arm for so many epochs.

@@ -19,7 +19,7 @@ from batchkern.plots import plot_accuracy, plot_diagnostics, plot_differences
 from batchkern.rundir import METRICS, write_file
 
 REPORT, CSV = "report.html", "results.csv"
-BUDGET_PLOTS = {"updates": "accuracy-updates.png", "cost": "accuracy-cost.png"}
+BUDGET_PLOTS = {"epochs": "accuracy-epochs.png", "updates": "accuracy-updates.png", "cost": "accuracy-cost.png"}
 SECONDS_PLOT, DIFFERENCES_PLOT, DIAGNOSTICS_PLOT = "accuracy-seconds.png", "differences.png", "diagnostics.png"
 REPORT_FILES = (REPORT, CSV, *BUDGET_PLOTS.values(), SECONDS_PLOT, DIFFERENCES_PLOT, DIAGNOSTICS_PLOT)
 FEW_SEEDS = 5
@@ -206,7 +206,11 @@ def _write_plots(out: Path, results: Results) -> list[str]:
     settings = results["settings"]
     seeds = f"mean and range of {len(settings['seeds'])} seeds" if len(settings["seeds"]) > 1 else "one seed"
     heading = f"{settings['model']} on {settings['train']['name']}: {seeds}"
-    labels = {"updates": "updates of the model (passive ones not counted)", "cost": "passes of samples, backward twice"}
+    labels = {
+        "epochs": "epochs",
+        "updates": "updates of the model (passive ones not counted)",
+        "cost": "passes of samples, backward twice",
+    }
     by_budget = {budget: _rows_of_arms(out, results, budget) for budget in settings["budgets"]}
     for budget, arms in by_budget.items():
         plot_accuracy(out / BUDGET_PLOTS[budget], arms, budget, labels[budget], heading)
@@ -227,7 +231,7 @@ def _write_plots(out: Path, results: Results) -> list[str]:
 
 
 def _rows_of_arms(out: Path, results: Results, budget: str) -> dict[str, list[list[dict[str, Any]]]]:
-    """The metrics of every run that ended, by arm, each row with what it had used of the cost budget."""
+    """The metrics of every run that ended, by arm, each row with what it had used of each budget."""
     arms: dict[str, list[list[dict[str, Any]]]] = {}
     for arm, epochs in results["settings"]["arm_epochs"].items():
         arms[arm] = []
@@ -236,6 +240,7 @@ def _rows_of_arms(out: Path, results: Results, budget: str) -> dict[str, list[li
                 lines = (out / outcome["directory"] / METRICS).read_text().splitlines()
                 rows = [json.loads(line) for line in lines]
                 for row in rows:
+                    row["epochs"] = row["epoch"] + 1
                     row["cost"] = cost(row["samples_forward"], row["samples_backward"])
                 arms[arm].append(rows)
     return arms

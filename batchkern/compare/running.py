@@ -250,13 +250,14 @@ def _check(comparison: Comparison) -> dict[str, Any]:
     baseline = build(BASELINE, epochs)
     settings = baseline.settings
     plain = vars(forecast(baseline))
-    arm_epochs = {
-        arm: {
-            budget: matched_epochs(partial(build, arm), epochs, budget, spent(budget, plain))
-            for budget in comparison.budgets
-        }
-        for arm in comparison.arms
-    }
+
+    def epochs_of(arm: str, budget: str) -> int:
+        if budget == "epochs":
+            build(arm, epochs)
+            return epochs
+        return matched_epochs(partial(build, arm), epochs, budget, spent(budget, plain))
+
+    arm_epochs = {arm: {budget: epochs_of(arm, budget) for budget in comparison.budgets} for arm in comparison.arms}
     shared = {key: value for key, value in settings.items() if key not in ("strategies", "seed")}
     return shared | {
         "passive": comparison.passive,

@@ -115,6 +115,6 @@ def _reach(budget: str, ended: Mapping[int, Outcome], baseline: Mapping[int, Out
 
 
 def _used(budget: str, curve: Mapping[str, Sequence[float]]) -> list[float]:
-    if budget == "updates":
-        return list(curve["updates"])
+    if budget != "cost":
+        return list(curve["updates"]) if budget == "updates" else [n + 1.0 for n in range(len(curve["updates"]))]
     return [cost(f, b) for f, b in zip(curve["samples_forward"], curve["samples_backward"], strict=True)]

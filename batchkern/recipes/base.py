@@ -124,7 +124,7 @@ def comparison_arguments(
     resume: bool = False,
 ) -> dict[str, Any]:
     """The arguments of the :class:`batchkern.compare.Comparison` that a recipe is: the baseline, the strategy and its
-    random control, for the same updates."""
+    random control, for as many epochs each, as the papers have it."""
     return {
         "data": recipe.data,
         "test": test,
@@ -134,8 +134,7 @@ def comparison_arguments(
         "out": out,
         "arms": ("baseline", recipe.strategy),
         "seeds": recipe.seeds,
-        "budgets": ("updates",),
-        "controls": True,
+        "budgets": ("epochs",),
         "train_rows": train_rows,
         "training": {**vars(recipe.training), "amp": amp, "device": device},
         "overwrite": overwrite,
