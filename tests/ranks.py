@@ -45,6 +45,7 @@ SCENARIOS: dict[str, Callable[[], list[Any]]] = {
     "augmentation in two steps": lambda: [StochasticAugmentation(**STRONG, two_step=True)],
     "passive": lambda: [PassiveInjection(PASSIVE, 2, batch_size=6)],
     "random rows": lambda: [RandomSelection("rows", 0.7, 0.3)],
+    "random rows alone": lambda: [RandomSelection("rows", 0.7, 0.3, backward="compact")],
     "random batches": lambda: [RandomSelection("batches", delta=0.5)],
     "hard, trimmed, augmented, passive": lambda: [
         HardBatches(0.5),
@@ -104,8 +105,9 @@ def trained(name: str) -> dict[str, Any]:
     run = build(SCENARIOS[name](), model, **OPTIONS.get(name, {}))
     taken, batch = [], run.feed.batch
 
-    def watched(indices: Tensor, step: int | None, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        taken.append((indices, positions))
+    def watched(indices: Tensor, step: int | None, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if step is not None:  # not where it is only evaluated
+            taken.append((indices, positions))
         return batch(indices, step, positions)
 
     run.feed.batch = watched  # type: ignore[method-assign]

@@ -21,6 +21,8 @@ from batchkern.data import (
     load,
     load_pair,
     match_shape,
+    subset,
+    with_label_noise,
 )
 from batchkern.data import images as images_module
 from batchkern.data.sources import held_out
@@ -571,6 +573,103 @@ def test_home_that_cannot_be_written(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not list(scratch.glob("batchkern-*")), "the folder in place of the cache is removed"
+
+
+# --- data sets made from others --------------------------------------------------------------------------------------
+
+
+def labelled(counts, seed=0):
+    """As many images of each class, shuffled; each has its number in its pixels."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))]
+    pixels = torch.arange(len(labels), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    return TensorImages(pixels.contiguous(), labels, [str(c) for c in range(len(counts))], name="labelled")
+
+
+@pytest.mark.parametrize("rows", [3, 4, 20, 50, 111])
+def test_a_subset_keeps_the_share_of_each_class(rows):
+    data = labelled([100, 10, 1])
+    part = subset(data, rows)
+    assert len(part) == rows
+    counts = part.labels.bincount(minlength=3).tolist()
+    assert min(counts) >= 1
+    assert abs(counts[0] - rows * 100 / 111) <= 2
+    assert abs(counts[1] - rows * 10 / 111) <= 1
+    numbers = part.images[:, 0, 0, 0].long()
+    assert (numbers.diff() > 0).all()  # as they stood, none twice
+    assert torch.equal(data.labels[numbers], part.labels)
+    torch.manual_seed(99)
+    assert torch.equal(subset(data, rows).images, part.images)
+
+
+def test_subsets_are_nested():
+    data = labelled([30, 30])
+    small, large = (set(subset(data, rows).images[:, 0, 0, 0].tolist()) for rows in (10, 30))
+    assert small < large
+    assert small != set(range(10))
+
+
+@pytest.mark.parametrize("rows", [1, 61, 0, -3, 2.5, True])
+def test_a_subset_that_is_none(rows):
+    with pytest.raises(UserError, match=r"labelled: a part of it must have 2 \(its classes\) to 60 rows, got"):
+        subset(labelled([30, 30]), rows)
+
+
+def test_a_subset_of_streamed_images(tmp_path):
+    pixels, labels = random_pixels(12), [0, 1] * 6
+    path = write_parquet(tmp_path / "it.parquet", list(pixels), labels)
+    whole, streamed = load(str(path)), load(str(path), memory_limit=0)
+    assert torch.equal(subset(streamed, 6).rows(torch.arange(6)), subset(whole, 6).images)
+    assert torch.equal(subset(streamed, 6).labels, subset(whole, 6).labels)
+
+
+def test_label_noise_is_of_the_size_asked_for_and_no_label_of_its_own():
+    data = labelled([400, 300, 300])
+    noisy = with_label_noise(data, 0.3, seed=5)
+    wrong = noisy.labels != data.labels
+    assert int(wrong.sum()) == 300
+    assert torch.equal(noisy.clean_labels, data.labels)
+    assert noisy.images is data.images
+    assert data.clean_labels is None
+    # Every other class alike: of a binomial half of some 120, five deviations are 27.
+    for own in range(3):
+        others = noisy.labels[wrong & (data.labels == own)].bincount(minlength=3)
+        assert int(others[own]) == 0
+        first, second = (int(others[c]) for c in range(3) if c != own)
+        assert abs(first - second) <= 2 * 27
+    assert torch.equal(with_label_noise(data, 0.3, seed=5).labels, noisy.labels)
+    assert not torch.equal(with_label_noise(data, 0.3, seed=6).labels, noisy.labels)
+    assert torch.equal(subset(noisy, 100).clean_labels != subset(noisy, 100).labels, wrong[chosen_rows(noisy, 100)])
+
+
+def chosen_rows(data, rows):
+    return subset(data.relabelled(data.labels, clean=torch.arange(len(data))), rows).clean_labels
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, "0.1"])
+def test_label_noise_that_is_none(fraction):
+    with pytest.raises(UserError, match=r"noise must be in \[0, 1\), got"):
+        with_label_noise(labelled([5, 5]), fraction, seed=0)
+
+
+def test_known_noisy_labels(tmp_path):
+    pixels, labels, clean = random_pixels(10), [0, 1] * 5, [0, 1] * 3 + [1, 0] * 2
+    extra = {"right": (datasets.Value("int64"), clean)}
+    path = str(write_parquet(tmp_path / "it.parquet", list(pixels), labels, extra=extra))
+    train, test = load_pair(path, path, clean_labels="right")
+    assert (train.labels.tolist(), train.clean_labels.tolist(), test.clean_labels) == (labels, clean, None)
+    held, _ = load_pair(path, clean_labels="right")
+    assert held.clean_labels.tolist() == [clean[i] for i in match_rows(held, train)]
+    with pytest.raises(UserError, match="no column 'wrong' of clean labels among its columns: .*right"):
+        load_pair(path, clean_labels="wrong")
+    with pytest.raises(UserError, match="digits: it has no columns"):
+        load_pair("digits", clean_labels="right")
+    with pytest.raises(UserError, match="has clean labels beside noisy ones already"):
+        with_label_noise(train, 0.1, seed=0)
+
+
+def match_rows(part, whole):
+    return [next(i for i in range(len(whole)) if torch.equal(whole.images[i], image)) for image in part.images]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ pytest.importorskip("matplotlib")
 from batchkern import plots
 from batchkern.errors import UserError
 from batchkern.plots import (
-    SECONDS_PLOT,
-    UPDATES_PLOT,
     kept_fractions,
     on_common_grid,
-    plot_comparison,
+    plot_accuracy,
+    plot_diagnostics,
+    plot_differences,
     plot_run,
 )
 from batchkern.rundir import CONFIG, CURVES, METRICS
@@ -137,16 +137,14 @@ def test_seconds_are_interpolated_and_the_end_is_held():
     assert accuracies[1] == pytest.approx(np.linspace(40, 50, len(x)))
 
 
-@pytest.mark.parametrize(("name", "key"), [(UPDATES_PLOT, "updates"), (SECONDS_PLOT, "seconds")])
-def test_lines_and_bands_of_a_comparison(tmp_path, figures, name, key):
+@pytest.mark.parametrize("key", ["updates", "seconds"])
+def test_lines_and_bands_of_a_comparison(tmp_path, figures, key):
     arms = {f"arm-{n}": [rows(seed=n), rows(seed=n + 2)] for n in range(7)} | {"random(select=rows)": [rows(seed=9)]}
-    plot_comparison(tmp_path, {**arms, "all failed": []}, "a title")
-    assert_small_png(tmp_path / name)
-    (axes,) = figures[name].get_axes()
-    assert axes.get_title() == "a title"
-    assert key in axes.get_xlabel()
-    assert axes.get_ylabel() == "test accuracy (%)"
-    assert [text.get_text() for text in figures[name].legends[0].get_texts()] == list(arms)
+    plot_accuracy(tmp_path / "it.png", {**arms, "all failed": []}, key, "a label", "a title")
+    assert_small_png(tmp_path / "it.png")
+    (axes,) = figures["it.png"].get_axes()
+    assert (axes.get_title(), axes.get_xlabel(), axes.get_ylabel()) == ("a title", "a label", "test accuracy (%)")
+    assert [text.get_text() for text in figures["it.png"].legends[0].get_texts()] == list(arms)
     for number, (line, band) in enumerate(zip(axes.get_lines()[:7], axes.collections[:7], strict=True)):
         assert line.get_ydata() == pytest.approx(np.array([41, 51, 61, 71]) + number)
         assert list(line.get_xdata()) == [row[key] for row in arms["arm-0"][0]]
@@ -163,22 +161,71 @@ def test_lines_and_bands_of_a_comparison(tmp_path, figures, name, key):
 
 
 def test_arms_that_are_more_than_colours_differ_by_dashes(tmp_path, figures):
-    plot_comparison(tmp_path, {f"arm-{n}": [rows(seed=n)] for n in range(10)}, "many")
-    looks = [(line.get_color(), line.get_linestyle()) for line in figures[UPDATES_PLOT].get_axes()[0].get_lines()]
+    arms = {f"arm-{n}": [rows(seed=n)] for n in range(10)}
+    plot_accuracy(tmp_path / "it.png", arms, "updates", "updates", "many")
+    looks = [(line.get_color(), line.get_linestyle()) for line in figures["it.png"].get_axes()[0].get_lines()]
     assert len(set(looks)) == 10
 
 
 @pytest.mark.parametrize("arms", [{}, {"baseline": []}, {"baseline": [rows(1)]}])
 def test_comparisons_with_little_to_show(tmp_path, figures, arms):
-    plot_comparison(tmp_path, arms, "little")
-    assert (tmp_path / UPDATES_PLOT).exists()
-    assert (tmp_path / SECONDS_PLOT).exists()
-    assert all(line.get_marker() == "o" for line in figures[UPDATES_PLOT].get_axes()[0].get_lines())
+    plot_accuracy(tmp_path / "it.png", arms, "updates", "updates", "little")
+    assert all(line.get_marker() == "o" for line in figures["it.png"].get_axes()[0].get_lines())
+    plot_diagnostics(tmp_path / "what.png", arms)
+    plot_differences(tmp_path / "differences.png", {})
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_differences_are_points_with_their_intervals(tmp_path, figures):
+    def test(mean, half, p):
+        return {"mean": mean, "half_width": half, "p": p, "p_corrected": p, "seeds": 3}
+
+    one = [("a", test(0.02, 0.01, 0.01)), ("b", test(-0.03, 0.04, 0.2))]
+    other = [("a", test(0.01, None, None))]
+    plot_differences(tmp_path / "it.png", {"less baseline": one, "less control": other})
+    assert_small_png(tmp_path / "it.png")
+    first, second = figures["it.png"].get_axes()
+    assert [axes.get_title() for axes in (first, second)] == ["less baseline", "less control"]
+    assert [text.get_text() for text in first.get_yticklabels()] == ["a", "b"]
+    (a, _, (bar_a,)), (b, _, (bar_b,)) = first.containers
+    assert (a.get_xdata()[0], b.get_xdata()[0]) == pytest.approx((2, -3))
+    assert a.get_ydata()[0] > b.get_ydata()[0]  # the first arm is the upper one
+    for bar, ends in ((bar_a, (1, 3)), (bar_b, (-7, 1))):
+        assert bar.get_segments()[0][:, 0] == pytest.approx(ends)
+    assert a.get_color() != b.get_color() == second.containers[0][0].get_color()  # found after correction, or not
+
+
+def test_diagnostics_have_a_panel_where_an_arm_has_the_figure(tmp_path, figures):
+    def with_figures(**figures):
+        return [row | {key: f(row["epoch"]) for key, f in figures.items()} for row in rows()]
+
+    arms = {
+        "baseline": [rows()],
+        "a": [with_figures(kept_loss=lambda e: [0, e, 9], never_kept=lambda e: 0.1 * e), rows()],
+        "b": [with_figures(kept_loss=lambda e: [0, 2 * e, 9]), with_figures(kept_loss=lambda e: [0, 4 * e, 9])],
+        "c": [with_figures(dropped_loss=lambda e: None, passive_accuracy=lambda e: 0.5)],
+    }
+    plot_diagnostics(tmp_path / "it.png", arms)
+    panels = {axes.get_title(loc="left"): lines(axes) for axes in figures["it.png"].get_axes() if axes.axison}
+    kept = [50 * e for e in (2, 1, 1, 1)]
+    assert set(panels) == {
+        "samples that the loss counts (%)",
+        "samples never kept so far (%)",
+        "median last loss of those kept",
+        "accuracy on passive batches (%)",
+    }
+    assert list(panels["samples that the loss counts (%)"]["baseline"][1:]) == kept[1:]
+    assert panels["samples never kept so far (%)"]["a"] == pytest.approx([0, 10, 20, 30])
+    losses = panels["median last loss of those kept"]
+    assert list(losses) == ["a", "b"]
+    assert losses["b"] == pytest.approx([0, 3, 6, 9])  # the mean of both seeds
+    assert losses["a"] == pytest.approx([0, 1, 2, 3])  # of the one seed that has it
+    assert list(panels["accuracy on passive batches (%)"]["c"]) == [50] * 4
 
 
 def test_a_file_that_cannot_be_written_is_a_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"accuracy-updates\.png cannot be written"):
-        plot_comparison(tmp_path / "missing", {}, "nowhere")
+    with pytest.raises(UserError, match=r"it\.png cannot be written"):
+        plot_accuracy(tmp_path / "missing" / "it.png", {}, "updates", "updates", "nowhere")
     write_run(tmp_path, rows())
     (tmp_path / CURVES).mkdir()
     with pytest.raises(UserError, match=r"curves\.png cannot be written"):
