@@ -115,11 +115,11 @@ def watched(arm, monkeypatch, **options):
         gradient = fed_images[0].grad
         if kept and len(gradient) <= len(kept[-1]):
             rows = [tuple(image.flatten().tolist()) for image in fed_images[0].detach()]
-            by_pixels = {
-                tuple(i.detach().flatten().tolist()): int(r) for i, r in zip(batch(kept[-1], None)[0], kept[-1])
-            }
-            counted = [by_pixels[row] for row, g in zip(rows, gradient) if row in by_pixels and g.abs().sum() > 0]
-            if not contributed[-1] or contributed[-1][-1][0] != run.counts.updates:
+            own = batch(kept[-1], None)[0].flatten(1).tolist()
+            numbers = {tuple(pixels): int(row) for pixels, row in zip(own, kept[-1])}
+            counted = [numbers[row] for row, g in zip(rows, gradient) if row in numbers and g.abs().sum() > 0]
+            of_update = contributed[-1] and contributed[-1][-1][0] == run.counts.updates
+            if counted and not of_update:  # neither a passive batch nor the second update of two
                 contributed[-1].append((run.counts.updates, counted))
         return value
 
@@ -158,8 +158,8 @@ def test_kept_is_what_the_gradient_sees(arm, monkeypatch):
 def test_trimming_keeps_what_loses_most_and_random_rows_do_not():
     for arm, apart in (("trimming(start=0.4,end=0.4)", True), ("random(start=0.4,end=0.4)", False)):
         row = trainer(parse(arm), train=images(200), epochs=2).fit()
-        (_, kept, _), (_, dropped, _) = row["kept_loss"], row["dropped_loss"]
-        assert (kept > 1.5 * dropped) == apart
+        # Of the kept, nine in ten lose more than the median of the dropped does.
+        assert (row["kept_loss"][0] > row["dropped_loss"][1]) == apart
 
 
 def test_files_of_the_samples(tmp_path):
@@ -197,7 +197,7 @@ def test_figures_of_the_strategies():
     passive.fit()
     accuracies = [row["passive_accuracy"] for row in passive.history]
     assert all(0 <= accuracy <= 1 for accuracy in accuracies)
-    assert accuracies[0] < 0.8 < accuracies[-1]  # the classes can be learnt
+    assert sum(accuracies[-3:]) > sum(accuracies[:3]) + 0.3  # the classes can be learnt
     rare = trainer(parse("passive(every=10)", passive=PASSIVE), epochs=2)
     rare.fit()
     assert ["passive_accuracy" in row for row in rare.history] == [False, True]  # of 6 + 6 updates the tenth
