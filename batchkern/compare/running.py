@@ -349,7 +349,15 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:
-    write_file(out / RESULTS, json.dumps(results, indent=1).encode())
+    """A line for each run and each entry of the summary: with one for each number the file would be twice as large."""
+
+    def text(value: Any) -> str:
+        if not isinstance(value, list):
+            return json.dumps(value)
+        return "[" + ",".join("\n " + json.dumps(entry) for entry in value) + "\n]"
+
+    lines = ",\n".join(f"{json.dumps(key)}: {text(value)}" for key, value in results.items())
+    write_file(out / RESULTS, f"{{\n{lines}\n}}\n".encode())
 
 
 @contextlib.contextmanager
