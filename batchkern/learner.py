@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -112,7 +113,7 @@ class Learner:
             self.counts.samples_forward += len(batch.indices)
             self.counts.samples_backward += len(batch.indices)
             return
-        self._active_update(step, *self._rows(step, step.share.positions))
+        self._active_update(step)
         self.counts.updates += 1
 
     def _rows(self, step: Step, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,12 +121,14 @@ class Learner:
         images, target = self.feed.batch(step.batch.indices, self.counts.updates, positions)
         return images, step.share.ignore_filling(target)
 
-    def _active_update(self, step: Step, images: Tensor, target: Tensor) -> None:
+    def _active_update(self, step: Step) -> None:
         """From this rank's rows; what strategies see and what is counted is of the whole batch."""
         scored: list[Tensor] = []
+        whole = cache(partial(self._rows, step, step.share.positions))
 
         def score() -> Tensor:
             """A pass for the losses alone. It leaves batch norm's running statistics to the full pass."""
+            images, target = whole()
             with torch.no_grad(), self._autocast(), models.frozen_statistics(self.model):
                 logits = self.model(images)
                 smoothing = self.run.label_smoothing
@@ -135,8 +138,7 @@ class Learner:
 
         owner = self.owner("the loss")
         rows = owner.narrow(step, score)
-        if rows is not None:
-            images, target = self._narrowed(step, rows, images, target)
+        images, target = whole() if rows is None else self._narrowed(step, rows, whole() if scored else None)
         perturbation = self.owner("the virtual samples").perturb(step)
         outcome: list[Tensor] = []
 
@@ -172,11 +174,11 @@ class Learner:
         self.counts.samples_backward += passes * trained
         self.counts.samples_kept += full if step.kept is None else step.kept
 
-    def _narrowed(self, step: Step, rows: Tensor, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _narrowed(self, step: Step, rows: Tensor, whole: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """The rows worth a full pass, dealt out evenly: they may all have been one rank's."""
         step.narrowed, step.share = True, self.ranks.share(len(rows))
-        if self.ranks.world == 1:
-            return images[rows], target[rows]
+        if whole is not None and self.ranks.world == 1:
+            return whole[0][rows], whole[1][rows]
         return self._rows(step, step.share.take(rows.cpu()))
 
     def _perturbed(self, perturbation: Perturbation, images: Tensor) -> tuple[Tensor, Tensor]:

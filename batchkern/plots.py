@@ -24,7 +24,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def plot_run(directory: Path) -> None:
-    """Writes curves.png beside the metrics.jsonl it shows: losses, accuracies, the fraction kept, learning rate.
+    """Writes curves.png beside the metrics.jsonl it shows: losses, accuracies, the fraction kept, learning rate; and
+    what else the strategies have to tell.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -32,11 +33,15 @@ def plot_run(directory: Path) -> None:
     rows = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
     settings = json.loads((directory / CONFIG).read_text())["settings"]
     strategies = " + ".join(strategy["name"] for strategy in settings["strategies"]) or "baseline"
-    figure = _figure(10, 6.5)
+    told = _told(rows)
+    lines = 2 + -(-len(told) // 2)
+    figure = _figure(10, 0.7 + 2.9 * lines)
     # matplotlib would find room for each label too, in twice the time of all the rest; these labels are known.
-    room = {"left": 0.07, "right": 0.98, "bottom": 0.08, "top": 0.89, "wspace": 0.16, "hspace": 0.2}
+    room = {"left": 0.07, "right": 0.98, "bottom": 0.26 / lines * 0.62, "top": 1 - 0.22 / lines}
+    room |= {"wspace": 0.16, "hspace": 0.24}
     figure.suptitle(f"{strategies}: {settings['model']} on {settings['train']['name']}, seed {settings['seed']}")
-    loss, accuracy, kept, rate = figure.subplots(2, 2, sharex=True, gridspec_kw=room).flat
+    panels = figure.subplots(lines, 2, sharex=True, gridspec_kw=room).flat
+    loss, accuracy, kept, rate, *others = panels
     _curves(
         loss, rows, "loss", train_loss="train, all samples", train_objective="objective, as minimised", test_loss="test"
     )
@@ -44,18 +49,48 @@ def plot_run(directory: Path) -> None:
         loss.set_yscale("log")
     # In percent, as everywhere else. Only a strategy that predicts in its own way makes two test accuracies.
     percent = [{key: 100 * value for key, value in row.items() if "accuracy" in key} for row in rows]
-    lines = {"train_accuracy": "train", "test_accuracy": "test"}
+    curves = {"train_accuracy": "train", "test_accuracy": "test"}
     if any(row["test_accuracy"] != row["test_accuracy_plain"] for row in rows):
-        lines |= {"test_accuracy": "test, as the strategy predicts", "test_accuracy_plain": "test, model alone"}
-    _curves(accuracy, percent, "accuracy (%)", **lines)
+        curves |= {"test_accuracy": "test, as the strategy predicts", "test_accuracy_plain": "test, model alone"}
+    _curves(accuracy, percent, "accuracy (%)", **curves)
     fractions = [{"kept": 100 * fraction} for fraction in kept_fractions(rows)]
     _curves(kept, fractions, "samples that the loss counts (%)", kept="")
     kept.set_ylim(0, 105)
     _curves(rate, rows, "learning rate, end of epoch", lr="")
     rate.set_ylim(bottom=0)
-    for axes in (kept, rate):
+    for axes, (title, values) in zip(others, told.items(), strict=False):
+        _curves(axes, values, title, **{name: name for name in values[0]})
+    for axes in others[len(told) :]:
+        axes.set_axis_off()
+    for axes in list(figure.axes)[-2:]:
         axes.set_xlabel("epoch")
     _save(figure, directory / CURVES)
+
+
+def _told(rows: Rows) -> dict[str, list[dict[str, float]]]:
+    """Panels of what is not the same in every training: by title, each epoch's values by the name of their line."""
+    selects = any(row.get("dropped_loss") for row in rows)
+    panels: dict[str, dict[str, str]] = {
+        "median last loss": {"kept_loss": "kept", "dropped_loss": "dropped"} if selects else {},
+        "of the samples kept (%)": {
+            "kept_overlap": "kept the epoch before, too",
+            "kept_overlap_by_chance": "the same by chance",
+            "kept_mislabelled": "mislabelled",
+        }
+        if selects or "kept_mislabelled" in rows[-1]
+        else {},
+        "how often samples were kept so far": {"times_kept": "times (median)"} if selects else {},
+        "accuracy on passive batches (%)": {"passive_accuracy": "before each update"},
+        "KL of virtual samples": {"virtual_kl": "mean of the epoch"},
+        "noise scale": {"noise_scale": "rate x subset / batch"},
+    }
+    told = {}
+    for title, names in panels.items():
+        shown = {key: label for key, label in names.items() if any(row.get(key) is not None for row in rows)}
+        factor = 100 if "%" in title else 1
+        if shown:
+            told[title] = [{label: factor * _scalar(row.get(key)) for key, label in shown.items()} for row in rows]
+    return told
 
 
 def kept_fractions(rows: Rows) -> list[float]:
@@ -101,7 +136,7 @@ def plot_differences(path: Path, groups: Mapping[str, Sequence[tuple[str, Mappin
         groups: by title, pairs of a name and a paired difference as in results.json, in accuracy.
     """
     heights = [len(group) + 2 for group in groups.values()] or [1]
-    figure = _figure(9, 0.35 * sum(heights), layout="constrained")
+    figure = _figure(9, 1 + 0.35 * sum(heights), layout="constrained")
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, group) in zip(panels, groups.items(), strict=False):
         for place, (_, difference) in enumerate(group):

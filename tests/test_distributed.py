@@ -103,9 +103,9 @@ def test_three_ranks_train_as_one_process(tmp_path):
 
 
 def numbers(row: dict) -> dict:
-    """A row of the metrics with each number of a list under a name of its own."""
+    """A row of the metrics with each number of a list under a name of its own, and -1 where there is none."""
     lists = {key: value for key, value in row.items() if isinstance(value, list)}
-    single = {key: value for key, value in row.items() if key not in lists}
+    single = {key: -1 if value is None else value for key, value in row.items() if key not in lists}
     return single | {f"{key} {place}": x for key, value in lists.items() for place, x in enumerate(value)}
 
 
@@ -137,7 +137,20 @@ def flat_end(result: dict) -> torch.Tensor:
     return result["weights"][-1]
 
 
-@pytest.mark.parametrize("name", [name for name in ranks.SCENARIOS if name != "compact trimming"])
+NARROWED = ("compact trimming", "random rows alone")
+"""Scenarios in which not all rows of a batch are fetched for the pass that counts."""
+
+
+def test_rows_that_are_chosen_without_losses_are_alone_fetched_and_dealt_out_evenly(pair):
+    chosen = [positions.tolist() for _, positions in one_process("random rows alone")["taken"]]
+    lefts, rights = ([p.tolist() for _, p in rank["all_scenarios"]["random rows alone"]["taken"]] for rank in pair)
+    assert [len(rows) for rows in chosen] == [5] * 5 + [4] + [2] * 6  # .7 and .3 of batches of 7, the last one of 6
+    for rows, left, right in zip(chosen, lefts, rights, strict=True):
+        assert [*left, *right][: len(rows)] == rows
+        assert len(left) == len(right) == -(-len(rows) // 2)
+
+
+@pytest.mark.parametrize("name", [name for name in ranks.SCENARIOS if name not in NARROWED])
 def test_the_plan_is_sharded_without_overlap(name, pair):
     plan = [indices for indices, _ in one_process(name)["taken"]]
     shares = [rank["all_scenarios"][name]["taken"] for rank in pair]

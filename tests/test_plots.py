@@ -99,6 +99,29 @@ def test_curves_of_a_run(tmp_path, figures):
     assert all(list(axes.get_lines()[0].get_xdata()) == [1, 2, 3, 4] for axes in figure.get_axes())
 
 
+def test_panels_for_what_strategies_tell(tmp_path, figures):
+    content = [
+        row | {"kept_loss": [0, 2.0 + e, 9], "dropped_loss": [0, 1.0, 9] if e else None, "times_kept": [0, 0, e, 9, 9]}
+        for e, row in enumerate(rows())
+    ]
+    for e, row in enumerate(content):
+        row |= {"kept_mislabelled": 0.1 * e, "passive_accuracy": 0.5} | ({"kept_overlap": 0.6} if e else {})
+    write_run(tmp_path, content)
+    plot_run(tmp_path)
+    assert_small_png(tmp_path / CURVES)
+    panels = {axes.get_title(loc="left"): lines(axes) for axes in figures[CURVES].get_axes()[4:] if axes.axison}
+    assert {title: list(shown) for title, shown in panels.items()} == {
+        "median last loss": ["kept", "dropped"],
+        "of the samples kept (%)": ["kept the epoch before, too", "mislabelled"],
+        "how often samples were kept so far": ["times (median)"],
+        "accuracy on passive batches (%)": ["before each update"],
+    }
+    assert list(panels["median last loss"]["kept"]) == [2, 3, 4, 5]
+    assert list(panels["median last loss"]["dropped"][1:]) == [1, 1, 1]
+    assert panels["of the samples kept (%)"]["mislabelled"] == pytest.approx([0, 10, 20, 30])
+    assert list(panels["how often samples were kept so far"]["times (median)"]) == [0, 1, 2, 3]
+
+
 def test_two_test_accuracies_where_a_strategy_predicts_in_its_own_way(tmp_path, figures):
     write_run(tmp_path, rows(vote=0.05), [])
     plot_run(tmp_path)
