@@ -433,3 +433,25 @@ def test_ten_kills_give_the_table_of_none(tmp_path):
     for o in whole["runs"]:
         paths = (tmp_path / name / o["directory"] / WEIGHTS for name in ("whole", "killed"))
         assert len({path.read_bytes() for path in paths}) == 1
+
+
+# --- what is found ---------------------------------------------------------------------------------------------------
+
+
+def test_a_planted_effect_is_found_in_trainings_and_none_where_none_is(tmp_path, monkeypatch, quick_plots):
+    """An arm that learns from one image in fifty; one that is the baseline by another name; one that is but another
+    order of the same batches."""
+    monkeypatch.chdir(tmp_path)
+    planted, same, order = (
+        "random(start=0.02,end=0.02)",
+        "trimming(start=1.0,end=1.0)",
+        "random(select=batches,delta=1.0)",
+    )
+    training = {"epochs": 2, "batch_size": 64, "device": "cpu"}
+    results = compared(arms=(planted, same, order), seeds=5, training=training)
+    found = {entry["arm"]: entry["difference"].get("baseline") for entry in results["summary"]}
+    assert found[planted]["mean"] < -0.1
+    assert found[planted]["p_corrected"] < 0.05
+    assert (found[same]["mean"], found[same]["half_width"], found[same]["p"]) == (0, 0, 1)
+    assert found[order]["half_width"] > 0
+    assert found[order]["p_corrected"] > 0.05
