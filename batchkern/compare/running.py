@@ -91,9 +91,9 @@ class Comparison:
             raise UserError("overwrite and resume exclude each other; give one of them")
         if not self.arms:
             raise UserError("there is no arm to compare")
-        unknown = [budget for budget in self.budgets if budget not in BUDGETS]
+        unknown = ", ".join(budget for budget in self.budgets if budget not in BUDGETS)
         if unknown or not self.budgets:
-            raise UserError(f"budget must be one of {', '.join(BUDGETS)}, or both, got {', '.join(unknown) or 'none'}")
+            raise UserError(f"budget must be one of {', '.join(BUDGETS)}, or several, got {unknown or 'none'}")
         slugs: dict[str, str] = {}
         for arm in self.arms:
             if (other := slugs.setdefault(slug(arm), arm)) is not arm:

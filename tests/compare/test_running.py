@@ -184,6 +184,9 @@ def assert_refused(batchkern, words, *patterns):
         ("--arms baseline --passive digits", ["--passive is digits, but no strategy"]),
         ("--arms baseline,stepwise", ["arm stepwise: epochs must be at least 5"]),
         ("--model resnet21", ["unknown model 'resnet21'"]),
+        ("--budget time", ["budget must be one of epochs, updates, cost, or several, got time"]),
+        ("--noise 1.5", [r"noise must be in \[0, 1\), got 1.5"]),
+        ("--train-rows 5", [r"digits: a part of it must have 10 \(its classes\) to 1438 rows, got 5"]),
         ("--seeds 0", ["seeds must be .* at least 1, got 0"]),
         ("--jobs 0", ["jobs must be .* at least 1, got 0"]),
         ("--device gpu", ["'gpu'"]),
@@ -351,6 +354,18 @@ def test_results_are_written_after_every_run(tmp_path, monkeypatch, quick_plots)
     )
     assert [(ended, runs, len(recorded)) for ended, runs, recorded in written] == [(1, 2, 1), (2, 2, 2)]
     assert written[1][2] == results_of("out")["runs"]
+
+
+def test_equal_epochs_are_the_papers_budget(tmp_path):
+    arm = "stepwise(fractions=(.2,1),batch_multiples=(1,1))"
+    comparison = Comparison(
+        "digits", "cnn", tmp_path, arms=(arm,), budgets=("epochs", "updates"), training={"epochs": 4, "device": "cpu"}
+    )
+    settings = running._check(comparison)
+    assert settings["arm_epochs"][arm]["epochs"] == 4
+    # A fifth, then all of the data: .6 of the updates.
+    assert settings["arm_epochs"][arm]["updates"] > 5
+    assert set(settings["arm_epochs"]["baseline"].values()) == {4}
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
