@@ -122,7 +122,7 @@ def plot_accuracy(path: Path, arms: Mapping[str, Sequence[Rows]], key: str, labe
         # Not from where the runs begin: that would press how they end, which matters, into a line at the top.
         span = max(max(ends) - min(ends), 1.0)
         axes.set_ylim(max(0.0, min(ends) - span), max(ends) + 0.1 * span)
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        _legend(figure, list(arms), 120)
     axes.set(title=title, xlabel=label, ylabel="test accuracy (%)")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
@@ -140,7 +140,7 @@ def plot_differences(path: Path, groups: Mapping[str, Sequence[tuple[str, Mappin
     panels = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, group) in zip(panels, groups.items(), strict=False):
         for place, (_, difference) in enumerate(group):
-            told = (difference["p_corrected"] or 1.0) < 0.05
+            told = difference["p_corrected"] is not None and difference["p_corrected"] < 0.05
             axes.errorbar(
                 100 * difference["mean"],
                 -place,
@@ -197,7 +197,7 @@ def plot_diagnostics(path: Path, arms: Mapping[str, Sequence[Rows]]) -> None:
         axes.set_xlabel("share of the training")
     handles = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     if handles:
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+        _legend(figure, list(handles), 160, handles)
     _save(figure, path)
 
 
@@ -240,6 +240,13 @@ def _band(axes: Any, x: NDArray[np.float64], accuracies: NDArray[np.float64], ar
     axes.fill_between(x, accuracies.min(axis=0), accuracies.max(axis=0), color=look["color"], alpha=0.1, linewidth=0)
     marker = "o" if len(x) == 1 else None  # a single point has no line
     axes.plot(x, accuracies.mean(axis=0), marker=marker, linewidth=1.6, **look)
+
+
+def _legend(figure: Any, names: Sequence[str], room: int, handles: Mapping[str, Any] | None = None) -> None:
+    """Under the plots, in as many columns as fit: ``room`` letters across the figure."""
+    columns = max(1, min(4, room // (max(map(len, names)) + 8)))
+    given = (list(handles.values()), list(handles)) if handles else ()
+    figure.legend(*given, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
 def _look(arm: str, place: int) -> dict[str, Any]:

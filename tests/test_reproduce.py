@@ -145,8 +145,8 @@ def test_reproduces_a_recipe_on_other_data(batchkern, tiny, tmp_path):
     assert re.search(rf"^passive\(every=5\) +94\.40 +{number} *$", out, re.MULTILINE)
     assert re.search(r"^difference +\+1\.00 +[+-]\d+\.\d\d ± \d+\.\d\d *$", out, re.MULTILINE)
     assert re.search(r"\+1\.00 points, (lies|does not lie) within .* \[[+-]\d+\.\d\d, [+-]\d+\.\d\d\]", out)
-    assert len(re.findall(r"^(baseline|passive\(every=5\)), seed [01]: test accuracy", err, re.MULTILINE)) == 4
-    assert (tmp_path / "there" / "baseline" / "seed-1").is_dir()
+    assert len(re.findall(r"(baseline|passive\(every=5\)), 2 epochs, seed [01]: test accuracy", err, re.MULTILINE)) == 4
+    assert (tmp_path / "there" / "baseline" / "2-epochs" / "seed-1").is_dir()
     # What is there is not replaced unless asked for.
     refused(batchkern, words, "there holds a comparison already")
 

@@ -34,8 +34,8 @@ ARMS = (
 """The plain baseline and the five strategies."""
 BUDGETS = {
     "epochs": "equal epochs, however little of the data a strategy visits in one",
-    "updates": "equal updates of the model",
-    "cost": "equal cost: samples forward and backward, a backward pass counted as two forward passes",
+    "updates": "equal updates of the model, to the nearest epoch",
+    "cost": "equal cost to the nearest epoch: samples forward and backward, a backward pass counted twice",
 }
 
 

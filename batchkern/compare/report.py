@@ -17,6 +17,7 @@ from batchkern.compare.arms import BASELINE, BUDGETS, cost
 from batchkern.compare.statistics import LEVEL
 from batchkern.plots import plot_accuracy, plot_diagnostics, plot_differences
 from batchkern.rundir import METRICS, write_file
+from batchkern.strategies import parse
 
 REPORT, CSV = "report.html", "results.csv"
 BUDGET_PLOTS = {"epochs": "accuracy-epochs.png", "updates": "accuracy-updates.png", "cost": "accuracy-cost.png"}
@@ -39,6 +40,7 @@ def write_report(out: Path, results: Results) -> None:
     template = environment.from_string(files(__package__).joinpath("report.html.jinja").read_text())
     page = template.render(
         title=title(results["settings"]),
+        strategies=_strategies(results["settings"]),
         results=results,
         budgets={
             budget: {
@@ -64,6 +66,12 @@ def title(settings: Mapping[str, Any]) -> str:
     return f"{settings['model']} on {settings['train']['name']}, {count} seed{'s' * (count > 1)}"
 
 
+def _strategies(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What each strategy of the arms does, in the first sentence of its class."""
+    used = {strategy.name: strategy for arm in settings["arms"] for strategy in parse(arm, passive="")}
+    return {name: " ".join((strategy.__doc__ or "").split("\n\n")[0].split()) for name, strategy in used.items()}
+
+
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
@@ -84,7 +92,11 @@ def verdict(results: Results, budget: str) -> list[str]:
             sort = ("Better than" if test["mean"] > 0 else "Worse than") if found else "No difference found from"
             sorts[sort].append(f"{arm} ({_points(test)})" if found else arm)
         said += [f"{sort} {what}: {', '.join(arms)}." for sort, arms in sorts.items() if arms]
-    return said or ["One seed alone: without others, there is no telling chance from effect."]
+    if len(entries) + 1 < len(results["settings"]["arms"]):
+        said.append("All other arms train for as long as in the first budget: see there.")
+    elif not said:
+        said.append("Fewer than two pairs of runs have ended: there is no telling chance from effect.")
+    return said
 
 
 def notes(results: Results) -> list[str]:
@@ -96,7 +108,12 @@ def notes(results: Results) -> list[str]:
         about.append(
             f"Means over {seeds} seeds ± half of their 95 % confidence interval (Student's t). Differences are paired: "
             "the same seed has the same initial weights and order of the data. p: paired t-test, corrected by Holm's "
-            f"method for all tests of this comparison; below {LEVEL} a difference counts as found."
+            f"method for all {_tests(results)} tests of this comparison; below {LEVEL} a difference counts as found. "
+            "Intervals are of single differences, not corrected."
+        )
+        about.append(
+            "The p-values hold for arms and seeds that were fixed beforehand: who looks, adds seeds or arms and looks "
+            "again will find something sooner or later, whether it is there or not."
         )
     if 1 < seeds < FEW_SEEDS:
         about.append(f"{seeds} seeds are few: only differences that are large beside these intervals can be found.")
@@ -104,12 +121,36 @@ def notes(results: Results) -> list[str]:
         "All on one test set, and with settings that were not tuned for any arm: another data set, network or learning "
         "rate may well decide otherwise.",
         "Reach: epochs of the baseline, by what is used of the budget, until an arm's test accuracy first reached the "
-        "best that the baseline of its seed ever had (median of the seeds that did). Gap: accuracy on the training set "
-        "less that on the test set. Cost: passes of samples, a backward pass counted as two, relative to the baseline.",
+        "best that the baseline of its seed ever had after an epoch (median over the seeds; in brackets how many got "
+        "there). Gap: accuracy on the training set less that on the test set. Cost: passes of samples, a backward pass "
+        "counted as two, relative to the baseline.",
+        *_about_noise(settings),
         f"Seconds are of training alone; {environment['jobs']} at a time, {environment['threads_per_run']} CPU threads "
         f"each, on {environment['cores']} cores.",
     ]
     return about
+
+
+def _tests(results: Results) -> int:
+    """How many p-values were corrected together: a training that serves two budgets is tested once."""
+    epochs, controls = results["settings"]["arm_epochs"], results["settings"]["controls"]
+    pairs = {
+        (arm, epochs[arm][budget], reference, epochs[reference][budget])
+        for budget in results["settings"]["budgets"]
+        for arm in epochs
+        for reference in (BASELINE, controls.get(arm))
+        if arm != BASELINE and reference
+    }
+    return len(pairs)
+
+
+def _about_noise(settings: Mapping[str, Any]) -> list[str]:
+    if not settings["noise"]:
+        return []
+    return [
+        f"{settings['noise']:.0%} of the training labels are wrong, and no test label is: the gap counts wrong labels "
+        "that were learnt as right, so that a perfect model would have a negative one."
+    ]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -35,8 +35,8 @@ from batchkern.compare.workers import in_processes
 from batchkern.configure import check_counts, check_one_process, pick_device
 from batchkern.data import ImageData, load, load_pair, subset, with_label_noise
 from batchkern.errors import UserError
-from batchkern.rundir import CHECKPOINT, CONFIG, RUN_FILES, write_file
-from batchkern.strategies import parse
+from batchkern.rundir import CHECKPOINT, CONFIG, METRICS, RUN_FILES, write_file
+from batchkern.strategies import Trimming, parse
 from batchkern.trainer import Interrupted, Trainer
 
 RESULTS = "results.json"
@@ -99,6 +99,12 @@ class Comparison:
             if (other := slugs.setdefault(slug(arm), arm)) is not arm:
                 raise UserError(f"arms {other!r} and {arm!r} are the same, or their directories would be")
         check_passive(self.arms, self.passive)
+        for arm in self.arms:
+            if any(isinstance(s, Trimming) and s.backward == "auto" for s in parse(arm, passive="")):
+                raise UserError(
+                    f"arm {arm}: backward=auto depends on how busy the machine is, which no comparison can repeat; "
+                    "give masked or compact"
+                )
         arms = with_controls(self.arms) if self.controls else tuple(dict.fromkeys([BASELINE, *self.arms]))
         object.__setattr__(self, "arms", arms)
 
@@ -110,7 +116,7 @@ class Comparison:
         if self.noise:
             train = with_label_noise(train, self.noise, run.seed)
         directory = self.out / run.directory
-        begun = (directory / CHECKPOINT).exists()
+        begun = all((directory / name).exists() for name in (CONFIG, METRICS, CHECKPOINT))
         where = {} if device is None else {"device": device}
         return Trainer(
             self.model,
@@ -389,7 +395,10 @@ def _finished(comparison: Comparison, settings: dict[str, Any]) -> dict[str, Any
         return {}
     earlier = _earlier(out)
     if earlier is None:
-        raise UserError(f"{out} exists and is not a batchkern comparison; give another output directory")
+        raise UserError(
+            f"{out} exists and is not a batchkern comparison ({RESULTS} is missing or damaged); "
+            "give another output directory"
+        )
     if comparison.resume:
         return _same(out, earlier, settings)
     if not comparison.overwrite:
@@ -406,6 +415,10 @@ def _earlier(out: Path) -> dict[str, Any] | None:
     try:
         results: dict[str, Any] = json.loads((out / RESULTS).read_text())
         _tasks(results["settings"])
+        for outcome in results["runs"]:
+            RunOf.recorded(outcome)
+            outcome["error"] or (outcome["final"]["test_accuracy"], outcome["curve"]["updates"])
+        results["environment"]["jobs"]
         return results if results["kind"] == KIND else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -425,7 +438,8 @@ def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[
     if changed:
         raise UserError(f"{out} was compared with other settings and cannot be resumed: {'; '.join(changed)}")
     asked = set(_tasks(settings))
-    finished = [outcome for outcome in earlier["runs"] if not outcome["error"]]
+    # A run whose directory is gone is not there to be shown, and trains again.
+    finished = [o for o in earlier["runs"] if not o["error"] and (out / o["directory"] / METRICS).exists()]
     for task in map(RunOf.recorded, finished):
         if task not in asked:
             raise UserError(

@@ -25,8 +25,8 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
     """The mean of ``values - reference`` over the seeds that both have, its interval and its p-value.
 
     The p-value is that of the two-sided paired t-test. Where all differences are equal there is no deviation to judge
-    by (accuracies are multiples of one test image): then it is 1 for differences of zero, else that of the sign test.
-    ``None`` without a common seed; a single one has no interval and no p-value.
+    by (accuracies are multiples of one test image) and no interval: then it is 1 for differences of zero, else that of
+    the sign test. ``None`` without a common seed; a single one has no interval and no p-value.
     """
     seeds = sorted(values.keys() & reference.keys())
     if not seeds:
@@ -34,11 +34,10 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
     differences = [values[seed] - reference[seed] for seed in seeds]
     mean, half = interval(differences)
     p: float | None = None
-    if len(seeds) > 1:
-        if max(differences) - min(differences) > 1e-12:
-            p = float(require("scipy.stats", "train").ttest_1samp(differences, 0.0).pvalue)
-        else:
-            p = 1.0 if abs(mean) < 1e-12 else 2.0 ** (1 - len(seeds))
+    if max(differences) - min(differences) > 1e-12:
+        p = float(require("scipy.stats", "train").ttest_1samp(differences, 0.0).pvalue)
+    elif len(seeds) > 1:
+        half, p = None, 1.0 if abs(mean) < 1e-12 else 2.0 ** (1 - len(seeds))
     return {"mean": mean, "half_width": half, "p": p, "p_corrected": None, "seeds": len(seeds)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ def summarise(settings: Mapping[str, Any], runs: Sequence[Outcome]) -> list[dict
     - ``difference``: to the ``baseline`` and to the arm's ``control``, paired by seed; p-values are corrected over all
       tests of the comparison (a pair of arms that is the same in two budgets is one test);
     - ``reach``: epochs of the baseline (in what they use of the budget) until the arm's test accuracy first reached the
-      best that the baseline of its seed ever had: the median of the seeds that got there, and how many did;
+      best that the baseline of its seed ever had: the median over the seeds (``None``: never), and how many got there;
     - ``gap``: accuracy on the training set less that on the test set, after the last epoch;
     - ``cost``: passes of samples, backward counted twice, in those of the baseline.
     """
@@ -105,10 +106,10 @@ def _reach(budget: str, ended: Mapping[int, Outcome], baseline: Mapping[int, Out
         one_epoch = _used(budget, plain)[-1] / len(plain["test_accuracy"])
         used = [x / one_epoch for x in _used(budget, own)]
         epochs.append(first_reaching(own["test_accuracy"], used, max(plain["test_accuracy"])))
-    reached = [x for x in epochs if x is not None]
+    median = statistics.median(math.inf if x is None else x for x in epochs) if epochs else math.inf
     return {
-        "median": statistics.median(reached) if reached else None,
-        "reached": len(reached),
+        "median": median if math.isfinite(median) else None,
+        "reached": sum(x is not None for x in epochs),
         "seeds": len(common),
         "values": epochs,
     }

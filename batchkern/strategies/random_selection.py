@@ -67,18 +67,16 @@ class RandomSelection(Strategy):
         return order[: int(self.delta * self.batches)].tolist()
 
     def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
+        if self.select == "batches" or self.backward == "masked":
+            return None
         rows = len(step.batch.indices)
-        if self.select == "batches":
-            return None
-        step.kept = kept_rows(linear(self.start, self.end)(step.batch.epoch, step.run.epochs), rows)
-        if step.kept == rows or self.backward == "masked":
-            return None
-        return self._order(step, rows)[: step.kept].sort().values.to(step.run.device)
+        chosen = self._choose(step, rows)
+        return None if len(chosen) == rows else chosen.sort().values.to(step.run.device)
 
     def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if self.select == "batches" or step.narrowed:
             return super().loss(step, logits, target)
-        chosen = self._order(step, step.share.rows)[: step.kept]
+        chosen = self._choose(step, step.share.rows)
         dropped = step.share.take(torch.ones(step.share.rows, dtype=torch.bool).index_fill(0, chosen, False))
         smoothing, group = step.run.label_smoothing, step.run.ranks.group
         with torch.no_grad():
@@ -86,13 +84,15 @@ class RandomSelection(Strategy):
         target = target.masked_fill(dropped.to(target.device), IGNORED)
         return trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, group=group), losses
 
-    def _order(self, step: Step, rows: int) -> Tensor:
-        return torch.randperm(rows, generator=generator(self.seed, "random rows", step.update))
+    def _choose(self, step: Step, rows: int) -> Tensor:
+        """Positions in a batch of ``rows``."""
+        step.kept = kept_rows(linear(self.start, self.end)(step.batch.epoch, step.run.epochs), rows)
+        return torch.randperm(rows, generator=generator(self.seed, "random rows", step.update))[: step.kept]
 
     def kept(self, step: Step, losses: Tensor) -> Tensor | None:
         if self.select == "batches" or step.narrowed:
             return None
-        return self._order(step, len(losses))[: step.kept].to(losses.device)
+        return self._choose(step, len(losses)).to(losses.device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"replay": self.replay.state_dict()}

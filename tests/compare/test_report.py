@@ -15,11 +15,19 @@ pytest.importorskip("scipy")
 pytest.importorskip("statsmodels")
 pytest.importorskip("matplotlib")
 
+from batchkern.compare import report
 from batchkern.compare.report import CSV, REPORT, REPORT_FILES, costs, effects, notes, verdict, write_report
 from batchkern.compare.summary import summarise
 from batchkern.rundir import METRICS
+from batchkern.strategies import Trimming
 
 SEEDS = range(6)
+
+
+@pytest.fixture(autouse=True)
+def _made_up_arms(monkeypatch):
+    """good, bad and idle are no strategies."""
+    monkeypatch.setattr(report, "parse", lambda arm, passive: [Trimming()] if arm == "good" else [])
 
 
 def results(tmp_path=None, **changes):
@@ -41,7 +49,9 @@ def results(tmp_path=None, **changes):
     arms = [*accuracies, "broken"]
     settings = {
         "model": "cnn",
-        "train": {"name": "digits"},
+        "train": {"name": "digits", "rows": 1438, "classes": 10},
+        "test": {"rows": 359},
+        "noise": 0.1,
         "budgets": ["updates", "cost"],
         "arms": arms,
         "seeds": list(SEEDS),
@@ -79,7 +89,10 @@ def test_verdicts_are_those_of_corrected_tests():
         "No difference found from its random control: good.",
     ]
     # A second budget tells of those alone that train for another time in it.
-    assert verdict(results(), "cost") == ["No difference found from the baseline: bad."]
+    assert verdict(results(), "cost") == [
+        "No difference found from the baseline: bad.",
+        "All other arms train for as long as in the first budget: see there.",
+    ]
     alike = results()
     alike["settings"]["arm_epochs"]["bad"]["cost"] = 2
     assert verdict(alike, "cost")[0].startswith("Every arm uses up this budget in the same training")
@@ -91,6 +104,7 @@ def test_the_table_of_effects():
     assert rows["baseline"] == ("81.00 ± 0.94", "", "", "", "")
     # Student's t of 5 degrees is 2.5706; the differences are .1 four times, .105 and .105.
     assert rows["good"][:3] == ("91.17 ± 0.86", "+10.17 ± 0.27", "<0.001")
+    assert any("all 8 tests" in note for note in notes(results()))
     assert rows["good"][3:] == ("+0.00 ± 0.33", "1.00")
     assert rows["idle"][2] == "1.00"
     assert rows["broken (6 failed)"] == ("-", "", "", "", "")
@@ -149,6 +163,9 @@ def test_the_page_stands_alone(tmp_path):
     assert sorted(pngs) == sorted(path.read_bytes() for path in tmp_path.glob("*.png"))
     assert not re.search(r"https?://|@import|url\(", text)
     assert "<script" not in text
+    assert "<dt><code>trimming</code></dt><dd>The loss is the mean over the hardest fraction of each batch" in text
+    assert "1,438 training images and 359 test images" in text
+    assert "10% of the" in text
     assert "the loss &lt;script&gt;" in text
     for budget in ("updates", "cost"):
         for rows in (effects(found, budget), costs(found, budget)):

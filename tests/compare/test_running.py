@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,7 @@ def assert_refused(batchkern, words, *patterns):
         ("--arms baseline --passive digits", ["--passive is digits, but no strategy"]),
         ("--arms baseline,stepwise", ["arm stepwise: epochs must be at least 5"]),
         ("--model resnet21", ["unknown model 'resnet21'"]),
+        ("--arms trimming(backward=auto)", [r"arm trimming\(backward=auto\): backward=auto depends on how busy"]),
         ("--budget time", ["budget must be one of epochs, updates, cost, or several, got time"]),
         ("--noise 1.5", [r"noise must be in \[0, 1\), got 1.5"]),
         ("--train-rows 5", [r"digits: a part of it must have 10 \(its classes\) to 1438 rows, got 5"]),
@@ -391,6 +393,36 @@ def test_resume_starts_where_there_is_nothing(tmp_path, monkeypatch, quick_plots
     assert [o["error"] for o in compared(resume=True)["runs"]] == [None, None]
 
 
+def test_a_finished_run_that_is_gone_trains_again(tmp_path, monkeypatch, quick_plots):
+    monkeypatch.chdir(tmp_path)
+    first = compared()
+    shutil.rmtree("out/trimming")
+    Path("out/baseline/1-epochs/seed-0", METRICS).unlink()
+    again = compared(resume=True)
+    assert without_seconds(again) == without_seconds(first)
+    assert sorted(os.listdir("out/trimming/1-epochs/seed-0")) == sorted(RUN_FILES)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: r.pop("runs"),
+        lambda r: r["runs"][0].pop("error"),
+        lambda r: r["runs"][0].update(curve=None),
+        lambda r: r.update(environment=None),
+    ],
+)
+def test_damaged_results_are_a_sentence(tmp_path, monkeypatch, quick_plots, damage):
+    monkeypatch.chdir(tmp_path)
+    results = compared()
+    damage(results)
+    Path("out", RESULTS).write_text(json.dumps(results))
+    with pytest.raises(
+        UserError, match="out exists and is not a batchkern comparison .results.json is missing or damaged"
+    ):
+        compared(resume=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -467,6 +499,6 @@ def test_a_planted_effect_is_found_in_trainings_and_none_where_none_is(tmp_path,
     found = {entry["arm"]: entry["difference"].get("baseline") for entry in results["summary"]}
     assert found[planted]["mean"] < -0.1
     assert found[planted]["p_corrected"] < 0.05
-    assert (found[same]["mean"], found[same]["half_width"], found[same]["p"]) == (0, 0, 1)
+    assert (found[same]["mean"], found[same]["half_width"], found[same]["p"]) == (0, None, 1)
     assert found[order]["half_width"] > 0
     assert found[order]["p_corrected"] > 0.05

@@ -185,3 +185,22 @@ def test_a_strategy_serves_a_second_run(select):
         runs.append(trainer([strategy]))
         runs[-1].fit()
     assert furthest(runs[0].weights, runs[1].weights) == 0
+
+
+def test_chosen_rows_alone_are_the_masked_update_at_less_work():
+    """The same rows as the masked form, and so the same weights without batch norm; no other row is fed."""
+    masked, compact = (trainer([RandomSelection(end=0.3, backward=b)], epochs=3) for b in ("masked", "compact"))
+    for run in (masked, compact):
+        run.fit()
+    assert furthest(compact.weights, masked.weights) <= EXACT
+    k = [8, 8, 8, 8, 8, 4] + [5] * 5 + [3] + [2] * 5 + [1]  # of batches of 8 and one of 4, at 1, .65 and .3
+    assert (
+        [row["samples_backward"] for row in compact.history]
+        == [44, 44 + 28, 44 + 28 + 11]
+        == [sum(k[: 6 * epochs]) for epochs in (1, 2, 3)]
+    )
+    for key in ("samples_forward", "samples_kept"):
+        assert [row[key] for row in compact.history] == [44, 72, 83]
+    assert masked.history[-1]["samples_forward"] == 3 * 44
+    with pytest.raises(UserError, match="backward must be masked or compact, got 'auto'"):
+        RandomSelection(backward="auto")
