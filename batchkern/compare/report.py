@@ -133,14 +133,13 @@ def notes(results: Results) -> list[str]:
 
 def _tests(results: Results) -> int:
     """How many p-values were corrected together: a training that serves two budgets is tested once."""
-    epochs, controls = results["settings"]["arm_epochs"], results["settings"]["controls"]
-    pairs = {
-        (arm, epochs[arm][budget], reference, epochs[reference][budget])
-        for budget in results["settings"]["budgets"]
-        for arm in epochs
-        for reference in (BASELINE, controls.get(arm))
-        if arm != BASELINE and reference
-    }
+    epochs = results["settings"]["arm_epochs"]
+    pairs = set()
+    for entry in results["summary"]:
+        for name, test in entry["difference"].items():
+            if test and test["p_corrected"] is not None:
+                reference = BASELINE if name == "baseline" else entry["control"]
+                pairs.add((entry["arm"], entry["epochs"], reference, epochs[reference][entry["budget"]]))
     return len(pairs)
 
 

@@ -120,7 +120,7 @@ def test_runs_are_those_of_the_run_directories(finished):
 
 def test_the_report_lies_beside_them(finished):
     directory, out, _ = finished["1"]
-    assert set(REPORT_FILES) <= set(os.listdir(directory))
+    assert set(REPORT_FILES) - set(os.listdir(directory)) == {"accuracy-epochs.png"}
     for name in (REPORT, CSV, RESULTS):
         assert name in out.splitlines()[-1]
     assert "At equal updates of the model:" in out
@@ -458,8 +458,8 @@ def test_two_comparisons_do_not_share_a_directory(tmp_path, monkeypatch, quick_p
 @pytest.mark.slow
 def test_ten_kills_give_the_table_of_none(tmp_path):
     """Killed with all its workers at random moments, start-up and the writing of the report among them."""
-    words = "--arms trimming(end=0.3),passive(every=3) --seeds 2 --epochs 3 --batch-size 128 --jobs 2 --resume --out"
-    command = [sys.executable, "-m", "batchkern", "compare", *words.split()]
+    words = "--arms trimming(end=0.3),passive(every=3) --budget updates --seeds 1 --epochs 3 --batch-size 128"
+    command = [sys.executable, "-m", "batchkern", "compare", *words.split(), "--jobs", "2", "--resume", "--out"]
     options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": PACKAGE}, "stdout": subprocess.DEVNULL}
     options |= {"stderr": subprocess.DEVNULL, "start_new_session": True}
     started = time.monotonic()
@@ -469,14 +469,14 @@ def test_ten_kills_give_the_table_of_none(tmp_path):
     for _ in range(10):
         process = subprocess.Popen([*command, "killed"], **options)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=moments.uniform(0.2, 0.8) * duration)
+            process.wait(timeout=moments.uniform(0.3, 0.9) * duration)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     subprocess.run([*command, "killed"], check=True, timeout=200, **options)
     whole, killed = (results_of(tmp_path / name) for name in ("whole", "killed"))
     assert without_seconds(killed) == without_seconds(whole)
-    assert len(whole["runs"]) == 8
+    assert len(whole["runs"]) == 4
     for o in whole["runs"]:
         paths = (tmp_path / name / o["directory"] / WEIGHTS for name in ("whole", "killed"))
         assert len({path.read_bytes() for path in paths}) == 1
