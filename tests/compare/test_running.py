@@ -124,7 +124,7 @@ def test_the_report_lies_beside_them(finished):
     for name in (REPORT, CSV, RESULTS):
         assert name in out.splitlines()[-1]
     assert "At equal updates of the model, to the nearest epoch:" in out
-    assert "At equal cost: " in out
+    assert "At equal cost to the nearest epoch: " in out
     assert "2 seeds are few" in out
 
 
