@@ -139,9 +139,10 @@ class RunDirectory:
                 # What follows these lines was written after the checkpoint; a kill may have cut it short.
                 lines = (self.path / METRICS).read_text().splitlines()[: state["epochs_done"]]
                 rows = [json.loads(line) for line in lines]
-            except Exception as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                raise UserError(f"{file} cannot be read: {reason}") from None
+            except OSError as error:
+                raise UserError(f"{file} cannot be read: {error.strerror}") from None
+            except Exception:  # torch would say that it should be loaded with its code executed
+                raise UserError(f"{file} cannot be read: it or {METRICS} beside it is damaged") from None
             if len(rows) < state["epochs_done"]:
                 done = state["epochs_done"]
                 raise UserError(f"{self.path / METRICS} has {len(rows)} rows, but {file} was saved after {done} epochs")

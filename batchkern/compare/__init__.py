@@ -14,7 +14,8 @@ from batchkern.compare.arms import (
     wants_passive,
     with_controls,
 )
-from batchkern.compare.running import RESULTS, Comparison, run
+from batchkern.compare.comparison import Comparison
+from batchkern.compare.running import RESULTS, run
 
 __all__ = [
     "ARMS",

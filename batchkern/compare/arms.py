@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -74,11 +75,17 @@ def _control_of_term(term: str) -> str | None:
     return f"random({','.join([f'select={control.select}', *changed])})"
 
 
+def described(arm: str) -> str:
+    """The same text for arms that are the same training, however they are written."""
+    return json.dumps([strategy.describe() for strategy in parse(arm, passive="")])
+
+
 def with_controls(arms: Sequence[str]) -> tuple[str, ...]:
     """The arms, the baseline first, and behind them the controls that they need."""
-    own = [arm for arm in arms if arm != BASELINE]
-    controls = [control for arm in own if (control := control_of(arm)) and control not in own]
-    return tuple(dict.fromkeys([BASELINE, *own, *controls]))
+    by_training = {described(arm): arm for arm in (BASELINE, *arms)}
+    for control in filter(None, map(control_of, arms)):
+        by_training.setdefault(described(control), control)
+    return tuple(by_training.values())
 
 
 def wants_passive(strategy: str) -> bool:

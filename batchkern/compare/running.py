@@ -9,8 +9,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,153 +17,26 @@ import torch
 
 from batchkern._version import __version__
 from batchkern.compare.arms import (
-    ARMS,
     BASELINE,
-    BUDGETS,
-    check_passive,
     control_of,
+    described,
     forecast,
     matched_epochs,
-    slug,
     spent,
-    with_controls,
 )
+from batchkern.compare.comparison import Comparison, RunOf, load_data
 from batchkern.compare.report import REPORT_FILES, write_report
 from batchkern.compare.summary import summarise
 from batchkern.compare.workers import in_processes
 from batchkern.configure import check_counts, check_one_process, pick_device
-from batchkern.data import ImageData, load, load_pair, subset, with_label_noise
 from batchkern.errors import UserError
-from batchkern.rundir import CHECKPOINT, CONFIG, METRICS, RUN_FILES, write_file
-from batchkern.strategies import Trimming, parse
+from batchkern.rundir import CONFIG, METRICS, RUN_FILES, write_file
 from batchkern.trainer import Interrupted, Trainer
 
 RESULTS = "results.json"
 KIND = "batchkern comparison"
 
 Report = Callable[[dict[str, Any], int, int], None]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What is compared.
-
-    Args:
-        data, test: as :func:`batchkern.data.load_pair` takes them.
-        model: a name for :func:`batchkern.models.build`.
-        out: its directory, with a directory ``<arm>/<epochs>-epochs/seed-<s>`` for each run.
-        passive: the passive set, where an arm injects one.
-        arms: in the notation of :func:`batchkern.strategies.parse`; the baseline is added where it is missing.
-        controls: add the random control of each arm that selects by loss.
-        seeds: 0, 1, ... up to so many.
-        budgets: of :data:`BUDGETS`. An arm trains for as many epochs as use up what the baseline uses in its own, and
-            its learning rate decays over these. An arm with the same epochs in both budgets trains once.
-        train_rows, test_rows: use a stratified part of this size, the same in all runs.
-        noise: fraction of the training labels that are replaced by wrong ones, drawn anew for each seed.
-        clean_labels: a column of the data that says what noisy labels ought to be.
-        training: further keyword arguments of :class:`Trainer`, the same in all runs.
-        overwrite: replace the files of a comparison that is there.
-        resume: go on with the comparison that is there, if there is one; it may get more arms, seeds and budgets.
-    """
-
-    data: str
-    model: str
-    out: Path
-    test: str | None = None
-    passive: str | None = None
-    image_size: int | None = None
-    arms: tuple[str, ...] = ARMS
-    controls: bool = True
-    seeds: int = 3
-    budgets: tuple[str, ...] = ("updates",)
-    train_rows: int | None = None
-    test_rows: int | None = None
-    noise: float = 0.0
-    clean_labels: str | None = None
-    training: dict[str, Any] = field(default_factory=dict)
-    overwrite: bool = False
-    resume: bool = False
-
-    def __post_init__(self) -> None:
-        check_counts(seeds=self.seeds)
-        if self.overwrite and self.resume:
-            raise UserError("overwrite and resume exclude each other; give one of them")
-        if not self.arms:
-            raise UserError("there is no arm to compare")
-        unknown = ", ".join(budget for budget in self.budgets if budget not in BUDGETS)
-        if unknown or not self.budgets:
-            raise UserError(f"budget must be one of {', '.join(BUDGETS)}, or several, got {unknown or 'none'}")
-        slugs: dict[str, str] = {}
-        for arm in self.arms:
-            if (other := slugs.setdefault(slug(arm), arm)) is not arm:
-                raise UserError(f"arms {other!r} and {arm!r} are the same, or their directories would be")
-        check_passive(self.arms, self.passive)
-        for arm in self.arms:
-            if any(isinstance(s, Trimming) and s.backward == "auto" for s in parse(arm, passive="")):
-                raise UserError(
-                    f"arm {arm}: backward=auto depends on how busy the machine is, which no comparison can repeat; "
-                    "give masked or compact"
-                )
-        arms = with_controls(self.arms) if self.controls else tuple(dict.fromkeys([BASELINE, *self.arms]))
-        object.__setattr__(self, "arms", arms)
-
-    def trainer(self, run: RunOf, *, write: bool, device: str | None = None) -> Trainer:
-        """The training of one run. Its device changes nothing but where it runs."""
-        train, test, passive = _data(
-            self.data, self.test, self.passive, self.image_size, self.clean_labels, self.train_rows, self.test_rows
-        )
-        if self.noise:
-            train = with_label_noise(train, self.noise, run.seed)
-        directory = self.out / run.directory
-        begun = all((directory / name).exists() for name in (CONFIG, METRICS, CHECKPOINT))
-        where = {} if device is None else {"device": device}
-        return Trainer(
-            self.model,
-            train,
-            test,
-            strategies=parse(run.arm, passive=passive),
-            seed=run.seed,
-            out=directory if write else None,
-            resume=write and begun,
-            overwrite=write and not begun,  # what a kill left there before the first checkpoint
-            progress=False,
-            **self.training | where | {"epochs": run.epochs},
-        )
-
-
-@dataclass(frozen=True)
-class RunOf:
-    """One training of a comparison."""
-
-    arm: str
-    epochs: int
-    seed: int
-
-    @property
-    def directory(self) -> Path:
-        return Path(slug(self.arm), f"{self.epochs}-epochs", f"seed-{self.seed}")
-
-    @classmethod
-    def recorded(cls, outcome: dict[str, Any]) -> RunOf:
-        return cls(outcome["arm"], outcome["epochs"], outcome["seed"])
-
-
-@lru_cache(maxsize=1)
-def _data(
-    data: str,
-    test: str | None,
-    passive: str | None,
-    image_size: int | None,
-    clean_labels: str | None,
-    train_rows: int | None,
-    test_rows: int | None,
-) -> tuple[ImageData, ImageData, ImageData | None]:
-    """Loaded once in each process."""
-    injected = None if passive is None else load(passive, image_size=image_size)
-    train, held_out = load_pair(data, test, image_size=image_size, clean_labels=clean_labels)
-    train = train if train_rows is None else subset(train, train_rows)
-    held_out = held_out if test_rows is None else subset(held_out, test_rows)
-    return train, held_out, injected
 
 
 # --- running ---------------------------------------------------------------------------------------------------------
@@ -215,7 +87,7 @@ def run(
             f"interrupted; finished runs are in {comparison.out}; resume it to go on from there"
         ) from None
     finally:
-        _data.cache_clear()
+        load_data.cache_clear()
     return results
 
 
@@ -264,12 +136,14 @@ def _check(comparison: Comparison) -> dict[str, Any]:
         return matched_epochs(partial(build, arm), epochs, budget, spent(budget, plain))
 
     arm_epochs = {arm: {budget: epochs_of(arm, budget) for budget in comparison.budgets} for arm in comparison.arms}
+    by_training = {described(arm): arm for arm in comparison.arms}
+    controls = {arm: by_training.get(described(control)) for arm in comparison.arms if (control := control_of(arm))}
     shared = {key: value for key, value in settings.items() if key not in ("strategies", "seed")}
     return shared | {
         "passive": comparison.passive,
         "noise": comparison.noise,
         "arms": list(comparison.arms),
-        "controls": {arm: control for arm in comparison.arms if (control := control_of(arm)) in comparison.arms},
+        "controls": {arm: control for arm, control in controls.items() if control},
         "seeds": list(range(comparison.seeds)),
         "budgets": list(comparison.budgets),
         "arm_epochs": arm_epochs,
@@ -303,7 +177,7 @@ def _outcomes(comparison: Comparison, tasks: Sequence[RunOf], devices: Sequence[
     if len(devices) == 1:
         yield from (_run(comparison, task, devices[0]) for task in tasks)
         return
-    _data.cache_clear()  # workers load their own
+    load_data.cache_clear()  # workers load their own
     yield from in_processes(partial(_run, comparison), _died, tasks, devices)
 
 

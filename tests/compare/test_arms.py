@@ -89,6 +89,12 @@ def test_the_baseline_comes_first_and_controls_last_each_once():
     )
 
 
+def test_a_control_that_is_there_in_other_words_is_not_added():
+    assert with_controls(["trimming", "random"]) == ("baseline", "trimming", "random")
+    written = "random(select=batches, delta=0.20)"
+    assert with_controls(["hard-batches", written]) == ("baseline", "hard-batches", written)
+
+
 @pytest.mark.parametrize(
     "arm",
     [

@@ -30,8 +30,8 @@ pytest.importorskip("sklearn")
 
 from batchkern import cli, plots
 from batchkern.compare import ARMS, RESULTS, Comparison, run, running, slug, with_controls
+from batchkern.compare.comparison import RunOf
 from batchkern.compare.report import CSV, REPORT, REPORT_FILES
-from batchkern.compare.running import RunOf
 from batchkern.errors import UserError
 from batchkern.rundir import CONFIG, CURVES, METRICS, RUN_FILES, WEIGHTS
 from batchkern.trainer import Trainer
@@ -181,6 +181,7 @@ def assert_refused(batchkern, words, *patterns):
         ("--arms baseline,triming", ["'triming'", "did you mean trimming"]),
         ("--arms trimming,trimming", ["arms 'trimming' and 'trimming' are the same"]),
         ("--arm trimming(end=.3) --arm trimming(end=.3,)", ["are the same, or their directories would be"]),
+        ("--arms trimming,trimming(end=0.2)", [r"arms 'trimming' and 'trimming\(end=0.2\)' are the same"]),
         ("--arms baseline,hard-batches(delta=0.01)", [r"arm hard-batches\(delta=0.01\): delta=0.01 selects none"]),
         ("--arms baseline --passive digits", ["--passive is digits, but no strategy"]),
         ("--arms baseline,stepwise", ["arm stepwise: epochs must be at least 5"]),
@@ -368,6 +369,12 @@ def test_equal_epochs_are_the_papers_budget(tmp_path):
     # A fifth, then all of the data: .6 of the updates.
     assert settings["arm_epochs"][arm]["updates"] > 5
     assert set(settings["arm_epochs"]["baseline"].values()) == {4}
+
+
+def test_a_control_in_other_words_is_the_control(tmp_path):
+    training = {"epochs": 2, "device": "cpu"}
+    comparison = Comparison("digits", "cnn", tmp_path, arms=("trimming", "random"), training=training)
+    assert running._check(comparison)["controls"] == {"trimming": "random"}
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
