@@ -1,100 +1,111 @@
-"""The threads of a benchmark run, its session, and what it prints and writes at the end.
+"""The session of a benchmark run, and what it prints and writes.
 
-``BATCHKERN_BENCH_OUT=folder`` writes ``folder/<machine>/<date>-<commit>.json``; without it the table is only printed.
-``BATCHKERN_BENCH_QUICK=1`` makes shapes small and rounds few: a check of the benchmarks, not a measurement.
+``BATCHKERN_BENCH_OUT=folder`` writes ``folder/<machine>/<date>-<commit>.json``, anew after each case, so that a run
+that is stopped leaves what it has; without it the tables are only printed. ``BATCHKERN_BENCH_QUICK=1`` makes shapes
+small and rounds few: a check of the benchmarks, not a measurement.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 # Read when torch loads OpenMP.
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
-import harness
 import pytest
 
-_session: dict[str, Any] = {}
+from bench import machine, measure, registry
+from bench.devices import Cpu, Cuda, Rates
+from bench.results_file import as_text
+
+_sessions: list[Session] = []
+
+
+class Session:
+    """What was measured so far."""
+
+    def __init__(self, device: Cpu, minutes: float | None) -> None:
+        self.device = device
+        self.rates = Rates(device)
+        self.machine = machine.facts(device.device)
+        self.sections: dict[str, list[Any]] = {}
+        self.failed: list[str] = []
+        self.left_out: list[str] = []
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.path = self._path()
+
+    def _path(self) -> Path | None:
+        """A file that is not there yet."""
+        if not (folder := os.environ.get("BATCHKERN_BENCH_OUT")):
+            return None
+        name = f"{self.machine['date'][:10]}-{self.machine['commit']}"
+        own = Path(folder, machine.folder(self.machine))
+        return next(p for n in range(1, 1000) if not (p := own / f"{name}{f'-{n}' if n > 1 else ''}.json").exists())
+
+    def add(self, section: str, *entries: dict[str, Any]) -> None:
+        self.sections.setdefault(section, []).extend(entries)
+        self.write()
+
+    def begin(self, label: str) -> None:
+        """Skips what no time is left for."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.left_out.append(label)
+            self.write()
+            pytest.skip("no time was left")
+
+    def report(self) -> dict[str, Any]:
+        sections = dict(self.sections)
+        known = measure.finish(sections.pop("operations", []), sections.pop("growth", []), self.rates)
+        facts = {**self.machine, "load_average_at_end": os.getloadavg()}
+        return {"machine": facts, "failed": self.failed, "left_out": self.left_out, **known, **sections}
+
+    def write(self) -> None:
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(as_text(self.report()))
+            partial.replace(self.path)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--on", choices=["cpu", "cuda"], default="cpu", help="the device to measure on")
+    parser.addoption("--minutes", type=float, help="begin no case after so many")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """The cases, or the sweeps, of every operation for the device. Those with a target come first, in case time runs
+    out."""
+    device = metafunc.config.getoption("--on")
+    if "case" in metafunc.fixturenames:
+        cases = [
+            (op, case)
+            for op in registry.operations().values()
+            for case in ([op.quick] if machine.QUICK else op.cases[device])
+        ]
+        cases.sort(key=lambda pair: pair[1].target_s is None)
+        metafunc.parametrize(("op", "case"), cases, ids=[f"{op.name}-{case}".replace(" ", "_") for op, case in cases])
+    if "sweep" in metafunc.fixturenames:
+        sweeps = [(op, sweep) for op in registry.operations().values() for sweep in op.sweeps[device]]
+        ids = [f"{op.name}-{sweep.along}-{sweep.case.kind}".strip("-").replace(" ", "_") for op, sweep in sweeps]
+        metafunc.parametrize(("op", "sweep"), sweeps, ids=ids)
 
 
 @pytest.fixture(scope="session")
-def bench() -> harness.Bench:
-    _session["machine"] = harness.machine_facts()
-    _session["bench"] = harness.Bench()
-    return _session["bench"]
+def session(request: pytest.FixtureRequest) -> Session:
+    device = Cuda() if request.config.getoption("--on") == "cuda" else Cpu()
+    _sessions.append(Session(device, request.config.getoption("--minutes")))
+    return _sessions[0]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if "bench" not in _session or not _session["bench"].rows:
-        return
-    machine = {**_session["machine"], "load_average_at_end": os.getloadavg()}
-    failed = [report.nodeid for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, [])]
-    report = {"machine": machine, "failed": failed, **_session["bench"].report()}
-    terminalreporter.write("\n" + _table(report))
-    if folder := os.environ.get("BATCHKERN_BENCH_OUT"):
-        name = f"{machine['date'][:10]}-{machine['commit']}.json"
-        path = Path(folder, harness.machine_slug(machine), name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
-        terminalreporter.write_line(f"written: {path}")
+    for session in _sessions:
+        session.failed = [r.nodeid for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, [])]
+        session.write()
+        from batchkern.bench.tables import report
 
-
-def _table(report: dict[str, Any]) -> str:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    # Medians; the last two ratios are medians over rounds.
-    table = Table(title=_title(report["machine"], report["copy_bytes_per_s"]), box=box.SIMPLE_HEAD)
-    for heading in ("case", "phase"):
-        table.add_column(heading, no_wrap=True)
-    times = ("ours (p20, p80)", "floor", "/ floor", "eager", "compile", "eager/ours", "compile/ours")
-    for heading in (*times, "peak MB of the three"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    rows = {(r["op"], r["case"], r["phase"], r["variant"]): r for r in report["rows"]}
-    shown: list[str] = []  # the operation and the case of the row above
-    for (op, case, phase, variant), row in rows.items():
-        if variant in harness.PEERS:  # in columns
-            continue
-        if shown[:1] != [op]:
-            table.add_section()
-            table.add_row(op, row["backend"])
-        peers = [rows[op, case, phase, peer] for peer in harness.PEERS]
-        memory = ", ".join(f"{r['peak_bytes'] / 1e6:.3g}" for r in (row, *peers)) if "peak_bytes" in row else ""
-        table.add_row(
-            "" if shown == [op, case] else f"  {case}",
-            f"{phase} {variant.removeprefix('ours').strip()}",
-            _time(row["median_s"], row["p20_s"], row["p80_s"]),
-            _time(row["floor_s"]),
-            f"{row['over_floor']:.3g}",
-            *(_time(peer["median_s"]) for peer in peers),
-            *(f"{1 / row['ratio'][peer]:.2f}" for peer in harness.PEERS),
-            memory,
-        )
-        shown = [op, case]
-    stream = io.StringIO()
-    Console(file=stream, width=170).print(table)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
-
-
-def _title(machine: dict[str, Any], bandwidth: dict[str, float]) -> str:
-    rates = [f"{bandwidth[name] / 1e9:.1f}" for name in ("median", "p20", "p80")]
-    lines = [
-        f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, commit {machine['commit']}"
-        + (" with changes" if machine["dirty"] else ""),
-        f"load {machine['load_average'][0]:.2f} to {machine['load_average_at_end'][0]:.2f}, "
-        f"copy {rates[0]} GB/s ({rates[1]}, {rates[2]})",
-    ]
-    if machine["quick"]:
-        lines.append("QUICK: small shapes and few rounds, not a measurement")
-    return "\n".join(lines)
-
-
-def _time(seconds: float, *spread: float) -> str:
-    scale, unit = (1, "s") if seconds >= 1 else (1e3, "ms") if seconds >= 1e-3 else (1e6, "us")
-    between = f" ({', '.join(f'{scale * s:.3g}' for s in spread)})" if spread else ""
-    return f"{scale * seconds:.3g} {unit}{between}"
+        terminalreporter.write("\n" + report([session.report()]))
+        if session.path:
+            terminalreporter.write_line(f"written: {session.path}")

@@ -1,0 +1,1 @@
+"""The benchmarks: run by ``pytest bench`` (``make bench``, ``make gpu``), shown by ``batchkern bench report``."""

@@ -1,0 +1,182 @@
+"""How time, memory and rates are measured on a CPU and on a CUDA GPU. ``run`` is always a call without arguments whose
+result is freed after the clock has stopped: in training someone else frees what a step returned."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench.machine import QUICK
+
+Run = Callable[[], Any]
+SAMPLES = 3
+"""Of each rate, before each case: together they cover the whole session."""
+
+
+class Cpu:
+    device = torch.device("cpu")
+    least_seconds = 2e-3
+    """Shorter calls are repeated until they fill it."""
+    most_calls = 1000
+
+    def __init__(self) -> None:
+        elements = 1 << (20 if QUICK else 26)  # much larger than a cache
+        self.source, self.target = torch.ones(elements), torch.zeros(elements).fill_(1)  # every page exists
+        self.width = 256 if QUICK else 1024
+
+    def seconds(self, run: Run) -> float:
+        start = time.perf_counter()
+        result = run()
+        seconds = time.perf_counter() - start
+        del result
+        return seconds
+
+    def peak_bytes(self, run: Run) -> int:
+        """Bytes at the highest moment of a run beyond those before it: every event of the CPU allocator is counted."""
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+            result = run()
+        del result
+        events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+    def launches(self, run: Run) -> int | None:
+        """A CPU has none."""
+        return None
+
+    def copy_rates(self) -> list[float]:
+        """Bytes read and written a second."""
+        bytes_moved = 2 * self.source.nbytes
+        return [bytes_moved / self.seconds(lambda: self.target.copy_(self.source)) for _ in range(SAMPLES)]
+
+    def matmul_rates(self, dtype: torch.dtype) -> list[float]:
+        """Flops a second of a square product."""
+        a, b = (torch.randn(self.width, self.width, device=self.device).to(dtype) for _ in range(2))
+        self.seconds(lambda: a @ b)
+        return [2 * self.width**3 / self.seconds(lambda: a @ b) for _ in range(SAMPLES)]
+
+
+class Cuda(Cpu):
+    """Time by events on the device. The L2 cache is emptied before each run, and calls within one have inputs of their
+    own; the queue is filled first, so that short kernels do not wait for the host."""
+
+    most_calls = 100
+    launch_bound_s = 50e-6
+    """Calls below it are measured in a CUDA graph, too."""
+    cycles_per_second = 2e9
+    """At least: a longer sleep does no harm."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self.source = torch.randn(1 << 29, device=self.device)
+        self.target = torch.empty_like(self.source)
+        l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
+        self.flushed = torch.empty(4 * l2, dtype=torch.int8, device=self.device)
+        self.width = 8192
+        self.host_s = 0.0
+        """What the host took for the latest run, without waiting for the device."""
+
+    def seconds(self, run: Run) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flushed.zero_()
+        torch.cuda._sleep(int(self.cycles_per_second * min(2 * self.host_s + 20e-6, 0.05)))
+        start.record()
+        begun = time.perf_counter()
+        result = run()
+        self.host_s = time.perf_counter() - begun
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end) / 1e3
+
+    def graph_of(self, run: Run) -> Run:
+        """What replays ``run``, which must have been made with static inputs."""
+        torch.cuda.synchronize()  # the other stream would not wait for the inputs
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = run()
+
+        def replay() -> None:
+            graph.replay()
+
+        replay.outputs = outputs  # type: ignore[attr-defined]  # their memory is the graph's
+        return replay
+
+    def peak_bytes(self, run: Run) -> int:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = run()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del result
+        return peak
+
+    def launches(self, run: Run) -> int | None:
+        """Kernels, copies and fills that the device ran."""
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+            result = run()
+            torch.cuda.synchronize()
+        del result
+        return sum(e.device_type() == DeviceType.CUDA for e in recorded.profiler.kineto_results.events())
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median, p20 and p80."""
+    if len(values) < 2:
+        return dict.fromkeys(("median", "p20", "p80"), values[0])
+    p20, *_, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "p20": p20, "p80": p80}
+
+
+class Rates:
+    """Copy bandwidth and matmul rates of the device, sampled all along the session."""
+
+    def __init__(self, device: Cpu) -> None:
+        self.device = device
+        self.copies: list[float] = []
+        self.products: dict[torch.dtype, list[float]] = {}
+
+    def sample(self, dtype: torch.dtype) -> None:
+        self.copies += self.device.copy_rates()
+        self.products.setdefault(dtype, []).extend(self.device.matmul_rates(dtype))
+
+    def report(self) -> dict[str, Any]:
+        products = {str(dtype)[6:]: quantiles(rates) for dtype, rates in self.products.items()}
+        return {"copy": quantiles(self.copies) if self.copies else None, "matmul": products}
+
+
+def floor_seconds(floor: dict[str, float], dtype: str, rates: dict[str, Any]) -> float:
+    """Bytes at the copy bandwidth, and then flops at the matmul rate of the type."""
+    products = floor["flops"] / rates["matmul"][dtype]["median"] if floor["flops"] else 0.0
+    return floor["bytes"] / rates["copy"]["median"] + products
+
+
+def repeats(once: float, device: Cpu) -> int:
+    """How many calls fill a round."""
+    return max(1, min(device.most_calls, math.ceil(device.least_seconds / max(once, 1e-7))))
+
+
+def cloned(inputs: tuple[Tensor, ...], differentiable: int) -> tuple[Tensor, ...]:
+    """Fresh inputs. Those with a gradient are no leaves, as logits are not in training: ``inplace_backward`` needs
+    that, and the gradient is returned in fresh memory instead of being accumulated."""
+    return tuple(
+        x.detach().requires_grad_().clone() if place < differentiable else x.clone() for place, x in enumerate(inputs)
+    )

@@ -1,0 +1,82 @@
+"""The last linear layer and its trimmed cross entropy, over keep. Full passes alone: an implementation may make the
+gradient in its forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+import batchkern
+from batchkern import reference
+from bench import peers
+from bench.registry import Case, Floor, Operation, Problem, Sweep, Variant, doubled, shape
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def build(case: Case, device: torch.device) -> Problem:
+    """Hidden states with a feature for each word of a small alphabet, and a weight that has learnt to read it."""
+    rows, width, words = case.sizes.values()
+    weight = width**-0.5 * torch.randn(words, width, device=device)
+    target = torch.randint(words, (rows,), device=device)
+    # A hidden state points to its word as far as some rows are sure, and some are not.
+    sure = 4 * width**0.5 * torch.rand(rows, 1, device=device)
+    hidden = torch.randn(rows, width, device=device) + sure * torch.nn.functional.normalize(weight[target], dim=1)
+    keep = case.keep
+
+    def oracle(h: Tensor, w: Tensor, keep: float = keep) -> Tensor:
+        return reference.linear_trimmed_cross_entropy(h, w, target, keep)[0]
+
+    def of_all_rows(h: Tensor, w: Tensor) -> Tensor:
+        return oracle(h, w, 1.0)
+
+    variants = {"ours": Variant(lambda h, w: batchkern.linear_trimmed_cross_entropy(h, w, target, keep))}
+    variants |= peers.variants("linear_trimmed_cross_entropy", device, keep, target=target)
+    return Problem(
+        (hidden.to(case.dtype), weight.to(case.dtype)),
+        {name: replace(v, oracle=of_all_rows) if v.less else v for name, v in variants.items()},
+        oracle,
+        differentiable=2,
+        limit=1e-3 if case.dtype == FP32 else 2e-2,
+    )
+
+
+def floor(case: Case, mode: str) -> Floor:
+    """Products of 2 N H V flops: one for the logits of all rows and three for each kept row, or three for all rows and
+    two to take the dropped ones off again, whichever is less."""
+    rows, width, words = case.sizes.values()
+    products = min(1 + 3 * case.keep, 3 + 2 * (1 - case.keep))
+    return Floor(0.0, products * 2 * rows * width * words)
+
+
+def case(
+    rows: int, width: int, words: int, keep: float = 0.2, dtype: torch.dtype = FP32, target_s: float | None = None
+) -> Case:
+    return Case(shape(rows=rows, width=width, words=words), dtype, keep, modes=("full",), target_s=target_s)
+
+
+OPERATION = Operation(
+    "linear_trimmed_cross_entropy",
+    build,
+    floor,
+    cases={
+        "cpu": [case(2048, 512, 32_000, keep) for keep in (1.0, 0.5, 0.2, 0.1)],
+        "cuda": [
+            case(4096, 4096, 128_256, 0.2, BF16, 11e-3),
+            *(case(4096, 4096, 128_256, keep, BF16) for keep in (1.0, 0.5, 0.1)),
+        ],
+    },
+    sweeps={
+        "cpu": [
+            Sweep(case(64, 64, 512), "rows", doubled(128, 65_536)),
+            Sweep(case(128, 64, 512), "words", doubled(512, 131_072)),
+        ],
+        "cuda": [
+            Sweep(case(64, 1024, 8192, dtype=BF16), "rows", doubled(512, 65_536)),
+            Sweep(case(2048, 1024, 512, dtype=BF16), "words", doubled(512, 131_072)),
+        ],
+    },
+    quick=case(64, 32, 500),
+)

@@ -1,0 +1,271 @@
+"""Variants of a problem side by side: checked, then timed in turn.
+
+A round runs every variant once, in shuffled order, so that what the machine does besides hits them alike, and ratios
+are taken within a round.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchkern import _backend
+from bench.devices import Cpu, Cuda, Rates, Run, cloned, floor_seconds, quantiles, repeats
+from bench.machine import QUICK
+from bench.registry import Case, Operation, Problem, Step, Sweep, Variant, relative_error
+
+SECONDS_A_GROUP, ROUNDS = (0.05, (3, 3)) if QUICK else (3.0, (7, 101))
+SECONDS_A_POINT, POINT_ROUNDS = (0.02, (2, 2)) if QUICK else (0.4, (3, 21))
+NOT_SWEPT = ("compile", "ours inplace", "sort")
+"""Compiling for each size would take longer than all the rest."""
+
+
+def prepared(problem: Problem, step: Step, mode: str, calls: int) -> Run:
+    """Everything that is not to be timed. The run gives, for each call, the result and its gradients.
+
+    Each call has inputs and a graph of its own.
+    """
+    count, upstream = problem.differentiable, problem.upstream
+    inputs = [cloned(problem.inputs, count) for _ in range(calls)]
+
+    def backward(y: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return y, torch.autograd.grad(y, x[:count], upstream)
+
+    if mode == "forward" or not count:
+        return lambda: [(step(*x), ()) for x in inputs]
+    if mode == "full":
+        return lambda: [backward(step(*x), x) for x in inputs]
+    graphs = [(step(*x), x) for x in inputs]
+    return lambda: [backward(y, x) for y, x in graphs]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+class Unequal(Exception):
+    """What a variant computes is not what it should."""
+
+
+def errors(problem: Problem, variant: Variant, mode: str = "full") -> dict[str, float | None] | None:
+    """Relative to float64, of the result and of its gradients; None where random numbers are the variant's own.
+
+    Raises:
+        Unequal: beyond the problem's limit, or NaN.
+    """
+    ((result, gradients),) = prepared(problem, variant.step, mode, 1)()
+    if variant.wrong is not None:
+        if sentence := variant.wrong(result.detach(), gradients):
+            raise Unequal(sentence)
+        return None
+    exact, exact_gradients = in_float64(problem, variant, mode)
+    found = {"result": problem.result_error(result, exact), "gradient": None}
+    if gradients:
+        pairs = zip(gradients, exact_gradients, strict=True)
+        found["gradient"] = max(relative_error(gradient, exact) for gradient, exact in pairs)
+    for what, error in found.items():
+        if error is not None and not error <= problem.limit:
+            raise Unequal(f"its {what} is off by {error:.2g} of itself")
+    return found
+
+
+def in_float64(problem: Problem, variant: Variant, mode: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+    wide = tuple(x.detach().double() for x in problem.inputs)
+    leaves = [x.requires_grad_() for x in wide[: problem.differentiable]]
+    result = (variant.oracle or problem.oracle)(*wide)
+    if not leaves or mode == "forward":
+        return result.detach(), ()
+    upstream = None if problem.upstream is None else problem.upstream.double()
+    return result.detach(), torch.autograd.grad(result, leaves, upstream)
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Timed:
+    """Seconds a call, by variant and round."""
+
+    seconds: dict[str, list[float]]
+    calls: dict[str, int]
+    host: dict[str, list[float]]
+
+
+def interleaved(
+    device: Cpu, runs: dict[str, Any], calls: dict[str, int], budget: float, rounds: tuple[int, int]
+) -> Timed:
+    """``runs[name](calls)`` prepares a run of so many calls."""
+    timed = Timed({name: [] for name in runs}, calls, {name: [] for name in runs})
+    order, shuffle = list(runs), random.Random(0).shuffle
+    least, most = rounds
+    gc.collect()
+    gc.freeze()  # so that collecting what a round left, between rounds, is cheap
+    gc.disable()
+    try:
+        deadline = time.monotonic() + budget
+        done = 0
+        while done < least or (done < most and time.monotonic() < deadline):
+            gc.collect()
+            shuffle(order)
+            for name in order:
+                timed.seconds[name].append(device.seconds(runs[name](calls[name])) / calls[name])
+                if isinstance(device, Cuda):
+                    timed.host[name].append(device.host_s / calls[name])
+            done += 1
+    finally:
+        gc.enable()
+        gc.unfreeze()
+    return timed
+
+
+def timed_modes(device: Cpu, problem: Problem, steps: dict[str, Step], mode: str, budget: float, rounds: Any) -> Timed:
+    runs = {name: (lambda calls, step=step: prepared(problem, step, mode, calls)) for name, step in steps.items()}
+    calls = {}
+    for name, run in runs.items():
+        once = device.seconds(run(1))
+        if once < 0.1:
+            once = min(once, *(device.seconds(run(1)) for _ in range(4)))
+        calls[name] = repeats(once, device)
+    return interleaved(device, runs, calls, budget, rounds)
+
+
+def timed_graphs(device: Cuda, problem: Problem, steps: dict[str, Step], calls: int) -> Timed:
+    """Replays of captured calls; inputs are restored before each, since a variant may write into its own."""
+    runs = {}
+    for name, step in steps.items():
+        inputs = [cloned(problem.inputs, problem.differentiable) for _ in range(calls)]
+        replay = device.graph_of(lambda step=step, inputs=inputs: [full(problem, step, x) for x in inputs])
+
+        def restored(_: int, replay: Run = replay, inputs: list[tuple[Tensor, ...]] = inputs) -> Run:
+            with torch.no_grad():
+                for own in inputs:
+                    for x, original in zip(own, problem.inputs, strict=True):
+                        x.data.copy_(original)
+            return replay
+
+        runs[name] = restored
+    return interleaved(device, runs, dict.fromkeys(runs, calls), SECONDS_A_GROUP, ROUNDS)
+
+
+def full(problem: Problem, step: Step, inputs: tuple[Tensor, ...]) -> Any:
+    result = step(*inputs)
+    if not problem.differentiable:
+        return result
+    return result, torch.autograd.grad(result, inputs[: problem.differentiable], problem.upstream)
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def shared(op: Operation, case: Case) -> dict[str, Any]:
+    return {"op": op.name, "dtype": str(case.dtype)[6:], "keep": case.keep, "kind": case.kind}
+
+
+def rows_of(op: Operation, case: Case, device: Cpu) -> list[dict[str, Any]]:
+    """A row for each mode and variant. ``finish`` adds the floor's seconds, once the rates are known."""
+    torch.compiler.reset()  # each case compiles anew for its shape
+    torch.manual_seed(0)
+    problem = op.build(case, device.device)
+    backend = next(s.backend for s in _backend.status() if (s.op, s.device) == (op.name, device.device.type))
+    whole = case.modes[-1]
+    found, unequal = {}, {}
+    for name, variant in problem.variants.items():
+        try:
+            found[name] = errors(problem, variant, whole)
+        except Unequal as error:
+            if name.startswith("ours"):
+                raise
+            unequal[name] = str(error)
+        except Exception as error:  # a peer that does not take this shape or type, or this GPU
+            if name.startswith("ours"):
+                raise
+            unequal[name] = f"it fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    right = {name: v for name, v in problem.variants.items() if name not in unequal}
+    rows = []
+    for mode in case.modes:
+        variants = {name: v for name, v in right.items() if mode in v.modes}
+        steps = {name: v.timed for name, v in variants.items()}
+        timed = timed_modes(device, problem, steps, mode, SECONDS_A_GROUP, ROUNDS)
+        graphs = _graphs(device, problem, steps, timed) if mode == whole else None
+        for name, seconds in timed.seconds.items():
+            run = prepared(problem, steps[name], mode, 1) if mode == whole else None
+            rows.append(
+                {
+                    **shared(op, case),
+                    "shape": case.sizes,
+                    "mode": mode,
+                    "variant": name,
+                    "less": variants[name].less,
+                    "backend": backend if name.startswith("ours") else "torch",
+                    "time": quantiles(seconds),
+                    "rounds": len(seconds),
+                    "calls_a_round": timed.calls[name],
+                    "ratio": quantiles([a / b for a, b in zip(seconds, timed.seconds["ours"])]),
+                    "floor": op.floor(case, mode)._asdict(),
+                    "graph": quantiles(graphs.seconds[name]) if graphs else None,
+                    "host": quantiles(timed.host[name])["median"] if timed.host[name] else None,
+                    "peak_bytes": device.peak_bytes(run) if run else None,
+                    "launches": device.launches(prepared(problem, steps[name], mode, 1)) if run else None,
+                    "error": found[name] if run else None,
+                    "target_s": case.target_s if name == "ours" and run else None,
+                }
+            )
+    for name, sentence in unequal.items():
+        floor = op.floor(case, whole)._asdict()
+        row = {**shared(op, case), "shape": case.sizes, "mode": whole, "variant": name}
+        rows.append({**row, "less": problem.variants[name].less, "time": None, "unequal": sentence, "floor": floor})
+    return rows
+
+
+def _graphs(device: Cpu, problem: Problem, steps: dict[str, Step], timed: Timed) -> Timed | None:
+    if not isinstance(device, Cuda) or min(timed.seconds["ours"]) > device.launch_bound_s:
+        return None
+    return timed_graphs(device, problem, steps, min(timed.calls.values()))
+
+
+def growth_of(op: Operation, sweep: Sweep, device: Cpu, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """An entry for each variant: time, memory and the floor, by size."""
+    entries: dict[str, dict[str, Any]] = {}
+    for size in sizes:
+        torch.manual_seed(0)
+        case = sweep.case.along(sweep.along, size)
+        mode = case.modes[-1]
+        problem = op.build(case, device.device)
+        variants = {name: v for name, v in problem.variants.items() if name not in NOT_SWEPT}
+        if size == sizes[0]:
+            for variant in variants.values():
+                errors(problem, variant, mode)
+        steps = {name: v.timed for name, v in variants.items()}
+        timed = timed_modes(device, problem, steps, mode, SECONDS_A_POINT, POINT_ROUNDS)
+        fixed = {key: value for key, value in case.sizes.items() if key != sweep.along}
+        for name, seconds in timed.seconds.items():
+            new = {**shared(op, case), "along": sweep.along, "fixed": fixed, "mode": mode, "variant": name}
+            entry = entries.setdefault(name, new | {"sizes": [], "seconds": [], "peak_bytes": [], "floors": []})
+            entry["sizes"].append(size)
+            entry["seconds"].append(quantiles(seconds)["median"])
+            entry["peak_bytes"].append(device.peak_bytes(prepared(problem, steps[name], mode, 1)))
+            entry["floors"].append(op.floor(case, mode)._asdict())
+    return list(entries.values())
+
+
+def finish(rows: list[dict[str, Any]], growth: list[dict[str, Any]], rates: Rates) -> dict[str, Any]:
+    """Both with the fraction of the floor that each reaches, by the median rates of the whole session."""
+    known = rates.report()
+    operations = []
+    for row in rows:
+        seconds = floor_seconds(row["floor"], row["dtype"], known)
+        median = row["time"]["median"] if row["time"] else None
+        floor = {**row["floor"], "seconds": seconds}
+        operations.append({**row, "floor": floor, "fraction": seconds / median if median else None})
+    sweeps = []
+    for entry in growth:
+        floors = [floor_seconds(floor, entry["dtype"], known) for floor in entry["floors"]]
+        fractions = [floor / seconds for floor, seconds in zip(floors, entry["seconds"])]
+        sweeps.append({key: value for key, value in entry.items() if key != "floors"} | {"fractions": fractions})
+    return {"rates": known, "operations": operations, "growth": sweeps}

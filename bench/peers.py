@@ -1,0 +1,202 @@
+"""What stands beside each operation: adapters that make other libraries compute what ours computes, or say what they
+leave undone. tests/test_bench_peers.py holds each to its claim."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.registry import Step, Variant
+
+
+@dataclass(frozen=True)
+class Peer:
+    make: Callable[..., Step]
+    """From what is fixed in a problem, as keywords, to the step."""
+    needs: str = ""
+    """A module."""
+    gpu: bool = False
+    """Whether it runs on a GPU alone."""
+    overwrites: bool = False
+    trims: bool = True
+    """Whether it can count a part of the rows alone."""
+
+
+def kept(rows: int, keep: float) -> int:
+    return max(round(keep * rows), 1)
+
+
+def trimmed(losses: Tensor, keep: float) -> Tensor:
+    return losses.mean() if keep == 1 else losses.topk(kept(len(losses), keep), sorted=False).values.mean()
+
+
+def reduction(keep: float) -> str:
+    """What to ask a peer for: its own mean is the fastest that it has."""
+    return "mean" if keep == 1 else "none"
+
+
+def reduced(losses: Tensor, keep: float) -> Tensor:
+    """What came back for ``reduction(keep)``."""
+    return losses if keep == 1 else trimmed(losses, keep)
+
+
+# --- trimmed cross entropy --------------------------------------------------------------------------------------------
+
+
+def eager_cross_entropy(target: Tensor, keep: float) -> Step:
+    # In bf16 the losses would be bf16 too, full of ties, and other rows would be kept.
+    return lambda x: trimmed(F.cross_entropy(x.float(), target, reduction="none"), keep)
+
+
+def liger_cross_entropy(target: Tensor, keep: float) -> Step:
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    loss = LigerCrossEntropyLoss(reduction=reduction(keep))
+    return lambda x: reduced(loss(x, target), keep)
+
+
+def quack_cross_entropy(target: Tensor, keep: float) -> Step:
+    from quack.cross_entropy import cross_entropy
+
+    return lambda x: reduced(cross_entropy(x, target, reduction=reduction(keep)), keep)
+
+
+# --- with the last linear layer ---------------------------------------------------------------------------------------
+
+
+def eager_linear(target: Tensor, keep: float) -> Step:
+    return lambda h, w: trimmed(F.cross_entropy(F.linear(h, w).float(), target, reduction="none"), keep)
+
+
+def torch_linear(target: Tensor, keep: float) -> Step:
+    """In its own chunks at keep = 1; these give no losses of single rows, so below it holds all logits."""
+    options = torch.nn.LinearCrossEntropyOptions() if keep == 1 else None
+    return lambda h, w: reduced(
+        F.linear_cross_entropy(h, w, target, reduction=reduction(keep), options=options).float(), keep
+    )
+
+
+def liger_linear(target: Tensor, keep: float) -> Step:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction(keep))
+    return lambda h, w: reduced(loss(w, h, target), keep)
+
+
+def cut_linear(target: Tensor, keep: float) -> Step:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda h, w: reduced(linear_cross_entropy(h, w, target, reduction=reduction(keep)), keep)
+
+
+def quack_linear(target: Tensor, keep: float) -> Step:
+    """Gives a mean or a sum, so it counts every row whatever ``keep`` is."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda h, w: chunked_linear_cross_entropy(h, w, target)
+
+
+# --- the others -------------------------------------------------------------------------------------------------------
+
+
+def eager_mean(keep: float) -> Step:
+    return lambda x: trimmed(x, keep)
+
+
+def eager_rank(count: int) -> Step:
+    return lambda x: x.topk(count).indices
+
+
+def sorted_rank(count: int) -> Step:
+    """Ties in order, as ours has them."""
+    return lambda x: x.sort(descending=True, stable=True).indices[:count]
+
+
+def eager_kl(copies: int) -> Step:
+    def step(q: Tensor, p: Tensor) -> Tensor:
+        labels = F.log_softmax(p.float(), dim=1).repeat(copies, 1)
+        return F.kl_div(F.log_softmax(q.float(), dim=1), labels, log_target=True, reduction="batchmean")
+
+    return step
+
+
+def liger_kl(copies: int) -> Step:
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    return lambda q, p: loss(F.log_softmax(q.float(), dim=1), F.log_softmax(p.float(), dim=1).repeat(copies, 1))
+
+
+def eager_augment(
+    gaussian: int, dropout: int, sigma: float, tau: float, drop_prob: float, dense: Tensor | None
+) -> Step:
+    """With random numbers of its own. A product with a dense basis is in the type of x."""
+
+    def step(x: Tensor) -> Tensor:
+        noise = (sigma * torch.randn(gaussian * len(x), x.shape[1], device=x.device, dtype=x.dtype)).clamp(-tau, tau)
+        if dense is not None:
+            noise = noise @ dense.T
+        parts = [x, x.repeat(gaussian, 1) + noise]
+        if dropout:
+            mask = torch.bernoulli(torch.full((dropout * len(x), x.shape[1]), 1 - drop_prob, device=x.device))
+            parts.append(x.repeat(dropout, 1) * mask.to(x.dtype))
+        return torch.cat(parts)
+
+    return step
+
+
+PEERS: dict[str, dict[str, Peer]] = {
+    "trimmed_cross_entropy": {
+        "eager": Peer(eager_cross_entropy),
+        "liger": Peer(liger_cross_entropy, "liger_kernel", gpu=True, overwrites=True),
+        "quack": Peer(quack_cross_entropy, "quack", gpu=True),
+    },
+    "linear_trimmed_cross_entropy": {
+        "eager": Peer(eager_linear),
+        "F.linear_cross_entropy": Peer(torch_linear, "torch.nn.functional.linear_cross_entropy"),
+        "liger": Peer(liger_linear, "liger_kernel", gpu=True),
+        "cut": Peer(cut_linear, "cut_cross_entropy", gpu=True),
+        "quack": Peer(quack_linear, "quack", gpu=True, trims=False),
+    },
+    "soft_label_kl": {"eager": Peer(eager_kl), "liger": Peer(liger_kl, "liger_kernel", gpu=True)},
+    "augment_latent": {"eager": Peer(eager_augment)},
+    "trimmed_mean": {"eager": Peer(eager_mean)},
+    "rank_batches": {"eager": Peer(eager_rank), "sort": Peer(sorted_rank)},
+}
+
+
+def missing(peer: Peer, device: str) -> str:
+    """Why it cannot run here; empty where it can."""
+    if peer.gpu and device != "cuda":
+        return "runs on a GPU alone"
+    if peer.needs.startswith("torch."):
+        return "" if hasattr(F, peer.needs.rpartition(".")[2]) else f"torch {torch.__version__} does not have it"
+    return "" if not peer.needs or importlib.util.find_spec(peer.needs) else f"{peer.needs} is not installed"
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that peers come from, by module."""
+    distributions = {"liger_kernel": "liger-kernel", "quack": "quack-kernels", "cut_cross_entropy": "cut-cross-entropy"}
+    found = {module: name for module, name in distributions.items() if importlib.util.find_spec(module)}
+    return {module: importlib.metadata.version(name) for module, name in found.items()}
+
+
+def variants(op: str, device: torch.device, keep: float | None = None, **fixed: Any) -> dict[str, Variant]:
+    """The peers that run here, the eager one also compiled."""
+    parameters = fixed if keep is None else {**fixed, "keep": keep}
+    found = {}
+    for name, peer in PEERS[op].items():
+        if missing(peer, device.type):
+            continue
+        less = "" if peer.trims or keep == 1 else "counts every row"
+        found[name] = Variant(peer.make(**parameters), less, peer.overwrites)
+        if name == "eager":
+            found["compile"] = Variant(torch.compile(found[name].step, fullgraph=True, dynamic=False))
+    return found

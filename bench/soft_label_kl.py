@@ -1,0 +1,78 @@
+"""Soft-label KL of virtual rows next to their reference, where sums in float32 lose digits, and of unrelated ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import batchkern
+from batchkern import reference
+from bench import inputs, peers
+from bench.registry import Case, Floor, Operation, Problem, Sweep, Variant, doubled, shape
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+def build(case: Case, device: torch.device) -> Problem:
+    batch, copies, classes = case.sizes.values()
+    p, _ = inputs.trained_logits(batch, classes, device)
+    if case.kind == "near":
+        q = p.repeat(copies, 1) + 0.05 * torch.randn(copies * batch, classes, device=device)
+    else:
+        q, _ = inputs.trained_logits(copies * batch, classes, device)
+
+    def oracle(q: Tensor, p: Tensor) -> Tensor:
+        return reference.soft_label_kl(p.detach(), q).mean()
+
+    # The result is a sum of differences: next to the reference peers keep three or four digits in float32, and in
+    # bfloat16 the inputs themselves differ from each other by less than their rounding.
+    return Problem(
+        (q.to(case.dtype), p.to(case.dtype)),
+        {
+            "ours": Variant(lambda q, p: batchkern.soft_label_kl(p, q)),
+            **peers.variants("soft_label_kl", device, copies=copies),
+        },
+        oracle,
+        limit=1e-2 if case.dtype == FP32 else 5e-2,
+    )
+
+
+def floor(case: Case, mode: str) -> Floor:
+    """Reference and virtual rows are read, the gradient of the virtual ones is written."""
+    batch, copies, classes = case.sizes.values()
+    rows = {"forward": copies + 1, "backward": copies, "full": 2 * copies + 1}[mode]
+    return Floor(rows * batch * classes * case.dtype.itemsize)
+
+
+def case(
+    batch: int, copies: int, classes: int, dtype: torch.dtype = FP32, kind: str = "near", target_s: float | None = None
+) -> Case:
+    return Case(shape(batch=batch, copies=copies, classes=classes), dtype, kind=kind, target_s=target_s)
+
+
+OPERATION = Operation(
+    "soft_label_kl",
+    build,
+    floor,
+    cases={
+        "cpu": [case(128, 16, 1000), case(128, 16, 1000, kind="unrelated")],
+        "cuda": [
+            case(1024, 4, 131_072, BF16, target_s=0.75e-3),
+            case(512, 8, 1000, target_s=15e-6),
+            case(128, 4, 10),
+        ],
+    },
+    sweeps={
+        "cpu": [
+            Sweep(case(64, 4, 100), "batch", doubled(32, 16_384)),
+            Sweep(case(16, 4, 100), "classes", doubled(128, 131_072)),
+            Sweep(case(64, 1, 1000), "copies", doubled(1, 64)),
+        ],
+        "cuda": [
+            Sweep(case(64, 4, 1024), "batch", doubled(64, 16_384)),
+            Sweep(case(256, 4, 128, BF16), "classes", doubled(128, 131_072)),
+            Sweep(case(512, 1, 1000), "copies", doubled(1, 64)),
+        ],
+    },
+    quick=case(16, 4, 50),
+)
