@@ -96,7 +96,7 @@ cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetch
 
 gpu: ## with the torch of PYTHON: build for its GPU, test, sanitize, measure, in 10 minutes (into GPU_OUT=runs/gpu)
 	@rm -f build/.built-*
-	$(PYTHON) bench/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(DRY_RUN),--dry-run)
+	$(PYTHON) bench/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(STAGES),--stages $(STAGES)) $(if $(DRY_RUN),--dry-run)
 
 resources: setup ## compile the CUDA kernels for three architectures: registers and spills (bench/KERNEL_RESOURCES.md)
 	$(BIN)/python bench/kernel_resources.py $(if $(CHECK),--check)

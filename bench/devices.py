@@ -22,15 +22,17 @@ SAMPLES = 3
 
 
 class Cpu:
-    device = torch.device("cpu")
     least_seconds = 2e-3
     """Shorter calls are repeated until they fill it."""
     most_calls = 1000
+    copied = 1 << (20 if QUICK else 26)
+    """Elements; much larger than a cache."""
+    width = 256 if QUICK else 1024
+    """Of the square product."""
 
-    def __init__(self) -> None:
-        elements = 1 << (20 if QUICK else 26)  # much larger than a cache
-        self.source, self.target = torch.ones(elements), torch.zeros(elements).fill_(1)  # every page exists
-        self.width = 256 if QUICK else 1024
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.source, self.target = (torch.zeros(self.copied, device=device).fill_(1) for _ in range(2))
 
     def seconds(self, run: Run) -> float:
         start = time.perf_counter()
@@ -76,14 +78,13 @@ class Cuda(Cpu):
     """Calls below it are measured in a CUDA graph, too."""
     cycles_per_second = 2e9
     """At least: a longer sleep does no harm."""
+    copied = 1 << (24 if QUICK else 29)
+    width = 1024 if QUICK else 8192
 
-    def __init__(self) -> None:
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self.source = torch.randn(1 << 29, device=self.device)
-        self.target = torch.empty_like(self.source)
+    def __init__(self, device: torch.device | str = "cuda") -> None:
+        super().__init__(device)
         l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
         self.flushed = torch.empty(4 * l2, dtype=torch.int8, device=self.device)
-        self.width = 8192
         self.host_s = 0.0
         """What the host took for the latest run, without waiting for the device."""
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, check their peers, and write what they measured."""
+"""The benchmarks run and write what they measured."""
 
 from __future__ import annotations
 
@@ -12,18 +12,39 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_a_quick_run_measures_every_row(tmp_path: Path) -> None:
-    # Two operations of the five: a compiled peer takes seconds to build.
-    command = [sys.executable, "-m", "pytest", "-q", "bench/bench_rank_batches.py", "bench/bench_trimmed_mean.py"]
-    settings = {"BATCHKERN_BENCH_QUICK": "1", "BATCHKERN_BENCH_OUT": str(tmp_path), "OMP_WAIT_POLICY": "PASSIVE"}
+def bench(out: Path, *arguments: str) -> str:
+    settings = {"BATCHKERN_BENCH_QUICK": "1", "BATCHKERN_BENCH_OUT": str(out), "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     run = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
+    return run.stdout
+
+
+def test_a_quick_run_measures_every_row(tmp_path: Path) -> None:
+    # Two operations of the six: a compiled peer takes seconds to build.
+    parts = ["bench/bench_operations.py", "bench/bench_growth.py", "bench/bench_accuracy.py"]
+    shown = bench(tmp_path, *parts, "-k", "rank_batches or trimmed_mean or accuracy and 10")
     (path,) = tmp_path.glob("*/*.json")
+    assert str(path) in shown
     written = json.loads(path.read_text())
-    rows = {(row["op"], row["phase"], row["variant"]) for row in written["rows"]}
-    for op, phases in (("rank_batches", ["forward"]), ("trimmed_mean", ["forward", "backward", "full"])):
-        assert {(op, phase, variant) for phase in phases for variant in ("ours", "eager", "compile")} <= rows
-    for row in written["rows"]:
-        assert 0 < row["median_s"] < math.inf
-        assert row["floor_s"] > 0
-    assert written["machine"]["torch"]
+    rows = {(row["op"], row["mode"], row["variant"]) for row in written["operations"]}
+    for op, modes in (("rank_batches", ["forward"]), ("trimmed_mean", ["forward", "backward", "full"])):
+        assert {(op, mode, variant) for mode in modes for variant in ("ours", "eager", "compile")} <= rows
+    for row in written["operations"]:
+        assert 0 < row["time"]["median"] < math.inf
+        assert row["floor"]["seconds"] > 0
+    assert {(sweep["op"], sweep["variant"]) for sweep in written["growth"]} >= {("rank_batches", "ours")}
+    assert {entry["variant"] for entry in written["accuracy"]} == {"ours", "F.kl_div"}
+    assert written["machine"]["quick"]
+    assert written["failed"] == written["left_out"] == []
+
+
+def test_a_second_run_leaves_the_file_of_the_first_and_no_case_begins_after_its_time(tmp_path: Path) -> None:
+    arguments = ("bench/bench_growth.py", "-k", "rank_batches")
+    bench(tmp_path, *arguments)
+    (first,) = tmp_path.glob("*/*.json")
+    before = first.read_text()
+    bench(tmp_path, *arguments, "--minutes", "0")
+    assert first.read_text() == before
+    second = first.with_stem(first.stem + "-2")
+    assert json.loads(second.read_text())["left_out"] == ["rank_batches along batches"]
