@@ -1,6 +1,6 @@
 """Everything that a GPU is needed for, in one command that ends within ten minutes (``make gpu``).
 
-    python bench/gpu_run.py [--out FOLDER] [--minutes 9.5] [--dry-run]
+    python bench/gpu_run.py [--out FOLDER] [--minutes 9.5] [--stages NAME ...] [--dry-run]
 
 Builds for the GPU that is there, runs the GPU tests and the tests of the operations through the kernels, looks for
 memory errors and races with compute-sanitizer on a reduced set, and measures. Each stage has a time limit; one that
@@ -61,7 +61,7 @@ def stages(out: Path) -> list[Stage]:
     return [
         Stage("build", setup, 240, build, without_gpu=True),
         Stage("tests", [*PYTEST, "--continue-on-collection-errors", "-m", "gpu"], 180, without_gpu=True),
-        Stage("measure", [sys.executable, "bench/gpu_kernels.py", "--out", str(out / "kernels.json")], 150),
+        measurement("operations", 150, out),
         sanitizer("memcheck", "ERROR SUMMARY: 0 errors"),
         sanitizer("racecheck", "RACECHECK SUMMARY: 0 hazards"),
         Stage(
@@ -69,7 +69,15 @@ def stages(out: Path) -> list[Stage]:
             [*PYTEST, "--through", "cuda", "-k", "not compile and not group", "tests/triton", *semantic],
             180,
         ),
+        measurement("growth", 120, out),
+        measurement("training", 120, out),
     ]
+
+
+def measurement(what: str, seconds: float, out: Path) -> Stage:
+    """Ends by itself before it would be stopped, with what it has."""
+    command = [*PYTEST, f"bench/bench_{what}.py", "--on", "cuda", "--minutes", f"{(seconds - 30) / 60:g}"]
+    return Stage(what, [*command, "--benchmark-quiet"], seconds, {"BATCHKERN_BENCH_OUT": str(out)})
 
 
 def sanitizer(tool: str, verdict: str) -> Stage:
@@ -117,6 +125,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--minutes", type=float, default=9.5)
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these, such as: build growth training")
     parser.add_argument("--dry-run", action="store_true", help="go on without a GPU")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.dry_run:
@@ -131,7 +140,13 @@ def main() -> int:
         "stages": {},
     }
     failed = False
-    for stage in stages(out):
+    chosen = stages(out)
+    if arguments.stages:
+        if unknown := set(arguments.stages) - {stage.name for stage in chosen}:
+            names = ", ".join(stage.name for stage in chosen)
+            parser.error(f"--stages must be among {names}, got {', '.join(sorted(unknown))}")
+        chosen = [stage for stage in chosen if stage.name in arguments.stages]
+    for stage in chosen:
         seconds = min(stage.seconds, end - time.monotonic())
         reason = why_not(stage, seconds)
         outcome = {"result": reason} if reason else run(stage, out, seconds)

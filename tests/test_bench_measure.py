@@ -30,7 +30,7 @@ def step(x: torch.Tensor) -> torch.Tensor:
 
 
 def operation(build=None) -> Operation:
-    """Twice the sum of squares; ours takes 1 ms, its peer 3."""
+    """Twice the sum of squares; ours takes 10 ms, its peer 30."""
 
     def default(case: Case, device: torch.device) -> Problem:
         def slow(seconds: float):
@@ -40,7 +40,7 @@ def operation(build=None) -> Operation:
 
             return run
 
-        ours, theirs = Variant(slow(1e-3)), Variant(slow(3e-3))
+        ours, theirs = Variant(slow(0.01)), Variant(slow(0.03))
         return doubling(ours=ours, eager=theirs, wrong=Variant(lambda x: 1.1 * step(x)))
 
     case = Case(shape(rows=1), target_s=1e-3)
@@ -95,7 +95,7 @@ def test_an_unequal_or_failing_peer_is_named_and_not_timed_and_an_unequal_kernel
         measure.rows_of(broken, broken.quick, SmallCpu())
 
 
-# --- time, on a CPU -----------------------------------------------------------------------------------------------------
+# --- time, on a CPU ---------------------------------------------------------------------------------------------------
 
 
 def test_rows_tell_time_ratio_and_floor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,9 +108,9 @@ def test_rows_tell_time_ratio_and_floor(monkeypatch: pytest.MonkeyPatch) -> None
     rows = {(row["variant"], row["mode"]): row for row in report["operations"] if row["time"]}
     assert set(rows) == {(name, mode) for name in ("ours", "eager") for mode in ("forward", "backward", "full")}
     for mode in ("forward", "full"):
-        assert rows["ours", mode]["time"]["median"] == pytest.approx(1e-3, rel=0.5)
-        assert rows["eager", mode]["ratio"]["median"] == pytest.approx(3, rel=0.4)
-    assert rows["eager", "backward"]["time"]["median"] < 1e-3  # the forward pass was not timed with it
+        assert 0.01 <= rows["ours", mode]["time"]["median"] < 0.02
+        assert 2 < rows["eager", mode]["ratio"]["median"] < 3.5
+    assert rows["eager", "backward"]["time"]["median"] < 0.01  # the forward pass was not timed with it
     ours = rows["ours", "full"]
     assert ours["floor"] == {"bytes": 8.0, "flops": 0.0, "seconds": 8.0 / report["rates"]["copy"]["median"]}
     assert ours["fraction"] == ours["floor"]["seconds"] / ours["time"]["median"]
@@ -162,7 +162,7 @@ def test_growth_has_a_figure_for_each_size(monkeypatch: pytest.MonkeyPatch) -> N
     assert entry["fractions"] == pytest.approx(expected)
 
 
-# --- time, on a GPU: the order of what is queued, with torch.cuda played by a list ---------------------------------------
+# --- time, on a GPU: the order of what is queued, with torch.cuda played by a list ------------------------------------
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_rows_of_a_gpu_have_graphs_launches_and_host_time(queue: list[str], monk
         assert row["peak_bytes"] == 250
 
 
-# --- what is written ----------------------------------------------------------------------------------------------------
+# --- what is written --------------------------------------------------------------------------------------------------
 
 
 def test_floors_are_the_least_bytes_and_flops() -> None:

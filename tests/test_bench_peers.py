@@ -3,10 +3,14 @@ does not."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from bench import measure, peers, registry
 from bench.registry import Case, Problem, Variant
@@ -59,6 +63,70 @@ def test_an_adapter_computes_what_it_claims_on_a_gpu(op: str, name: str, keep: f
     measure.errors(problem, problem.variants[name])
 
 
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain PyTorch behind the signatures of the libraries that run on a GPU alone, so that what the adapters add is
+    tested without one."""
+
+    class Loss(torch.nn.Module):
+        def __init__(self, reduction: str = "mean", log_target: bool = False) -> None:
+            super().__init__()
+            self.options = {"reduction": reduction, **({"log_target": True} if log_target else {})}
+
+    class CrossEntropy(Loss):
+        def forward(self, _input: Tensor, target: Tensor) -> Tensor:
+            loss = F.cross_entropy(_input, target, **self.options)
+            gradient = (_input.detach().softmax(1) - F.one_hot(target, _input.shape[1])) / len(_input)
+            _input.data.copy_(gradient)  # Liger's writes its gradient there in the forward pass
+            return loss
+
+    class LinearCrossEntropy(Loss):
+        def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(_input @ lin_weight.T, target, **self.options)
+
+    class Divergence(Loss):
+        def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
+            return F.kl_div(y_pred, y_true, **self.options)
+
+    def cut(e: Tensor, c: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(e @ c.T, targets, reduction=reduction)
+
+    def quack(x: Tensor, target: Tensor, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(x, target, reduction=reduction)
+
+    def quack_linear(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(x @ weight.T, target)
+
+    modules = {
+        "liger_kernel.transformers": {
+            "LigerCrossEntropyLoss": CrossEntropy,
+            "LigerFusedLinearCrossEntropyLoss": LinearCrossEntropy,
+            "LigerKLDIVLoss": Divergence,
+        },
+        "cut_cross_entropy": {"linear_cross_entropy": cut},
+        "quack.cross_entropy": {"cross_entropy": quack},
+        "quack.linear_cross_entropy": {"chunked_linear_cross_entropy": quack_linear},
+    }
+    for name, content in modules.items():
+        for made in {name, name.partition(".")[0]}:
+            monkeypatch.setitem(sys.modules, made, ModuleType(made))
+        vars(sys.modules[name]).update(content)
+    monkeypatch.setattr(peers, "missing", lambda peer, device: "" if peer.gpu or not peer.needs else "not here")
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(
+    ("op", "name", "keep", "kind"), [row for row in GRID if peers.PEERS[row[0]][row[1]].gpu], ids=str
+)
+def test_what_an_adapter_adds_is_right(op: str, name: str, keep: float | None, kind: str) -> None:
+    problem = problem_of(op, replace(OPERATIONS[op].quick, keep=keep, kind=kind), "cpu")
+    variant = problem.variants[name]
+    assert variant.overwrites == ((op, name) == ("trimmed_cross_entropy", "liger"))
+    # The stand-in that overwrites loses what autograd needs.
+    found = measure.errors(problem, variant, "forward" if variant.overwrites else "full")
+    assert found["result"] < 1e-4
+
+
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_ours_is_right_on_the_same_inputs(op: str) -> None:
     for kind in kinds(op):
@@ -81,11 +149,11 @@ def wrong_steps(op: str, problem: Problem) -> dict[str, Variant]:
     if op == "augment_latent":
         batch, _, gaussian, dropout = OPERATIONS[op].quick.sizes.values()
 
-        def noisier(x: torch.Tensor) -> torch.Tensor:
+        def noisier(x: Tensor) -> Tensor:
             raw, noisy, masked = step(x).split([batch, gaussian * batch, dropout * batch])
             return torch.cat([raw, noisy + 0.3 * torch.randn_like(noisy), masked])
 
-        def fuller(x: torch.Tensor) -> torch.Tensor:
+        def fuller(x: Tensor) -> Tensor:
             raw, noisy, masked = step(x).split([batch, gaussian * batch, dropout * batch])
             return torch.cat([raw, noisy, torch.where(torch.rand_like(masked) < 0.3, x.repeat(dropout, 1), masked)])
 
@@ -96,7 +164,7 @@ def wrong_steps(op: str, problem: Problem) -> dict[str, Variant]:
     return mistakes
 
 
-def without(x: torch.Tensor) -> torch.Tensor:
+def without(x: Tensor) -> Tensor:
     """x, a third of whose rows get no gradient."""
     fixed = torch.arange(len(x)) % 3 == 0
     return torch.where(fixed.view(-1, *[1] * (x.dim() - 1)), x.detach(), x)
