@@ -120,6 +120,15 @@ def test_rows_tell_time_ratio_and_floor(monkeypatch: pytest.MonkeyPatch) -> None
     assert ours["peak_bytes"] >= 200  # the gradient
 
 
+def test_rates_count_what_is_read_and_written_and_both_flops_of_a_product() -> None:
+    class InASecond(SmallCpu):
+        def seconds(self, run) -> float:
+            return 1.0
+
+    assert set(InASecond().copy_rates()) == {2.0 * 4 * (1 << 12)}
+    assert set(InASecond().matmul_rates(torch.bfloat16)) == {2.0 * 32**3}
+
+
 def test_variants_take_turns() -> None:
     called: list[str] = []
     runs = {name: (lambda calls, name=name: lambda: called.append(name)) for name in "abc"}
