@@ -32,9 +32,7 @@ class Footnotes:
         return f" ({self.numbers.setdefault(note, len(self.numbers) + 1)})" if note else ""
 
     def __str__(self) -> str:
-        return "\n".join(
-            f"({number}) {note}" + "  " * (number < len(self.numbers)) for note, number in self.numbers.items()
-        )
+        return "; ".join(f"({number}) {note}" for note, number in self.numbers.items())
 
 
 def quantity(value: float | None, unit: str) -> str:
@@ -49,7 +47,7 @@ def quantity(value: float | None, unit: str) -> str:
         prefix = fitting[-1] if rounded >= 1e3 else ""
     scaled = rounded / PREFIXES[prefix]
     decimals = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
-    return f"{scaled:,.{0 if scaled == int(scaled) and not prefix else decimals}f} {prefix}{unit}"
+    return f"{scaled:,.{0 if unit == 'B' and not prefix else decimals}f} {prefix}{unit}"
 
 
 def seconds(value: float | None) -> str:

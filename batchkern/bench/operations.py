@@ -193,13 +193,17 @@ def _line(case: Case, variants: list[str]) -> list[str]:
 def planned(results: Results) -> str:
     """What is asked of a GPU beside what was measured there, where it was."""
     headings = ["operation", "shape", "target", "floor", "measured", "in a graph", "of the floor"]
-    rows = [row for row in results.rows("operations") if row.get("target_s") is not None]
+    rows = [
+        row
+        for row in results.rows("operations")
+        if row.get("target_s") is not None or (is_ours(row["variant"]) and row.get("time") is None)
+    ]
     lines = [
         [
             f"`{row['op']}`" + f", {row['variant'].removeprefix(OURS).strip()}" * (row["variant"] != OURS),
             what(row),
-            seconds(row["target_s"]),
-            seconds((row.get("floor") or {}).get("seconds")),
+            seconds(row.get("target_s")),
+            seconds((row.get("floor") or {}).get("seconds") or None),
             time(row),
             seconds(median(row.get("graph"))),
             percent(row.get("fraction")),

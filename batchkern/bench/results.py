@@ -30,6 +30,9 @@ QUANTITIES = ("time", "graph", "ratio")
 STAMP = re.compile(r"^(\d{4}-\d\d-\d\d)-([0-9a-f]{7,40})\b")
 """How the name of a file of results begins: its date and its commit."""
 
+UNKNOWN = datetime.min.replace(tzinfo=timezone.utc)
+"""The date of what has none."""
+
 
 @dataclass(frozen=True)
 class Results:
@@ -48,12 +51,12 @@ class Results:
 
     @property
     def date(self) -> datetime:
-        """When it was measured; the beginning of time where nothing says so, as of what is planned."""
+        """When it was measured; :data:`UNKNOWN` where nothing says so, as of what is planned."""
         stamp = STAMP.match(self.path.name)
         try:
             date = datetime.fromisoformat(self.machine.get("date") or (stamp[1] if stamp else ""))
         except (TypeError, ValueError):
-            return datetime.min.replace(tzinfo=timezone.utc)
+            return UNKNOWN
         return date if date.tzinfo else date.replace(tzinfo=timezone.utc)
 
     @property
@@ -99,7 +102,9 @@ def _sort(content: Any) -> str | None:
 
 def _check_rows(path: Path, content: dict[str, Any]) -> None:
     for name, keys in REQUIRED.items():
-        rows = content.get(name) or []
+        rows = content.get(name)
+        if rows is None:
+            continue
         if not isinstance(rows, list):
             raise UserError(f"{path} is damaged: {name} must be a list, not {rows!r:.40}")
         for place, row in enumerate(rows):
@@ -144,14 +149,19 @@ def facts(results: Results) -> str:
         name, threads = machine.get("gpu") or machine.get("cpu") or machine["device"], machine.get("threads")
     said = [str(name)]
     if machine.get("planned"):
-        said[0] += ", not measured yet"
+        said.append("not measured yet")
     elif threads and not machine.get("gpu"):
         said.append(f"{threads} thread{'s' * (threads != 1)}" + " a run" * (results.sort == COMPARISON))
-    said += [f"torch {machine['torch']}"] * ("torch" in machine)
-    said += [f"commit {commit}" + " with changes" * bool(machine.get("dirty"))] * bool(commit)
-    said += [f"{results.date:%Y-%m-%d}"] * (results.date.year > 1)
-    said += [f"{len(results.rows('failed'))} cases failed"] * bool(results.rows("failed"))
-    said += ["a quick run, whose figures mean nothing"] * bool(machine.get("quick"))
+    if machine.get("torch"):
+        said.append(f"torch {machine['torch']}")
+    if commit:
+        said.append(f"commit {commit}" + " with changes" * bool(machine.get("dirty")))
+    if results.date > UNKNOWN:
+        said.append(f"{results.date:%Y-%m-%d}")
+    if failed := results.rows("failed"):
+        said.append(f"{len(failed)} case{'s' * (len(failed) > 1)} failed")
+    if machine.get("quick"):
+        said.append("a quick run, whose figures mean nothing")
     return "; ".join([", ".join(said), *_rates(results)])
 
 

@@ -67,12 +67,14 @@ def training(results: Results) -> str:
 
 
 def _training(row: dict[str, Any]) -> list[str]:
+    data = [row.get("data") or ""]
+    data += [f"{row['images']:,} images"] if row.get("images") else []
+    data += [f"batches of {row['batch_size']:,}"] if row.get("batch_size") else []
     speed, loaded = row.get("samples_per_s"), row.get("images_loaded_per_epoch")
-    images = [f"{row['images']:,} images"] * ("images" in row)
     return [
         f"`{row['strategy']}`",
         row.get("model") or "",
-        ", ".join([row.get("data") or "", *images, *[f"batches of {row['batch_size']}"] * ("batch_size" in row)]),
+        ", ".join(data),
         seconds(row.get("bare_seconds_per_epoch")),
         seconds(row.get("seconds_per_epoch")),
         "" if speed is None else f"{speed:,.0f}",
