@@ -82,9 +82,9 @@ class Block:
                 other = load(path)
             except UserError:  # what lies there besides
                 continue
-            if other.subject == own.subject and other.date > own.date and self._serves(other):
+            if other.subject == own.subject and self._serves(other):
                 others.append(other)
-        newest = max(others, key=lambda results: results.date)
+        newest = max(others, key=lambda results: results.date)  # the first, which is its own, of those of one date
         return None if newest is own else newest.path
 
     def _serves(self, other: Results) -> bool:

@@ -72,6 +72,7 @@ NEWER = {"date": "2026-11-23T04:00:00+00:00"}
         (NEWER, [2e-3], True),
         ({"date": "2026-11-22T05:00:01Z"}, [2e-3], True),
         ({"date": "2026-11-22T06:30:00+02:00"}, [2e-3], False),
+        ({}, [2e-3], False),
         ({"date": "2026-11-21T23:00:00+00:00"}, [2e-3], False),
         (NEWER | {"quick": True}, [2e-3], False),
         (NEWER, [None], False),
