@@ -1,4 +1,4 @@
-"""The figures of a run and of a comparison. Nothing here touches matplotlib's global state or a display."""
+"""The figures of a run, a comparison and a benchmark. Nothing here touches matplotlib's global state or a display."""
 
 from __future__ import annotations
 
@@ -155,6 +155,30 @@ def plot_differences(path: Path, groups: Mapping[str, Sequence[tuple[str, Mappin
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("difference in test accuracy (points)")
         axes.grid(alpha=0.25, axis="x")
+    _save(figure, path)
+
+
+def plot_fractions(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], along: str, title: str) -> None:
+    """Writes a roofline: over the size, the fraction of the floor that each implementation reaches.
+
+    Args:
+        lines: by implementation, pairs of a size and a fraction.
+        along: what the sizes are of.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
+    figure = _figure(8, 5, layout="constrained")
+    axes = figure.subplots()
+    for place, (name, points) in enumerate(lines.items()):
+        sizes, fractions = zip(*sorted(points), strict=True)
+        axes.plot(sizes, [100 * fraction for fraction in fractions], marker="o", markersize=3, **_look(name, place))
+    axes.axhline(100, color="black", linewidth=0.8, linestyle=":")
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set(title=title, xlabel=along, ylabel="fraction of the floor (%)")
+    axes.grid(alpha=0.25)
+    _legend(figure, list(lines), 110)
     _save(figure, path)
 
 

@@ -1,11 +1,12 @@
 """Train a small GPT on the hardest tokens of each batch, and find out whether that helps.
 
-    python examples/selective_lm.py [--text FILE] [--keep 1 0.5 0.2] [--updates 400]
+    python examples/selective_lm.py [--text FILE] [--keep 1 0.5 0.2] [--updates 400] [--json FILE]
 
 Each arm is the same model from the same initial weights, on the same batches. ``keep`` falls linearly from 1 to the
 arm's value in the last update (Fassold, 2021). ``random`` is the control: as many tokens as in the last arm, but drawn
 at random. An arm trains until it has made as many updates as the first arm, and for as many seconds as that took. The
-table has the loss on held-out text, all tokens of it, at both points. It is one seed, and no proof.
+table has the loss on held-out text, all tokens of it, at both points. It is one seed, and no proof. ``--json`` writes
+it to a file that ``batchkern bench report`` shows.
 
 The default text is the source of Python's standard library. It is cut into tokens by a byte-level BPE trained on it.
 Needs ``pip install 'batchkern[lm]'``.
@@ -14,12 +15,15 @@ Needs ``pip install 'batchkern[lm]'``.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import platform
 import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler says at length that there is no GPU
@@ -32,6 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from batchkern import linear_trimmed_cross_entropy
 from batchkern.errors import UserError, require
+from batchkern.rundir import write_file
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -224,6 +229,49 @@ def print_table(results: list[Result]) -> None:
         )
 
 
+def write_json(path: Path, options: argparse.Namespace, results: list[Result]) -> None:
+    """The table, to four digits, with its settings and its machine."""
+
+    def rounded(value: float) -> float:
+        return float(f"{value:.4g}")
+
+    machine = {
+        "device": DEVICE.type,
+        "cpu": processor(),
+        "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    arms = [
+        {
+            "arm": r.name,
+            "seconds": rounded(r.seconds),
+            "tokens_per_s": rounded(r.tokens_per_second),
+            "peak_bytes": r.peak_bytes,
+            "loss": rounded(r.at_updates),
+            "updates": options.updates,
+            "loss_at_equal_seconds": rounded(r.at_seconds),
+            "updates_at_equal_seconds": r.updates,
+        }
+        for r in results
+    ]
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    content = {"machine": machine, "settings": settings, "arms": arms, "equal_seconds": arms[0]["seconds"]}
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def processor() -> str:
+    """Its name; the architecture where Linux does not tell it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -255,9 +303,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test-batches", type=whole(1), default=32)
     parser.add_argument("--rate", type=fraction, default=2e-3, help="of AdamW")
     parser.add_argument("--seed", type=whole(0), default=0)
+    parser.add_argument("--json", type=Path, help="write the table to this file, which must not exist yet")
     options = parser.parse_args()
     if options.width % 32:
         parser.error(f"--width must be a multiple of 32, got {options.width}")
+    if options.json and (options.json.exists() or not options.json.parent.is_dir()):
+        parser.error(f"--json must be a file that does not exist yet in a folder that does, got {options.json}")
     return options
 
 
@@ -281,6 +332,8 @@ def main() -> int:
         arm = Arm(name, keep, loss, options, (train, test))
         results.append(arm.run(results[0].seconds if results else None))
     print_table(results)
+    if options.json:
+        write_json(options.json, options, results)
     return 0
 
 

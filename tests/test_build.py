@@ -181,6 +181,7 @@ def test_source_distribution_builds_a_wheel_that_works(tmp_path: Path) -> None:
         carried = {name.partition("/")[2] for name in archive.getnames()}
     needed = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "batchkern").rglob("*.py")}
+    needed |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "bench" / "results").rglob("*.json")}
     needed |= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "tests/test_build.py"}
     assert needed <= carried
 

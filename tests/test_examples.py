@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+from batchkern.bench import markdown
+from batchkern.bench.results import load
+from batchkern.bench.tables import language
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -43,7 +49,8 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_selective_lm(text: Path, tmp_path: Path) -> None:
-    run = selective_lm("--text", str(text), "--updates", "60", "--keep", "1", "0.25", *SMALL, cwd=tmp_path)
+    words = ["--text", str(text), "--updates", "60", "--keep", "1", "0.25", "--json", "arms.json"]
+    run = selective_lm(*words, *SMALL, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     # The loss of the kept tokens is that of all where all are kept, and higher where the hardest are.
     lines = re.findall(
@@ -69,6 +76,25 @@ def test_selective_lm(text: Path, tmp_path: Path) -> None:
         assert at_seconds < 6.2
     assert rows["keep 1"][3] == rows["keep 1"][4]
     assert rows["keep 1"][5] == 60
+    check_json(tmp_path / "arms.json", rows)
+
+
+def check_json(path: Path, rows: dict[str, list[float]]) -> None:
+    """The file has the figures of the table, and is one that ``batchkern bench report`` shows."""
+    written = json.loads(path.read_text())
+    assert written["settings"]["keep"] == [1.0, 0.25]
+    assert written["machine"]["device"] in ("cpu", "cuda")
+    assert written["equal_seconds"] == written["arms"][0]["seconds"]
+    keys = ("seconds", "tokens_per_s", "peak_bytes", "loss", "loss_at_equal_seconds", "updates_at_equal_seconds")
+    assert [arm["arm"] for arm in written["arms"]] == list(rows)
+    for arm in written["arms"]:
+        shown = [arm[key] for key in keys]
+        shown[2] /= 1e6
+        assert shown == pytest.approx(rows[arm["arm"]], rel=1e-3, abs=0.06)
+        assert arm["updates"] == 60
+    table = language(load(path))
+    assert f"| keep 1 | {markdown.seconds(written['arms'][0]['seconds'])} |" in table
+    assert "held-out loss after 60 updates" in table
 
 
 @pytest.mark.parametrize(
@@ -79,6 +105,8 @@ def test_selective_lm(text: Path, tmp_path: Path) -> None:
         (["--updates", "0"], "must be a whole number from 1 to 1000000, got '0'"),
         (["--seed", "9" * 30], "must be a whole number from 0 to 1000000, got '999"),
         (["--width", "48"], "--width must be a multiple of 32, got 48"),
+        (["--json", "short.txt"], "--json must be a file that does not exist yet in a folder that does, got short.txt"),
+        (["--json", "no/x.json"], "--json must be a file that does not exist yet in a folder that does, got no/x.json"),
         (["--text", "nowhere.txt"], "--text must be a file that can be read, got nowhere.txt: No such file"),
         (["--text", "."], "--text must be a file that can be read, got .: Is a directory"),
         (["--text", "short.txt"], "--text must have more than --length 128 tokens to train on, it has"),

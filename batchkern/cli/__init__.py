@@ -1,4 +1,4 @@
-"""The command line: ``batchkern train | compare | reproduce | info``.
+"""The command line: ``batchkern train | compare | reproduce | bench | info``.
 
 What a user did wrong is one line on stderr and exit status 2, never a traceback; a traceback is a bug of ours.
 """
@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import torch
 
 from batchkern._version import __version__
+from batchkern.cli import _bench
 from batchkern.cli._compare import compare
 from batchkern.cli._info import info
 from batchkern.cli._reproduce import reproduce
@@ -46,6 +47,10 @@ def _app() -> typer.Typer:
     app.callback()(_group)
     for command in (train, compare, reproduce, info):
         app.command()(_in_sentences(command))
+    bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=_bench.BENCH_HELP)
+    bench.callback()(lambda: None)
+    bench.command()(_in_sentences(_bench.report))
+    app.add_typer(bench, name="bench")
     return app
 
 

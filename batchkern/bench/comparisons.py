@@ -1,30 +1,38 @@
-"""The tables of README.md and the findings in the cards of docs/, from the results.json of comparisons:
-``python bench/strategy_tables.py FILE ...``."""
+"""The figures of comparisons of strategies, from their results.json: tables for README.md, findings for docs/."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from batchkern.bench.markdown import table
+from batchkern.bench.results import COMPARISON, Results
 from batchkern.compare.report import costs, effects
-from batchkern.strategies import STRATEGIES, parse
+from batchkern.errors import UserError
+from batchkern.strategies import parse
 
 KEPT = ("reach", "gap (points)", "epochs", "cost")
 """Of the columns of costs; seconds depend on what else the machine did."""
 
 
-def table(results: dict[str, Any], budget: str) -> str:
-    """Markdown: a row for each arm of a budget."""
-    headings, *lines = costs(results, budget)
+def strategies(results: Results, budget: str) -> str:
+    """A row for each arm of a budget.
+
+    Raises:
+        UserError: the comparison has no such budget.
+    """
+    if results.sort != COMPARISON:
+        return ""
+    budgets = results.content["settings"]["budgets"]
+    if budget not in budgets:
+        raise UserError(f"{results.path} has the budgets {', '.join(budgets)}, not {budget!r}")
+    headings, *lines = costs(results.content, budget)
     places = [headings.index(name) for name in KEPT]
-    effect, *arms = effects(results, budget)
-    rows = [[*effect, *(headings[place] for place in places)], ["---"] * (len(effect) + len(places))]
-    rows += [
+    effect, *arms = effects(results.content, budget)
+    rows = [
         [f"`{own[0]}`", *own[1:], *(cost[place] for place in places)] for own, cost in zip(arms, lines, strict=True)
     ]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    return table([*effect, *(headings[place] for place in places)], rows)
 
 
 def findings(results: dict[str, Any], strategy: str) -> list[str]:
@@ -45,12 +53,3 @@ def findings(results: dict[str, Any], strategy: str) -> list[str]:
                 f"(p {p}){beside}."
             )
     return lines
-
-
-if __name__ == "__main__":
-    for path in sys.argv[1:]:
-        found = json.loads(Path(path).read_text())
-        for name in found["settings"]["budgets"]:
-            print(f"\nAt equal {name}:\n\n{table(found, name)}")
-        for name in STRATEGIES:
-            print(f"\n{name}\n" + "\n".join(findings(found, name)))

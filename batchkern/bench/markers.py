@@ -1,0 +1,173 @@
+"""Blocks of a Markdown page that are made from files of results, so that no figure in it is older than its source.
+
+    <!-- figures: KIND FILE [ARGUMENTS] -->
+    <!-- end of figures -->
+
+KIND is one of :data:`KINDS`; FILE is relative to the page's folder. What lies between is replaced.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchkern.bench.comparisons import strategies
+from batchkern.bench.operations import linear, operations, planned
+from batchkern.bench.results import Results, facts, load
+from batchkern.bench.tables import accuracy, growth_table, language, training
+from batchkern.errors import UserError
+from batchkern.rundir import write_file
+
+KINDS: dict[str, Callable[..., str]] = {
+    "operations": operations,
+    "linear": linear,
+    "planned": planned,
+    "growth": growth_table,
+    "training": training,
+    "accuracy": accuracy,
+    "strategies": strategies,
+    "language": language,
+}
+"""Renderers, each from results and the marker's arguments; they give nothing where a file has nothing of their kind."""
+ARGUMENTS = {"strategies": ("BUDGET",)}
+
+BEGIN = re.compile(r"<!-- figures: (.*) -->")
+END = "<!-- end of figures -->"
+LOOSE = re.compile(r"<!--.*\bfigures\b")
+"""What somebody may have meant as a marker."""
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    """Of its first marker, counted from 1."""
+    kind: str
+    file: str
+    arguments: tuple[str, ...]
+    inside: list[str]
+    """The lines between the markers."""
+
+    @property
+    def place(self) -> str:
+        return f"{self.page}, line {self.line}"
+
+    @property
+    def path(self) -> Path:
+        return self.page.parent / self.file
+
+    def render(self) -> list[str]:
+        """The lines that belong between the markers.
+
+        Raises:
+            UserError: the file cannot be used for this.
+        """
+        results = load(self.path)
+        if results.machine.get("quick"):
+            raise UserError(f"{self.place}: {self.path} is of a quick run, whose figures mean nothing")
+        made = KINDS[self.kind](results, *self.arguments)
+        if not made:
+            raise UserError(f"{self.place}: {self.path} has nothing for {self.kind}")
+        return ["", *made.split("\n"), "", f"{facts(results)}. [JSON]({self.file})", ""]
+
+    def newer(self) -> Path | None:
+        """The newest file of the same folder, if it could take the place of this one."""
+        own = load(self.path)
+        others = [own]
+        for path in self.path.parent.glob("*.json"):
+            try:
+                other = load(path)
+            except UserError:  # what lies there besides
+                continue
+            if other.subject == own.subject and self._serves(other):
+                others.append(other)
+        newest = max(others, key=lambda results: results.date)  # the first, which is its own, of those of one date
+        return None if newest is own else newest.path
+
+    def _serves(self, other: Results) -> bool:
+        try:
+            return not other.machine.get("quick") and bool(KINDS[self.kind](other, *self.arguments))
+        except UserError:
+            return False
+
+
+def blocks(page: Path, text: str) -> list[Block]:
+    """
+    Raises:
+        UserError: a marker is wrong, or alone.
+    """
+    found: list[Block] = []
+    begun: tuple[int, str] | None = None
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        if match := BEGIN.fullmatch(line):
+            if begun:
+                raise UserError(f"{page}, line {number}: figures begin before those of line {begun[0]} end: {END}")
+            begun = (number, match[1])
+        elif line == END:
+            if not begun:
+                raise UserError(f"{page}, line {number}: figures end that did not begin")
+            found.append(_block(page, *begun, inside=lines[begun[0] : number - 1]))
+            begun = None
+        elif LOOSE.search(line):
+            raise UserError(
+                f"{page}, line {number}: a marker is a line of its own, <!-- figures: KIND FILE --> or {END}, "
+                f"not {line!r}"
+            )
+    if begun:
+        raise UserError(f"{page}, line {begun[0]}: the figures that begin here do not end: {END}")
+    return found
+
+
+def _block(page: Path, line: int, words: str, inside: list[str]) -> Block:
+    kind, *rest = words.split() or [""]
+    if kind not in KINDS:
+        raise UserError(f"{page}, line {line}: figures must be one of {', '.join(KINDS)}, got {kind!r}")
+    wanted = ("FILE", *ARGUMENTS.get(kind, ()))
+    if len(rest) != len(wanted):
+        raise UserError(f"{page}, line {line}: {kind} is followed by {' '.join(wanted)}, got {' '.join(rest)!r}")
+    return Block(page, line, kind, rest[0], tuple(rest[1:]), inside)
+
+
+def read_page(page: Path) -> str:
+    try:
+        return page.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{page} cannot be read: {error.strerror}") from None
+
+
+def check(page: Path) -> list[str]:
+    """A sentence for each block that is not what its file says, or whose file is not the newest.
+
+    Raises:
+        UserError: a marker or a file is wrong.
+    """
+    said = []
+    for block in blocks(page, read_page(page)):
+        if block.inside != block.render():
+            said.append(
+                f"{block.place}: the figures are not those of {block.file}; run batchkern bench report --readme {page}"
+            )
+        if newer := block.newer():
+            name = os.path.relpath(newer, page.parent)
+            said.append(
+                f"{block.place}: {block.file} is older than {name}, which has figures for {block.kind} too: name that"
+            )
+    return said
+
+
+def rewrite(page: Path) -> list[str]:
+    """Replaces what lies between markers, and says which blocks name a file that is not the newest.
+
+    Raises:
+        UserError: a marker or a file is wrong, or the page cannot be written; it is then as it was.
+    """
+    text = read_page(page)
+    lines = text.split("\n")
+    for block in reversed(blocks(page, text)):  # from the end, so that the numbers of lines before it hold
+        lines[block.line : block.line + len(block.inside)] = block.render()
+    write_file(page, "\n".join(lines).encode())
+    return check(page)

@@ -1,0 +1,113 @@
+"""The page of a benchmark: all tables of its files and, in a folder, their plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from batchkern.bench.comparisons import findings, strategies
+from batchkern.bench.markdown import paragraphs
+from batchkern.bench.operations import detail, name
+from batchkern.bench.results import COMPARISON, Results, facts
+from batchkern.bench.tables import about, accuracy, growth_table, language, sweeps, training
+from batchkern.compare.arms import BUDGETS, slug
+from batchkern.errors import UserError
+from batchkern.plots import plot_fractions
+from batchkern.rundir import write_file
+from batchkern.strategies import STRATEGIES
+
+REPORT = "report.md"
+FIRST_LINE = "<!-- made by batchkern bench report -->"
+
+
+def page(found: Sequence[Results], plots: bool = False) -> str:
+    """Markdown of all files; ``plots``: with links to the figures that :func:`write_report` writes beside it."""
+    return paragraphs(FIRST_LINE, "# Benchmarks", *(_section(results, plots) for results in found)) + "\n"
+
+
+def _section(results: Results, plots: bool) -> str:
+    heading = f"## {results.path.absolute().parent.name}/{results.path.name}"
+    if results.sort == COMPARISON:
+        return paragraphs(heading, facts(results), *_comparison(results))
+    operations = results.rows("operations")
+    by_op = {
+        op: [row for row in operations if row["op"] == op] for op in dict.fromkeys(row["op"] for row in operations)
+    }
+    parts = {
+        "Not measured": "\n".join(
+            f"- {what} {case}"
+            for key, what in (("failed", "failed:"), ("left_out", "left out:"))
+            for case in results.rows(key)
+        ),
+        **{f"`{op}`": detail(rows) for op, rows in by_op.items()},
+        "Growth": growth_table(results),
+        "Fraction of the floor": _images(results) if plots else "",
+        "Training": training(results),
+        "Accuracy": accuracy(results),
+        "Language model": language(results),
+    }
+    written = [paragraphs(f"### {part}", text) for part, text in parts.items() if text]
+    return paragraphs(heading, facts(results), *written)
+
+
+def _comparison(results: Results) -> list[str]:
+    tables = [
+        paragraphs(f"### At {BUDGETS[budget]}", strategies(results, budget))
+        for budget in results.content["settings"]["budgets"]
+    ]
+    found = {strategy: findings(results.content, strategy) for strategy in STRATEGIES}
+    return tables + [paragraphs(f"### {strategy}", "\n".join(lines)) for strategy, lines in found.items() if lines]
+
+
+def _images(results: Results) -> str:
+    return "\n\n".join(f"![{title}]({file})" for file, (title, _, _) in _figures(results).items())
+
+
+def _figures(results: Results) -> dict[str, tuple[str, str, dict[str, Any]]]:
+    """For each sweep with fractions of a floor: by the name of its file, title, label of sizes, and lines."""
+    found = {}
+    for sweep in sweeps(results.rows("growth")):
+        row = next(iter(sweep.values()))
+        lines = {
+            name(variant).strip("`"): points
+            for variant, line in sweep.items()
+            if (points := _points(line["sizes"], line.get("fractions") or []))
+        }
+        if lines:
+            title = ", ".join(part for part in (row["op"], about(row)) if part)
+            file = slug(f"{results.path.absolute().parent.name}-{results.path.stem}-{row['along']}-{title}") + ".png"
+            found[file] = (title, row["along"], lines)
+    return found
+
+
+def _points(sizes: Sequence[float], fractions: Sequence[float | None]) -> list[tuple[float, float]]:
+    return [(size, fraction) for size, fraction in zip(sizes, fractions, strict=False) if fraction is not None]
+
+
+def write_report(found: Sequence[Results], out: Path) -> list[str]:
+    """Writes report.md, and a figure for each sweep; returns their names.
+
+    Raises:
+        UserError: ``out`` has files of these names that are no earlier report's, or cannot be written.
+    """
+    figures = {file: figure for results in found for file, figure in _figures(results).items()}
+    _claim(out, list(figures))
+    for file, (title, along, lines) in figures.items():
+        plot_fractions(out / file, lines, along, title)
+    write_file(out / REPORT, page(found, plots=True).encode())
+    return [REPORT, *figures]
+
+
+def _claim(out: Path, figures: Sequence[str]) -> None:
+    """Only what an earlier report wrote may be replaced: a page that says so, and the figures it links to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        old = (out / REPORT).read_text() if (out / REPORT).exists() else ""
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out} cannot be written: {getattr(error, 'strerror', error)}") from None
+    ours = old.startswith(FIRST_LINE)
+    taken = [REPORT] if old and not ours else []
+    taken += [name for name in figures if (out / name).exists() and not (ours and f"({name})" in old)]
+    if taken:
+        raise UserError(f"{out / taken[0]} exists and is not of an earlier report; give another --out")

@@ -1,0 +1,176 @@
+"""Files of results: what is one, and the machine, commit and date that it is of."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from batchkern.bench.markdown import quantity
+from batchkern.errors import UserError
+
+BENCHMARK, COMPARISON, LANGUAGE = "benchmark", "comparison", "language"
+REQUIRED = {
+    "operations": ("op", "shape", "variant"),
+    "growth": ("op", "along", "variant", "sizes"),
+    "training": ("strategy",),
+    "accuracy": ("op", "classes", "perturbation", "variant", "error"),
+    "arms": (
+        *("arm", "seconds", "tokens_per_s", "peak_bytes", "loss", "updates"),
+        *("loss_at_equal_seconds", "updates_at_equal_seconds"),
+    ),
+}
+"""The lists of a file of results, and what no row of them can do without."""
+QUANTITIES = ("time", "graph", "ratio")
+"""What has a median where it is given."""
+STAMP = re.compile(r"^(\d{4}-\d\d-\d\d)-([0-9a-f]{7,40})\b")
+"""How the name of a file of results begins: its date and its commit."""
+
+UNKNOWN = datetime.min.replace(tzinfo=timezone.utc)
+"""The date of what has none."""
+
+
+@dataclass(frozen=True)
+class Results:
+    path: Path
+    sort: str
+    """One of :data:`BENCHMARK`, :data:`COMPARISON`, :data:`LANGUAGE`."""
+    content: dict[str, Any]
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """A list of the file, empty where it has none."""
+        return self.content.get(name) or []
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        return self.content.get("machine") or {}
+
+    @property
+    def date(self) -> datetime:
+        """When it was measured; :data:`UNKNOWN` where nothing says so, as of what is planned."""
+        stamp = STAMP.match(self.path.name)
+        try:
+            date = datetime.fromisoformat(self.machine.get("date") or (stamp[1] if stamp else ""))
+        except (TypeError, ValueError):
+            return UNKNOWN
+        return date if date.tzinfo else date.replace(tzinfo=timezone.utc)
+
+    @property
+    def subject(self) -> tuple[Any, ...]:
+        """What a newer file must be of, too, to be in place of this one: comparisons of other data are not."""
+        if self.sort != COMPARISON:
+            return (self.sort,)
+        settings = self.content["settings"]
+        return (self.sort, settings["train"]["name"], settings["model"], settings["noise"])
+
+
+def load(path: Path) -> Results:
+    """
+    Raises:
+        UserError: it cannot be read, or is no file of results.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path} is no JSON; files of results are those that make bench writes") from None
+    sort = _sort(content)
+    if sort is None:
+        raise UserError(
+            f"{path} is no file of results: it must name its machine and device, as those do that make bench writes"
+        )
+    if sort != COMPARISON:
+        _check_rows(path, content)
+    return Results(path, sort, content)
+
+
+def _sort(content: Any) -> str | None:
+    if not isinstance(content, dict):
+        return None
+    if content.get("kind") == "batchkern comparison" and "summary" in content:
+        return COMPARISON
+    if isinstance(content.get("arms"), list) and "equal_seconds" in content:
+        return LANGUAGE
+    machine = content.get("machine")
+    return BENCHMARK if isinstance(machine, dict) and "device" in machine else None
+
+
+def _check_rows(path: Path, content: dict[str, Any]) -> None:
+    for name, keys in REQUIRED.items():
+        rows = content.get(name)
+        if rows is None:
+            continue
+        if not isinstance(rows, list):
+            raise UserError(f"{path} is damaged: {name} must be a list, not {rows!r:.40}")
+        for place, row in enumerate(rows):
+            missing = [key for key in keys if not isinstance(row, dict) or row.get(key) is None]
+            if missing:
+                raise UserError(f"{path} is damaged: row {place} of {name} has no {missing[0]!r}")
+            for key in QUANTITIES:
+                if row.get(key) is not None and not (isinstance(row[key], dict) and "median" in row[key]):
+                    raise UserError(f"{path} is damaged: {key} of row {place} of {name} has no median")
+
+
+def load_all(paths: Iterable[Path]) -> tuple[list[Results], list[str]]:
+    """The files and those in the folders, newest first; and a sentence for each file of a folder that is left out.
+
+    Raises:
+        UserError: a file that was named is no file of results, or there is none at all.
+    """
+    found, left_out = {}, []
+    given = list(paths)
+    for path in given:
+        if not path.is_dir():
+            found[path] = load(path)
+            continue
+        for file in sorted(path.rglob("*.json")):
+            try:
+                found[file] = load(file)
+            except UserError as error:
+                left_out.append(f"left out: {error}")
+    if not found:
+        raise UserError(f"there is no file of results in {', '.join(map(str, given))}")
+    return sorted(found.values(), key=lambda results: results.date, reverse=True), left_out
+
+
+def facts(results: Results) -> str:
+    """The machine in one line: what computed, by which torch, from which commit, when."""
+    machine = {**results.content.get("environment", {}), **results.machine}
+    stamp = STAMP.match(results.path.name)
+    commit = machine.get("commit") or (stamp[2] if stamp else None)
+    if results.sort == COMPARISON:  # names no processor; the folder does
+        name, threads = results.path.absolute().parent.name, machine.get("threads_per_run")
+    else:
+        name, threads = machine.get("gpu") or machine.get("cpu") or machine["device"], machine.get("threads")
+    said = [str(name)]
+    if machine.get("planned"):
+        said.append("not measured yet")
+    elif threads and not machine.get("gpu"):
+        said.append(f"{threads} thread{'s' * (threads != 1)}" + " a run" * (results.sort == COMPARISON))
+    if machine.get("torch"):
+        said.append(f"torch {machine['torch']}")
+    if commit:
+        said.append(f"commit {commit}" + " with changes" * bool(machine.get("dirty")))
+    if results.date > UNKNOWN:
+        said.append(f"{results.date:%Y-%m-%d}")
+    if failed := results.rows("failed"):
+        said.append(f"{len(failed)} case{'s' * (len(failed) > 1)} failed")
+    if machine.get("quick"):
+        said.append("a quick run, whose figures mean nothing")
+    return "; ".join([", ".join(said), *_rates(results)])
+
+
+def _rates(results: Results) -> list[str]:
+    """What floors are counted at."""
+    rates = results.content.get("rates") or {}
+    said = []
+    if copy := rates.get("copy"):
+        said.append(f"copies {quantity(copy['median'], 'B/s')}")
+    for dtype, rate in (rates.get("matmul") or {}).items():
+        said.append(f"multiplies {dtype} matrices at {quantity(rate['median'], 'flop/s')}")
+    return said

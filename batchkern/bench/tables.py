@@ -1,0 +1,130 @@
+"""Tables of what is no single call of an operation: sweeps, trainings, accuracy, an example."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from batchkern.bench.fit import Growth, growth
+from batchkern.bench.markdown import dimensions, labels, paragraphs, seconds, size, table
+from batchkern.bench.operations import name, spread
+from batchkern.bench.results import LANGUAGE, Results
+
+BRACKETS = (
+    "Exponents are slopes of log cost over log size where a cost is at least ten times the sweep's lowest; in brackets "
+    "those of the three largest sizes, where it is not, and what is paid at any size may still count."
+)
+
+
+def sweeps(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+    """Rows of one sweep together, by variant."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = [row["op"], row["along"], *(row.get(part) for part in ("fixed", "dtype", "keep", "kind", "mode"))]
+        found.setdefault(json.dumps(key), {})[row["variant"]] = row
+    return list(found.values())
+
+
+def about(row: dict[str, Any]) -> str:
+    """What a sweep holds fixed."""
+    mode = row.get("mode") or "full"
+    parts = (dimensions(row.get("fixed") or {}), labels(row), "" if mode == "full" else mode)
+    return ", ".join(part for part in parts if part)
+
+
+def growth_table(results: Results) -> str:
+    """With which power of its size each implementation's time and memory grow."""
+    found = sweeps(results.rows("growth"))
+    variants = list(dict.fromkeys(variant for sweep in found for variant in sweep))
+    costs = {"time": "seconds", "memory": "peak_bytes"}
+    lines = []
+    for sweep in found:
+        first = next(iter(sweep.values()))
+        sizes = sorted({number for row in sweep.values() for number in row["sizes"]})
+        fits = [
+            _exponent(growth(row["sizes"], row.get(key) or []) if (row := sweep.get(variant)) else None)
+            for key in costs.values()
+            for variant in variants
+        ]
+        span = f"{first['along']}, {sizes[0]:,} to {sizes[-1]:,}" if sizes else first["along"]
+        lines.append([f"`{first['op']}`", span, about(first), *fits])
+    headings = ["operation", "along", "at", *(f"{cost}: {name(variant)}" for cost in costs for variant in variants)]
+    return paragraphs(table(headings, lines), BRACKETS if lines else "")
+
+
+def _exponent(fit: Growth | None) -> str:
+    if fit is None:
+        return ""
+    exponent = f"{fit.exponent + 0.0:.2f}".replace("-0.00", "0.00")
+    return exponent if fit.settled else f"({exponent})"
+
+
+def training(results: Results) -> str:
+    """The trainer beside a bare loop that does the same updates."""
+    headings = ["strategy", "model", "data", "an epoch, bare", "an epoch, trainer", "samples/s", "trainer / bare"]
+    headings += ["20-80 %", "wanted", "images loaded an epoch"]
+    return table(headings, [_training(row) for row in results.rows("training")])
+
+
+def _training(row: dict[str, Any]) -> list[str]:
+    data = [row.get("data") or ""]
+    data += [f"{row['images']:,} images"] if row.get("images") else []
+    data += [f"batches of {row['batch_size']:,}"] if row.get("batch_size") else []
+    speed, loaded = row.get("samples_per_s"), row.get("images_loaded_per_epoch")
+    return [
+        f"`{row['strategy']}`",
+        row.get("model") or "",
+        ", ".join(data),
+        seconds(row.get("bare_seconds_per_epoch")),
+        seconds(row.get("seconds_per_epoch")),
+        "" if speed is None else f"{speed:,.0f}",
+        "" if row.get("ratio") is None else f"{row['ratio']['median']:.2f}",
+        spread(row.get("ratio"), "{:.2f}".format),
+        "" if row.get("target") is None else f"at most {row['target']:.2f}",
+        "" if loaded is None else f"{loaded:,.0f}",
+    ]
+
+
+def accuracy(results: Results) -> str:
+    """Errors next to float64: a line for each size of the perturbation, a column for each size and implementation."""
+    tables = []
+    rows = results.rows("accuracy")
+    for op in dict.fromkeys(row["op"] for row in rows):
+        errors = {
+            (row["perturbation"], row["classes"], row["variant"]): row["error"] for row in rows if row["op"] == op
+        }
+        columns = list(dict.fromkeys((classes, variant) for _, classes, variant in errors))
+        columns.sort(key=lambda column: column[0])  # stable: implementations stay in the order of the file
+        headings = ["perturbation", *(f"{name(variant)}, {classes:,} classes" for classes, variant in columns)]
+        lines = []
+        for perturbation in sorted({key[0] for key in errors}, reverse=True):
+            found = [errors.get((perturbation, *column)) for column in columns]
+            lines.append([_power(perturbation), *("" if error is None else f"{error:.1e}" for error in found)])
+        tables.append(paragraphs(f"`{op}`, relative error of the mean:", table(headings, lines)))
+    return paragraphs(*tables)
+
+
+def _power(value: float) -> str:
+    return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")
+
+
+def language(results: Results) -> str:
+    """The arms of examples/selective_lm.py at equal updates and at equal seconds."""
+    arms = results.rows("arms") if results.sort == LANGUAGE else []
+    if not arms:
+        return ""
+    budget, updates = results.content["equal_seconds"], arms[0]["updates"]
+    headings = ["arm", "time", "tokens/s", "peak memory of an update", f"held-out loss after {updates:,} updates"]
+    headings.append(f"after {seconds(budget)} (updates)")
+    lines = [
+        [
+            arm["arm"],
+            seconds(arm["seconds"]),
+            f"{arm['tokens_per_s']:,.0f}",
+            size(arm["peak_bytes"]),
+            f"{arm['loss']:.3f}",
+            f"{arm['loss_at_equal_seconds']:.3f} ({arm['updates_at_equal_seconds']:,})",
+        ]
+        for arm in arms
+    ]
+    return table(headings, lines)

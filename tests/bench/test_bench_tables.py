@@ -1,0 +1,243 @@
+"""The tables, against tables written by hand."""
+
+# ruff: noqa: E501 (a row of a table is one line)
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import small_results as small
+from small_results import SHAPE, row, sweep
+
+pytest.importorskip("jinja2")
+
+from batchkern.bench.markdown import quantity
+from batchkern.bench.operations import detail, linear, operations, planned
+from batchkern.bench.results import load
+from batchkern.bench.tables import BRACKETS, accuracy, growth_table, language, training
+
+OP = "trimmed_cross_entropy"
+LINEAR = {"rows": 2048, "hidden": 512, "words": 32000}
+
+
+@pytest.fixture
+def results(tmp_path):
+    return lambda **lists: load(small.write(tmp_path / "some.json", **lists))
+
+
+def told(text: str) -> str:
+    """A table as one writes it in a test: without the spaces at its left."""
+    return "\n".join(line.strip() for line in text.strip().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (5.8e-3, "s", "5.80 ms"),
+        (1.24e-4, "s", "124 us"),
+        (1.2e-6, "s", "1.20 us"),
+        (3e-10, "s", "0.30 ns"),
+        (9.996e-4, "s", "1.00 ms"),
+        (0.099962, "s", "100 ms"),
+        (9.999, "s", "10.0 s"),
+        (81.84, "s", "81.8 s"),
+        (1262, "s", "1,260 s"),
+        (131e6, "B", "131 MB"),
+        (999.9e6, "B", "1.00 GB"),
+        (512, "B", "512 B"),
+        (0, "B", "0 B"),
+        (4.8e12, "B/s", "4.80 TB/s"),
+        (989e12, "flop/s", "989 Tflop/s"),
+        (None, "s", ""),
+    ],
+)
+def test_quantities(value, unit, text):
+    assert quantity(value, unit) == text
+
+
+def test_operations_stand_beside_pytorch(results):
+    rows = [
+        row(OP, SHAPE, "ours", 0.1, mode="forward"),
+        row(OP, SHAPE, "ours", 5.8e-3),
+        row(OP, SHAPE, "ours inplace", 5.2e-3, 0.9, peak_bytes=0),
+        row(OP, SHAPE, "eager", 18.1e-3, 3.15, peak_bytes=393e6),
+        row(OP, SHAPE, "compile", 11.5e-3, 2.0),
+        row(OP, SHAPE, "liger", 6e-3, 1.04, less="counts every row"),
+        row(OP, SHAPE, "ours", 4.4e-3, dtype="bfloat16", keep=0.5),
+        row("rank_batches", {"losses": 1000000}, "eager", 36.4e-3, 4.3, mode="forward", keep=None, kind="a fifth"),
+        row("rank_batches", {"losses": 1000000}, "ours", 8.3e-3, mode="forward", keep=None, kind="a fifth"),
+        row("linear_trimmed_cross_entropy", LINEAR, "ours", 1.0),
+        row(OP, {"rows": 1}, "ours", None),
+    ]
+    assert operations(results(operations=rows)) == told(
+        """
+        | operation | shape | ours | eager | compiled | eager / ours | compiled / ours | of the floor | peak memory | eager's |
+        | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+        | `trimmed_cross_entropy` | rows 4,096, classes 1,000, float32, keep 0.2 | 5.80 ms | 18.1 ms | 11.5 ms | 3.1 | 2.0 | 17 % | 131 MB | 393 MB |
+        | `trimmed_cross_entropy`, inplace | rows 4,096, classes 1,000, float32, keep 0.2 | 5.20 ms | 18.1 ms | 11.5 ms | 3.5 | 2.2 | 19 % | 0 B | 393 MB |
+        | `trimmed_cross_entropy` | rows 4,096, classes 1,000, bfloat16, keep 0.5 | 4.40 ms |  |  |  |  | 23 % | 131 MB |  |
+        | `rank_batches` | losses 1,000,000, float32, a fifth, forward | 8.30 ms | 36.4 ms |  | 4.3 |  | 12 % | 131 MB | 131 MB |
+        """
+    )
+
+
+def test_the_detail_of_an_operation():
+    rows = [
+        row(OP, SHAPE, "ours", 2e-3, error={"result": 1.23e-8, "gradient": None}, backend="kernel", launches=3),
+        row(OP, SHAPE, "eager", 4e-3, 2.0, backend="torch", host=7e-6),
+        row(OP, SHAPE, "liger", 4e-3, 2.0, less="counts every row", graph={"median": 3e-3}),
+        row(OP, SHAPE, "quack", 5e-3, 2.5, less="counts every row"),
+        row(OP, SHAPE, "F.cut", None, unequal="its loss is another", mode="forward"),
+        row(OP, SHAPE, "cut", None, less="has no options", target_s=1e-3),
+    ]
+    assert detail(rows) == told(
+        """
+        | shape |  | mode | variant | backend | time | 20-80 % | / ours | floor | of the floor | peak memory | launches | in a graph | host | error | target |
+        | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+        | rows 4,096, classes 1,000 | float32, keep 0.2 | full | ours | kernel | 2.00 ms | 1.80 ms - 2.40 ms |  | 1.00 ms | 50 % | 131 MB | 3 |  |  | 1.2e-08 |  |
+        | rows 4,096, classes 1,000 | float32, keep 0.2 | full | eager | torch | 4.00 ms | 3.60 ms - 4.80 ms | 2.0 (1.8 - 2.4) | 1.00 ms | 25 % | 131 MB |  |  | 7.00 us |  |  |
+        | rows 4,096, classes 1,000 | float32, keep 0.2 | full | liger (1) |  | 4.00 ms | 3.60 ms - 4.80 ms | 2.0 (1.8 - 2.4) | 1.00 ms | 25 % | 131 MB |  | 3.00 ms |  |  |  |
+        | rows 4,096, classes 1,000 | float32, keep 0.2 | full | quack (1) |  | 5.00 ms | 4.50 ms - 6.00 ms | 2.5 (2.2 - 3.0) | 1.00 ms | 20 % | 131 MB |  |  |  |  |  |
+        | rows 4,096, classes 1,000 | float32, keep 0.2 | forward | `F.cut` |  | not timed |  |  | 1.00 ms |  | 131 MB |  |  |  |  |  |
+        | rows 4,096, classes 1,000 | float32, keep 0.2 | full | cut (2) |  | not yet measured |  |  | 1.00 ms |  | 131 MB |  |  |  |  | 1.00 ms |
+
+        (1) computes less: counts every row; (2) computes less: has no options
+
+        Not timed, since it does not compute the same:
+
+        - `F.cut` at rows 4,096, classes 1,000, float32, keep 0.2, forward: its loss is another
+        """
+    )
+
+
+def test_the_linear_one_by_keep(results):
+    op = "linear_trimmed_cross_entropy"
+    rows = [
+        row(op, LINEAR, "ours", 1.26, keep=1.0, peak_bytes=136e6, fraction=0.9),
+        row(op, LINEAR, "eager", 1.65, 1.31, keep=1.0, peak_bytes=786e6),
+        row(op, LINEAR, "liger", 1.3, 1.03, keep=1.0, peak_bytes=78e6, less="counts every row"),
+        row(op, LINEAR, "ours", 0.65, peak_bytes=85e6, fraction=0.8),
+        row(op, LINEAR, "eager", 1.58, 2.43, peak_bytes=786e6),
+        row(op, LINEAR, "cut", None, unequal="its loss is another"),
+        row(OP, SHAPE, "ours", 1.0),
+    ]
+    assert linear(results(operations=rows)) == told(
+        """
+        rows 2,048, hidden 512, words 32,000, float32: time, times ours, peak memory
+
+        | keep | ours | eager | liger (1) | ours, of the floor |
+        | --- | --- | --- | --- | --- |
+        | 1 | 1.26 s, 136 MB | 1.65 s, 1.3, 786 MB | 1.30 s, 1.0, 78.0 MB | 90 % |
+        | 0.2 | 650 ms, 85.0 MB | 1.58 s, 2.4, 786 MB |  | 80 % |
+
+        (1) computes less: counts every row
+
+        Not timed, since it does not compute the same:
+
+        - cut at rows 2,048, hidden 512, words 32,000, float32, keep 0.2: its loss is another
+        """
+    )
+
+
+def test_what_a_gpu_is_to_reach(results):
+    rows = [
+        row(OP, {"rows": 65536, "classes": 1000}, "ours", None, target_s=160e-6, floor={"seconds": 120e-6}),
+        row("trimmed_mean", {"rows": 65536}, "ours", 11e-6, mode="forward", target_s=12e-6, floor=None, fraction=None),
+        row("trimmed_mean", {"rows": 65536}, "ours inplace", None, floor={"seconds": 0}),
+        row("trimmed_mean", {"rows": 65536}, "eager", None),
+        row("trimmed_mean", {"rows": 9}, "ours", 1e-5),
+    ]
+    assert planned(results(operations=rows)) == told(
+        """
+        | operation | shape | target | floor | measured |
+        | --- | --- | --- | --- | --- |
+        | `trimmed_cross_entropy` | rows 65,536, classes 1,000, float32, keep 0.2 | 160 us | 120 us | not yet measured |
+        | `trimmed_mean` | rows 65,536, float32, keep 0.2, forward | 12.0 us |  | 11.0 us |
+        | `trimmed_mean`, inplace | rows 65,536, float32, keep 0.2 |  |  | not yet measured |
+        """
+    )
+
+
+def test_growth(results):
+    sizes = [1000 * 4**step for step in range(8)]
+    lines = [
+        sweep("ours", sizes, [1e-9 * size for size in sizes], [1e6] * 8),
+        sweep("compile", sizes[:4], [1e-3, 2e-3, 4e-3, 8e-3], [4.0 * size for size in sizes[:4]]),
+        sweep("ours", sizes[:2], [1, 2], [1, 2], fixed={}, kind="near", mode="forward"),
+    ]
+    expected = told(
+        """
+        | operation | along | at | time: ours | time: compiled | memory: ours | memory: compiled |
+        | --- | --- | --- | --- | --- | --- | --- |
+        | `trimmed_mean` | rows, 1,000 to 16,384,000 | classes 10, float32 | 1.00 | (0.50) | 0.00 | (1.00) |
+        | `trimmed_mean` | rows, 1,000 to 4,000 | float32, near, forward |  |  |  |  |
+        """
+    )
+    assert growth_table(results(growth=lines)) == f"{expected}\n\n{BRACKETS}"
+
+
+def test_training(results):
+    trainings = [
+        {
+            "strategy": "trimming(backward=compact)",
+            "model": "resnet8",
+            "data": "photo-patches",
+            "images": 1640,
+            "batch_size": 64,
+            "seconds_per_epoch": 1.2,
+            "samples_per_s": 1530.4,
+            "bare_seconds_per_epoch": 1.1,
+            "ratio": {"median": 1.034, "p20": 1.01, "p80": 1.05},
+            "target": 1.05,
+        },
+        {"strategy": "baseline"},
+    ]
+    assert training(results(training=trainings)) == told(
+        """
+        | strategy | model | data | an epoch, bare | an epoch, trainer | samples/s | trainer / bare | 20-80 % | wanted |
+        | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+        | `trimming(backward=compact)` | resnet8 | photo-patches, 1,640 images, batches of 64 | 1.10 s | 1.20 s | 1,530 | 1.03 | 1.01 - 1.05 | at most 1.05 |
+        | `baseline` |  |  |  |  |  |  |  |  |
+        """
+    )
+
+
+def test_accuracy(results):
+    errors = {(1e-2, 1000, "ours"): 1.3e-8, (1e-1, 10, "F.kl_div"): 1.4e-7, (1e-1, 10, "ours"): 1.7e-8}
+    errors |= {(1e-2, 10, "ours"): 4.2e-9}
+    rows = [
+        {"op": "soft_label_kl", "perturbation": p, "classes": c, "variant": v, "error": error}
+        for (p, c, v), error in errors.items()
+    ]
+    assert accuracy(results(accuracy=rows)) == told(
+        """
+        `soft_label_kl`, relative error of the mean:
+
+        | perturbation | `F.kl_div`, 10 classes | ours, 10 classes | ours, 1,000 classes |
+        | --- | --- | --- | --- |
+        | 1e-1 | 1.4e-07 | 1.7e-08 |  |
+        | 1e-2 |  | 4.2e-09 | 1.3e-08 |
+        """
+    )
+
+
+def test_the_language_model(tmp_path):
+    arm = {"arm": "keep 1", "seconds": 81.8, "tokens_per_s": 5005, "peak_bytes": 128e6, "loss": 5.323, "updates": 400}
+    other = arm | {"arm": "random 0.2", "seconds": 64.0, "loss_at_equal_seconds": 5.4, "updates_at_equal_seconds": 1588}
+    arms = [arm | {"loss_at_equal_seconds": 5.323, "updates_at_equal_seconds": 400}, other]
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({"settings": {}, "arms": arms, "equal_seconds": 82}))
+    assert language(load(path)) == told(
+        """
+        | arm | time | tokens/s | peak memory of an update | held-out loss after 400 updates | after 82.0 s (updates) |
+        | --- | --- | --- | --- | --- | --- |
+        | keep 1 | 81.8 s | 5,005 | 128 MB | 5.323 | 5.323 (400) |
+        | random 0.2 | 64.0 s | 5,005 | 128 MB | 5.323 | 5.400 (1,588) |
+        """
+    )
+
+
+def test_a_file_without_rows_gives_no_table(results):
+    empty = results(operations=[], growth=None)
+    assert not any(kind(empty) for kind in (operations, linear, planned, growth_table, training, accuracy, language))
