@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 import pytest
 
+from batchkern.bench.report import page
+from batchkern.bench.results import BENCHMARK, Results
 from bench import machine, measure, registry
 from bench.devices import Cpu, Cuda, Rates
 from bench.results_file import as_text
@@ -104,8 +106,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for session in _sessions:
         session.failed = [r.nodeid for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, [])]
         session.write()
-        from batchkern.bench.tables import report
-
-        terminalreporter.write("\n" + report([session.report()]))
+        terminalreporter.write(
+            "\n" + page([Results(session.path or Path("measured", "now"), BENCHMARK, session.report())])
+        )
         if session.path:
             terminalreporter.write_line(f"written: {session.path}")

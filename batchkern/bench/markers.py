@@ -74,7 +74,7 @@ class Block:
         return ["", *made.split("\n"), "", f"{facts(results)}. [JSON]({self.file})", ""]
 
     def newer(self) -> Path | None:
-        """The newest file of the same folder, if it could take the place of this one."""
+        """The newest file of the same folder, and of the same release of torch, if it could take this one's place."""
         own = load(self.path)
         others = [own]
         for path in self.path.parent.glob("*.json"):
@@ -82,7 +82,8 @@ class Block:
                 other = load(path)
             except UserError:  # what lies there besides
                 continue
-            if other.subject == own.subject and self._serves(other):
+            same = other.subject == own.subject and own.release in ("", other.release)
+            if same and self._serves(other):
                 others.append(other)
         newest = max(others, key=lambda results: results.date)  # the first, which is its own, of those of one date
         return None if newest is own else newest.path

@@ -60,6 +60,11 @@ class Results:
         return date if date.tzinfo else date.replace(tzinfo=timezone.utc)
 
     @property
+    def release(self) -> str:
+        """Of torch, without its patch: 2.11; empty for what is planned."""
+        return ".".join(str(self.machine.get("torch") or "").split(".")[:2])
+
+    @property
     def subject(self) -> tuple[Any, ...]:
         """What a newer file must be of, too, to be in place of this one: comparisons of other data are not."""
         if self.sort != COMPARISON:

@@ -105,6 +105,16 @@ def test_what_was_measured_comes_in_place_of_what_was_planned(tmp_path):
     assert ["planned.json is older than measured.json" in sentence for sentence in rewrite(page)] == [True]
 
 
+def test_a_file_of_another_release_of_torch_is_not_newer(page):
+    rewrite(page)
+    rows = [row(OP, SHAPE, "ours", 2e-3)]
+    newer = {"date": "2026-11-30T00:00:00+00:00", "commit": "abc1235"}
+    small.write(page.parent / "results" / "other.json", {**newer, "torch": "2.15.0+cpu"}, operations=rows)
+    assert check(page) == []
+    small.write(page.parent / "results" / "same.json", {**newer, "torch": "2.11.1"}, operations=rows)
+    assert ["results/a.json is older than results/same.json" in sentence for sentence in check(page)] == [True]
+
+
 def test_comparisons_of_other_data_are_not_newer(tmp_path, monkeypatch):
     monkeypatch.setitem(markers.KINDS, "strategies", lambda results, budget: budget)
     page = tmp_path / "PAGE.md"
