@@ -19,7 +19,7 @@ from torch import Tensor
 from batchkern import _backend
 from bench.devices import Cpu, Cuda, Rates, Run, cloned, floor_seconds, quantiles, repeats
 from bench.machine import QUICK
-from bench.registry import Case, Operation, Problem, Step, Sweep, Variant, relative_error
+from bench.registry import Case, Operation, Oracle, Problem, Step, Sweep, Variant, relative_error
 
 SECONDS_A_GROUP, ROUNDS = (0.05, (3, 3)) if QUICK else (3.0, (7, 101))
 SECONDS_A_POINT, POINT_ROUNDS = (0.02, (2, 2)) if QUICK else (0.4, (3, 21))
@@ -53,8 +53,15 @@ class Unequal(Exception):
     """What a variant computes is not what it should."""
 
 
-def errors(problem: Problem, variant: Variant, mode: str = "full") -> dict[str, float | None] | None:
+Exact = tuple[Tensor, tuple[Tensor, ...]]
+"""A result and its gradients in float64."""
+
+
+def errors(
+    problem: Problem, variant: Variant, mode: str = "full", known: dict[Oracle, Exact] | None = None
+) -> dict[str, float | None] | None:
     """Relative to float64, of the result and of its gradients; None where random numbers are the variant's own.
+    ``known`` keeps what oracles gave, for the next variant of the same problem and mode.
 
     Raises:
         Unequal: beyond the problem's limit, or NaN.
@@ -64,7 +71,11 @@ def errors(problem: Problem, variant: Variant, mode: str = "full") -> dict[str, 
         if sentence := variant.wrong(result.detach(), gradients):
             raise Unequal(sentence)
         return None
-    exact, exact_gradients = in_float64(problem, variant, mode)
+    oracle = variant.oracle or problem.oracle
+    known = {} if known is None else known
+    if oracle not in known:
+        known[oracle] = in_float64(problem, oracle, mode)
+    exact, exact_gradients = known[oracle]
     found = {"result": problem.result_error(result, exact), "gradient": None}
     if gradients:
         pairs = zip(gradients, exact_gradients, strict=True)
@@ -75,10 +86,10 @@ def errors(problem: Problem, variant: Variant, mode: str = "full") -> dict[str, 
     return found
 
 
-def in_float64(problem: Problem, variant: Variant, mode: str) -> tuple[Tensor, tuple[Tensor, ...]]:
+def in_float64(problem: Problem, oracle: Oracle, mode: str) -> Exact:
     wide = tuple(x.detach().double() for x in problem.inputs)
     leaves = [x.requires_grad_() for x in wide[: problem.differentiable]]
-    result = (variant.oracle or problem.oracle)(*wide)
+    result = oracle(*wide)
     if not leaves or mode == "forward":
         return result.detach(), ()
     upstream = None if problem.upstream is None else problem.upstream.double()
@@ -140,7 +151,12 @@ def timed_graphs(device: Cuda, problem: Problem, steps: dict[str, Step], calls: 
     runs = {}
     for name, step in steps.items():
         inputs = [cloned(problem.inputs, problem.differentiable) for _ in range(calls)]
-        replay = device.graph_of(lambda step=step, inputs=inputs: [full(problem, step, x) for x in inputs])
+        try:
+            replay = device.graph_of(lambda step=step, inputs=inputs: [full(problem, step, x) for x in inputs])
+        except RuntimeError:  # a peer that waits for the device cannot be captured
+            if name.startswith("ours"):
+                raise
+            continue
 
         def restored(_: int, replay: Run = replay, inputs: list[tuple[Tensor, ...]] = inputs) -> Run:
             with torch.no_grad():
@@ -167,6 +183,23 @@ def shared(op: Operation, case: Case) -> dict[str, Any]:
     return {"op": op.name, "dtype": str(case.dtype)[6:], "keep": case.keep, "kind": case.kind}
 
 
+def _checked(problem: Problem, mode: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The errors of each variant, or why it is not to be timed. If that is one of ours the error is raised."""
+    found: dict[str, Any] = {}
+    unequal: dict[str, str] = {}
+    known: dict[Oracle, Exact] = {}
+    for name, variant in problem.variants.items():
+        try:
+            found[name] = errors(problem, variant, mode, known)
+        except Exception as error:  # such as of a peer that does not take this shape or type, or this GPU
+            if name.startswith("ours"):
+                raise
+            lines = str(error).strip().splitlines() or [""]
+            failed = f"it fails: {type(error).__name__}: {lines[0][:200]}"
+            unequal[name] = lines[0] if isinstance(error, Unequal) else failed
+    return found, unequal
+
+
 def rows_of(op: Operation, case: Case, device: Cpu) -> list[dict[str, Any]]:
     """A row for each mode and variant. ``finish`` adds the floor's seconds, once the rates are known."""
     torch.compiler.reset()  # each case compiles anew for its shape
@@ -174,18 +207,7 @@ def rows_of(op: Operation, case: Case, device: Cpu) -> list[dict[str, Any]]:
     problem = op.build(case, device.device)
     backend = next(s.backend for s in _backend.status() if (s.op, s.device) == (op.name, device.device.type))
     whole = case.modes[-1]
-    found, unequal = {}, {}
-    for name, variant in problem.variants.items():
-        try:
-            found[name] = errors(problem, variant, whole)
-        except Unequal as error:
-            if name.startswith("ours"):
-                raise
-            unequal[name] = str(error)
-        except Exception as error:  # a peer that does not take this shape or type, or this GPU
-            if name.startswith("ours"):
-                raise
-            unequal[name] = f"it fails: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    found, unequal = _checked(problem, whole)
     right = {name: v for name, v in problem.variants.items() if name not in unequal}
     rows = []
     for mode in case.modes:
@@ -208,7 +230,7 @@ def rows_of(op: Operation, case: Case, device: Cpu) -> list[dict[str, Any]]:
                     "calls_a_round": timed.calls[name],
                     "ratio": quantiles([a / b for a, b in zip(seconds, timed.seconds["ours"])]),
                     "floor": op.floor(case, mode)._asdict(),
-                    "graph": quantiles(graphs.seconds[name]) if graphs else None,
+                    "graph": quantiles(graphs.seconds[name]) if graphs and name in graphs.seconds else None,
                     "host": quantiles(timed.host[name])["median"] if timed.host[name] else None,
                     "peak_bytes": device.peak_bytes(run) if run else None,
                     "launches": device.launches(prepared(problem, steps[name], mode, 1)) if run else None,
@@ -237,11 +259,10 @@ def growth_of(op: Operation, sweep: Sweep, device: Cpu, sizes: Sequence[int]) ->
         case = sweep.case.along(sweep.along, size)
         mode = case.modes[-1]
         problem = op.build(case, device.device)
-        variants = {name: v for name, v in problem.variants.items() if name not in NOT_SWEPT}
         if size == sizes[0]:
-            for variant in variants.values():
-                errors(problem, variant, mode)
-        steps = {name: v.timed for name, v in variants.items()}
+            problem.variants = {name: v for name, v in problem.variants.items() if name not in NOT_SWEPT}
+            right = _checked(problem, mode)[0]
+        steps = {name: problem.variants[name].timed for name in right}
         timed = timed_modes(device, problem, steps, mode, SECONDS_A_POINT, POINT_ROUNDS)
         fixed = {key: value for key, value in case.sizes.items() if key != sweep.along}
         for name, seconds in timed.seconds.items():

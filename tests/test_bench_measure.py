@@ -160,7 +160,8 @@ def test_growth_has_a_figure_for_each_size(monkeypatch: pytest.MonkeyPatch) -> N
     device = SmallCpu()
     rates = Rates(device)
     rates.sample(torch.float32)
-    op = operation(lambda case, _: Problem((torch.randn(1 << 8 * case.sizes["rows"]),), {"ours": Variant(step)}, step))
+    variants = {"ours": Variant(step), "off": Variant(lambda x: 1.1 * step(x)), "compile": Variant(step)}
+    op = operation(lambda case, _: Problem((torch.randn(1 << 8 * case.sizes["rows"]),), variants, step))
     sweep = Sweep(op.quick, "rows", (1, 2))
     (entry,) = measure.finish([], measure.growth_of(op, sweep, device, sweep.sizes), rates)["growth"]
     assert entry["sizes"] == [1, 2]
@@ -257,6 +258,18 @@ def test_short_calls_are_replayed_in_a_graph_whose_inputs_are_restored(
     assert queue.count("replay") == 4
     assert timed.seconds["ours"] == [1e-3] * 4  # two calls in 2 ms
     assert given[-1] is not given[-2]
+
+
+def test_a_peer_that_cannot_be_captured_has_no_graph(queue: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ROUNDS", (2, 2))
+
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    timed = measure.timed_graphs(SmallCuda("cpu"), doubling(), {"ours": step, "eager": waits}, 1)
+    assert set(timed.seconds) == {"ours"}
+    with pytest.raises(RuntimeError, match="capturing"):
+        measure.timed_graphs(SmallCuda("cpu"), doubling(), {"ours": waits}, 1)
 
 
 def test_rows_of_a_gpu_have_graphs_launches_and_host_time(queue: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
