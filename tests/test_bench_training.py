@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from training import flat, single_thread
 
+from batchkern.data import Feed
 from batchkern.plan import EpochBatches
 from batchkern.strategies import STRATEGIES, Strategy
 from batchkern.trainer import Trainer
@@ -207,6 +208,17 @@ SIZE, IMAGES = bench.BATCH_SIZE, bench.BATCHES * bench.BATCH_SIZE
 )
 def test_what_is_loaded_is_what_updates_use(strategy: str, loaded: int) -> None:
     assert trainings(strategy).images_loaded() == loaded
+
+
+def test_what_is_loaded_twice_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = Feed.batch
+
+    def twice(*args: Any) -> Any:
+        once(*args)
+        return once(*args)
+
+    monkeypatch.setattr(Feed, "batch", twice)
+    assert trainings("baseline").images_loaded() == 2 * UPDATES * SIZE
 
 
 # --- the rows --------------------------------------------------------------------------------------------------------
