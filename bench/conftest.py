@@ -81,7 +81,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """The cases, or the sweeps, of every operation for the device. Those with a target come first, in case time runs
     out."""
     device = metafunc.config.getoption("--on")
-    if "case" in metafunc.fixturenames:
+    if {"op", "case"} <= set(metafunc.fixturenames):
         cases = [
             (op, case)
             for op in registry.operations().values()

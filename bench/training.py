@@ -1,0 +1,282 @@
+"""Seconds of a training in the trainer beside those of a bare PyTorch loop.
+
+Both take turns, update by update, in one process, so that what the machine does besides hits them alike. A round is a
+whole short training, always from the same weights; ratios are of the sums of a round, and medians over rounds.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from batchkern import models
+from batchkern.data import ImageData, TensorImages, load, load_pair
+from batchkern.learner import Counts
+from batchkern.plan import Batch, EpochBatches
+from batchkern.strategies import Step, Strategy, parse
+from batchkern.trainer import Trainer
+from bench.devices import quantiles
+
+PHOTOS = "photo-patches"
+DATA = os.environ.get("BATCHKERN_BENCH_DATA", PHOTOS)
+"""A data set of 32 x 32 images, such as CIFAR-10 in a parquet file; the default comes with scikit-learn."""
+BATCHES = 5
+"""In an epoch: a hard batch of five is the fewest that delta = 0.2 can choose."""
+EPOCHS = 5
+"""A step of Stepwise takes one, and trimming falls to its last fraction in the last."""
+MIN_ROUNDS = 2
+COMPACT = "trimming(start=0.2,end=0.2,backward=compact)"
+NO_NORM = " without batch norm"
+OPTIMIZER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+
+
+@dataclass(frozen=True)
+class Case:
+    strategy: str
+    """As on the command line."""
+    model: str
+    target: float | None = None
+    """The largest ratio wanted."""
+    batch_size: int = 64
+
+
+CASES = [
+    Case("baseline", "resnet8", target=1.03),
+    Case("trimming", "resnet8"),
+    Case(COMPACT, "resnet8"),
+    Case("hard-batches", "resnet8"),
+    Case("stepwise", "resnet8"),
+    Case("augmentation", "resnet8"),
+    Case("passive(every=5)", "resnet8"),
+    Case("random", "resnet8"),
+    Case("baseline", "resnet8" + NO_NORM),
+    Case(COMPACT, "resnet8" + NO_NORM, target=1 / 1.5),
+    Case(COMPACT, "cnn"),
+]
+
+
+class BareLoop:
+    """The plain baseline as a good user of PyTorch writes it: images in memory, on the device, and nothing logged."""
+
+    def __init__(self, model: nn.Module, data: TensorImages, batch_size: int, device: torch.device) -> None:
+        self.model = model.to(device).train()
+        self.images, self.labels = data.images.to(device), data.labels.to(device)
+        mean, std = data.statistics()
+        self.scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
+        self.shift = (-mean / std).view(-1, 1, 1).to(device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), **OPTIMIZER)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=EPOCHS * BATCHES)
+        self.batch_size = batch_size
+        self.batches = self._batches()
+
+    def _batches(self) -> Iterator[Tensor]:
+        order = torch.Generator().manual_seed(0)
+        while True:
+            yield from torch.randperm(len(self.images), generator=order).to(self.images.device).split(self.batch_size)
+
+    def update(self) -> Tensor:
+        rows = next(self.batches)
+        images = self.images[rows].float().mul_(self.scale).add_(self.shift)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.model(images), self.labels[rows])
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.detach()
+
+
+@dataclass
+class Stopwatch(Strategy):
+    """Times every update of a training, and an update of the bare loop beside each active one.
+
+    An update is all that the trainer does from one batch to the next: planning, bookkeeping, looking for Ctrl-C.
+    After the last one of an epoch there is an evaluation too: there it is what the trainer itself counts as training.
+    """
+
+    name: ClassVar[str] = "stopwatch"
+
+    bare: BareLoop
+    device: torch.device
+    counts: Counts = field(default_factory=Counts)
+    """The trainer's, once it is there."""
+    seconds: list[float] = field(default_factory=list)
+    bare_seconds: list[float] = field(default_factory=list)
+
+    def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            started = self._now()
+            batch = next(upstream, None)
+            planning = self._now() - started
+            if batch is None:
+                return
+            # In turn each of the two goes first, and so finds the caches as the other left them.
+            turn = None if batch.inject else len(self.bare_seconds) % 2
+            if turn == 0:
+                self._time_bare()
+            counted, started = self.counts.seconds, self._now()
+            yield batch
+            elapsed = self._now() - started
+            self.seconds.append(planning + (self.counts.seconds - counted if batch.ends_epoch else elapsed))
+            if turn == 1:
+                self._time_bare()
+
+    def _time_bare(self) -> None:
+        started = self._now()
+        self.bare.update()
+        self.bare_seconds.append(self._now() - started)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class CountedImages(ImageData):
+    """Images that, as those of a large data set, are loaded when their batch is due; and counted."""
+
+    def __init__(self, data: ImageData) -> None:
+        super().__init__(data.labels, data.classes, data.shape, data.name)
+        self.data = data
+        self.loaded = 0
+
+    def rows(self, indices: Tensor) -> Tensor:
+        self.loaded += len(indices)
+        return self.data.rows(indices)
+
+    def reshaped(self, shape: tuple[int, int, int]) -> CountedImages:
+        return self if shape == self.shape else CountedImages(self.data.reshaped(shape))
+
+    def _selected(self, positions: Tensor) -> CountedImages:
+        return CountedImages(self.data.select(positions))
+
+
+@dataclass
+class LoadCount(Strategy):
+    """Counts what the updates of a training load, and not what its evaluations do.
+
+    The training set is looked at once more when all updates are made; the passive set never is.
+    """
+
+    name: ClassVar[str] = "load count"
+
+    train: CountedImages
+    passive: CountedImages
+    active: int = 0
+
+    def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
+        self.train.loaded = self.passive.loaded = 0  # statistics were taken
+        return upstream
+
+    def observe(self, step: Step, losses: Tensor) -> None:
+        self.active = self.train.loaded
+
+    @property
+    def loaded(self) -> int:
+        return self.active + self.passive.loaded
+
+
+def build(name: str, data: ImageData) -> nn.Module:
+    """A built-in model, or one of them with all normalisation taken out."""
+    whole = name.removesuffix(NO_NORM)
+    model = models.build(whole, shape=data.shape, classes=len(data.classes))
+    if whole != name:
+        for module in list(model.modules()):
+            for key, child in module.named_children():
+                if isinstance(child, nn.BatchNorm2d):
+                    setattr(module, key, nn.Identity())
+    return model
+
+
+def _first(data: ImageData, count: int) -> TensorImages:
+    """In memory; where there are fewer, some are there twice."""
+    rows = torch.arange(count) % len(data)
+    return TensorImages(data.rows(rows), data.labels[rows], data.classes, name=Path(data.name).name)
+
+
+class Trainings:
+    """Trainings of one case, all from the same weights on the same data."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, self.device = case, device
+        # No more than is needed is decoded, and evaluations are not measured.
+        train, test = load_pair(DATA, image_size=32, memory_limit=0)
+        self.train, self.test = _first(train, BATCHES * case.batch_size), _first(test, 8)
+        self.passive = load(PHOTOS)
+        torch.manual_seed(0)
+        self.model = build(case.model, self.train)
+
+    def trainer(self, train: ImageData, passive: ImageData, observer: Strategy) -> Trainer:
+        return Trainer(
+            copy.deepcopy(self.model),
+            train,
+            self.test,
+            strategies=[*parse(self.case.strategy, passive=passive), observer],
+            epochs=EPOCHS,
+            batch_size=self.case.batch_size,
+            device=self.device,
+            progress=False,
+            **OPTIMIZER,
+        )
+
+    def images_loaded(self) -> int:
+        """By the updates of a training whose data are not in memory."""
+        count = LoadCount(CountedImages(self.train), CountedImages(self.passive))
+        self.trainer(count.train, count.passive, count).fit()
+        return count.loaded
+
+    def round(self) -> Stopwatch:
+        """A training, timed."""
+        stopwatch = Stopwatch(
+            BareLoop(copy.deepcopy(self.model), self.train, self.case.batch_size, self.device), self.device
+        )
+        trainer = self.trainer(self.train, self.passive, stopwatch)
+        stopwatch.counts = trainer.counts
+        gc.collect()
+        gc.disable()  # a collection would fall to one of the two
+        try:
+            trainer.fit()
+        finally:
+            gc.enable()
+        return stopwatch
+
+
+def measure(case: Case, device: torch.device, budget: float) -> dict[str, Any]:
+    """The row of a case, from rounds of ``budget`` seconds, at least ``MIN_ROUNDS``. Ratios are of the trainer to the bare loop: below 1 the trainer is the faster one."""
+    trainings = Trainings(case, device)
+    loaded = trainings.images_loaded()  # first, because it warms up what the rounds use
+    rounds: list[Stopwatch] = []
+    end = time.monotonic() + budget
+    while len(rounds) < MIN_ROUNDS or time.monotonic() < end:
+        rounds.append(trainings.round())
+    seconds = [sum(r.seconds) / EPOCHS for r in rounds]
+    # A strategy may make fewer updates than the bare loop would: an epoch of that is so many of its mean updates.
+    bare = [statistics.fmean(r.bare_seconds) * BATCHES for r in rounds]
+    per_epoch = statistics.median(seconds)
+    bare_per_epoch = statistics.median(bare)
+    return {
+        "strategy": case.strategy,
+        "model": case.model,
+        "data": trainings.train.name,
+        "images": len(trainings.train),
+        "batch_size": case.batch_size,
+        "updates": sum(len(r.seconds) for r in rounds),
+        "rounds": len(rounds),
+        "seconds_per_epoch": per_epoch,
+        "samples_per_s": rounds[0].counts.samples_seen / EPOCHS / per_epoch,
+        "bare_seconds_per_epoch": bare_per_epoch,
+        "bare_samples_per_s": len(trainings.train) / bare_per_epoch,
+        "ratio": quantiles([ours / theirs for ours, theirs in zip(seconds, bare)]),
+        "images_loaded_per_epoch": loaded / EPOCHS,
+        "target": case.target,
+    }
