@@ -252,7 +252,8 @@ class Trainings:
 
 
 def measure(case: Case, device: torch.device, budget: float) -> dict[str, Any]:
-    """The row of a case, from rounds of ``budget`` seconds, at least ``MIN_ROUNDS``. Ratios are of the trainer to the bare loop: below 1 the trainer is the faster one."""
+    """The row of a case, from rounds of ``budget`` seconds, at least ``MIN_ROUNDS``. Ratios are of the trainer to the
+    bare loop: below 1 the trainer is the faster one."""
     trainings = Trainings(case, device)
     loaded = trainings.images_loaded()  # first, because it warms up what the rounds use
     rounds: list[Stopwatch] = []
