@@ -262,7 +262,7 @@ def growth_of(op: Operation, sweep: Sweep, device: Cpu, sizes: Sequence[int]) ->
         if size == sizes[0]:
             problem.variants = {name: v for name, v in problem.variants.items() if name not in NOT_SWEPT}
             right = _checked(problem, mode)[0]
-        steps = {name: problem.variants[name].timed for name in right}
+        steps = {name: problem.variants[name].timed for name in right if name in problem.variants}
         timed = timed_modes(device, problem, steps, mode, SECONDS_A_POINT, POINT_ROUNDS)
         fixed = {key: value for key, value in case.sizes.items() if key != sweep.along}
         for name, seconds in timed.seconds.items():
