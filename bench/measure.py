@@ -21,7 +21,7 @@ from bench.devices import Cpu, Cuda, Rates, Run, cloned, floor_seconds, quantile
 from bench.machine import QUICK
 from bench.registry import Case, Operation, Oracle, Problem, Step, Sweep, Variant, relative_error
 
-SECONDS_A_GROUP, ROUNDS = (0.05, (3, 3)) if QUICK else (3.0, (7, 101))
+SECONDS_A_GROUP, ROUNDS = (0.05, (3, 3)) if QUICK else (3.0, (5, 101))
 SECONDS_A_POINT, POINT_ROUNDS = (0.02, (2, 2)) if QUICK else (0.4, (3, 21))
 NOT_SWEPT = ("compile", "ours inplace", "sort")
 """Compiling for each size would take longer than all the rest."""
