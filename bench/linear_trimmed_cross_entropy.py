@@ -17,9 +17,9 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 def build(case: Case, device: torch.device) -> Problem:
-    """Hidden states that point to their words, some surely and some not: the logit of a row's own word is up to 20, and
-    the others spread by 1. (At 90 gradients would be full of subnormal numbers, which make PyTorch's products four times
-    slower.)"""
+    """Hidden states that point to their words, some surely and some not: the logit of a row's own word is up to 20,
+    and the others spread by 1. (At 90 gradients would be full of subnormal numbers, which make PyTorch's products four
+    times slower.)"""
     rows, width, words = case.sizes.values()
     weight = width**-0.5 * torch.randn(words, width, device=device)
     target = torch.randint(words, (rows,), device=device)
