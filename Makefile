@@ -60,7 +60,7 @@ format: setup ## rewrite Python and C++ in the project's style
 demo: setup ## compare the strategies on a small real data set (results in runs/demo)
 	$(BIN)/batchkern compare --data digits --seeds 2 --out runs/demo --overwrite
 
-bench: setup ## time every operation beside PyTorch on a quiet machine, 15 minutes (JSON in bench/results)
+bench: setup ## measure every operation beside its peers, and trainings, on a quiet machine: 10 minutes (JSON in bench/results)
 	BATCHKERN_BENCH_OUT=bench/results $(BIN)/python -m pytest bench --benchmark-quiet -W ignore::DeprecationWarning
 
 # Leaks are not looked for: Python and torch keep memory on purpose. What torch.compile builds would need the sanitizer too.

@@ -16,6 +16,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 import pytest
+import torch
 
 from batchkern.bench.report import page
 from batchkern.bench.results import BENCHMARK, Results
@@ -75,6 +76,11 @@ class Session:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--on", choices=["cpu", "cuda"], default="cpu", help="the device to measure on")
     parser.addoption("--minutes", type=float, help="begin no case after so many")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--on") == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--on cuda needs a GPU that torch can see")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -37,6 +40,15 @@ def test_a_quick_run_measures_every_row(tmp_path: Path) -> None:
     assert {entry["variant"] for entry in written["accuracy"]} == {"ours", "F.kl_div"}
     assert written["machine"]["quick"]
     assert written["failed"] == written["left_out"] == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench", "--on", "cuda"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--on cuda needs a GPU that torch can see" in run.stderr
+    assert "Traceback" not in run.stderr
 
 
 def test_a_second_run_leaves_the_file_of_the_first_and_no_case_begins_after_its_time(tmp_path: Path) -> None:

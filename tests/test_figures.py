@@ -70,12 +70,10 @@ def test_blocks_are_those_of_their_files():
     assert check(README) == []
 
 
-@pytest.mark.xfail(strict=True, reason="tables from before there were markers")
 def test_tables_with_figures_have_a_source():
     assert unsourced(README.read_text(), tables=True) == []
 
 
-@pytest.mark.xfail(strict=True, reason="figures from before there were markers")
 def test_prose_has_no_measured_figures():
     assert unsourced(README.read_text(), tables=False) == []
 

@@ -79,7 +79,7 @@ def dimensions(shape: dict[str, Any]) -> str:
 
 
 def labels(row: dict[str, Any]) -> str:
-    """What else than its shape makes a case: dtype, keep, kind."""
-    keep = row.get("keep")
-    said = [row.get("dtype") or "", "" if keep is None else f"keep {keep:g}", row.get("kind") or ""]
+    """What else than its shape makes a case: dtype, keep, kind. Batches are ranked by a fraction, not kept."""
+    keep, word = row.get("keep"), "fraction" if row["op"] == "rank_batches" else "keep"
+    said = [row.get("dtype") or "", "" if keep is None else f"{word} {keep:g}", row.get("kind") or ""]
     return ", ".join(word for word in said if word)

@@ -241,3 +241,8 @@ def test_the_language_model(tmp_path):
 def test_a_file_without_rows_gives_no_table(results):
     empty = results(operations=[], growth=None)
     assert not any(kind(empty) for kind in (operations, linear, planned, growth_table, training, accuracy, language))
+
+
+def test_batches_are_ranked_by_a_fraction(results):
+    ranked = row("rank_batches", {"batches": 400}, "ours", 1e-5, mode="forward")
+    assert "| batches 400, float32, fraction 0.2, forward |" in operations(results(operations=[ranked]))
