@@ -136,7 +136,8 @@ class Cuda(Cpu):
             result = run()
             torch.cuda.synchronize()
         del result
-        return sum(e.device_type() == DeviceType.CUDA for e in recorded.profiler.kineto_results.events())
+        events = recorded.profiler.kineto_results.events()
+        return sum(e.device_type() == DeviceType.CUDA and not e.is_user_annotation() for e in events)
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

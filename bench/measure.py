@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,18 +33,31 @@ def prepared(problem: Problem, step: Step, mode: str, calls: int) -> Run:
 
     Each call has inputs and a graph of its own.
     """
-    count, upstream = problem.differentiable, problem.upstream
-    inputs = [cloned(problem.inputs, count) for _ in range(calls)]
-
-    def backward(y: Tensor, x: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return y, torch.autograd.grad(y, x[:count], upstream)
-
-    if mode == "forward" or not count:
+    inputs = [cloned(problem.inputs, problem.differentiable) for _ in range(calls)]
+    if mode == "forward":
         return lambda: [(step(*x), ()) for x in inputs]
     if mode == "full":
-        return lambda: [backward(step(*x), x) for x in inputs]
+        return lambda: [full(problem, step, x) for x in inputs]
     graphs = [(step(*x), x) for x in inputs]
-    return lambda: [backward(y, x) for y, x in graphs]
+    return lambda: [(y, gradients(problem, y, x)) for y, x in graphs]
+
+
+def full(problem: Problem, step: Step, inputs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    result = step(*inputs)
+    return result, gradients(problem, result, inputs)
+
+
+def gradients(problem: Problem, result: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not problem.differentiable:
+        return ()
+    upstream = _one(result.dtype, result.device) if problem.upstream is None else problem.upstream
+    return torch.autograd.grad(result, inputs[: problem.differentiable], upstream)
+
+
+@cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Made once: else autograd makes one in each backward pass, which is a launch."""
+    return torch.ones((), dtype=dtype, device=device)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -66,9 +80,9 @@ def errors(
     Raises:
         Unequal: beyond the problem's limit, or NaN.
     """
-    ((result, gradients),) = prepared(problem, variant.step, mode, 1)()
+    ((result, found_gradients),) = prepared(problem, variant.step, mode, 1)()
     if variant.wrong is not None:
-        if sentence := variant.wrong(result.detach(), gradients):
+        if sentence := variant.wrong(result.detach(), found_gradients):
             raise Unequal(sentence)
         return None
     oracle = variant.oracle or problem.oracle
@@ -77,8 +91,8 @@ def errors(
         known[oracle] = in_float64(problem, oracle, mode)
     exact, exact_gradients = known[oracle]
     found = {"result": problem.result_error(result, exact), "gradient": None}
-    if gradients:
-        pairs = zip(gradients, exact_gradients, strict=True)
+    if found_gradients:
+        pairs = zip(found_gradients, exact_gradients, strict=True)
         found["gradient"] = max(relative_error(gradient, exact) for gradient, exact in pairs)
     for what, error in found.items():
         if error is not None and not error <= problem.limit:
@@ -167,13 +181,6 @@ def timed_graphs(device: Cuda, problem: Problem, steps: dict[str, Step], calls: 
 
         runs[name] = restored
     return interleaved(device, runs, dict.fromkeys(runs, calls), SECONDS_A_GROUP, ROUNDS)
-
-
-def full(problem: Problem, step: Step, inputs: tuple[Tensor, ...]) -> Any:
-    result = step(*inputs)
-    if not problem.differentiable:
-        return result
-    return result, torch.autograd.grad(result, inputs[: problem.differentiable], problem.upstream)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
