@@ -101,3 +101,16 @@ def test_the_real_stages_name_files_that_exist(script: ModuleType, tmp_path: Pat
         for argument in stage.command:
             if argument.startswith(("tests/", "bench/")):
                 assert (ROOT / argument).exists(), argument
+
+
+def test_only_the_stages_that_are_asked_for(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    no_gpu(monkeypatch)
+    stages = [script.Stage(name, ["true"], 30, without_gpu=True) for name in ("build", "growth", "training")]
+    monkeypatch.setattr(script, "stages", lambda out: stages)
+    code, results = main(script, monkeypatch, tmp_path, "--dry-run", "--stages", "training", "build")
+    assert (code, list(results)) == (0, ["build", "training"])
+    with pytest.raises(SystemExit, match="2"):
+        main(script, monkeypatch, tmp_path, "--dry-run", "--stages", "trainings")
+    assert "--stages must be among build, growth, training, got trainings" in capsys.readouterr().err
