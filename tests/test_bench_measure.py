@@ -120,6 +120,14 @@ def test_rows_tell_time_ratio_and_floor(monkeypatch: pytest.MonkeyPatch) -> None
     assert ours["peak_bytes"] >= 200  # the gradient
 
 
+def test_a_variant_is_timed_in_its_own_modes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ROUNDS", (2, 2))
+    variants = {"ours": Variant(step), "ours inplace": Variant(step, modes=("backward", "full"))}
+    op = operation(lambda case, device: doubling(**variants))
+    rows = measure.rows_of(op, op.quick, SmallCpu())
+    assert [row["mode"] for row in rows if row["variant"] == "ours inplace"] == ["backward", "full"]
+
+
 def test_rates_count_what_is_read_and_written_and_both_flops_of_a_product() -> None:
     class InASecond(SmallCpu):
         def seconds(self, run) -> float:
