@@ -36,6 +36,9 @@ class Session:
         self.machine = machine.facts(device.device)
         self.sections: dict[str, list[Any]] = {}
         self.failed: list[str] = []
+        self.complete = False
+        """Until the last case has been measured."""
+        self.begun = time.monotonic()
         self.left_out: list[str] = []
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.path = self._path()
@@ -63,7 +66,8 @@ class Session:
         sections = dict(self.sections)
         known = measure.finish(sections.pop("operations", []), sections.pop("growth", []), self.rates)
         facts = {**self.machine, "load_average_at_end": os.getloadavg()}
-        return {"machine": facts, "failed": self.failed, "left_out": self.left_out, **known, **sections}
+        told = {"complete": self.complete, "failed": self.failed, "left_out": self.left_out}
+        return {"machine": facts, "seconds": time.monotonic() - self.begun, **told, **known, **sections}
 
     def write(self) -> None:
         if self.path:
@@ -81,6 +85,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--on") == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--on cuda needs a GPU that torch can see")
+    if folder := os.environ.get("BATCHKERN_BENCH_OUT"):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise pytest.UsageError(f"BATCHKERN_BENCH_OUT={folder} cannot be made: {error.strerror}") from None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -108,8 +117,9 @@ def session(request: pytest.FixtureRequest) -> Session:
     return _sessions[0]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
     for session in _sessions:
+        session.complete = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
         session.failed = [r.nodeid for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, [])]
         session.write()
         terminalreporter.write(

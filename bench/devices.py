@@ -25,6 +25,8 @@ class Cpu:
     least_seconds = 2e-3
     """Shorter calls are repeated until they fill it."""
     most_calls = 1000
+    seconds_a_group = 0.05 if QUICK else 3.0
+    """Of rounds of one mode."""
     copied = 1 << (20 if QUICK else 26)
     """Elements; much larger than a cache."""
     width = 256 if QUICK else 1024
@@ -74,6 +76,9 @@ class Cuda(Cpu):
     own; the queue is filled first, so that short kernels do not wait for the host."""
 
     most_calls = 100
+    seconds_a_group = 0.05 if QUICK else 0.5
+    queued_host_s = 4e-3
+    """So long the host may take for the calls of a round."""
     launch_bound_s = 50e-6
     """Calls below it are measured in a CUDA graph, too."""
     cycles_per_second = 2e9
@@ -101,17 +106,20 @@ class Cuda(Cpu):
         del result
         return start.elapsed_time(end) / 1e3
 
-    def graph_of(self, run: Run) -> Run:
-        """What replays ``run``, which must have been made with static inputs."""
-        torch.cuda.synchronize()  # the other stream would not wait for the inputs
+    def graph_of(self, make: Callable[[], Run]) -> Run:
+        """What replays the run that ``make`` prepares. Everything happens on one stream, which the context leaves again
+        even if the capture fails."""
+        torch.cuda.synchronize()  # the other stream would not wait for what was made before
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
+            run = make()
             for _ in range(3):
                 run()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                outputs = run()
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            outputs = run()
 
         def replay() -> None:
             graph.replay()

@@ -37,7 +37,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "compiler": _backend.extension.build_facts()["compiler"] if _backend.extension else None,
         "extension_error": _backend.extension_error,
         "commit": os.environ.get("BATCHKERN_BENCH_COMMIT") or _git("rev-parse", "--short", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--", ".", ":!bench/results")),
+        "dirty": _git("status", "--porcelain", "--", ".", ":!bench/results") not in ("", "unknown"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "load_average": os.getloadavg(),
         "quick": QUICK,

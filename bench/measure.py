@@ -22,8 +22,8 @@ from bench.devices import Cpu, Cuda, Rates, Run, cloned, floor_seconds, quantile
 from bench.machine import QUICK
 from bench.registry import Case, Operation, Oracle, Problem, Step, Sweep, Variant, relative_error
 
-SECONDS_A_GROUP, ROUNDS = (0.05, (3, 3)) if QUICK else (3.0, (5, 101))
-SECONDS_A_POINT, POINT_ROUNDS = (0.02, (2, 2)) if QUICK else (0.4, (3, 21))
+ROUNDS = (3, 3) if QUICK else (7, 101)
+SECONDS_A_POINT, POINT_ROUNDS = (0.02, (2, 2)) if QUICK else (0.5, (7, 31))
 NOT_SWEPT = ("compile", "ours inplace", "sort")
 """Compiling for each size would take longer than all the rest."""
 
@@ -139,7 +139,10 @@ def interleaved(
             gc.collect()
             shuffle(order)
             for name in order:
-                timed.seconds[name].append(device.seconds(runs[name](calls[name])) / calls[name])
+                run = runs[name](calls[name])
+                if isinstance(device, Cuda):  # each variant's own, or one would wait for another's host time
+                    device.host_s = calls[name] * timed.host[name][-1] if timed.host[name] else 0.0
+                timed.seconds[name].append(device.seconds(run) / calls[name])
                 if isinstance(device, Cuda):
                     timed.host[name].append(device.host_s / calls[name])
             done += 1
@@ -157,19 +160,28 @@ def timed_modes(device: Cpu, problem: Problem, steps: dict[str, Step], mode: str
         if once < 0.1:
             once = min(once, *(device.seconds(run(1)) for _ in range(4)))
         calls[name] = repeats(once, device)
+        if isinstance(device, Cuda):  # so few that the queue, of some 1,000 launches, never is full
+            calls[name] = max(1, min(calls[name], int(device.queued_host_s / device.host_s)))
     return interleaved(device, runs, calls, budget, rounds)
 
 
-def timed_graphs(device: Cuda, problem: Problem, steps: dict[str, Step], calls: int) -> Timed:
+def timed_graphs(device: Cuda, problem: Problem, steps: dict[str, Step], mode: str, calls: int) -> Timed:
     """Replays of captured calls; inputs are restored before each, since a variant may write into its own."""
     runs = {}
     for name, step in steps.items():
-        inputs = [cloned(problem.inputs, problem.differentiable) for _ in range(calls)]
+        inputs: list[tuple[Tensor, ...]] = []
+
+        def make(step: Step = step, inputs: list[tuple[Tensor, ...]] = inputs) -> Run:
+            """On the stream of the capture, which a backward pass through these clones must not leave."""
+            inputs += [cloned(problem.inputs, problem.differentiable) for _ in range(calls)]
+            if mode == "forward":
+                return lambda: [step(*x) for x in inputs]
+            return lambda: [full(problem, step, x) for x in inputs]
+
         try:
-            replay = device.graph_of(lambda step=step, inputs=inputs: [full(problem, step, x) for x in inputs])
-        except RuntimeError:  # a peer that waits for the device cannot be captured
-            if name.startswith("ours"):
-                raise
+            replay = device.graph_of(make)
+        except Exception as error:  # the plain calls are measured: they are not to be lost
+            print(f"{name} was not captured: {error}")
             continue
 
         def restored(_: int, replay: Run = replay, inputs: list[tuple[Tensor, ...]] = inputs) -> Run:
@@ -180,7 +192,7 @@ def timed_graphs(device: Cuda, problem: Problem, steps: dict[str, Step], calls: 
             return replay
 
         runs[name] = restored
-    return interleaved(device, runs, dict.fromkeys(runs, calls), SECONDS_A_GROUP, ROUNDS)
+    return interleaved(device, runs, dict.fromkeys(runs, calls), device.seconds_a_group, ROUNDS)
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -220,8 +232,8 @@ def rows_of(op: Operation, case: Case, device: Cpu) -> list[dict[str, Any]]:
     for mode in case.modes:
         variants = {name: v for name, v in right.items() if mode in v.modes}
         steps = {name: v.timed for name, v in variants.items()}
-        timed = timed_modes(device, problem, steps, mode, SECONDS_A_GROUP, ROUNDS)
-        graphs = _graphs(device, problem, steps, timed) if mode == whole else None
+        timed = timed_modes(device, problem, steps, mode, device.seconds_a_group, ROUNDS)
+        graphs = _graphs(device, problem, variants, mode, timed) if mode == whole else None
         for name, seconds in timed.seconds.items():
             run = prepared(problem, steps[name], mode, 1) if mode == whole else None
             rows.append(
@@ -252,10 +264,21 @@ def rows_of(op: Operation, case: Case, device: Cpu) -> list[dict[str, Any]]:
     return rows
 
 
-def _graphs(device: Cpu, problem: Problem, steps: dict[str, Step], timed: Timed) -> Timed | None:
+def _graphs(device: Cpu, problem: Problem, variants: dict[str, Variant], mode: str, timed: Timed) -> Timed | None:
     if not isinstance(device, Cuda) or min(timed.seconds["ours"]) > device.launch_bound_s:
         return None
-    return timed_graphs(device, problem, steps, min(timed.calls.values()))
+    steps = {name: variant.timed for name, variant in variants.items() if variant.captured}
+    return timed_graphs(device, problem, steps, mode, min(timed.calls.values()))
+
+
+def _runs(problem: Problem, name: str, mode: str) -> bool:
+    """Whether a variant is there at this size and has room; ours must."""
+    try:
+        return name in problem.variants and bool(prepared(problem, problem.variants[name].timed, mode, 1)())
+    except Exception:
+        if name.startswith("ours"):
+            raise
+        return False
 
 
 def growth_of(op: Operation, sweep: Sweep, device: Cpu, sizes: Sequence[int]) -> list[dict[str, Any]]:
@@ -269,11 +292,12 @@ def growth_of(op: Operation, sweep: Sweep, device: Cpu, sizes: Sequence[int]) ->
         if size == sizes[0]:
             problem.variants = {name: v for name, v in problem.variants.items() if name not in NOT_SWEPT}
             right = _checked(problem, mode)[0]
-        steps = {name: problem.variants[name].timed for name in right if name in problem.variants}
+        steps = {name: problem.variants[name].timed for name in right if _runs(problem, name, mode)}
         timed = timed_modes(device, problem, steps, mode, SECONDS_A_POINT, POINT_ROUNDS)
         fixed = {key: value for key, value in case.sizes.items() if key != sweep.along}
         for name, seconds in timed.seconds.items():
             new = {**shared(op, case), "along": sweep.along, "fixed": fixed, "mode": mode, "variant": name}
+            new["less"] = problem.variants[name].less
             entry = entries.setdefault(name, new | {"sizes": [], "seconds": [], "peak_bytes": [], "floors": []})
             entry["sizes"].append(size)
             entry["seconds"].append(quantiles(seconds)["median"])

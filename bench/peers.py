@@ -121,8 +121,9 @@ def sorted_rank(count: int) -> Step:
 
 def eager_kl(copies: int) -> Step:
     def step(q: Tensor, p: Tensor) -> Tensor:
-        labels = F.log_softmax(p.float(), dim=1).repeat(copies, 1)
-        return F.kl_div(F.log_softmax(q.float(), dim=1), labels, log_target=True, reduction="batchmean")
+        log_p, log_q = F.log_softmax(p.float(), dim=1), F.log_softmax(q.float(), dim=1)
+        divergences = F.kl_div(log_q.unflatten(0, (copies, len(p))), log_p, log_target=True, reduction="none")
+        return divergences.sum() / len(q)
 
     return step
 
@@ -143,10 +144,10 @@ def eager_augment(
         noise = (sigma * torch.randn(gaussian * len(x), x.shape[1], device=x.device, dtype=x.dtype)).clamp(-tau, tau)
         if dense is not None:
             noise = noise @ dense.T
-        parts = [x, x.repeat(gaussian, 1) + noise]
+        parts = [x, (x + noise.unflatten(0, (gaussian, len(x)))).flatten(0, 1)]
         if dropout:
-            mask = torch.bernoulli(torch.full((dropout * len(x), x.shape[1]), 1 - drop_prob, device=x.device))
-            parts.append(x.repeat(dropout, 1) * mask.to(x.dtype))
+            mask = torch.empty(dropout, *x.shape, device=x.device, dtype=x.dtype).bernoulli_(1 - drop_prob)
+            parts.append((x * mask).flatten(0, 1))
         return torch.cat(parts)
 
     return step
@@ -196,7 +197,7 @@ def variants(op: str, device: torch.device, keep: float | None = None, **fixed: 
         if missing(peer, device.type):
             continue
         less = "" if peer.trims or keep == 1 else "counts every row"
-        found[name] = Variant(peer.make(**parameters), less, peer.overwrites)
+        found[name] = Variant(peer.make(**parameters), less, peer.overwrites, captured=not peer.gpu)
         if name == "eager":
             found["compile"] = Variant(torch.compile(found[name].step, fullgraph=True, dynamic=False))
     return found

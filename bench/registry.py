@@ -51,6 +51,9 @@ class Variant:
     wrong: Callable[[Tensor, tuple[Tensor, ...]], str] | None = None
     """Where a result has random numbers that no oracle knows: what is wrong with it and its gradients, in words."""
     modes: Sequence[str] = FULL_PASS
+    captured: bool = True
+    """Whether it is measured in a CUDA graph, too. Not what may wait for the device: a capture that fails harms what
+    comes after it."""
 
     @property
     def timed(self) -> Step:

@@ -35,7 +35,7 @@ BATCHES = 5
 """In an epoch: a hard batch of five is the fewest that delta = 0.2 can choose."""
 EPOCHS = 5
 """A step of Stepwise takes one, and trimming falls to its last fraction in the last."""
-MIN_ROUNDS = 2
+MIN_ROUNDS = 3
 COMPACT = "trimming(start=0.2,end=0.2,backward=compact)"
 NO_NORM = " without batch norm"
 OPTIMIZER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}

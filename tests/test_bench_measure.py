@@ -206,7 +206,7 @@ def queue(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             queued.append("replay")
 
     @contextlib.contextmanager
-    def captured(graph: Graph) -> Iterator[None]:
+    def captured(graph: Graph, stream: object) -> Iterator[None]:
         queued.append("capture")
         yield
         queued.append("captured")
@@ -261,23 +261,40 @@ def test_short_calls_are_replayed_in_a_graph_whose_inputs_are_restored(
         given.append(x)
         return step(x)
 
-    timed = measure.timed_graphs(Spoiling("cpu"), problem, {"ours": remembered}, 2)
+    timed = measure.timed_graphs(Spoiling("cpu"), problem, {"ours": remembered}, "full", 2)
     assert queue.count("capture") == 1
     assert queue.count("replay") == 4
     assert timed.seconds["ours"] == [1e-3] * 4  # two calls in 2 ms
     assert given[-1] is not given[-2]
 
 
-def test_a_peer_that_cannot_be_captured_has_no_graph(queue: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_captured_has_no_graph(queue: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "ROUNDS", (2, 2))
 
     def waits(x: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    timed = measure.timed_graphs(SmallCuda("cpu"), doubling(), {"ours": step, "eager": waits}, 1)
+    timed = measure.timed_graphs(SmallCuda("cpu"), doubling(), {"ours": step, "eager": waits}, "full", 1)
     assert set(timed.seconds) == {"ours"}
-    with pytest.raises(RuntimeError, match="capturing"):
-        measure.timed_graphs(SmallCuda("cpu"), doubling(), {"ours": waits}, 1)
+
+
+def test_a_graph_of_a_forward_pass_has_no_backward_pass(queue: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "ROUNDS", (2, 2))
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a backward pass"))
+    assert measure.timed_graphs(SmallCuda("cpu"), doubling(), {"ours": step}, "forward", 1).seconds["ours"]
+
+
+def test_each_variant_is_queued_behind_its_own_host_time(queue: list[str]) -> None:
+    slept: dict[str, list[float]] = {"quick": [], "slow": []}
+
+    class Remembering(SmallCuda):
+        def seconds(self, run) -> float:
+            slept[run()].append(self.host_s)
+            return super().seconds(lambda: time.sleep(0.02 if run() == "slow" else 0.0))
+
+    runs = {name: (lambda calls, name=name: lambda: name) for name in slept}
+    measure.interleaved(Remembering("cpu"), runs, dict.fromkeys(runs, 1), 0.0, (6, 6))
+    assert max(slept["quick"]) < 0.02 <= min(slept["slow"][1:])
 
 
 def test_rows_of_a_gpu_have_graphs_launches_and_host_time(queue: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
