@@ -94,7 +94,7 @@ cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetch
 			-Wall -Wextra -Werror -c $$source -o build/cross.o || exit 1; \
 	done; done
 
-gpu: ## with the torch of PYTHON: build for its GPU, test, sanitize, measure, in 10 minutes (into GPU_OUT=runs/gpu; STAGES="build growth training": these alone)
+gpu: ## with the torch of PYTHON: build for its GPU, test, sanitize, measure, in 10 minutes (into GPU_OUT=runs/gpu; STAGES="build operations": these alone)
 	@rm -f build/.built-*
 	$(PYTHON) bench/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(STAGES),--stages $(STAGES)) $(if $(DRY_RUN),--dry-run)
 

@@ -29,6 +29,7 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 # Memory that is not cached, so that every tensor ends where its allocation does.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 LEAST_SECONDS = 20  # no stage begins with less
+LAST_CASE_SECONDS = 30  # that a case may take
 SANITIZED = [
     "-k",
     "(test_every_path and float32) or test_ranks or ((test_divergences or test_virtual_samples) and float32)",
@@ -47,6 +48,8 @@ class Stage:
     """A program."""
     must_say: str = ""
     """What the log of a stage that did its work holds."""
+    paced: bool = False
+    """Whether its last argument is to be the minutes after which it begins nothing new."""
     without_gpu: bool = False
     """Whether it does something where there is no GPU."""
 
@@ -76,8 +79,8 @@ def stages(out: Path) -> list[Stage]:
 
 def measurement(what: str, seconds: float, out: Path) -> Stage:
     """Ends by itself before it would be stopped, with what it has."""
-    command = [*PYTEST, f"bench/bench_{what}.py", "--on", "cuda", "--minutes", f"{(seconds - 30) / 60:g}"]
-    return Stage(what, [*command, "--benchmark-quiet"], seconds, {"BATCHKERN_BENCH_OUT": str(out)})
+    command = [*PYTEST, f"bench/bench_{what}.py", "--on", "cuda", "--benchmark-quiet", "--minutes"]
+    return Stage(what, command, seconds, {"BATCHKERN_BENCH_OUT": str(out)}, paced=True)
 
 
 def sanitizer(tool: str, verdict: str) -> Stage:
@@ -92,10 +95,11 @@ def run(stage: Stage, out: Path, seconds: float) -> dict[str, Any]:
     log = out / f"{stage.name}.log"
     start = time.monotonic()
     # This checkout, whatever is installed.
+    command = [*stage.command, f"{max(0.0, seconds - LAST_CASE_SECONDS) / 60:.2f}"] if stage.paced else stage.command
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), **stage.environment}
     with log.open("w") as file:
         process = subprocess.Popen(
-            stage.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             code = process.wait(seconds)
@@ -125,7 +129,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--minutes", type=float, default=9.5)
-    parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these, such as: build growth training")
+    parser.add_argument(
+        "--stages", nargs="+", metavar="NAME", help="only these, without their limits, such as: build growth"
+    )
     parser.add_argument("--dry-run", action="store_true", help="go on without a GPU")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.dry_run:
@@ -147,7 +153,8 @@ def main() -> int:
             parser.error(f"--stages must be among {names}, got {', '.join(sorted(unknown))}")
         chosen = [stage for stage in chosen if stage.name in arguments.stages]
     for stage in chosen:
-        seconds = min(stage.seconds, end - time.monotonic())
+        left = end - time.monotonic()
+        seconds = left if arguments.stages else min(stage.seconds, left)
         reason = why_not(stage, seconds)
         outcome = {"result": reason} if reason else run(stage, out, seconds)
         summary["stages"][stage.name] = outcome

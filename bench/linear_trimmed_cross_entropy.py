@@ -46,7 +46,7 @@ def build(case: Case, device: torch.device) -> Problem:
 
 def floor(case: Case, mode: str) -> Floor:
     """Products of 2 N H V flops: one for the logits of all rows and three for each kept row, or three for all rows and
-    two to take the dropped ones off again, whichever is less."""
+    two to take the dropped ones off again, whichever is less. Who keeps all logits in memory needs 1 + 2 keep."""
     rows, width, words = case.sizes.values()
     products = min(1 + 3 * case.keep, 3 + 2 * (1 - case.keep))
     return Floor(0.0, products * 2 * rows * width * words)

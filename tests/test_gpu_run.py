@@ -109,8 +109,9 @@ def test_only_the_stages_that_are_asked_for(
     no_gpu(monkeypatch)
     stages = [script.Stage(name, ["true"], 30, without_gpu=True) for name in ("build", "growth", "training")]
     monkeypatch.setattr(script, "stages", lambda out: stages)
-    code, results = main(script, monkeypatch, tmp_path, "--dry-run", "--stages", "training", "build")
-    assert (code, list(results)) == (0, ["build", "training"])
+    stages[2].command, stages[2].paced, stages[2].must_say = ["echo", "minutes"], True, "minutes 9."
+    code, results = main(script, monkeypatch, tmp_path, "--dry-run", "--stages", "training", "build", "--minutes", "10")
+    assert (code, list(results)) == (0, ["build", "training"]), results
     with pytest.raises(SystemExit, match="2"):
         main(script, monkeypatch, tmp_path, "--dry-run", "--stages", "trainings")
     assert "--stages must be among build, growth, training, got trainings" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from batchkern.bench.comparisons import strategies
 from batchkern.bench.operations import linear, operations, planned
-from batchkern.bench.results import Results, facts, load
+from batchkern.bench.results import Results, facts, load, rendering
 from batchkern.bench.tables import accuracy, growth_table, language, training
 from batchkern.errors import UserError
 from batchkern.rundir import write_file
@@ -68,14 +68,20 @@ class Block:
         results = load(self.path)
         if results.machine.get("quick"):
             raise UserError(f"{self.place}: {self.path} is of a quick run, whose figures mean nothing")
-        made = KINDS[self.kind](results, *self.arguments)
+        made = self._made(results)
         if not made:
             raise UserError(f"{self.place}: {self.path} has nothing for {self.kind}")
-        return ["", *made.split("\n"), "", f"{facts(results)}. [JSON]({self.file})", ""]
+        with rendering(results):
+            return ["", *made.split("\n"), "", f"{facts(results)}. [JSON]({self.file})", ""]
+
+    def _made(self, results: Results) -> str:
+        with rendering(results):
+            return KINDS[self.kind](results, *self.arguments)
 
     def newer(self) -> Path | None:
         """The newest file of the same folder, and of the same release of torch, if it could take this one's place."""
         own = load(self.path)
+        rows = self._made(own).count("\n|")
         others = [own]
         for path in self.path.parent.glob("*.json"):
             try:
@@ -83,16 +89,20 @@ class Block:
             except UserError:  # what lies there besides
                 continue
             same = other.subject == own.subject and own.release in ("", other.release)
-            if same and self._serves(other):
+            if same and self._serves(other, rows):
                 others.append(other)
         newest = max(others, key=lambda results: results.date)  # the first, which is its own, of those of one date
         return None if newest is own else newest.path
 
-    def _serves(self, other: Results) -> bool:
+    def _serves(self, other: Results, rows: int) -> bool:
+        """Whether it has as much to show, of a run worth quoting: not of a part of the cases, or of changed code."""
+        if other.machine.get("quick") or other.machine.get("dirty") or not other.complete:
+            return False
         try:
-            return not other.machine.get("quick") and bool(KINDS[self.kind](other, *self.arguments))
+            made = self._made(other)
         except UserError:
             return False
+        return bool(made) and made.count("\n|") >= rows
 
 
 def blocks(page: Path, text: str) -> list[Block]:

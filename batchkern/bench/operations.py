@@ -71,7 +71,19 @@ def what(row: Row) -> str:
 def detail(rows: list[Row]) -> str:
     """Every variant of every case of one operation, with all that was measured of it."""
     notes = Footnotes()
-    headings = ["shape", "", "mode", "variant", "backend", "time", "20-80 %", "/ ours", "floor", "of the floor"]
+    headings = [
+        "shape",
+        "",
+        "mode",
+        "variant",
+        "backend",
+        "time",
+        "20-80 %",
+        "rounds",
+        "/ ours",
+        "floor",
+        "of the floor",
+    ]
     headings += ["peak memory", "launches", "in a graph", "host", "error", "error of the gradient", "target"]
     lines = [_detailed(row, notes) for row in rows]
     return paragraphs(table(headings, lines), str(notes), _refused(rows))
@@ -94,6 +106,7 @@ def _detailed(row: Row, notes: Footnotes) -> list[str]:
         row.get("backend") or "",
         time(row),
         spread(row.get("time"), seconds),
+        str(row.get("rounds") or ""),
         "" if own else ratio(median(row.get("ratio"))) + spread(row.get("ratio"), ratio, " ({})"),
         seconds(floor.get("seconds")),
         percent(row.get("fraction")),

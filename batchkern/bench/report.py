@@ -9,7 +9,7 @@ from typing import Any
 from batchkern.bench.comparisons import findings, strategies
 from batchkern.bench.markdown import paragraphs
 from batchkern.bench.operations import detail, name
-from batchkern.bench.results import COMPARISON, Results, facts
+from batchkern.bench.results import COMPARISON, Results, facts, rendering
 from batchkern.bench.tables import about, accuracy, growth_table, language, sweeps, training
 from batchkern.compare.arms import BUDGETS, slug
 from batchkern.errors import UserError
@@ -23,7 +23,11 @@ FIRST_LINE = "<!-- made by batchkern bench report -->"
 
 def page(found: Sequence[Results], plots: bool = False) -> str:
     """Markdown of all files; ``plots``: with links to the figures that :func:`write_report` writes beside it."""
-    return paragraphs(FIRST_LINE, "# Benchmarks", *(_section(results, plots) for results in found)) + "\n"
+    sections = []
+    for results in found:
+        with rendering(results):
+            sections.append(_section(results, plots))
+    return paragraphs(FIRST_LINE, "# Benchmarks", *sections) + "\n"
 
 
 def _section(results: Results, plots: bool) -> str:
@@ -91,11 +95,12 @@ def write_report(found: Sequence[Results], out: Path) -> list[str]:
     Raises:
         UserError: ``out`` has files of these names that are no earlier report's, or cannot be written.
     """
+    text = page(found, plots=True)  # first: a damaged file leaves nothing half written
     figures = {file: figure for results in found for file, figure in _figures(results).items()}
     _claim(out, list(figures))
     for file, (title, along, lines) in figures.items():
         plot_fractions(out / file, lines, along, title)
-    write_file(out / REPORT, page(found, plots=True).encode())
+    write_file(out / REPORT, text.encode())
     return [REPORT, *figures]
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -58,6 +59,11 @@ class Results:
         except (TypeError, ValueError):
             return UNKNOWN
         return date if date.tzinfo else date.replace(tzinfo=timezone.utc)
+
+    @property
+    def complete(self) -> bool:
+        """Whether its run came to its end."""
+        return self.content.get("complete") is not False
 
     @property
     def release(self) -> str:
@@ -143,6 +149,23 @@ def load_all(paths: Iterable[Path]) -> tuple[list[Results], list[str]]:
     return sorted(found.values(), key=lambda results: results.date, reverse=True), left_out
 
 
+@contextmanager
+def rendering(results: Results) -> Iterator[None]:
+    """Where the file is damaged in a way that only shows now.
+
+    Raises:
+        UserError: in place of whatever its values led to.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{results.path} is damaged: what it holds cannot be shown ({type(error).__name__}: {error})"
+        ) from None
+
+
 def facts(results: Results) -> str:
     """The machine in one line: what computed, by which torch, from which commit, when."""
     machine = {**results.content.get("environment", {}), **results.machine}
@@ -165,9 +188,13 @@ def facts(results: Results) -> str:
         said.append(f"{results.date:%Y-%m-%d}")
     if failed := results.rows("failed"):
         said.append(f"{len(failed)} case{'s' * (len(failed) > 1)} failed")
+    if not results.complete:
+        said.append("interrupted")
     if machine.get("quick"):
         said.append("a quick run, whose figures mean nothing")
-    return "; ".join([", ".join(said), *_rates(results)])
+    load = [machine[key][0] for key in ("load_average", "load_average_at_end") if machine.get(key)]
+    loads = [f"load {' to '.join(f'{value:.1f}' for value in load)}"] if load else []
+    return "; ".join([", ".join(said), *_rates(results), *loads])
 
 
 def _rates(results: Results) -> list[str]:
@@ -175,7 +202,13 @@ def _rates(results: Results) -> list[str]:
     rates = results.content.get("rates") or {}
     said = []
     if copy := rates.get("copy"):
-        said.append(f"copies {quantity(copy['median'], 'B/s')}")
+        said.append(f"copies {_rate(copy, 'B/s')}")
     for dtype, rate in (rates.get("matmul") or {}).items():
-        said.append(f"multiplies {dtype} matrices at {quantity(rate['median'], 'flop/s')}")
+        said.append(f"multiplies {dtype} matrices at {_rate(rate, 'flop/s')}")
     return said
+
+
+def _rate(rate: dict[str, float], unit: str) -> str:
+    """The median, and how far it scatters."""
+    between = [quantity(rate[key], unit) for key in ("p20", "p80") if key in rate]
+    return quantity(rate["median"], unit) + (f" ({' - '.join(between)})" if between else "")

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from batchkern.bench.fit import Growth, growth
-from batchkern.bench.markdown import dimensions, labels, paragraphs, seconds, size, table
+from batchkern.bench.markdown import Footnotes, dimensions, labels, paragraphs, seconds, size, table
 from batchkern.bench.operations import name, spread
 from batchkern.bench.results import LANGUAGE, Results
 
@@ -48,8 +48,11 @@ def growth_table(results: Results) -> str:
         ]
         span = f"{first['along']}, {sizes[0]:,} to {sizes[-1]:,}" if sizes else first["along"]
         lines.append([f"`{first['op']}`", span, about(first), *fits])
-    headings = ["operation", "along", "at", *(f"{cost}: {name(variant)}" for cost in costs for variant in variants)]
-    return paragraphs(table(headings, lines), BRACKETS if lines else "")
+    notes = Footnotes()
+    less = {row["variant"]: f"computes less: {row['less']}" for row in results.rows("growth") if row.get("less")}
+    called = {variant: name(variant) + notes.mark(less.get(variant, "")) for variant in variants}
+    headings = ["operation", "along", "at", *(f"{cost}: {called[variant]}" for cost in costs for variant in variants)]
+    return paragraphs(table(headings, lines), str(notes), BRACKETS if lines else "")
 
 
 def _exponent(fit: Growth | None) -> str:

@@ -165,7 +165,8 @@ def test_check_tells_and_writes_nothing(report):
 
 def test_a_newer_file_is_told_once_figures_are_written(report, file):
     Path("PAGE.md").write_text(MARKED)
-    later = small.write(file.with_name("later.json"), {"date": "2027-01-01"}, operations=[row(OP, SHAPE, "ours", 1.0)])
+    rows = [row(OP, SHAPE, "ours", 1.0), row("trimmed_mean", {"rows": 9}, "ours", 1.0)]
+    later = small.write(file.with_name("later.json"), {"date": "2027-01-01"}, operations=rows)
     status, _, err = report("--readme", "PAGE.md")
     assert status == 1
     assert f"is older than {later}" in err
@@ -221,3 +222,24 @@ def test_nothing_is_needed_but_the_files():
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "### Growth" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "lists",
+    [
+        {"operations": [row(OP, SHAPE, "ours", 2e-3) | {"time": {"median": "2 ms"}}]},
+        {"operations": [row(OP, SHAPE, "ours", 2e-3) | {"shape": 4096}]},
+        {"growth": [sweep("ours", SIZES, [1, 2, 3, 4], [1] * 4) | {"sizes": ["1", 2, 3, 4]}]},
+        {"accuracy": [{"op": "f", "perturbation": 0.1, "classes": 10, "variant": "ours", "error": "small"}]},
+        {"operations": [row(OP, SHAPE, "ours", 2e-3)], "rates": {"copy": 5}},
+    ],
+    ids=["time", "shape", "sizes", "error", "rates"],
+)
+def test_a_damaged_file_is_one_sentence(report, file, lists):
+    small.write(file, **lists)
+    for words in ((str(file),), (str(file), "--out", "shown")):
+        status, _, error = report(*words)
+        assert status == 2
+        assert error.startswith(f"batchkern: error: {file} is damaged")
+        assert error.count("\n") == 1
+    assert not list(Path("shown").glob("*"))

@@ -105,6 +105,19 @@ def test_what_was_measured_comes_in_place_of_what_was_planned(tmp_path):
     assert ["planned.json is older than measured.json" in sentence for sentence in rewrite(page)] == [True]
 
 
+@pytest.mark.parametrize("changes", [{"dirty": True}, {"quick": True}, {"complete": False}, {"rows": 1}], ids=str)
+def test_a_run_that_is_no_full_measurement_is_not_newer(page, changes):
+    both = [row(OP, SHAPE, "ours", 2e-3), row(OP, {"rows": 8, "classes": 10}, "ours", 2e-3)]
+    small.write(page.parent / "results" / "a.json", operations=both)
+    rewrite(page)
+    newer = {"date": "2026-11-30T00:00:00+00:00"}
+    lists = {"operations": both[: changes.pop("rows", 2)], "complete": changes.pop("complete", True)}
+    small.write(page.parent / "results" / "new.json", newer | changes, **lists)
+    assert check(page) == []
+    small.write(page.parent / "results" / "new.json", newer, operations=both)
+    assert len(check(page)) == 1
+
+
 def test_a_file_of_another_release_of_torch_is_not_newer(page):
     rewrite(page)
     rows = [row(OP, SHAPE, "ours", 2e-3)]

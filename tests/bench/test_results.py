@@ -16,12 +16,23 @@ from batchkern.errors import UserError
 def test_facts_name_the_machine(tmp_path):
     path = small.write(tmp_path / "x.json")
     assert facts(load(path)) == small.FACTS
-    rates = {"copy": {"median": 1.234e10}, "matmul": {"float32": {"median": 1.4e11}, "bfloat16": {"median": 9.89e14}}}
+    rates = {
+        "copy": {"median": 1.234e10, "p20": 1e10, "p80": 1.5e10},
+        "matmul": {"float32": {"median": 1.4e11}, "bfloat16": {"median": 9.89e14}},
+    }
     small.write(path, {"dirty": True, "threads": 1}, rates=rates, failed=["one", "two"])
     assert facts(load(path)) == (
         "A Processor, 1 thread, torch 2.11.0, commit abc1234 with changes, 2026-11-22, 2 cases failed; "
-        "copies 12.3 GB/s; multiplies float32 matrices at 140 Gflop/s; multiplies bfloat16 matrices at 989 Tflop/s"
+        "copies 12.3 GB/s (10.0 GB/s - 15.0 GB/s); "
+        "multiplies float32 matrices at 140 Gflop/s; multiplies bfloat16 matrices at 989 Tflop/s"
     )
+
+
+def test_facts_tell_of_an_interrupted_run_and_of_the_load(tmp_path):
+    path = tmp_path / "x.json"
+    machine = small.MACHINE | {"load_average": [1.24, 0, 0], "load_average_at_end": [2.0, 0, 0]}
+    path.write_text(json.dumps({"machine": machine, "complete": False}))
+    assert facts(load(path)) == f"{small.FACTS}, interrupted; load 1.2 to 2.0"
 
 
 def test_facts_of_a_gpu_and_of_a_plan(tmp_path):
