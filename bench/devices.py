@@ -31,6 +31,10 @@ class Cpu:
     """Elements; much larger than a cache."""
     width = 256 if QUICK else 1024
     """Of the square product."""
+    launch_bound_s = 0.0
+    """Calls below it are measured in a CUDA graph, too."""
+    host_s = 0.0
+    """What the host took for the latest run besides the device's time."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -42,6 +46,10 @@ class Cpu:
         seconds = time.perf_counter() - start
         del result
         return seconds
+
+    def calls_a_round(self, once: float) -> int:
+        """How many calls of so many seconds fill a round."""
+        return max(1, min(self.most_calls, math.ceil(self.least_seconds / max(once, 1e-7))))
 
     def peak_bytes(self, run: Run) -> int:
         """Bytes at the highest moment of a run beyond those before it: every event of the CPU allocator is counted."""
@@ -80,7 +88,6 @@ class Cuda(Cpu):
     queued_host_s = 4e-3
     """So long the host may take for the calls of a round."""
     launch_bound_s = 50e-6
-    """Calls below it are measured in a CUDA graph, too."""
     cycles_per_second = 2e9
     """At least: a longer sleep does no harm."""
     copied = 1 << (24 if QUICK else 29)
@@ -90,8 +97,6 @@ class Cuda(Cpu):
         super().__init__(device)
         l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
         self.flushed = torch.empty(4 * l2, dtype=torch.int8, device=self.device)
-        self.host_s = 0.0
-        """What the host took for the latest run, without waiting for the device."""
 
     def seconds(self, run: Run) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -105,6 +110,10 @@ class Cuda(Cpu):
         end.synchronize()
         del result
         return start.elapsed_time(end) / 1e3
+
+    def calls_a_round(self, once: float) -> int:
+        """So few, too, that the queue, of some 1,000 launches, never is full."""
+        return max(1, min(super().calls_a_round(once), int(self.queued_host_s / self.host_s)))
 
     def graph_of(self, make: Callable[[], Run]) -> Run:
         """What replays the run that ``make`` prepares. Everything happens on one stream, which the context leaves again
@@ -177,11 +186,6 @@ def floor_seconds(floor: dict[str, float], dtype: str, rates: dict[str, Any]) ->
     """Bytes at the copy bandwidth, and then flops at the matmul rate of the type."""
     products = floor["flops"] / rates["matmul"][dtype]["median"] if floor["flops"] else 0.0
     return floor["bytes"] / rates["copy"]["median"] + products
-
-
-def repeats(once: float, device: Cpu) -> int:
-    """How many calls fill a round."""
-    return max(1, min(device.most_calls, math.ceil(device.least_seconds / max(once, 1e-7))))
 
 
 def cloned(inputs: tuple[Tensor, ...], differentiable: int) -> tuple[Tensor, ...]:

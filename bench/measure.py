@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from batchkern import _backend
-from bench.devices import Cpu, Cuda, Rates, Run, cloned, floor_seconds, quantiles, repeats
+from bench.devices import Cpu, Cuda, Rates, Run, cloned, floor_seconds, quantiles
 from bench.machine import QUICK
 from bench.registry import Case, Operation, Oracle, Problem, Step, Sweep, Variant, relative_error
 
@@ -139,12 +139,10 @@ def interleaved(
             gc.collect()
             shuffle(order)
             for name in order:
-                run = runs[name](calls[name])
-                if isinstance(device, Cuda):  # each variant's own, or one would wait for another's host time
-                    device.host_s = calls[name] * timed.host[name][-1] if timed.host[name] else 0.0
+                run, host = runs[name](calls[name]), timed.host[name]
+                device.host_s = calls[name] * host[-1] if host else 0.0  # its own: no other's sleep fits
                 timed.seconds[name].append(device.seconds(run) / calls[name])
-                if isinstance(device, Cuda):
-                    timed.host[name].append(device.host_s / calls[name])
+                host.append(device.host_s / calls[name])
             done += 1
     finally:
         gc.enable()
@@ -152,16 +150,14 @@ def interleaved(
     return timed
 
 
-def timed_modes(device: Cpu, problem: Problem, steps: dict[str, Step], mode: str, budget: float, rounds: Any) -> Timed:
+def timed_mode(device: Cpu, problem: Problem, steps: dict[str, Step], mode: str, budget: float, rounds: Any) -> Timed:
     runs = {name: (lambda calls, step=step: prepared(problem, step, mode, calls)) for name, step in steps.items()}
     calls = {}
     for name, run in runs.items():
         once = device.seconds(run(1))
         if once < 0.1:
             once = min(once, *(device.seconds(run(1)) for _ in range(4)))
-        calls[name] = repeats(once, device)
-        if isinstance(device, Cuda):  # so few that the queue, of some 1,000 launches, never is full
-            calls[name] = max(1, min(calls[name], int(device.queued_host_s / device.host_s)))
+        calls[name] = device.calls_a_round(once)
     return interleaved(device, runs, calls, budget, rounds)
 
 
@@ -232,7 +228,7 @@ def rows_of(op: Operation, case: Case, device: Cpu) -> list[dict[str, Any]]:
     for mode in case.modes:
         variants = {name: v for name, v in right.items() if mode in v.modes}
         steps = {name: v.timed for name, v in variants.items()}
-        timed = timed_modes(device, problem, steps, mode, device.seconds_a_group, ROUNDS)
+        timed = timed_mode(device, problem, steps, mode, device.seconds_a_group, ROUNDS)
         graphs = _graphs(device, problem, variants, mode, timed) if mode == whole else None
         for name, seconds in timed.seconds.items():
             run = prepared(problem, steps[name], mode, 1) if mode == whole else None
@@ -250,7 +246,7 @@ def rows_of(op: Operation, case: Case, device: Cpu) -> list[dict[str, Any]]:
                     "ratio": quantiles([a / b for a, b in zip(seconds, timed.seconds["ours"])]),
                     "floor": op.floor(case, mode)._asdict(),
                     "graph": quantiles(graphs.seconds[name]) if graphs and name in graphs.seconds else None,
-                    "host": quantiles(timed.host[name])["median"] if timed.host[name] else None,
+                    "host": quantiles(timed.host[name])["median"] or None,
                     "peak_bytes": device.peak_bytes(run) if run else None,
                     "launches": device.launches(prepared(problem, steps[name], mode, 1)) if run else None,
                     "error": found[name] if run else None,
@@ -265,7 +261,7 @@ def rows_of(op: Operation, case: Case, device: Cpu) -> list[dict[str, Any]]:
 
 
 def _graphs(device: Cpu, problem: Problem, variants: dict[str, Variant], mode: str, timed: Timed) -> Timed | None:
-    if not isinstance(device, Cuda) or min(timed.seconds["ours"]) > device.launch_bound_s:
+    if min(timed.seconds["ours"]) > device.launch_bound_s:
         return None
     steps = {name: variant.timed for name, variant in variants.items() if variant.captured}
     return timed_graphs(device, problem, steps, mode, min(timed.calls.values()))
@@ -293,7 +289,7 @@ def growth_of(op: Operation, sweep: Sweep, device: Cpu, sizes: Sequence[int]) ->
             problem.variants = {name: v for name, v in problem.variants.items() if name not in NOT_SWEPT}
             right = _checked(problem, mode)[0]
         steps = {name: problem.variants[name].timed for name in right if _runs(problem, name, mode)}
-        timed = timed_modes(device, problem, steps, mode, SECONDS_A_POINT, POINT_ROUNDS)
+        timed = timed_mode(device, problem, steps, mode, SECONDS_A_POINT, POINT_ROUNDS)
         fixed = {key: value for key, value in case.sizes.items() if key != sweep.along}
         for name, seconds in timed.seconds.items():
             new = {**shared(op, case), "along": sweep.along, "fixed": fixed, "mode": mode, "variant": name}

@@ -24,7 +24,6 @@ class Peer:
     """A module."""
     gpu: bool = False
     """Whether it runs on a GPU alone."""
-    overwrites: bool = False
     trims: bool = True
     """Whether it can count a part of the rows alone."""
 
@@ -156,7 +155,7 @@ def eager_augment(
 PEERS: dict[str, dict[str, Peer]] = {
     "trimmed_cross_entropy": {
         "eager": Peer(eager_cross_entropy),
-        "liger": Peer(liger_cross_entropy, "liger_kernel", gpu=True, overwrites=True),
+        "liger": Peer(liger_cross_entropy, "liger_kernel", gpu=True),
         "quack": Peer(quack_cross_entropy, "quack", gpu=True),
     },
     "linear_trimmed_cross_entropy": {
@@ -197,7 +196,7 @@ def variants(op: str, device: torch.device, keep: float | None = None, **fixed: 
         if missing(peer, device.type):
             continue
         less = "" if peer.trims or keep == 1 else "counts every row"
-        found[name] = Variant(peer.make(**parameters), less, peer.overwrites, captured=not peer.gpu)
+        found[name] = Variant(peer.make(**parameters), less, captured=not peer.gpu)
         if name == "eager":
             found["compile"] = Variant(torch.compile(found[name].step, fullgraph=True, dynamic=False))
     return found

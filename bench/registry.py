@@ -42,8 +42,6 @@ class Variant:
     step: Step
     less: str = ""
     """What it leaves undone of what ours does."""
-    overwrites: bool = False
-    """Whether the inputs are lost."""
     random: Step | None = None
     """The step with random numbers of its own, where it has any: that is timed. None: ``step``."""
     oracle: Oracle | None = None

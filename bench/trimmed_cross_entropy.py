@@ -20,7 +20,6 @@ def build(case: Case, device: torch.device) -> Problem:
         "ours": Variant(lambda x: batchkern.trimmed_cross_entropy(x, target, keep)),
         "ours inplace": Variant(
             lambda x: batchkern.trimmed_cross_entropy(x, target, keep, inplace_backward=True),
-            overwrites=True,
             modes=("backward", "full"),
         ),
     }

@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from training import single_thread
@@ -47,18 +48,9 @@ def elsewhere(tmp_path, tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture
-def batchkern(monkeypatch, capsys):
+def batchkern():
     """Runs the command: (exit status, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["batchkern", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
+    return commands.run
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from dataclasses import replace
+from functools import partial
 
+import commands
 import pytest
 from training import single_thread
 
@@ -25,19 +26,10 @@ one_thread = single_thread()
 
 
 @pytest.fixture
-def batchkern(tmp_path, monkeypatch, capsys):
+def batchkern(tmp_path, monkeypatch):
     """Runs ``batchkern reproduce`` in a directory of the test's own: (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["batchkern", "reproduce", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
+    return partial(commands.run, "reproduce")
 
 
 @pytest.fixture

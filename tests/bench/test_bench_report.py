@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import commands
 import pytest
 import small_results as small
 from small_results import SHAPE, row, sweep
@@ -43,18 +45,9 @@ def file(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def report(monkeypatch, capsys):
+def report():
     """Runs the command: (exit status, stdout, stderr)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["batchkern", "bench", "report", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
+    return partial(commands.run, "bench", "report")
 
 
 def refused(result, pattern):

@@ -15,10 +15,10 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from functools import partial
 from pathlib import Path
 
+import commands
 import pytest
 import torch
 from training import flat, single_thread
@@ -28,7 +28,7 @@ pytest.importorskip("rich")
 pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
-from batchkern import cli, plots
+from batchkern import plots
 from batchkern.compare import ARMS, RESULTS, Comparison, run, running, slug, with_controls
 from batchkern.compare.comparison import RunOf
 from batchkern.compare.report import CSV, REPORT, REPORT_FILES
@@ -53,12 +53,7 @@ def batchkern(tmp_path, monkeypatch):
     return in_process
 
 
-def in_process(*words):
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
-        patch.setattr(sys, "argv", ["batchkern", "compare", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    return ended.value.code or 0, out.getvalue(), err.getvalue()
+in_process = partial(commands.run, "compare")
 
 
 @pytest.fixture(scope="module")
