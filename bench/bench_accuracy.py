@@ -31,6 +31,7 @@ def with_batchkern(p: Tensor, q: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("classes", ROWS)
 def test_accuracy(session: Any, classes: int) -> None:
+    session.begin()
     torch.manual_seed(0)
     p, _ = inputs.trained_logits(ROWS[classes], classes, session.device.device)
     noise = torch.randn_like(p)

@@ -10,7 +10,7 @@ from bench.registry import Operation, Sweep
 
 
 def test_growth(session: Any, op: Operation, sweep: Sweep) -> None:
-    session.begin(f"{op.name} along {sweep.along}")
+    session.begin()
     session.rates.sample(sweep.case.dtype)
     sizes = sweep.sizes[:3] if QUICK else sweep.sizes
     session.add("growth", *measure.growth_of(op, sweep, session.device, sizes))

@@ -26,9 +26,9 @@ def _advance(seconds: float) -> None:
 def test_operation(benchmark: Any, session: Any, op: Operation, case: Case) -> None:
     """Rows for the session; pytest-benchmark gets the median of ours in the last mode, to hold one commit against
     another with ``--benchmark-compare``."""
-    session.begin(f"{op.name} {case}")
+    session.begin()
     session.rates.sample(case.dtype)
-    rows = measure.rows_of(op, case, session.device)
+    rows = measure.rows_of(op, case, session.device, session.without)
     session.add("operations", *rows)
     ours = next(row for row in reversed(rows) if row["variant"] == "ours")
     benchmark.group = op.name

@@ -26,7 +26,7 @@ SECONDS, SECONDS_WITH_TARGET = 8.0, 24.0
     ids=lambda case: f"{case.model}-{case.strategy}".replace(" ", "_"),
 )
 def test_training(session: Any, case: Case) -> None:
-    session.begin(f"{case.strategy} {case.model}")
+    session.begin()
     budget = SECONDS if case.target is None else SECONDS_WITH_TARGET
     if QUICK:
         case, budget = replace(case, model="cnn", batch_size=4), 0.0

@@ -30,16 +30,17 @@ _sessions: list[Session] = []
 class Session:
     """What was measured so far."""
 
-    def __init__(self, device: Cpu, minutes: float | None) -> None:
+    def __init__(self, device: Cpu, cases: list[str], minutes: float | None, without: list[str]) -> None:
         self.device = device
+        self.without = without
+        """Variants that are not measured."""
         self.rates = Rates(device)
         self.machine = machine.facts(device.device)
         self.sections: dict[str, list[Any]] = {}
         self.failed: list[str] = []
-        self.complete = False
-        """Until the last case has been measured."""
+        self.left_out = cases
+        """Those that were not tried, so far."""
         self.begun = time.monotonic()
-        self.left_out: list[str] = []
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.path = self._path()
 
@@ -55,18 +56,23 @@ class Session:
         self.sections.setdefault(section, []).extend(entries)
         self.write()
 
-    def begin(self, label: str) -> None:
+    def begin(self) -> None:
         """Skips what no time is left for."""
         if self.deadline is not None and time.monotonic() > self.deadline:
-            self.left_out.append(label)
-            self.write()
             pytest.skip("no time was left")
+
+    def tried(self, case: str, failed: bool) -> None:
+        if case in self.left_out:
+            self.left_out.remove(case)
+            self.failed += [case] * failed
+            self.write()
 
     def report(self) -> dict[str, Any]:
         sections = dict(self.sections)
         known = measure.finish(sections.pop("operations", []), sections.pop("growth", []), self.rates)
         facts = {**self.machine, "load_average_at_end": os.getloadavg()}
-        told = {"complete": self.complete, "failed": self.failed, "left_out": self.left_out}
+        told = {"complete": not self.left_out, "failed": self.failed, "left_out": self.left_out}
+        told |= {"without": self.without} if self.without else {}
         return {"machine": facts, "seconds": time.monotonic() - self.begun, **told, **known, **sections}
 
     def write(self) -> None:
@@ -80,6 +86,7 @@ class Session:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--on", choices=["cpu", "cuda"], default="cpu", help="the device to measure on")
     parser.addoption("--minutes", type=float, help="begin no case after so many")
+    parser.addoption("--without", action="append", default=[], metavar="VARIANT", help="do not measure it")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -93,8 +100,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The cases, or the sweeps, of every operation for the device. Those with a target come first, in case time runs
-    out."""
+    """The cases, or the sweeps, of every operation for the device, the most important first."""
     device = metafunc.config.getoption("--on")
     if {"op", "case"} <= set(metafunc.fixturenames):
         cases = [
@@ -102,7 +108,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for op in registry.operations().values()
             for case in ([op.quick] if machine.QUICK else op.cases[device])
         ]
-        cases.sort(key=lambda pair: pair[1].target_s is None)
+        if device == "cuda":
+            place = {label: index for index, label in enumerate(registry.FIRST_ON_A_GPU)}
+            cases.sort(key=lambda pair: place.get(f"{pair[0].name} {pair[1]}", len(place)))
         metafunc.parametrize(("op", "case"), cases, ids=[f"{op.name}-{case}".replace(" ", "_") for op, case in cases])
     if "sweep" in metafunc.fixturenames:
         sweeps = [(op, sweep) for op in registry.operations().values() for sweep in op.sweeps[device]]
@@ -113,14 +121,21 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="session")
 def session(request: pytest.FixtureRequest) -> Session:
     device = Cuda() if request.config.getoption("--on") == "cuda" else Cpu()
-    _sessions.append(Session(device, request.config.getoption("--minutes")))
+    cases = [item.nodeid for item in request.session.items if "session" in getattr(item, "fixturenames", ())]
+    option = request.config.getoption
+    _sessions.append(Session(device, cases, option("--minutes"), option("--without")))
     return _sessions[0]
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """A case was tried once its call has ended, or if it came to none because of an error."""
+    if (report.when == "call" or report.failed) and not report.skipped:
+        for session in _sessions:
+            session.tried(report.nodeid, report.failed)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for session in _sessions:
-        session.complete = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
-        session.failed = [r.nodeid for kind in ("failed", "error") for r in terminalreporter.stats.get(kind, [])]
         session.write()
         terminalreporter.write(
             "\n" + page([Results(session.path or Path("measured", "now"), BENCHMARK, session.report())])

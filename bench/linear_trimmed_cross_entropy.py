@@ -53,9 +53,10 @@ def floor(case: Case, mode: str) -> Floor:
 
 
 def case(
-    rows: int, width: int, words: int, keep: float = 0.2, dtype: torch.dtype = FP32, target_s: float | None = None
+    rows: int, width: int, words: int, keep: float = 0.2, dtype: torch.dtype = FP32, target: float | None = None
 ) -> Case:
-    return Case(shape(rows=rows, width=width, words=words), dtype, keep, modes=("full",), target_s=target_s)
+    sizes = shape(rows=rows, width=width, words=words)
+    return Case(sizes, dtype, keep, modes=("full",), target_fraction=target)
 
 
 OPERATION = Operation(
@@ -64,10 +65,7 @@ OPERATION = Operation(
     floor,
     cases={
         "cpu": [case(2048, 512, 32_000, keep) for keep in (1.0, 0.5, 0.2, 0.1)],
-        "cuda": [
-            case(4096, 4096, 128_256, 0.2, BF16, 11e-3),
-            *(case(4096, 4096, 128_256, keep, BF16) for keep in (1.0, 0.5, 0.1)),
-        ],
+        "cuda": [case(4096, 4096, 128_256, keep, BF16, 0.8) for keep in (0.2, 1.0, 0.5, 0.1)],
     },
     sweeps={
         "cpu": [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -215,11 +215,14 @@ def _checked(problem: Problem, mode: str) -> tuple[dict[str, Any], dict[str, str
     return found, unequal
 
 
-def rows_of(op: Operation, case: Case, device: Cpu) -> list[dict[str, Any]]:
-    """A row for each mode and variant. ``finish`` adds the floor's seconds, once the rates are known."""
+def rows_of(op: Operation, case: Case, device: Cpu, without: Collection[str] = ()) -> list[dict[str, Any]]:
+    """A row for each mode and variant but those ``without``. ``finish`` adds the floor's seconds, once the rates are
+    known."""
     torch.compiler.reset()  # each case compiles anew for its shape
     torch.manual_seed(0)
+    device.release()
     problem = op.build(case, device.device)
+    problem.variants = {name: v for name, v in problem.variants.items() if name not in without}
     backend = next(s.backend for s in _backend.status() if (s.op, s.device) == (op.name, device.device.type))
     whole = case.modes[-1]
     found, unequal = _checked(problem, whole)
@@ -251,6 +254,7 @@ def rows_of(op: Operation, case: Case, device: Cpu) -> list[dict[str, Any]]:
                     "launches": device.launches(prepared(problem, steps[name], mode, 1)) if run else None,
                     "error": found[name] if run else None,
                     "target_s": case.target_s if name == "ours" and run else None,
+                    "target_fraction": case.target_fraction if name == "ours" and run else None,
                 }
             )
     for name, sentence in unequal.items():

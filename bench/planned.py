@@ -1,4 +1,4 @@
-"""Writes the cases for a GPU that nothing was measured on yet, with their floors by its datasheet and their targets:
+"""Writes the cases for GPUs that nothing was measured on yet, with their floors by datasheets and their targets:
 ``python -m bench.planned``. README.md shows them until there are figures."""
 
 from __future__ import annotations
@@ -6,28 +6,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bench import measure, registry
+from bench import machine, measure, registry
 from bench.devices import floor_seconds
 
-FILE = Path(__file__).parent / "results" / "nvidia-h200" / "planned.json"
-DATASHEET = {
-    "copy": {"median": 4.8e12},
-    "matmul": {"bfloat16": {"median": 989e12}, "float32": {"median": 67e12}},
-}
+BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12}
+"""Bytes a second, by the name that the driver gives."""
+MATMUL = {"bfloat16": {"median": 989e12}, "float32": {"median": 67e12}}
+"""Of both."""
 
 
-def planned() -> dict[str, Any]:
+def file(gpu: str) -> Path:
+    return Path(__file__).parent / "results" / machine.folder({"gpu": gpu}) / "planned.json"
+
+
+def planned(gpu: str) -> dict[str, Any]:
+    rates = {"copy": {"median": BANDWIDTH[gpu]}, "matmul": MATMUL}
     rows = []
     for op in registry.operations().values():
         for case in op.cases["cuda"]:
             mode = case.modes[-1]
             row = {**measure.shared(op, case), "shape": case.sizes, "mode": mode, "variant": "ours", "less": ""}
             floor = op.floor(case, mode)._asdict()
-            seconds = floor_seconds(floor, row["dtype"], DATASHEET)
-            rows.append({**row, "time": None, "floor": {**floor, "seconds": seconds}, "target_s": case.target_s})
+            seconds = floor_seconds(floor, row["dtype"], rates)
+            targets = {"target_s": case.target_s, "target_fraction": case.target_fraction}
+            rows.append({**row, "time": None, "floor": {**floor, "seconds": seconds}, **targets})
     return {
-        "machine": {"device": "cuda", "gpu": "NVIDIA H200", "planned": True},
-        "rates": DATASHEET,
+        "machine": {"device": "cuda", "gpu": gpu, "planned": True},
+        "rates": rates,
         "operations": rows,
     }
 
@@ -35,6 +40,7 @@ def planned() -> dict[str, Any]:
 if __name__ == "__main__":
     from bench.results_file import as_text
 
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    FILE.write_text(as_text(planned()))
-    print(f"written: {FILE}")
+    for gpu in BANDWIDTH:
+        file(gpu).parent.mkdir(parents=True, exist_ok=True)
+        file(gpu).write_text(as_text(planned(gpu)))
+        print(f"written: {file(gpu)}")

@@ -49,9 +49,15 @@ def floor(case: Case, mode: str) -> Floor:
 
 
 def case(
-    batch: int, copies: int, classes: int, dtype: torch.dtype = FP32, kind: str = "near", target_s: float | None = None
+    batch: int,
+    copies: int,
+    classes: int,
+    dtype: torch.dtype = FP32,
+    kind: str = "near",
+    target_fraction: float | None = None,
 ) -> Case:
-    return Case(shape(batch=batch, copies=copies, classes=classes), dtype, kind=kind, target_s=target_s)
+    sizes = shape(batch=batch, copies=copies, classes=classes)
+    return Case(sizes, dtype, kind=kind, target_fraction=target_fraction)
 
 
 OPERATION = Operation(
@@ -61,8 +67,8 @@ OPERATION = Operation(
     cases={
         "cpu": [case(128, 16, 1000), case(128, 16, 1000, kind="unrelated")],
         "cuda": [
-            case(1024, 4, 131_072, BF16, target_s=0.75e-3),
-            case(512, 8, 1000, target_s=15e-6),
+            case(1024, 4, 131_072, BF16, target_fraction=0.8),
+            case(512, 8, 1000),
             case(128, 4, 10),
         ],
     },

@@ -22,6 +22,25 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """An illegal access leaves a process whose every call of the GPU fails. A worker of xdist then ends, once it has
+    told, and a fresh one takes the next test."""
+    if report.failed and os.environ.get("PYTEST_XDIST_WORKER") and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            _lost.append(report.nodeid)
+
+
+_lost: list[str] = []
+"""Tests that took the GPU's context with them."""
+
+
+def pytest_runtest_logfinish() -> None:
+    if _lost:
+        os._exit(1)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--through",

@@ -40,6 +40,7 @@ def test_a_quick_run_measures_every_row(tmp_path: Path) -> None:
     assert {entry["variant"] for entry in written["accuracy"]} == {"ours", "F.kl_div"}
     assert written["machine"]["quick"]
     assert written["failed"] == written["left_out"] == []
+    assert written["complete"] is True
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -58,5 +59,6 @@ def test_a_second_run_leaves_the_file_of_the_first_and_no_case_begins_after_its_
     before = first.read_text()
     bench(tmp_path, *arguments, "--minutes", "0")
     assert first.read_text() == before
-    second = first.with_stem(first.stem + "-2")
-    assert json.loads(second.read_text())["left_out"] == ["rank_batches along batches"]
+    second = json.loads(first.with_stem(first.stem + "-2").read_text())
+    assert second["left_out"] == ["bench/bench_growth.py::test_growth[rank_batches-batches]"]
+    assert second["complete"] is False

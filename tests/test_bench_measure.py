@@ -346,7 +346,20 @@ def test_sweeps_reach_the_sizes_that_people_ask_for() -> None:
 
 
 def test_the_plan_for_a_gpu_is_that_of_the_cases() -> None:
-    assert planned.FILE.read_text() == results_file.as_text(planned.planned())
+    for gpu in planned.BANDWIDTH:
+        assert planned.file(gpu).read_text() == results_file.as_text(planned.planned(gpu))
+
+
+def test_what_is_measured_first_on_a_gpu_are_cases_and_targets_are_in_their_reach() -> None:
+    """A floor at the datasheet's bandwidth, which no copy reaches, already takes longer than a wrong target."""
+    rows = [(f"{op.name} {case}", op, case) for op in registry.operations().values() for case in op.cases["cuda"]]
+    assert set(registry.FIRST_ON_A_GPU) <= {label for label, _, _ in rows}
+    for _, op, case in rows:
+        if case.target_s is not None:
+            rates = {"copy": {"median": planned.BANDWIDTH["NVIDIA H100 80GB HBM3"]}, "matmul": planned.MATMUL}
+            floor = op.floor(case, case.modes[-1])._asdict()
+            assert devices.floor_seconds(floor, str(case.dtype)[6:], rates) < 0.5 * case.target_s
+        assert case.target_fraction is None or 0 < case.target_fraction < 1
 
 
 def test_inputs_look_like_those_of_a_trained_network() -> None:

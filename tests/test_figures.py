@@ -33,7 +33,6 @@ NUMBER = re.compile(r"\| *[-+(]?\d[\d,.]*\)? *(?=\|)")
 """A cell of nothing else: the unit may stand above it."""
 NOT_MEASURED = (
     "95 % interval",  # of the confidence that intervals have
-    "10 minutes",  # that make gpu is given
 )
 
 

@@ -116,8 +116,15 @@ def _detailed(row: Row, notes: Footnotes) -> list[str]:
         seconds(row.get("host")),
         _error(error.get("result")),
         _error(error.get("gradient")),
-        seconds(row.get("target_s")),
+        target(row),
     ]
+
+
+def target(row: Row) -> str:
+    """What is asked of it: a share of the floor's speed, or device time where launches bound it."""
+    if row.get("target_fraction") is not None:
+        return f"{percent(row['target_fraction'])} of the floor"
+    return seconds(row.get("target_s"))
 
 
 def _marked(row: Row, notes: Footnotes) -> str:
@@ -205,22 +212,34 @@ def _line(case: Case, variants: list[str]) -> list[str]:
 
 def planned(results: Results) -> str:
     """What is asked of a GPU beside what was measured there, where it was."""
-    headings = ["operation", "shape", "target", "floor", "measured", "in a graph", "of the floor"]
-    rows = [
-        row
-        for row in results.rows("operations")
-        if row.get("target_s") is not None or (is_ours(row["variant"]) and row.get("time") is None)
-    ]
-    lines = [
-        [
-            f"`{row['op']}`" + f", {row['variant'].removeprefix(OURS).strip()}" * (row["variant"] != OURS),
-            what(row),
-            seconds(row.get("target_s")),
-            seconds((row.get("floor") or {}).get("seconds") or None),
-            time(row),
-            seconds(median(row.get("graph"))),
-            percent(row.get("fraction")),
-        ]
-        for row in rows
-    ]
+    headings = ["operation", "shape", "target", "floor", "measured", "in a graph", "of the floor", "fastest peer / ours"]
+    lines = []
+    for case in whole_passes(results.rows("operations")):
+        row = case.get(OURS)
+        if row and (target(row) or row.get("time") is None):
+            lines.append(
+                [
+                    f"`{row['op']}`",
+                    what(row),
+                    target(row),
+                    seconds((row.get("floor") or {}).get("seconds") or None),
+                    time(row),
+                    seconds(median(row.get("graph"))),
+                    percent(row.get("fraction")),
+                    _fastest_peer(case),
+                ]
+            )
     return table(headings, lines)
+
+
+def _fastest_peer(case: Case) -> str:
+    """Of those that compute as much."""
+    peers = {
+        variant: times
+        for variant, row in case.items()
+        if not is_ours(variant) and not row.get("less") and (times := median(row.get("ratio"))) is not None
+    }
+    if not peers:
+        return ""
+    fastest = min(peers, key=lambda variant: peers[variant])
+    return f"{name(fastest)} {ratio(peers[fastest])}"

@@ -189,12 +189,17 @@ def facts(results: Results) -> str:
     if failed := results.rows("failed"):
         said.append(f"{len(failed)} case{'s' * (len(failed) > 1)} failed")
     if not results.complete:
-        said.append("interrupted")
+        said.append(_left_out(results))
     if machine.get("quick"):
         said.append("a quick run, whose figures mean nothing")
     load = [machine[key][0] for key in ("load_average", "load_average_at_end") if machine.get(key)]
     loads = [f"load {' to '.join(f'{value:.1f}' for value in load)}"] if load else []
     return "; ".join([", ".join(said), *_rates(results), *loads])
+
+
+def _left_out(results: Results) -> str:
+    count = len(results.rows("left_out"))
+    return f"{count} case{'s' * (count > 1)} left out" if count else "interrupted"
 
 
 def _rates(results: Results) -> list[str]:
