@@ -2,15 +2,17 @@
 
 ``batchkern._C`` holds the schemas and the kernels in C++ and CUDA C++; ``batchkern.triton`` adds those in Triton.
 Importing batchkern never fails because one of them is missing or was built for another torch: the operations then run
-their references, and ``batchkern info`` says why.
+their references, and ``batchkern info`` says why. On a GPU, where that costs most, a warning says it too.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -40,7 +42,8 @@ def _import_extension() -> tuple[ModuleType | None, str]:
         # Not `from batchkern import _C`, which would report a missing one as a circular import.
         module = importlib.import_module("batchkern._C")
     except ImportError as error:
-        return None, f"batchkern._C could not be imported: {(str(error) or type(error).__name__).splitlines()[0]}"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return None, f"batchkern._C could not be imported ({reason}): install batchkern again"
     built, running = (version.partition("+")[0] for version in (module.build_facts()["torch"], torch.__version__))
     if built != running:
         return None, f"batchkern._C was built for torch {built}, and this is torch {running}: install batchkern again"
@@ -50,14 +53,18 @@ def _import_extension() -> tuple[ModuleType | None, str]:
 extension, extension_error = _import_extension()
 
 
+def _torch_without_cuda() -> str:
+    return "" if torch.version.cuda else f"torch {torch.__version__} was built without CUDA"
+
+
 def _register_triton() -> str:
     """Adds the Triton kernels to the operators, or says why there are none."""
-    if torch.version.cuda is None:
-        return f"torch {torch.__version__} was built without CUDA"
+    if without_cuda := _torch_without_cuda():
+        return without_cuda
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
+        return "triton is not installed: install it"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton needs a C compiler when it runs, and found neither CC nor gcc nor clang"
+        return "Triton needs a C compiler when it runs, and found neither CC nor gcc nor clang: install one"
     triton.register()
     return ""
 
@@ -85,21 +92,61 @@ def has_kernel(op: str, x: Tensor) -> bool:
     # x.device.type makes two objects; this is asked in every call.
     if x.is_cpu:
         return (op, "cpu") in _kernels and x.dtype != torch.float64
-    return (op, x.device.type) in _kernels and x.dtype != torch.float64 and (not x.is_cuda or _runs_on(op, x.device))
+    if not x.is_cuda or x.dtype == torch.float64:
+        return False
+    index = x.device.index or 0
+    if torch.compiler.is_compiling():  # or a new entry in the dictionary would have it trace again
+        return _find_out(op, index)
+    known = _supported.get((op, index))
+    return _find_out(op, index) if known is None else known
 
 
-def _runs_on(op: str, device: torch.device) -> bool:
-    """Whether this CUDA device can run the kernel. The compiler, which cannot ask it, takes that for granted."""
-    index = device.index if device.index is not None else 0
-    if (op, index) not in _supported and not torch.compiler.is_compiling():
-        if not torch.cuda.is_available():  # fake tensors
-            return True
-        _supported[op, index] = _serves(op, torch.cuda.get_device_capability(index))
-    return _supported.get((op, index), True)
+_warned = False
 
 
-def _serves(op: str, capability: tuple[int, int]) -> bool:
-    return capability >= triton.LEAST_CAPABILITY if op in triton.OPS else built_for(capability)
+def _find_out(op: str, index: int) -> bool:
+    """Whether this CUDA device can run the kernel of ``op``. The first time that it cannot, a warning says why."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():  # there, tensors are fake
+        return (op, "cuda") in _kernels
+    status = _status(op, "cuda", index)
+    _supported[op, index] = status.backend == "kernel"
+    global _warned
+    if status.backend == "reference" and status.why not in (NO_KERNEL, _torch_without_cuda()) and not _warned:
+        _warned = True
+        warnings.warn(
+            f"batchkern.{op} has no kernel for cuda:{index} and runs as plain PyTorch, slower and often in more "
+            f"memory. {status.why}. This is said once, for all operations; `batchkern info` lists them.",
+            stacklevel=4,  # whoever called the operation
+        )
+    return _supported[op, index]
+
+
+# While the compiler traces it calls this function, as it would one decorated by torch.compiler.assume_constant_result,
+# which takes a second to import. A compiler that does not would trace it, and find is_compiling().
+_find_out._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _problem(op: str, index: int) -> str:
+    """Why this CUDA device cannot run the kernel, and what would help; empty where it can."""
+    major, minor = torch.cuda.get_device_capability(index)
+    where = f"{_made_of(op)}, and this device is {major}.{minor}"
+    if op in triton.OPS:
+        return "" if (major, minor) >= triton.LEAST_CAPABILITY else f"{where}: it needs 8.0"
+    remedy = f"set TORCH_CUDA_ARCH_LIST={major}.{minor} and install batchkern again"
+    if not built_for((major, minor)):
+        return f"{where}: {remedy}"
+    answer = _driver_problem(index)
+    return f"{where}, whose driver says '{answer}': update the driver, or {remedy}" if answer else ""
+
+
+@functools.cache
+def _driver_problem(index: int) -> str:
+    """Why the driver cannot load the CUDA C++ kernels on this device, in its own words; empty where it can.
+
+    A driver that is older than the nvcc of the build compiles none of its PTX.
+    """
+    answer: str = extension.cuda_problem(index) if extension is not None else ""
+    return answer.rstrip(".")
 
 
 def built_for(capability: tuple[int, int]) -> bool:
@@ -146,6 +193,13 @@ def status() -> list[Status]:
     return [_status(op, device) for op in OPS for device in DEVICES]
 
 
+NO_KERNEL = "this release has no kernel for it"
+
+
+def _made_of(op: str) -> str:
+    return _triton_version() if op in triton.OPS else f"CUDA C++ for {', '.join(_architectures())}"
+
+
 def _triton_version() -> str:
     try:
         return f"Triton {importlib.metadata.version('triton')}"
@@ -153,26 +207,19 @@ def _triton_version() -> str:
         return "Triton"
 
 
-def _status(op: str, device: str) -> Status:
+def _status(op: str, device: str, index: int | None = None) -> Status:
     if extension is None:
         return Status(op, device, "reference", extension_error)
     if device == "cpu" and (op, device) in _kernels:
         return Status(op, device, "kernel", f"C++, {extension.cpu_level()}")
     if device == "cuda" and (op, device) in _kernels:
-        if op in triton.OPS:
-            built, remedy = _triton_version(), "it needs 8.0"
-        else:
-            built = f"CUDA C++ for {', '.join(_architectures())}"
-            remedy = "set TORCH_CUDA_ARCH_LIST and install batchkern again"
         if not torch.cuda.is_available():
-            return Status(op, device, "kernel", f"{built}; no CUDA device is visible to this torch")
-        capability = torch.cuda.get_device_capability()
-        if _serves(op, capability):
-            return Status(op, device, "kernel", built)
-        where = f"this device is {capability[0]}.{capability[1]}"
-        return Status(op, device, "reference", f"{built}, and {where}: {remedy}")
+            return Status(op, device, "kernel", f"{_made_of(op)}; no CUDA device is visible to this torch")
+        problem = _problem(op, torch.cuda.current_device() if index is None else index)
+        return Status(op, device, "reference", problem) if problem else Status(op, device, "kernel", _made_of(op))
     if device == "cuda" and op in triton.OPS and triton_error:
         return Status(op, device, "reference", triton_error)
     if device == "cuda" and op not in triton.OPS and not extension.build_facts()["cuda"]:
-        return Status(op, device, "reference", "batchkern._C was built without CUDA")
-    return Status(op, device, "reference", "this release has no kernel for it")
+        why = "batchkern._C was built without CUDA: install an nvcc, as README says, and batchkern again"
+        return Status(op, device, "reference", _torch_without_cuda() or why)
+    return Status(op, device, "reference", NO_KERNEL)

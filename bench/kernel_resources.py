@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -69,12 +70,13 @@ def parse(report: str) -> list[Kernel]:
 
 
 def find_nvcc() -> str:
-    """The compiler that setup.py would take."""
+    """The compiler that setup.py would take, if the first one fits torch."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    places = [os.path.join(home, "bin")] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    wheels = sorted(map(str, Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin")))
+    places = [os.path.join(home, "bin")] if home else [os.environ.get("PATH", ""), *wheels, "/usr/local/cuda/bin"]
     if nvcc := shutil.which("nvcc", path=os.pathsep.join(places)):
         return nvcc
-    raise Failure("no nvcc was found in CUDA_HOME, on the PATH or in /usr/local/cuda")
+    raise Failure("no nvcc was found in CUDA_HOME, on the PATH, in this environment or in /usr/local/cuda")
 
 
 def compile_kernels(nvcc: str, source: Path, architecture: str) -> list[Kernel]:

@@ -14,6 +14,11 @@
 
 #include "cpu/kernels.h"
 
+#ifdef BATCHKERN_WITH_CUDA
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAGuard.h>
+#endif
+
 // keep_tensor, where it is given, is read when the operation runs, instead of keep. lse (B, 2) holds a row's
 // maximum m and the log of its sum of exp(z - m): together they keep the digits that one float32 would lose.
 TORCH_LIBRARY(batchkern, m) {
@@ -142,4 +147,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         m, "trimmed_mean_backward");
     Call<Tensor(const Tensor&, c10::SymInt)>::define(m, "rank_batches");
     m.def("build_facts", &build_facts, "What this module was compiled with, as a dict.");
+#ifdef BATCHKERN_WITH_CUDA
+    m.def("cuda_problem", torch::wrap_pybind_function_no_gil([](c10::DeviceIndex device) {
+              const c10::cuda::CUDAGuard guard(device);
+              // A first call may lie within the capture of a graph, where loading is refused otherwise.
+              c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+              return batchkern::cuda_problem();
+          }),
+          "Why this device cannot load the CUDA kernels, in the driver's words; empty where it can.");
+#endif
 }

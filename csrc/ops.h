@@ -11,7 +11,9 @@ struct CudaFacts {
     std::vector<std::string> architectures;  // "8.0", or "9.0+PTX" where PTX was kept as well
 };
 
-// Defined in cuda/build_facts.cu, so only where BATCHKERN_WITH_CUDA is.
+// Both are defined in cuda/build_facts.cu, so only where BATCHKERN_WITH_CUDA is.
 CudaFacts cuda_facts();
+// Why the current device cannot load the kernels, in the driver's words; empty where it can.
+std::string cuda_problem();
 
 }  // namespace batchkern

@@ -8,11 +8,13 @@ import importlib.util
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import batchkern
@@ -58,11 +60,14 @@ def test_every_operation_is_covered() -> None:
 
 
 NO_KERNEL = "this release has no kernel for it"
+WITHOUT_CUDA = "batchkern._C was built without CUDA: install an nvcc, as README says, and batchkern again"
 
 
-def extension_built_for(*architectures: str) -> types.ModuleType:
+def extension_built_for(*architectures: str, problem: str = "") -> types.ModuleType:
     module = types.ModuleType("_C")
     module.cpu_level = lambda: "avx2"
+    module.asked = []
+    module.cuda_problem = lambda device: (module.asked.append(device), problem)[1]
     module.build_facts = lambda: {"cuda": bool(architectures), "cuda_architectures": list(architectures)}
     return module
 
@@ -71,7 +76,7 @@ def extension_built_for(*architectures: str) -> types.ModuleType:
     ("extension", "cpu", "cuda", "in_triton"),
     [
         (None, *3 * ["undefined symbol: _ZN3c10"]),
-        (extension_built_for(), NO_KERNEL, "batchkern._C was built without CUDA", "triton is not installed"),
+        (extension_built_for(), NO_KERNEL, WITHOUT_CUDA, "triton is not installed"),
         (extension_built_for("9.0"), NO_KERNEL, NO_KERNEL, "triton is not installed"),
     ],
     ids=["no extension", "without CUDA", "with CUDA"],
@@ -87,9 +92,22 @@ def test_without_kernels_everything_is_the_reference(
     monkeypatch.setattr(_backend, "extension", extension)
     monkeypatch.setattr(_backend, "extension_error", "" if extension else "undefined symbol: _ZN3c10")
     monkeypatch.setattr(_backend, "triton_error", in_triton)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     for (op, device), status in statuses().items():
         why = cpu if device == "cpu" else in_triton if op in ("augment_latent", "soft_label_kl") else cuda
         assert (status.backend, status.why) == ("reference", why)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
+    """A process that has met no CUDA tensor yet, where all GPUs are of this capability, or there is none."""
+    monkeypatch.setattr(_backend, "_supported", {})
+    monkeypatch.setattr(_backend, "_warned", False)
+    _backend._driver_problem.cache_clear()
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)  # which would look for a GPU
 
 
 @pytest.mark.parametrize(
@@ -119,19 +137,19 @@ def test_a_device_that_the_build_does_not_serve_gets_the_reference(
 ) -> None:
     monkeypatch.setattr(_backend, "extension", extension_built_for("8.0", "9.0+PTX"))
     monkeypatch.setattr(_backend, "_kernels", {("trimmed_mean", "cuda")})
-    monkeypatch.setattr(_backend, "_supported", {})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    pretend(monkeypatch, capability)
     status = statuses()["trimmed_mean", "cuda"]
-    with FakeTensorMode():
+    with FakeTensorMode(), warnings.catch_warnings():
         x = torch.empty(4, device="cuda")
+        warnings.simplefilter("ignore")
         assert _backend.has_kernel("trimmed_mean", x) is (capability != (7, 5))
         assert not _backend.has_kernel("trimmed_mean", x.double())
         assert not _backend.has_kernel("rank_batches", x)
     if capability == (7, 5):
         assert status.backend == "reference"
         assert status.why == (
-            "CUDA C++ for 8.0, 9.0+PTX, and this device is 7.5: set TORCH_CUDA_ARCH_LIST and install batchkern again"
+            "CUDA C++ for 8.0, 9.0+PTX, and this device is 7.5: "
+            "set TORCH_CUDA_ARCH_LIST=7.5 and install batchkern again"
         )
     else:
         assert status.backend == "kernel"
@@ -145,23 +163,150 @@ def test_triton_needs_no_cuda_in_the_build(
 ) -> None:
     monkeypatch.setattr(_backend, "extension", extension_built_for())
     monkeypatch.setattr(_backend, "_kernels", {("soft_label_kl", "cuda")})
-    monkeypatch.setattr(_backend, "_supported", {})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    pretend(monkeypatch, capability)
     status = statuses()["soft_label_kl", "cuda"]
     assert status.backend == backend
     why = {None: "; no CUDA device is visible to this torch", (7, 5): ", and this device is 7.5: it needs 8.0"}
     assert status.why == f"Triton {importlib.metadata.version('triton')}{why.get(capability, '')}"
-    with FakeTensorMode():
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         assert _backend.has_kernel("soft_label_kl", torch.empty(4, device="cuda")) is (backend == "kernel")
+
+
+TOOLCHAIN = "the provided PTX was compiled with an unsupported toolchain."
+
+
+def test_a_driver_that_cannot_load_the_kernels_is_asked_once_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = extension_built_for("9.0+PTX", problem=TOOLCHAIN)
+    monkeypatch.setattr(_backend, "extension", extension)
+    monkeypatch.setattr(_backend, "_kernels", {(op, "cuda") for op in _backend.OPS})
+    pretend(monkeypatch, (12, 0))
+    assert statuses()["rank_batches", "cuda"] == _backend.Status(
+        "rank_batches",
+        "cuda",
+        "reference",
+        "CUDA C++ for 9.0+PTX, and this device is 12.0, whose driver says 'the provided PTX was compiled with an "
+        "unsupported toolchain': update the driver, or set TORCH_CUDA_ARCH_LIST=12.0 and install batchkern again",
+    )
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for device in ("cuda:1", "cuda:0", "cuda:1"):
+            x = torch.empty(4, device=device)
+            assert not _backend.has_kernel("rank_batches", x)
+            assert not _backend.has_kernel("trimmed_mean", x)
+            assert _backend.has_kernel("soft_label_kl", x)  # what Triton compiled, this driver did not see
+    assert extension.asked == [0, 1]
+
+
+REFERENCE_RUNS = [
+    ("rank_batches", None, set(), "", "batchkern._C is not there: install batchkern again"),
+    ("soft_label_kl", None, set(), "", "batchkern._C is not there: install batchkern again"),
+    ("rank_batches", extension_built_for(), set(), "", WITHOUT_CUDA),
+    ("soft_label_kl", extension_built_for(), set(), "triton is not installed", "triton is not installed"),
+    (
+        "trimmed_mean",
+        extension_built_for("8.0"),
+        {("trimmed_mean", "cuda")},
+        "",
+        "CUDA C++ for 8.0, and this device is 9.0: set TORCH_CUDA_ARCH_LIST=9.0 and install batchkern again",
+    ),
+    (
+        "trimmed_mean",
+        extension_built_for("9.0", problem="no kernel image"),
+        {("trimmed_mean", "cuda")},
+        "",
+        "whose driver says 'no kernel image': update the driver, "
+        "or set TORCH_CUDA_ARCH_LIST=9.0 and install batchkern again",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "extension", "kernels", "triton_error", "why"),
+    REFERENCE_RUNS,
+    ids=["no extension", "nor Triton", "no nvcc", "no Triton", "no machine code", "old driver"],
+)
+def test_a_cuda_tensor_that_a_build_would_have_served_warns_once(
+    monkeypatch: pytest.MonkeyPatch,
+    op: str,
+    extension: types.ModuleType | None,
+    kernels: set[tuple[str, str]],
+    triton_error: str,
+    why: str,
+) -> None:
+    monkeypatch.setattr(_backend, "extension", extension)
+    monkeypatch.setattr(_backend, "extension_error", "batchkern._C is not there: install batchkern again")
+    monkeypatch.setattr(_backend, "triton_error", triton_error)
+    monkeypatch.setattr(_backend, "_kernels", kernels)
+    call = {
+        "rank_batches": lambda x: batchkern.rank_batches(x, 0.5),
+        "trimmed_mean": lambda x: batchkern.trimmed_mean(x, 0.5),
+        "soft_label_kl": lambda x: batchkern.soft_label_kl(x.reshape(2, 2), x.reshape(2, 2)),
+    }[op]
+    pretend(monkeypatch, (9, 0))
+    with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x = torch.empty(4, device="cuda")
+        call(x.double())  # the reference's, whatever was built
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            _backend.has_kernel(op, x)  # nothing is computed
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.version, "cuda", None)
+            if op == "rank_batches" and extension is not None:  # no nvcc would change that
+                call(x)
+                _backend._supported.clear()
+        assert not caught
+        call(x)
+        (warning,) = caught
+        call(x)
+        call(torch.empty(4, device="cuda:1"))
+        batchkern.rank_batches(x, 0.5)
+    assert caught == [warning]
+    assert warning.category is UserWarning
+    assert warning.filename == __file__
+    text = str(warning.message)
+    assert text.startswith(f"batchkern.{op} has no kernel for cuda:0 and runs as plain PyTorch")
+    assert f"{why}. " in text
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (9, 0)])
+def test_the_compiler_asks_the_device_as_well(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(_backend, "extension", extension_built_for("9.0"))
+    monkeypatch.setattr(_backend, "_kernels", {("rank_batches", "cuda")})
+    pretend(monkeypatch, capability)
+    # For batchkern alone: the compiler would look for the GPU.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sys._getframe(1).f_globals is vars(_backend))
+
+    def served(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if _backend.has_kernel("rank_batches", x) else x.sum()
+
+    graphs: list[torch.fx.GraphModule] = []
+    torch.compiler.reset()  # or the other capability's graph would be found again
+    with FakeTensorMode(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x = torch.empty(4, device="cuda")
+        compiled = torch.compile(
+            served, backend=lambda graph, _: (graphs.append(graph), graph.forward)[1], fullgraph=True
+        )
+        results = [compiled(x) for _ in range(2)]
+    assert len(graphs) == 1
+    assert [result.dim() for result in results] == 2 * [int(capability == (9, 0))]
+    ours = [str(warning.message) for warning in caught if "batchkern.rank_batches" in str(warning.message)]
+    assert len(ours) == int(capability == (7, 5))
 
 
 @pytest.mark.parametrize(
     ("cuda", "spec", "compiler", "why"),
     [
         (None, object(), "/gcc", f"torch {torch.__version__} was built without CUDA"),
-        ("13.0", None, "/gcc", "triton is not installed"),
-        ("13.0", object(), None, "Triton needs a C compiler when it runs, and found neither CC nor gcc nor clang"),
+        ("13.0", None, "/gcc", "triton is not installed: install it"),
+        (
+            "13.0",
+            object(),
+            None,
+            "Triton needs a C compiler when it runs, and found neither CC nor gcc nor clang: install one",
+        ),
         ("13.0", object(), "/gcc", ""),
     ],
 )
@@ -298,7 +443,7 @@ def test_the_reason_for_a_missing_extension(monkeypatch: pytest.MonkeyPatch, err
     assert again.extension is None
     for status in again.status():
         assert status.backend == "reference"
-        assert status.why.endswith(why)
+        assert status.why == f"batchkern._C could not be imported ({why}): install batchkern again"
 
 
 PROGRAM = """

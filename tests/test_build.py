@@ -150,6 +150,136 @@ def test_setup_refuses_an_nvcc_of_another_cuda(tmp_path: Path) -> None:
     assert_refused(result, because=because)
 
 
+# --- which nvcc, and what it compiles for: by fakes of it, and of a torch beside which its wheels are ---------------
+
+# What setup.py would build, as JSON, without building it.
+DESCRIBE = """
+import json, os, runpy, setuptools
+def describe(ext_modules, cmdclass):
+    cuda = ("BATCHKERN_WITH_CUDA", "1") in ext_modules[0].define_macros
+    print(json.dumps([cuda, os.environ.get("CUDA_HOME"), os.environ.get("TORCH_CUDA_ARCH_LIST")]))
+setuptools.setup = describe
+runpy.run_path("setup.py")
+"""
+WHEELS = {
+    "nvidia-nvvm": "nvvm/bin/cicc",
+    "nvidia-cuda-crt": "include/crt/host_config.h",
+    "nvidia-cuda-cccl": "include/cccl/cub/cub.cuh",
+    "nvidia-cuda-runtime": "lib/libcudart.so.99",
+}
+CODES = "sm_75 sm_80 sm_86 sm_90 sm_100 sm_103 sm_120 sm_121"
+
+
+def fake_nvcc(toolkit: Path, release: str = "99.0", codes: str = CODES) -> str:
+    """A CUDA that no machine has, so that what is in /usr/local cannot matter."""
+    (toolkit / "bin").mkdir(parents=True)
+    script = f"""#!/bin/sh
+case "$1" in
+--version) echo 'Cuda compilation tools, release {release}, V{release}.1' ;;
+--list-gpu-code) for code in {codes}; do echo $code; done ;;
+--dryrun) echo '#$ TOP={toolkit}/bin/..' >&2 ;;
+esac
+"""
+    (toolkit / "bin" / "nvcc").write_text(script)
+    (toolkit / "bin" / "nvcc").chmod(0o755)
+    return str(toolkit / "bin")
+
+
+def fake_site(tmp_path: Path, without: str = "") -> Path:
+    """A folder with a torch for CUDA 99 and nvcc's wheels, but one."""
+    site = tmp_path / "site"
+    (site / "torch" / "utils").mkdir(parents=True)
+    (site / "torch" / "__init__.py").write_text("__version__ = '2.11.0'\nclass version: cuda = '99.0'\n")
+    (site / "torch" / "utils" / "__init__.py").touch()
+    (site / "torch" / "utils" / "cpp_extension.py").write_text(
+        "from setuptools import Extension as CppExtension\n"
+        "from setuptools.command.build_ext import build_ext as BuildExtension\n"
+    )
+    fake_nvcc(site / "nvidia" / "cu99")
+    for wheel, path in WHEELS.items():
+        if wheel != without:
+            (site / "nvidia" / "cu99" / path).parent.mkdir(parents=True, exist_ok=True)
+            (site / "nvidia" / "cu99" / path).touch()
+    return site
+
+
+def describe(site: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST")}
+    environment = {**inherited, "BATCHKERN_CUDA": "1", "PYTHONPATH": str(site), "PATH": str(site / "none"), **env}
+    command = [sys.executable, "-c", DESCRIBE]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+needs_shell = pytest.mark.skipif(not os.path.exists("/bin/sh"), reason="needs a shell")
+
+
+@needs_shell
+@pytest.mark.parametrize(
+    ("on_the_path", "taken"), [(None, "wheels"), ("98.0", "wheels"), ("unknown", "wheels"), ("99.1", "PATH")]
+)
+def test_setup_takes_the_first_nvcc_that_fits_torch(tmp_path: Path, on_the_path: str | None, taken: str) -> None:
+    site, toolkit = fake_site(tmp_path), tmp_path / "toolkit"
+    path = fake_nvcc(toolkit, on_the_path) if on_the_path else str(tmp_path)
+    result = describe(site, PATH=path)
+    assert result.returncode == 0, result.stderr
+    home = toolkit if taken == "PATH" else site / "nvidia" / "cu99"
+    assert json.loads(result.stdout) == [True, str(home.resolve()), "8.0;9.0;10.0;12.0+PTX"]
+
+
+@needs_shell
+def test_cuda_home_is_final(tmp_path: Path) -> None:
+    fake_nvcc(tmp_path / "toolkit", "98.0")
+    result = describe(fake_site(tmp_path), CUDA_HOME=str(tmp_path / "toolkit"))
+    assert_refused(result, because="nvcc is 98.0 and torch 2.11.0 needs CUDA 99.0")
+
+
+@needs_shell
+@pytest.mark.parametrize("wheel", [*WHEELS][:3])
+def test_setup_names_the_wheel_that_nvcc_lacks(tmp_path: Path, wheel: str) -> None:
+    because = f"has an nvcc but lacks what {wheel} brings (run pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl]')"
+    assert_refused(describe(fake_site(tmp_path, without=wheel)), because=because)
+
+
+@needs_shell
+@pytest.mark.parametrize(
+    ("codes", "wanted", "built"),
+    [
+        (CODES, {}, "8.0;9.0;10.0;12.0+PTX"),
+        ("sm_75 sm_80 sm_90 sm_90a", {}, "8.0;9.0+PTX"),
+        ("sm_90 sm_100 sm_130", {}, "9.0;10.0+PTX"),
+        (CODES, {"TORCH_CUDA_ARCH_LIST": "8.6"}, "8.6"),
+    ],
+)
+def test_the_architectures_that_are_built(tmp_path: Path, codes: str, wanted: dict[str, str], built: str) -> None:
+    path = fake_nvcc(tmp_path / "toolkit", codes=codes)
+    result = describe(fake_site(tmp_path), PATH=path, **wanted)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)[2] == built
+
+
+@pytest.mark.skipif(not FACTS["cuda"] or shutil.which("nvcc") is None, reason="needs nvcc")
+def test_the_nvcc_that_is_here_lists_its_architectures() -> None:
+    result = describe(ROOT, PATH=os.environ["PATH"])
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])[2].startswith("8.0;9.0")
+
+
+@pytest.mark.skipif(not FACTS["cuda"], reason="needs a build with CUDA")
+def test_the_extension_asks_the_driver() -> None:
+    if torch.cuda.is_available():
+        assert [_C.cuda_problem(device) for device in range(torch.cuda.device_count())] == [
+            "" for _ in range(torch.cuda.device_count())
+        ]
+    else:
+        with pytest.raises(RuntimeError, match="CUDA"):
+            _C.cuda_problem(0)
+
+
+def test_setup_refuses_a_setuptools_that_is_too_old(tmp_path: Path) -> None:
+    (tmp_path / "setuptools.py").write_text("__version__, setup = '65.5.0', None")
+    assert_refused(run_setup(PYTHONPATH=str(tmp_path)), because="setuptools 65.5.0 is installed")
+
+
 @pytest.mark.parametrize(
     ("module", "because"),
     [
@@ -172,7 +302,9 @@ def test_source_distribution_builds_a_wheel_that_works(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
     shutil.copytree(ROOT, checkout, ignore=ignore)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(checkout)]
-    env = {**os.environ, "BATCHKERN_CUDA": str(int(FACTS["cuda"]))}
+    # Few architectures, to save minutes.
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0+PTX"
+    env = {**os.environ, "BATCHKERN_CUDA": str(int(FACTS["cuda"])), "TORCH_CUDA_ARCH_LIST": architectures}
     built = subprocess.run(command, env=env, capture_output=True, text=True)
     assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
 
@@ -197,7 +329,7 @@ def test_source_distribution_builds_a_wheel_that_works(tmp_path: Path) -> None:
     location, facts = imported.stdout.splitlines()
     assert Path(location).is_relative_to(site)
     wheel_facts = json.loads(facts)
-    if FACTS["cuda"] and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+    if FACTS["cuda"] and architectures == "8.0;9.0+PTX":
         assert wheel_facts["cuda_architectures"] == ["8.0", "9.0+PTX"]
     # The checkout may have been built for other architectures than this environment asks for.
     assert {**wheel_facts, "cuda_architectures": FACTS["cuda_architectures"]} == FACTS

@@ -105,7 +105,10 @@ def test_without_a_working_nvcc_there_is_nothing_to_judge(tmp_path: Path) -> Non
     env = {**os.environ, "PATH": "", "CUDA_HOME": str(tmp_path / "nowhere")}
     result = subprocess.run([sys.executable, str(SCRIPT), "--check"], env=env, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "kernel_resources: no nvcc was found in CUDA_HOME, on the PATH or in /usr/local/cuda\n"
+    assert (
+        result.stderr
+        == "kernel_resources: no nvcc was found in CUDA_HOME, on the PATH, in this environment or in /usr/local/cuda\n"
+    )
 
     failed = run(tmp_path, "--check", report="x.cu(3): error: expected a ';'\nnot of interest\n", status=1)
     assert failed.returncode == 2

@@ -1,7 +1,9 @@
-// What nvcc itself says about the build, so that a report of it cannot drift from what was compiled.
-#include <cuda_runtime_api.h>
+// What nvcc itself says about the build, so that a report of it cannot drift from what was compiled; and what
+// the driver says about it.
+#include <cuda_runtime.h>
 
 #include "../ops.h"
+#include "trimmed_mean.cuh"
 
 namespace batchkern {
 
@@ -26,6 +28,25 @@ CudaFacts cuda_facts() {
         facts.architectures.push_back(ptx ? name + "+PTX" : name);
     }
     return facts;
+}
+
+std::string cuda_problem() {
+    // Asking for a kernel's attributes loads it, and compiles its PTX where there is no machine code. Every
+    // file is compiled for the same architectures, so one small kernel speaks for all.
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, &trimmed_mean_backward<float>);
+    cudaGetLastError();  // or the next check of a launch would find it
+    switch (error) {
+        case cudaErrorNoKernelImageForDevice:
+        case cudaErrorInvalidDeviceFunction:  // another name for it
+        case cudaErrorUnsupportedPtxVersion:
+        case cudaErrorInvalidPtx:
+        case cudaErrorJitCompilerNotFound:
+        case cudaErrorJitCompilationDisabled:
+            return cudaGetErrorString(error);
+        default:  // fine, or nothing that another build would mend: a launch will say it
+            return "";
+    }
 }
 
 }  // namespace batchkern
