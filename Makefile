@@ -13,7 +13,7 @@ READY := $(VENV)/.ready-$(TORCH)
 # The module lies in the checkout, so a build for one environment outdates that for any other.
 BUILT := build/.built-$(TORCH)$(subst /,-,$(abspath $(VENV)))
 SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
-FORMATTED := $(SOURCES) $(wildcard tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp $(addprefix tests/cuda_on_host/include/,*.h c10/cuda/*.h))
+FORMATTED := $(filter-out %.py,$(SOURCES)) $(wildcard tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp $(addprefix tests/cuda_on_host/include/,*.h c10/cuda/*.h))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test lint format demo bench sanitize cuda-on-host interpret cross resources triton-resources gpu clean

@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+from batchkern import _C
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["build", "tests", "operations", "memcheck"]
 LATER = ["semantics", "graphs", "racecheck", "growth", "training", "compiled"]
@@ -159,6 +161,14 @@ def test_a_module_that_was_carried_is_not_built_again(run: Run, monkeypatch: pyt
     assert results["build"]["last_lines"] == [
         "not built: the module that is here is of these sources" if takes else "building"
     ]
+
+
+@pytest.mark.skipif(not _C.build_facts()["cuda"], reason="batchkern._C was built without CUDA")
+def test_what_is_carried_is_of_these_sources(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runner = run.script.Runner(tmp_path, dict(os.environ), tmp_path)
+    assert runner.takes()
+    monkeypatch.setattr(run.script, "TAKES", run.script.TAKES.replace('digest"]()', 'digest"]()[::-1]'))
+    assert not runner.takes()
 
 
 MEASURE = """

@@ -212,7 +212,16 @@ def _line(case: Case, variants: list[str]) -> list[str]:
 
 def planned(results: Results) -> str:
     """What is asked of a GPU beside what was measured there, where it was."""
-    headings = ["operation", "shape", "target", "floor", "measured", "in a graph", "of the floor", "fastest peer / ours"]
+    headings = [
+        "operation",
+        "shape",
+        "target",
+        "floor",
+        "measured",
+        "in a graph",
+        "of the floor",
+        "fastest peer / ours",
+    ]
     lines = []
     for case in whole_passes(results.rows("operations")):
         row = case.get(OURS)
