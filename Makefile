@@ -98,7 +98,6 @@ cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetch
 	done; done
 
 gpu: ## with the torch of PYTHON: build for its GPU, test, measure, sanitize, in MINUTES=5 (into GPU_OUT=runs/gpu; STAGES="build growth": these alone)
-	@rm -f build/.built-*
 	$(PYTHON) bench/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(STAGES),--stages $(STAGES)) $(if $(DRY_RUN),--dry-run)
 
 resources: setup ## compile the CUDA kernels for three architectures: registers and spills (bench/KERNEL_RESOURCES.md)

@@ -173,6 +173,9 @@ class Runner:
         elif stage.measures:
             outcome["result"] = self.measure(stage, command, seconds)
         else:
+            if stage.name == "build":  # make would take what was built for one environment for that of another
+                for mark in ROOT.glob("build/.built-*"):
+                    mark.unlink()
             outcome["result"] = self.call(stage, command, seconds)
         log = self.out / f"{stage.name}.log"
         if log.exists():

@@ -87,19 +87,19 @@ def test_each_stage_leaves_its_result(run: Run, capsys: pytest.CaptureFixture[st
         run.shell("kernels", 'echo "$MARK"', environment={"MARK": "built"}),
         run.shell("tests", "echo FAILED tests/test_some.py::test_one; echo some; echo lines; exit 7"),
         # Its time is over while later stages have theirs. Interrupted, it tells; what it began is killed.
-        run.shell("slow", f"echo begun; (sleep 5; touch OUT/survivor) & {VERDICTS}", 2),
+        run.shell("slow", f"echo begun; (sleep 3; touch OUT/survivor) & {VERDICTS}", 1),
         run.shell("silent", "echo 1 error", must_say="0 errors"),
         run.shell("paced", "echo $0", pace=lambda seconds: [f"{seconds:.0f} s"]),
         run.shell("here", f"{sys.executable} -c 'import batchkern; print(batchkern.__file__)'", must_say=str(ROOT)),
         run.script.Stage("gpu", ["false"], 30),
-        run.shell("last", "sleep 4; test ! -e OUT/survivor && test -e OUT/summary.json"),
+        run.shell("last", "sleep 3; test ! -e OUT/survivor && test -e OUT/summary.json"),
     ]
     code, results = run(stages, "--minutes", "0.5")
     assert code == 1
     assert {name: outcome["result"] for name, outcome in results.items()} == {
         "kernels": "passed",
         "tests": "failed with exit code 7",
-        "slow": "stopped after 2 s",
+        "slow": "stopped after 1 s",
         "silent": "failed: the log does not say '0 errors'",
         "paced": "passed",
         "here": "passed",
@@ -154,10 +154,16 @@ def test_nothing_runs_after_a_build_that_failed_or_when_time_is_up(run: Run, mon
 
 
 @pytest.mark.parametrize("takes", [True, False])
-def test_a_module_that_was_carried_is_not_built_again(run: Run, monkeypatch: pytest.MonkeyPatch, takes: bool) -> None:
+def test_a_module_that_was_carried_is_not_built_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, takes: bool
+) -> None:
     monkeypatch.setattr(run.script.Runner, "takes", lambda self: takes)
+    monkeypatch.setattr(run.script, "ROOT", tmp_path)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / ".built-2.11.0").touch()  # by make, for another environment perhaps
     code, results = run([run.shell("build", "echo building"), run.shell("tests", "true")])
     assert code == 0
+    assert (tmp_path / "build" / ".built-2.11.0").exists() is takes
     assert results["build"]["last_lines"] == [
         "not built: the module that is here is of these sources" if takes else "building"
     ]
