@@ -25,13 +25,15 @@ class Kernel:
     """
 
     def __init__(self, function: Callable[..., None], runtime: Sequence[str]) -> None:
-        name = f"batchkern_{function.__name__.lstrip('_')}"
-        arguments = list(inspect.signature(function).parameters)
+        shown = f"batchkern_{function.__name__.lstrip('_')}"
+        arguments = [
+            name for name, p in inspect.signature(function).parameters.items() if "constexpr" not in str(p.annotation)
+        ]
 
         def compiled(anywhere: list[str]) -> Any:
             return triton.jit(
                 function,
-                repr=lambda _: name,
+                repr=lambda _: shown,
                 do_not_specialize=list(runtime),
                 do_not_specialize_on_alignment=anywhere,
             )
@@ -44,7 +46,7 @@ class Kernel:
 
     def _launch(self, grid: tuple[int], *arguments: Any, VECTOR: int, **options: Any) -> None:
         chosen = self._aligned if VECTOR > 1 else self._anywhere
-        chosen[grid](*arguments, VECTOR=VECTOR, **options)
+        chosen[grid](*arguments, **options, VECTOR=VECTOR)
 
 
 def kernel(runtime: Sequence[str] = ()) -> Callable[[Callable[..., None]], Kernel]:
