@@ -1,11 +1,12 @@
 """Every snippet and command of docs/ runs, every link leads somewhere, and the cards agree with the code.
 
 Snippets run in this process, each in a namespace of its own; those that start processes or join a group run in one of
-theirs, as the only process of a ``torchrun``.
+theirs, as the only process of a ``torchrun``; one that captures a CUDA graph is run by test_gpu_graphs.py.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import math
@@ -61,6 +62,8 @@ def each(found: dict[str, Any]) -> Callable[[Any], Any]:
 
 
 PYTHON = {f"{page}:{line}": (page, line, code) for page in PAGES for line, code in blocks(page, "python")}
+OF_A_GPU = {key: PYTHON.pop(key) for key, (_, _, code) in tuple(PYTHON.items()) if "torch.cuda.graph(" in code}
+"""Run by test_gpu_graphs.py."""
 SHELL = {
     f"{page}:{line}:{number}": command.split("  #")[0].strip()
     for page in PAGES
@@ -91,6 +94,16 @@ def test_python_snippets_run(item, tmp_path, monkeypatch, capsys):
         torch.set_num_threads(threads)
     if page in CARDS:
         assert capsys.readouterr().out.strip(), "a snippet prints what came of it"
+
+
+@each(OF_A_GPU)
+def test_snippets_for_a_gpu_are_whole(item):
+    """Python, which imports what exists, and runs where there is a GPU."""
+    page, line, code = item
+    assert page == "cuda-graphs.md", "no test runs it"
+    tree = ast.parse("\n" * (line - 1) + code, str(DOCS / page))
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    exec(compile(ast.Module(imports, []), str(DOCS / page), "exec"), {})
 
 
 def run_as_torchrun(code: str, directory: Path) -> None:

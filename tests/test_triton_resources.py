@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -73,6 +75,62 @@ def test_rows_of_whole_vectors_have_loads_of_16_bytes(script: ModuleType, width:
         for kernel in script.inspect((script.Case(op, width, dtype, basis), 90)):
             assert kernel.load == 16, kernel
     assert not script.Case("soft_label_kl", width, dtype, shifted=True).aligned
+
+
+def compilations(script: ModuleType, monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> set[str]:
+    """What a call would have Triton compile, each as Triton tells it from the others."""
+    from triton import knobs
+
+    found = set()
+
+    def note(*, key: str, fn: Any, **_: Any) -> bool:
+        found.add(f"{fn.name} {key}")
+        return True  # it need not be compiled
+
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", note)
+    with script.compiled(80):  # no other test has compiled for it
+        call()
+    return found
+
+
+@pytest.mark.parametrize("width", [64, 61, 9008, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_where_tensors_begin_decides_between_two_compilations(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, width: int, dtype: torch.dtype
+) -> None:
+    from batchkern.triton import augment_latent, soft_label_kl
+
+    seeds, signs = torch.zeros(2, dtype=torch.int64), torch.ones(width + 1)
+    flat = torch.zeros(6 * width + 1, dtype=dtype)
+    copies = {"gaussian": 1, "dropout": 1, "drop_prob": 0.5}
+    bases = {None: None, "dense": torch.zeros(1).expand(width, width), "signs": signs[:width], "shifted": signs[1:]}
+
+    def augment(begin: int, seed: int, basis: str | None) -> set[str]:
+        x = flat[begin:][: 2 * width].view(2, width)
+        grad = flat[begin:][: 6 * width].view(6, width)
+
+        def call() -> None:
+            augment_latent.augment_latent(x, seeds[seed], sigma=1.0, tau=1.0, basis=bases[basis], **copies)
+            augment_latent.augment_latent_backward(grad, seeds[seed], **copies)
+
+        return compilations(script, monkeypatch, call)
+
+    def divergence(p_begin: int, q_begin: int) -> set[str]:
+        p, q = flat[p_begin:][: 2 * width].view(2, width), flat[q_begin:][: 4 * width].view(4, width)
+        return compilations(script, monkeypatch, lambda: soft_label_kl.soft_label_kl(p, q, reference_grad=True))
+
+    aligned = width % 8 == 0
+    for begin in (0, 1):
+        assert {s.data_ptr() % 16 for s in seeds} == {0, 8}
+        for basis, same in ((None, None), ("dense", "dense"), ("signs", "shifted")):
+            first = augment(begin, 0, basis)
+            assert first
+            assert augment(begin, 1, same) == first
+    for basis in bases:
+        assert (augment(0, 0, basis) == augment(1, 0, basis)) is not aligned
+    anywhere = divergence(1, 1)
+    assert divergence(0, 1) == divergence(1, 0) == anywhere
+    assert (divergence(0, 0) == anywhere) is not aligned
 
 
 def test_complaints(script: ModuleType) -> None:

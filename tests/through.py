@@ -33,6 +33,8 @@ CUDA_OPS = (
 
 which: str | None = None
 """What ``start`` was called with."""
+host_library: Path | None = None
+"""What was loaded for ``host``."""
 
 _overrides = torch.library.Library("batchkern", "IMPL")
 
@@ -83,6 +85,7 @@ def interpreted_kernels() -> dict[str, Callable[..., Any]]:
 
 def load_host_kernels() -> None:
     """Builds and loads a library that registers CUDA kernels which take CPU tensors."""
+    global host_library
     from torch.utils import cpp_extension  # which says that it found no GPU
 
     folder = ROOT / "tests" / "cuda_on_host"
@@ -92,6 +95,7 @@ def load_host_kernels() -> None:
     )
     build = ROOT / "build" / ("cuda-on-host-sanitized" if sanitize else "cuda-on-host")
     build.mkdir(parents=True, exist_ok=True)
+    host_library = build / "cuda_on_host.so"
     cpp_extension.load(
         "cuda_on_host",
         [str(source) for source in sources],

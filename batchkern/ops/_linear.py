@@ -344,7 +344,11 @@ def gradients(
 def _operator(function: Callable[..., Any], arguments: str, results: str) -> Any:
     """The operator ``batchkern::linear_<function>`` with these arguments behind those that all have in common."""
     schema = f"(Tensor hidden, Tensor weight, Tensor? bias, {arguments}) -> {results}"
-    return torch.library.custom_op(f"batchkern::linear_{function.__name__}", function, mutates_args=(), schema=schema)
+    # The host reads keep: what the compiler replays as a CUDA graph would have the value of the capture for ever.
+    tags = [torch.Tag.cudagraph_unsafe] if arguments.endswith(" keep") else []
+    return torch.library.custom_op(
+        f"batchkern::linear_{function.__name__}", function, mutates_args=(), schema=schema, tags=tags
+    )
 
 
 _operators = {

@@ -42,7 +42,8 @@ def augment_latent(
             for float32 PyTorch's switch for matmuls (``torch.backends.cuda.matmul``) decides whether TF32 will do.
         rescale_dropout: multiply dropout copies by 1 / (1 - drop_prob); the paper does not.
         seed: an int or 0-dim int64 tensor fixes the numbers: Philox4x32-10, the same integers on every device. ``None``
-            draws one from torch's default generator of the device, so that ``torch.manual_seed`` governs it.
+            draws one from torch's default generator of the device, so that ``torch.manual_seed`` governs it. While a
+            CUDA graph is captured an int is refused: each replay would draw its numbers again.
 
     Returns:
         ``((1 + gaussian + dropout) * B, Q)`` in the dtype of ``x``. Its gradient is the sum over copies.
@@ -161,4 +162,16 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         raise TypeError(f"seed must be an int, a 0-dim int64 tensor or None, got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    if device.type == "cuda" and _captures():
+        raise ValueError(
+            f"seed must be None or a 0-dim int64 tensor on {device} while a CUDA graph is captured, got {seed}: "
+            "every replay would draw the same numbers"
+        )
     return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def _captures() -> bool:
+    """Whether a CUDA graph is being captured. The compiler may capture a number: another one is another graph to it."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():  # fake tensors need no GPU
+        return False
+    return torch.cuda.is_current_stream_capturing()

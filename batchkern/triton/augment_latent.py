@@ -264,6 +264,7 @@ def augment_latent(
         if basis.dim() == 1:
             write(batch, batch, True, sigma, tau)
             signs = basis.to(torch.float32).contiguous()
+            signs = signs.clone() if signs.data_ptr() % 16 else signs  # as the kernel expects of its other data
             _write_hadamard(x, out, signs, seed, batch, end_gaussian, deviation, clip, size)
             return out
         matrix = basis.to(x.dtype).t()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,14 +15,43 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def kernel(runtime: Sequence[str] = ()) -> Callable[[Callable[..., None]], Any]:
-    """A Triton kernel that profilers show as ours; ``runtime`` names arguments that no compilation depends on."""
+class Kernel:
+    """A Triton kernel that profilers show as ours.
 
-    def decorate(function: Callable[..., None]) -> Any:
-        name = f"batchkern_{function.__name__.lstrip('_')}"
-        return triton.jit(function, repr=lambda _: name, do_not_specialize=list(runtime))
+    Triton compiles anew for each alignment of a pointer, which may depend on the number of rows before a view, and may
+    change within a capture, where nothing can be compiled. So two compilations serve all: one for data that begins at
+    multiples of 16 bytes, as ``VECTOR`` above 1 says, and one for data that begins anywhere, whose loads take one
+    element. A seed begins anywhere.
+    """
 
-    return decorate
+    def __init__(self, function: Callable[..., None], runtime: Sequence[str]) -> None:
+        shown = f"batchkern_{function.__name__.lstrip('_')}"
+        arguments = [
+            name for name, p in inspect.signature(function).parameters.items() if "constexpr" not in str(p.annotation)
+        ]
+
+        def compiled(anywhere: list[str]) -> Any:
+            return triton.jit(
+                function,
+                repr=lambda _: shown,
+                do_not_specialize=list(runtime),
+                do_not_specialize_on_alignment=anywhere,
+            )
+
+        self._aligned = compiled(["seed"])
+        self._anywhere = compiled(arguments)
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int], *arguments: Any, VECTOR: int, **options: Any) -> None:
+        chosen = self._aligned if VECTOR > 1 else self._anywhere
+        chosen[grid](*arguments, **options, VECTOR=VECTOR)
+
+
+def kernel(runtime: Sequence[str] = ()) -> Callable[[Callable[..., None]], Kernel]:
+    """``runtime`` names the numbers that no compilation depends on."""
+    return lambda function: Kernel(function, runtime)
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:

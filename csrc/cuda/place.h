@@ -3,10 +3,12 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
 
 #include <map>
 #include <mutex>
@@ -16,6 +18,43 @@
 #include "launch.h"
 
 namespace batchkern {
+
+// A Workspace for each stream, whose launches follow each other; made by the first of them. It is not
+// PyTorch's memory: torch.compile(mode="reduce-overhead") lets the first call allocate in a pool that its
+// graphs use again, whatever is still held there.
+class Workspaces {
+public:
+    Workspace* of(const c10::cuda::CUDAStream& stream) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        Workspace*& workspace = workspaces_[{stream.device_index(), stream.id()}];
+        if (!workspace) workspace = make(stream.stream());
+        return workspace;
+    }
+
+    // At exit, when the driver may be gone: then there is nothing left to free, and no error to speak of.
+    ~Workspaces() {
+        for (const auto& [stream, workspace] : workspaces_) (void)cudaFree(workspace);
+    }
+
+private:
+    static Workspace* make(cudaStream_t stream) {
+        // A graph that another thread captures at this time stays valid.
+        const c10::cuda::CUDAStreamCaptureModeGuard guard(cudaStreamCaptureModeRelaxed);
+        void* memory = nullptr;
+        cudaError_t error = cudaMalloc(&memory, sizeof(Workspace));
+        if (error == cudaErrorMemoryAllocation) {
+            (void)cudaGetLastError();  // it would show at PyTorch's next launch
+            c10::cuda::CUDACachingAllocator::emptyCache();
+            error = cudaMalloc(&memory, sizeof(Workspace));
+        }
+        C10_CUDA_CHECK(error);
+        C10_CUDA_CHECK(cudaMemsetAsync(memory, 0, sizeof(Workspace), stream));
+        return static_cast<Workspace*>(memory);
+    }
+
+    std::mutex mutex_;
+    std::map<std::pair<c10::DeviceIndex, c10::StreamId>, Workspace*> workspaces_;
+};
 
 class Place {
 public:
@@ -29,35 +68,31 @@ public:
     // Holds what a launch needs until the launch has been made: later work of the stream may use the memory
     // again.
     struct Held {
-        at::Tensor scratch, workspace;
+        at::Tensor scratch, of_graph;
+        Workspace* workspace = nullptr;
 
-        Memory get() const {
-            return {scratch.mutable_data_ptr(),
-                    workspace.defined() ? static_cast<Workspace*>(workspace.mutable_data_ptr()) : nullptr};
-        }
+        Memory get() const { return {scratch.mutable_data_ptr(), workspace}; }
     };
 
     Held memory(const Needs& needs) const {
-        return {at::empty({static_cast<int64_t>(needs.scratch)}, bytes_),
-                needs.workspace ? workspace() : at::Tensor()};
+        Held held{at::empty({static_cast<int64_t>(needs.scratch)}, bytes_), {}};
+        if (!needs.workspace) return held;
+        if (c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None) {
+            held.workspace = workspaces().of(stream_);
+            return held;
+        }
+        // A graph may be replayed beside the launches of this stream: each of its own gets a workspace of the
+        // graph's memory, and zeroes it in each replay.
+        held.of_graph = at::zeros({static_cast<int64_t>(sizeof(Workspace))}, bytes_);
+        held.workspace = static_cast<Workspace*>(held.of_graph.mutable_data_ptr());
+        return held;
     }
 
 private:
-    // A Workspace for each stream, whose launches follow each other. A graph that is being captured may be
-    // replayed beside them: each of its launches gets its own, and zeroes it in each replay.
-    at::Tensor workspace() const {
-        if (c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None)
-            return zeros();
-        static std::mutex mutex;
-        // Never destroyed: at exit the driver may be gone before.
-        static auto& workspaces = *new std::map<std::pair<c10::DeviceIndex, c10::StreamId>, at::Tensor>();
-        const std::lock_guard<std::mutex> lock(mutex);
-        at::Tensor& workspace = workspaces[{stream_.device_index(), stream_.id()}];
-        if (!workspace.defined()) workspace = zeros();
-        return workspace;
+    static Workspaces& workspaces() {
+        static Workspaces all;
+        return all;
     }
-
-    at::Tensor zeros() const { return at::zeros({static_cast<int64_t>(sizeof(Workspace))}, bytes_); }
 
     const c10::cuda::CUDAGuard guard_;
     const c10::cuda::CUDAStream stream_;

@@ -20,3 +20,7 @@ cudaError_t launch_sort(uint64_t* packed, uint64_t* buffer, int64_t n, void*, si
 }
 
 }  // namespace batchkern
+
+extern "C" __attribute__((visibility("default"))) cuda_on_host::Device* cuda_on_host_device() {
+    return &cuda_on_host::device;
+}

@@ -13,6 +13,7 @@ import torch
 from golden import philox as golden
 from scipy import stats
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import batchkern
 from batchkern.basis import Hadamard
@@ -414,6 +415,23 @@ def test_compiled_with_other_bases(kind: str) -> None:
     )
     x = torch.randn(5, 6)
     torch.testing.assert_close(compiled(x), batchkern.augment_latent(x, basis=basis, seed=1, **PLAIN))
+
+
+def test_an_int_is_no_seed_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    with FakeTensorMode():
+        x, seed = torch.empty(4, 3, device="cuda"), torch.empty((), dtype=torch.int64, device="cuda")
+        assert batchkern.augment_latent(x, seed=7, **PLAIN).shape == (20, 3)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for allowed in (None, seed):
+            assert batchkern.augment_latent(x, seed=allowed, **PLAIN).shape == (20, 3)
+        with pytest.raises(ValueError, match="seed must be None or .* while a CUDA graph is captured, got 7"):
+            batchkern.augment_latent(x, seed=7, **PLAIN)
+    # What is captured on a GPU says nothing about a tensor of the CPU, nor about what the compiler traces.
+    x = torch.randn(4, 3)
+    eager = batchkern.augment_latent(x, seed=7, **PLAIN)
+    compiled = torch.compile(lambda x: batchkern.augment_latent(x, seed=7, **PLAIN), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), eager)
 
 
 # --- wrong arguments -------------------------------------------------------------------------------------

@@ -408,6 +408,14 @@ def test_a_schedule_of_keep_does_not_compile_again_and_again() -> None:
     assert counter.frame_count <= 4
 
 
+@pytest.mark.parametrize("name", ["losses", "losses_and_gradients", "gradients"])
+def test_the_compiler_replays_no_operator_for_which_the_host_reads_keep(name: str) -> None:
+    operator = getattr(torch.ops.batchkern, f"linear_{name}").default
+    reads = any(argument.name == "keep" for argument in operator._schema.arguments)
+    assert reads is (name != "losses")
+    assert (torch.Tag.cudagraph_unsafe in operator.tags) is reads
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_operators(with_bias: bool) -> None:

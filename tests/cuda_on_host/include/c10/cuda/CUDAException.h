@@ -4,8 +4,8 @@
 #include <c10/util/Exception.h>
 #include <cuda_runtime_api.h>
 
-#define C10_CUDA_CHECK(call)                                                       \
-    do {                                                                           \
-        const cudaError_t error = call;                                            \
-        TORCH_CHECK(error == cudaSuccess, "CUDA error ", static_cast<int>(error)); \
+#define C10_CUDA_CHECK(call)                                                             \
+    do {                                                                                 \
+        const cudaError_t checked_ = call; /* which may hold any other name */           \
+        TORCH_CHECK(checked_ == cudaSuccess, "CUDA error ", static_cast<int>(checked_)); \
     } while (false)

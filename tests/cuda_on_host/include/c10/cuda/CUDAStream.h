@@ -1,4 +1,4 @@
-// In place of torch's own header: a machine with one device and one stream.
+// In place of torch's own header: a machine with one device, whose streams differ in their numbers alone.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -8,10 +8,12 @@
 namespace c10::cuda {
 
 struct CUDAStream {
+    StreamId number = 0;
+
     cudaStream_t stream() const { return nullptr; }
     DeviceIndex device_index() const { return 0; }
-    StreamId id() const { return 0; }
+    StreamId id() const { return number; }
 };
-inline CUDAStream getCurrentCUDAStream(DeviceIndex) { return {}; }
+inline CUDAStream getCurrentCUDAStream(DeviceIndex) { return {cuda_on_host::device.stream}; }
 
 }  // namespace c10::cuda
