@@ -7,7 +7,8 @@ errors; then, while time is left, the rest. Each stage has a limit. ``--stages``
 
 Whatever ends it, the folder holds what there is: ``summary.json``, anew after each stage; ``logs.tar.gz`` of the stages
 that have ended, and the log of the one that is running; a file of results for each measurement, anew after each case.
-That is eight files at most, one folder deep.
+That is eight files at most, one folder deep. A later run into the same folder replaces summary and logs, and adds its
+files of results.
 
 Peers come from wheels in ``wheels/``, if there are any; ``BATCHKERN_BENCH_COMMIT`` names the commit where there is no
 ``.git``. A module that was built before from the same sources, for this Python and torch, is not built again.
@@ -39,7 +40,6 @@ LEAST_SECONDS = 15  # no stage begins with less
 LAST_CASE_SECONDS = 15  # that a case may take
 GRACE_SECONDS = 6  # in which what is interrupted may tell what it knows
 LAST_TEST_SECONDS = 20
-RUNS_OF_A_MEASUREMENT = 2
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb", "short"]
 # A kernel that hangs ends its process, not the stage.
 PYTEST += ["--timeout", "60", "--timeout-method", "thread"]
@@ -182,6 +182,7 @@ class Runner:
             lines = [line[:300] for line in log.read_text(errors="replace").splitlines() if line.strip()]
             outcome["last_lines"] = lines[-3:]
             outcome["failed"] = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+            shutil.move(log, self.logs / log.name)
         outcome["seconds"] = round(time.monotonic() - start, 1)
         self.summary["stages"][stage.name] = outcome
         self.write()
@@ -237,16 +238,14 @@ class Runner:
         return "passed"
 
     def write(self) -> None:
-        """Moves logs into the archive, and writes both files."""
-        for log in self.out.glob("*.log"):
-            shutil.move(log, self.logs / log.name)
+        """Archives the logs of the stages that have ended, and writes the summary."""
         archive = self.logs / "logs.tar.gz"
         with tarfile.open(archive, "w:gz") as file:
             for log in sorted(self.logs.glob("*.log")):
                 file.add(log, log.name)
         replace(self.out / "logs.tar.gz", archive.read_bytes())
         replace(self.out / "summary.json", (json.dumps(self.summary, indent=1) + "\n").encode())
-        for partial in self.out.rglob("*.partial"):  # of a process that was killed
+        for partial in self.out.glob("*/*.partial"):  # of a measurement that was killed
             partial.unlink()
 
 
@@ -320,7 +319,10 @@ def main() -> int:
             names = ", ".join(stage.name for stage in chosen)
             parser.error(f"--stages must be among {names}, got {', '.join(sorted(unknown))}")
         chosen = [stage for stage in chosen if stage.name in arguments.stages]
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {out} cannot be made: {error.strerror}")
     with TemporaryDirectory() as folder:
         runner = Runner(out, with_peers(Path(folder, "site")), Path(folder))
         passed = all_pass(runner, chosen, until, bool(arguments.stages))

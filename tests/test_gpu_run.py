@@ -83,6 +83,8 @@ def test_without_a_gpu_it_refuses(
 
 
 def test_each_stage_leaves_its_result(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run.out.mkdir()
+    (run.out / "mine.log").write_text("of somebody else")
     stages = [
         run.shell("kernels", 'echo "$MARK"', environment={"MARK": "built"}),
         run.shell("tests", "echo FAILED tests/test_some.py::test_one; echo some; echo lines; exit 7"),
@@ -94,7 +96,7 @@ def test_each_stage_leaves_its_result(run: Run, capsys: pytest.CaptureFixture[st
         run.script.Stage("gpu", ["false"], 30),
         run.shell("last", "sleep 3; test ! -e OUT/survivor && test -e OUT/summary.json"),
     ]
-    code, results = run(stages, "--minutes", "0.5")
+    code, results = run(stages)
     assert code == 1
     assert {name: outcome["result"] for name, outcome in results.items()} == {
         "kernels": "passed",
@@ -112,6 +114,7 @@ def test_each_stage_leaves_its_result(run: Run, capsys: pytest.CaptureFixture[st
     assert results["slow"]["last_lines"] == ["begun", "verdicts"]
     assert 0 < float(results["paced"]["last_lines"][0].split()[0]) <= 30
     assert run.logs().keys() == {f"{stage.name}.log" for stage in stages if stage.name != "gpu"}
+    assert sorted(path.name for path in run.out.iterdir()) == ["logs.tar.gz", "mine.log", "summary.json"]
     assert "FAILED tests/test_some.py::test_one" in capsys.readouterr().out
 
 
@@ -256,12 +259,17 @@ def test_never_more_files_than_come_back_and_none_too_deep(run: Run, monkeypatch
 
 def test_only_the_stages_that_are_asked_for(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     stages = [run.shell(name, "true") for name in ("tests", "growth", "training")]
-    stages[2] = run.shell("training", "echo $0", pace=lambda seconds: [f"{seconds:.0f}"], must_say="60")
+    stages[2] = run.shell("training", "echo $0", pace=lambda seconds: [f"{seconds:.0f}"])
     code, results = run(stages, "--stages", "training", "tests", "--minutes", "10")
     assert (code, list(results)) == (0, ["tests", "training"]), results
+    assert 300 < int(results["training"]["last_lines"][0]) <= 600  # more than a stage's own limit
     with pytest.raises(SystemExit, match="2"):
         run(stages, "--stages", "trainings")
     assert "--stages must be among tests, growth, training, got trainings" in capsys.readouterr().err
+    run.out = run.out / "summary.json" / "out"
+    with pytest.raises(SystemExit, match="2"):
+        run(stages)
+    assert "summary.json/out cannot be made: Not a directory" in capsys.readouterr().err
 
 
 def test_peers_come_from_wheels(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
