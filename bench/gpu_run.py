@@ -226,7 +226,7 @@ class Runner:
         return f"{result}; the cases after the first failure again: {self.call(stage, [*options, *rest], left)}"
 
     def call(self, stage: Stage, command: list[str], seconds: float) -> str:
-        """Runs a program in a process group of its own, within this session, and leaves none of it behind."""
+        """Runs a program in a process group of its own, and leaves none of it behind."""
         log, until = self.out / f"{stage.name}.log", time.monotonic() + seconds
         with log.open("a") as file:
             process = subprocess.Popen(
