@@ -4,8 +4,8 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= 2.11.0
 
-# Fewer than setup.py's default, which takes half as long again: the PTX serves newer GPUs where the driver is as new as nvcc.
-export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0+PTX
+# Fewer than setup.py's default: those that `make resources` reads, and PTX for newer GPUs where the driver is as new as nvcc.
+export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;10.0+PTX
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -77,7 +77,7 @@ build/.sanitized: $(BUILT)
 	@touch $@
 
 sanitize: build/.sanitized ## run the tests of the operations under AddressSanitizer and UBSan
-	$(SANITIZED_PYTEST) ../../tests/ops
+	$(SANITIZED_PYTEST) -n 2 ../../tests/ops
 
 # The operations that have CUDA kernels. The order of threads and blocks is another one in each run.
 cuda-on-host: build/.sanitized ## run CUDA kernels on the host under AddressSanitizer and UBSan, by the tests of their operations
@@ -100,7 +100,7 @@ cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetch
 gpu: ## with the torch of PYTHON: build for its GPU, test, measure, sanitize, in MINUTES=5 (into GPU_OUT=runs/gpu; STAGES="build growth": these alone)
 	$(PYTHON) bench/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(STAGES),--stages $(STAGES)) $(if $(DRY_RUN),--dry-run)
 
-resources: setup ## compile the CUDA kernels for three architectures: registers and spills (bench/KERNEL_RESOURCES.md)
+resources: setup ## registers and spills of the CUDA kernels, for three architectures (bench/KERNEL_RESOURCES.md)
 	$(BIN)/python bench/kernel_resources.py $(if $(CHECK),--check)
 
 triton-resources: setup ## the same for the Triton kernels (bench/TRITON_RESOURCES.md); needs no nvcc
