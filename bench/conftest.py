@@ -43,6 +43,7 @@ class Session:
         self.begun = time.monotonic()
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.path = self._path()
+        self.write()  # the first case may end the process
 
     def _path(self) -> Path | None:
         """A file that is not there yet."""

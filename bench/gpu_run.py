@@ -3,12 +3,12 @@
     python3 bench/gpu_run.py [--out FOLDER] [--minutes 5] [--stages NAME ...] [--dry-run]
 
 Builds for the GPU that is there, runs the GPU tests, measures the most important cases first, and looks for memory
-errors; then, while time is left, the rest. Each stage has a limit. ``--stages`` runs some alone, without limits.
+errors; then, while time is left, the rest. Each stage has a limit. ``--stages`` runs some alone, after the build; each
+of them may take all the time that is left.
 
 Whatever ends it, the folder holds what there is: ``summary.json``, anew after each stage; ``logs.tar.gz`` of the stages
 that have ended, and the log of the one that is running; a file of results for each measurement, anew after each case.
-That is eight files at most, one folder deep. A later run into the same folder replaces summary and logs, and adds its
-files of results.
+That is eight files at most, one folder deep. A second run into the same folder numbers its files: ``summary-2.json``.
 
 Peers come from wheels in ``wheels/``, if there are any; ``BATCHKERN_BENCH_COMMIT`` names the commit where there is no
 ``.git``. A module that was built before from the same sources, for this Python and torch, is not built again.
@@ -18,6 +18,7 @@ Peers come from wheels in ``wheels/``, if there are any; ``BATCHKERN_BENCH_COMMI
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,15 +38,16 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+LIBC = ctypes.CDLL(None)
 LEAST_SECONDS = 15  # no stage begins with less
-LAST_CASE_SECONDS = 15  # that a case may take
-GRACE_SECONDS = 6  # in which what is interrupted may tell what it knows
+LAST_CASE_SECONDS = 20  # that a case may take
+GRACE_SECONDS = 15  # in which what is interrupted may tell what it knows: xdist waits 10 s for a worker that hangs
 LAST_TEST_SECONDS = 20
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb", "short"]
 # A kernel that hangs ends its process, not the stage.
 PYTEST += ["--timeout", "60", "--timeout-method", "thread"]
-# One GPU: tests that need much of its memory share a worker.
-WORKERS = ["-n", "8", "--dist", "loadgroup"]
+# Not by groups: where a worker is lost, xdist's loadgroup may wait for ever.
+WORKERS = ["-n", "8", "--dist", "worksteal", "-m", "not large"]
 # Memory that is not cached, so that every tensor ends where its allocation does.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 OPERATIONS = (
@@ -57,9 +60,7 @@ from batchkern import _C, _backend
 digest = runpy.run_path("csrc/digest.py")["digest"]()
 assert bytes.fromhex(digest) in pathlib.Path(_C.__file__).read_bytes(), "it was built from other sources"
 assert _backend.extension is not None, _backend.extension_error
-assert _C.build_facts()["cuda"], "it was built without CUDA"
-capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
-assert _backend.built_for(capability), f"it has no kernels for {capability[0]}.{capability[1]}"
+assert not torch.cuda.is_available() or _backend.built_for(torch.cuda.get_device_capability()), "not for this GPU"
 """
 """Passes where the module that lies in the checkout will do."""
 
@@ -82,18 +83,22 @@ class Stage:
 
 def stages(out: Path) -> list[Stage]:
     """In the order of what they tell."""
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--force"]
-    settings = {"BATCHKERN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    settings = {}
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        settings = {"BATCHKERN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     semantic = [f"tests/ops/test_{op}{suffix}.py" for op in OPERATIONS for suffix in ("", "_kernel")]
     through = ["--through", "cuda", "-k", "not compile and not group", "tests/triton", *semantic]
     return [
         Stage("build", build, 150, settings, without_gpu=build),
-        tests("tests", 90, "tests/test_gpu.py"),
+        suite("tests", 90, "tests/test_gpu.py"),
         measurement("operations", 120, out, "bench_operations", "--without", "compile"),
         sanitizer("memcheck", "ERROR SUMMARY: 0 errors"),
+        Stage("large", [*PYTEST, "-m", "large", "tests/test_gpu.py"], 90, pace=ends_with_verdicts),
         Stage("semantics", [*PYTEST, *WORKERS, *through], 150, pace=ends_with_verdicts),
-        tests("graphs", 100, "tests/test_gpu_graphs.py"),
+        # Eight workers, whose compilers would start sixteen processes each.
+        suite("graphs", 100, "tests/test_gpu_graphs.py", {"TORCHINDUCTOR_COMPILE_THREADS": "2"}),
         sanitizer("racecheck", "RACECHECK SUMMARY: 0 hazards"),
         measurement("growth", 120, out, "bench_growth"),
         measurement("training", 120, out, "bench_training"),
@@ -109,8 +114,9 @@ def ends_with_figures(seconds: float) -> list[str]:
     return ["--minutes", f"{max(0.0, seconds - LAST_CASE_SECONDS) / 60:.2f}"]
 
 
-def tests(name: str, seconds: float, file: str) -> Stage:
-    return Stage(name, [*PYTEST, *WORKERS, file], seconds, pace=ends_with_verdicts, without_gpu=[*PYTEST, file])
+def suite(name: str, seconds: float, file: str, settings: dict[str, str] | None = None) -> Stage:
+    on_gpu, on_cpu = [*PYTEST, *WORKERS, file], [*PYTEST, file]
+    return Stage(name, on_gpu, seconds, settings or {}, pace=ends_with_verdicts, without_gpu=on_cpu)
 
 
 def measurement(name: str, seconds: float, out: Path, file: str, *options: str) -> Stage:
@@ -145,9 +151,15 @@ class Runner:
 
     def __init__(self, out: Path, environment: dict[str, str], logs: Path) -> None:
         self.out, self.logs = out, logs
+        names = (
+            ("summary.json", "logs.tar.gz") if n == 1 else (f"summary-{n}.json", f"logs-{n}.tar.gz") for n in count(1)
+        )
+        self.paths = next([out / s, out / a] for s, a in names if not (out / s).exists())
+        """Of the summary and of the archive of logs."""
+        self.tried_again = False
         self.signals: list[int] = []
         """Received so far: the first one ends the run."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, frame: self.signals.append(number))
         # This checkout, whatever is installed.
         path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
@@ -201,13 +213,15 @@ class Runner:
         return check.returncode == 0
 
     def measure(self, stage: Stage, command: list[str], seconds: float) -> str:
-        """A case that fails may take the GPU's context with it: what came after it is tried once more, without it."""
+        """A case that fails may take the GPU's context with it: what came after it is tried again, without it. Once in
+        a run, for the sake of the number of files."""
         until, before = time.monotonic() + seconds, set(self.out.glob("*/*.json"))
         result = self.call(stage, command, seconds)
         rest = [case for path in set(self.out.glob("*/*.json")) - before for case in untried(path)]
         left = until - time.monotonic()
-        if not rest or self.signals or left < LEAST_SECONDS + LAST_CASE_SECONDS:
+        if not rest or self.tried_again or self.signals or left < LEAST_SECONDS + LAST_CASE_SECONDS:
             return result
+        self.tried_again = True
         options = [word for word in command if not word.startswith("bench/")]
         return f"{result}; the cases after the first failure again: {self.call(stage, [*options, *rest], left)}"
 
@@ -221,7 +235,7 @@ class Runner:
                 env={**self.environment, **stage.environment},
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                preexec_fn=os.setpgrp,
+                preexec_fn=apart,
             )
             try:
                 while process.poll() is None and not self.signals and time.monotonic() < until:
@@ -243,8 +257,9 @@ class Runner:
         with tarfile.open(archive, "w:gz") as file:
             for log in sorted(self.logs.glob("*.log")):
                 file.add(log, log.name)
-        replace(self.out / "logs.tar.gz", archive.read_bytes())
-        replace(self.out / "summary.json", (json.dumps(self.summary, indent=1) + "\n").encode())
+        summary, logs = self.paths
+        replace(logs, archive.read_bytes())
+        replace(summary, (json.dumps(self.summary, indent=1) + "\n").encode())
         for partial in self.out.glob("*/*.partial"):  # of a measurement that was killed
             partial.unlink()
 
@@ -253,6 +268,12 @@ def untried(path: Path) -> list[str]:
     """The cases of a file of results that a first failure, or the process's end within a case, may have cost."""
     results = json.loads(path.read_text())
     return [*results["failed"][1:], *results["left_out"][1:]]
+
+
+def apart() -> None:
+    """In a program before it begins: its own process group, and its end where this process is killed."""
+    os.setpgrp()
+    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -284,32 +305,34 @@ def commit() -> str:
         return "unknown"
 
 
-def with_peers(folder: Path) -> dict[str, str]:
-    """The environment, with the libraries whose wheels were carried along. Without their dependencies: torch and
-    Triton are here."""
-    environment = dict(os.environ)
-    wheels = sorted((ROOT / "wheels").glob("*.whl"))
-    if not wheels:
-        return environment
+def with_peers(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The environment, with the libraries whose wheels were carried along, and what became of each wheel. Without
+    their dependencies: torch and Triton are here."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(folder)]
-    if subprocess.run([*command, *map(str, wheels)]).returncode != 0:
-        print("the wheels were not installed: there are fewer peers", file=sys.stderr)
-        return environment
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
-    return environment
+    wheels = {}
+    for wheel in sorted((ROOT / "wheels").glob("*.whl")):
+        done = subprocess.run([*command, str(wheel)], capture_output=True, text=True)
+        wheels[wheel.name] = "installed" if done.returncode == 0 else (done.stderr.strip().splitlines() or [""])[-1]
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path}, wheels
+
+
+def minutes(word: str) -> float:
+    value = float(word)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"it must be above 0, got {word}")
+    return value
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument(
-        "--stages", nargs="+", metavar="NAME", help="these alone, without limits, such as: build growth"
-    )
+    parser.add_argument("--minutes", type=minutes, default=5.0)
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="these alone, such as: growth training")
     parser.add_argument("--dry-run", action="store_true", help="go on without a GPU")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.dry_run:
-        print("make gpu needs a GPU that this torch can see; DRY_RUN=1 goes as far as it can without", file=sys.stderr)
+        print("there is no GPU that this torch can see; --dry-run (make gpu DRY_RUN=1) needs none", file=sys.stderr)
         return 2
     until = time.monotonic() + 60 * arguments.minutes
     out: Path = arguments.out.resolve()
@@ -318,13 +341,15 @@ def main() -> int:
         if unknown := set(arguments.stages) - {stage.name for stage in chosen}:
             names = ", ".join(stage.name for stage in chosen)
             parser.error(f"--stages must be among {names}, got {', '.join(sorted(unknown))}")
-        chosen = [stage for stage in chosen if stage.name in arguments.stages]
+        chosen = [stage for stage in chosen if stage.name in {"build", *arguments.stages}]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {out} cannot be made: {error.strerror}")
     with TemporaryDirectory() as folder:
-        runner = Runner(out, with_peers(Path(folder, "site")), Path(folder))
+        environment, wheels = with_peers(Path(folder, "site"))
+        runner = Runner(out, environment, Path(folder))
+        runner.summary["wheels"] = wheels
         passed = all_pass(runner, chosen, until, bool(arguments.stages))
     print(f"written: {out}")
     return 128 + runner.signals[0] if runner.signals else int(not passed)

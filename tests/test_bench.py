@@ -43,6 +43,30 @@ def test_a_quick_run_measures_every_row(tmp_path: Path) -> None:
     assert written["complete"] is True
 
 
+def test_a_case_that_ends_the_process_is_told(tmp_path: Path) -> None:
+    """As a kernel that hangs does, when its time is over."""
+    (tmp_path / "dies.py").write_text(
+        "import os\nfrom bench import measure\nmeasure.rows_of = lambda *_: os._exit(3)\n"
+    )
+    settings = {"BATCHKERN_BENCH_QUICK": "1", "BATCHKERN_BENCH_OUT": str(tmp_path), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "dies",
+        "bench/bench_operations.py",
+    ]
+    run = subprocess.run([*command, "-k", "mean or rank"], cwd=ROOT, env={**os.environ, **settings})
+    assert run.returncode == 3
+    (path,) = tmp_path.glob("*/*.json")
+    written = json.loads(path.read_text())
+    assert (written["complete"], written["failed"], len(written["left_out"])) == (False, [], 2)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench", "--on", "cuda"]
