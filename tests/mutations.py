@@ -286,7 +286,6 @@ CUDA = [
             "all blocks write the rows they chose to one place",
             "a.gathered[shared.place + j] = chosen[j];",
             "a.gathered[j] = chosen[j];",
-            "of more losses than one block selects from, no test on the host ranks the highest 2 to 4,096",
         ),
     ),
     *within(

@@ -27,8 +27,11 @@ there."""
 
 SLOW = through.which == "interpreter"
 """50 ms a block of a grid: tests of many values look at some of them."""
-REPEATS = 1 if SLOW else 20
-"""Of what must not change: the interpreter has neither threads nor an order that varies."""
+REPEATS = {"interpreter": 1, "host": 4}.get(through.which or "", 20)
+"""Of what must not change: the interpreter has neither threads nor an order that varies; on the host each run has
+another order of all threads, which so few runs show."""
+FEWER_DTYPES = DTYPES[: 1 if through.which == "host" else None]
+"""Where only losses differ, which are float32 whatever the logits are: a fiber for each thread takes its time."""
 
 
 def rounded_once_more(dtype: torch.dtype) -> float:
