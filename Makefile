@@ -90,7 +90,8 @@ cuda-on-host: build/.sanitized ## run CUDA kernels on the host under AddressSani
 
 # float32 and float16: the interpreter computes bfloat16 wrongly.
 interpret: setup ## run the Triton kernels in Triton's interpreter, by the tests of their operations and of the strategy that uses them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --through interpreter tests/triton tests/strategies/test_stochastic_augmentation.py \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --through interpreter tests/triton \
+		tests/strategies/test_stochastic_augmentation.py::test_each_update_is_the_papers \
 		$(foreach op,augment_latent soft_label_kl,tests/ops/test_$(op).py tests/ops/test_$(op)_kernel.py)
 
 cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetches ziglang, 100 MB)
