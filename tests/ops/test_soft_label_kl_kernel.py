@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import COARSER, DRAWN_DTYPES, DTYPES, LAYOUTS, LEVELS, REPEATS, TOLERANCE, rounded_once_more
+from kernel_cases import COARSER, DRAWN_DTYPES, DTYPES, LAYOUTS, LEVELS, ORDERED, REPEATS, TOLERANCE, rounded_once_more
 from torch import Tensor
 
 import batchkern
@@ -406,6 +406,7 @@ def test_autocast_changes_nothing() -> None:
         torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@ORDERED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_and_repeats_change_no_bit(dtype: torch.dtype) -> None:
     # 48 reference rows of 257 classes and 5 virtual rows: a thread takes no fewer than 21.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import through
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -132,7 +133,8 @@ def test_k_is_python_rounding_of_keep_times_n() -> None:
     keeps = (0.01, 0.1, 0.2, 0.25, 0.3, 0.5, 0.625, 0.7, 0.75, 0.9, 0.999, 1.0)
     logits = torch.stack([torch.linspace(-3, 3, 512), torch.zeros(512)], dim=1)
     target = torch.ones(512, dtype=torch.int64)
-    for n in (*range(1, 65), 127, 250, 333, 512):
+    # On the host a kernel's call takes 60 ms: there all that end in a half, and what is past a warp and a block.
+    for n in (*range(1, 17), 20, 33, 50, 333, 512) if through.which == "host" else (*range(1, 65), 127, 250, 333, 512):
         for keep in keeps:
             kept = run(logits[:n], target[:n], keep)[1].any(1)
             assert kept.sum() == max(round(keep * n), 1)

@@ -12,7 +12,7 @@ import through
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, LEVELS, at_level, bits, excess, on_threads
+from kernel_cases import DTYPES, LEVELS, REPEATS, at_level, bits, excess, on_threads
 from torch import Tensor
 
 import batchkern
@@ -105,7 +105,7 @@ def test_many_small_batches_of_ties() -> None:
     spec.loader.exec_module(script)
     cases = 30_000
     if through.which:  # a fiber for each thread takes its time
-        cases, script.CHUNK = 600, 20
+        cases, script.CHUNK = 240, 20
     wrong, counts = script.run(cases, seed=1)
     assert wrong == 0
     assert counts["that split a tie"] > cases / 3
@@ -118,7 +118,7 @@ def test_repeats_and_threads_change_no_bit(level: str, dtype: torch.dtype) -> No
     results = []
     for threads in (1, 2):
         with on_threads(threads):
-            results += [OPS.trimmed_mean(losses, 0.37) for _ in range(20)]
+            results += [OPS.trimmed_mean(losses, 0.37) for _ in range(REPEATS)]
     for outputs in results[1:]:
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results[0], outputs, strict=True))
 

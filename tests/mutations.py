@@ -1,0 +1,1063 @@
+"""The faults of ``mutants.py``: each a small change that somebody could make, and the tests that are to find it.
+
+A fault is what is wrong, the text before, which its file has once, and the text after. The tests are the narrowest that
+mirror the file; ``-k`` picks some where all of a file would take minutes. One that the tests are known not to find has
+a fourth entry, which says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Mutation:
+    area: str
+    file: str
+    fault: str
+    before: str
+    after: str
+    tests: tuple[str, ...]
+    """Arguments of pytest."""
+    survives: str = ""
+    """Why the tests do not find it, where that is known."""
+
+    @property
+    def built_by(self) -> str:
+        """``cpu``: the module has to be built; ``host``: the tests build a library; nothing: neither."""
+        if "host" in self.tests:
+            return "host"
+        return "cpu" if self.file.startswith("csrc/") else ""
+
+    def misplaced(self, root: Path) -> str:
+        """Why the fault cannot be put into the file; empty where it can."""
+        file = root / self.file
+        times = file.read_text().count(self.before) if file.exists() else 0
+        return "" if times == 1 and self.before != self.after else f"its text is there {times} times, not once"
+
+    def applied(self, text: str) -> str:
+        return text.replace(self.before, self.after)
+
+
+def within(area: str, file: str, tests: tuple[str, ...], *faults: tuple[str, ...]) -> Iterator[Mutation]:
+    for fault, before, after, *survives in faults:
+        yield Mutation(area, file, fault, before, after, tests, *survives)
+
+
+UNCOMPILED = ("-k", "not compile")
+CROSS_ENTROPY = ("tests/ops/test_trimmed_cross_entropy_kernel.py", *UNCOMPILED)
+MEAN = ("tests/ops/test_trimmed_mean_kernel.py", *UNCOMPILED)
+RANK = ("tests/ops/test_rank_batches_kernel.py",)
+AUGMENT = ("tests/ops/test_augment_latent_kernel.py", *UNCOMPILED)
+KL = ("tests/ops/test_soft_label_kl_kernel.py", *UNCOMPILED)
+
+# --- kernels of the CPU -----------------------------------------------------------------------------------------------
+
+CPU = [
+    *within(
+        "cpu",
+        "csrc/cpu/select.cpp",
+        MEAN,
+        (
+            "of equal losses the first are dropped",
+            "for (int64_t i = n - 1; excess > 0; --i) {",
+            "for (int64_t i = 0; excess > 0; ++i) {",
+        ),
+        ("k rounds halves away from zero", "std::nearbyint(keep", "std::round(keep"),
+        ("k may be 0", "static_cast<double>(n))), int64_t{1}),", "static_cast<double>(n))), int64_t{0}),"),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/select.cpp",
+        RANK,
+        (
+            "a digit whose keys are all kept is passed over",
+            "c.k > counts[digit]; --digit",
+            "c.k >= counts[digit]; --digit",
+        ),
+        ("the upper end of a bracket counts twice", "above += c.keys[i] > high;", "above += c.keys[i] >= high;"),
+        (
+            "keys are sorted without their highest digit",
+            "constexpr int kPasses = (32 + kBits - 1) / kBits;",
+            "constexpr int kPasses = 32 / kBits;",
+        ),
+    ),
+    *within(
+        "cpu",
+        "csrc/order.h",
+        RANK,
+        (
+            "a NaN with a sign ranks lowest",
+            "if (magnitude > 0x7f800000u) return 0xffffffffu;",
+            "if (magnitude > 0x7f800000u && bits >> 31 == 0) return 0xffffffffu;",
+        ),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/trimmed_mean.cpp",
+        MEAN,
+        ("the sum is divided by all rows", "sum / static_cast<double>(k)", "sum / static_cast<double>(n)"),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/cross_entropy.inl",
+        CROSS_ENTROPY,
+        (
+            "smoothing without the sum of the class weights",
+            "(log_sum + maximum) * o.weight_sum - dot",
+            "(log_sum + maximum) * o.classes - dot",
+        ),
+        ("a dropped row is zeroed in part", "memset(grad, 0, a.columns * sizeof(T))", "memset(grad, 0, a.columns)"),
+        (
+            "the target's softmax without the smoothed total",
+            "has_target ? total * exp_nonpositive",
+            "has_target ? exp_nonpositive",
+        ),
+        (
+            "rows of a vector of rows all take the first one's stride",
+            "(first + (r < rows ? r : 0)) * a.stride",
+            "(first * a.stride + (r < rows ? r : 0) * o.classes)",
+        ),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/reduce.inl",
+        CROSS_ENTROPY,
+        (
+            "a sum is not rescaled when the maximum rises",
+            "if (sum != 0) sum *= exp_nonpositive((m - highest) * scale);",
+            "",
+        ),
+        (
+            "the last class of an odd row is left out",
+            "for (int64_t j = whole; j < n; ++j) rest[j - whole]",
+            "for (int64_t j = whole; j < n - 1; ++j) rest[j - whole]",
+        ),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/trimmed_cross_entropy.cpp",
+        CROSS_ENTROPY,
+        (
+            "weighted losses are divided by the number of rows",
+            "normalizer += p.options.class_weight[target[i]];",
+            "normalizer += 1;",
+        ),
+        (
+            "an ignored row is kept",
+            "is_kept[i] = target[i] != ignore_index;",
+            "is_kept[i] = true;",
+        ),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/soft_label_kl.inl",
+        KL,
+        (
+            "zero times an infinite logarithm",
+            "const float far = p[j] == 0 ? q : p[j] * (t - 1.0f) + q;",
+            "const float far = p[j] * (t - 1.0f) + q;",
+        ),
+        (
+            "the sign of the gradient of the soft labels",
+            "p[j] * (t_sum[j] - mean) * a.grad_scale",
+            "p[j] * (mean - t_sum[j]) * a.grad_scale",
+        ),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/soft_label_kl.cpp",
+        KL,
+        (
+            "the gradient without the temperature",
+            "static_cast<float>(1 / temperature / static_cast<double>",
+            "static_cast<float>(1 / static_cast<double>",
+        ),
+        (
+            "virtual rows are taken row by row, not copy by copy",
+            "a.virtual_stride = batch * virtuals.stride(0);",
+            "a.virtual_stride = virtuals.stride(0);",
+        ),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/augment_latent.inl",
+        AUGMENT,
+        (
+            "uniform numbers half a step too high",
+            "static_cast<int32_t>(word >> 9)) + 0.5f)",
+            "static_cast<int32_t>(word >> 9)) + 1.0f)",
+        ),
+        (
+            "one of two normals is clipped on one side",
+            "y > a.tau ? a.tau : y < -a.tau ? -a.tau : y",
+            "y > a.tau ? a.tau : y",
+        ),
+        ("a seed loses its high half", "key_high = static_cast<uint32_t>(seed >> 32)", "key_high = 0"),
+        (
+            "a Hadamard basis of the padded width's norm",
+            "sqrt(static_cast<double>(columns))",
+            "sqrt(static_cast<double>(width))",
+        ),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/augment_latent.cpp",
+        AUGMENT,
+        ("the last Gaussian copy's gradient is masked", "if (copy <= gaussian)", "if (copy < gaussian)"),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/elements.h",
+        AUGMENT,
+        ("bfloat16 rounds halves up, not to even", "bits + 0x7fffu + (bits >> 16 & 1u)", "bits + 0x8000u"),
+    ),
+]
+
+# --- CUDA kernels, on the host ----------------------------------------------------------------------------------------
+
+HOST = ("--through", "host")
+
+CUDA = [
+    *within(
+        "cuda",
+        "csrc/order.h",
+        (*HOST, *RANK),
+        (
+            "a negative zero ranks below zero",
+            "if (magnitude == 0) return 0x80000000u;",
+            "",
+        ),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/device.cuh",
+        (*HOST, *MEAN),
+        (
+            "no barrier before scratch memory is used again",
+            "        __syncthreads();  // the last call's values have been read\n",
+            "",
+        ),
+        ("a ticket is not put back", "            *ticket = 0;\n", ""),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/select.cuh",
+        (*HOST, *MEAN),
+        ("the last of the kept equal losses is dropped", "i <= last_index", "i < last_index"),
+        ("k rounds halves away from zero", "rint((tensor", "round((tensor"),
+        ("k may be 0", ": min(count, 1u);", ": 0u;"),
+        ("counts of later passes are left behind", "b < passes * kBins", "b < kBins"),
+        ("32 bits are shifted by 32", "uint64_t{value} >> upper == result", "value >> upper == result"),
+        (
+            "the rows that blocks do not divide are left out",
+            "n * (blockIdx.x + int64_t{1}) / gridDim.x",
+            "n / gridDim.x * (blockIdx.x + int64_t{1})",
+        ),
+        (
+            "no barrier between the counts of warps and their sum",
+            "        if (lane() == kWarp - 1) shared.scratch[warp()] = before;\n        __syncthreads();\n",
+            "        if (lane() == kWarp - 1) shared.scratch[warp()] = before;\n",
+        ),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/trimmed_mean.cuh",
+        (*HOST, *MEAN),
+        (
+            "the upstream gradient is rounded before it is divided",
+            "from_float<T>(*a.upstream / *a.normalizer)",
+            "from_float<T>(to_float(from_float<T>(*a.upstream)) / *a.normalizer)",
+        ),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/rank.cuh",
+        (*HOST, *RANK),
+        ("what fills up a sort comes first", "chosen[j] = ~uint64_t{0};", "chosen[j] = 0;"),
+        (
+            "no barrier between the steps of a sort",
+            "stride > 0; stride /= 2) {\n            __syncthreads();\n",
+            "stride > 0; stride /= 2) {\n",
+        ),
+        (
+            "all blocks write the rows they chose to one place",
+            "a.gathered[shared.place + j] = chosen[j];",
+            "a.gathered[j] = chosen[j];",
+        ),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/select.cuh",
+        (*HOST, *CROSS_ENTROPY),
+        (
+            "weighted losses are divided by the number of rows",
+            "const double normalizer = rows.weighted() ? weight : threshold.k;",
+            "const double normalizer = threshold.k;",
+        ),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/cross_entropy_forward.cuh",
+        (*HOST, *CROSS_ENTROPY),
+        (
+            "the last class behind the vectors is left out",
+            "member<kGroup>() < groups.tail)",
+            "member<kGroup>() < groups.tail - 1)",
+        ),
+        (
+            "smoothed distances move the wrong way when the maximum rises",
+            "(base_of(a.maximum) - base) * a.weight",
+            "(base - base_of(a.maximum)) * a.weight",
+        ),
+        (
+            "rows share one ticket",
+            "is_last(a.row_tickets + row, gridDim.y, shared.last)",
+            "is_last(a.row_tickets, gridDim.y, shared.last)",
+        ),
+        ("an ignored row takes part in the ranking", "a.keys[i] = 0;", "a.keys[i] = order_key(0.0f);"),
+        (
+            "one of four sums is left out",
+            "state.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);",
+            "state.sum += (sums[0] + sums[1]) + sums[2];",
+        ),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/cross_entropy_backward.cuh",
+        (*HOST, *CROSS_ENTROPY),
+        ("the target is not smoothed", "? (p - level) - peak : p - level)", "? p - peak : p - level)"),
+        (
+            "the elements behind a dropped row's vectors are not zeroed",
+            "    if (share.last && place < parts.tail) grad[classes - parts.tail + place] = from_float<T>(0.0f);\n",
+            "",
+        ),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/elements.cuh",
+        (*HOST, *CROSS_ENTROPY),
+        (
+            "a short row may have more elements before its vectors than in all",
+            "min(kPerVector<T> - past, n)",
+            "kPerVector<T> - past",
+        ),
+        (
+            "bytes of two vectors are joined as if all began at words",
+            "const int bits = past % 4 * 8;",
+            "const int bits = 0;",
+        ),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/trimmed_cross_entropy.cpp",
+        (*HOST, *CROSS_ENTROPY),
+        ("rows are taken to be dense", "p.logits.stride(0),", "p.columns,"),
+    ),
+]
+
+# --- Triton kernels, in the interpreter -------------------------------------------------------------------------------
+
+INTERPRETER = ("--through", "interpreter")
+TRITON_NUMBERS = (*INTERPRETER, "tests/triton")
+TRITON_AUGMENT = (*INTERPRETER, "tests/ops/test_augment_latent.py", *UNCOMPILED)
+TRITON_KL = (*INTERPRETER, "tests/ops/test_soft_label_kl.py", *UNCOMPILED)
+TRITON_LONG = (*INTERPRETER, "tests/ops/test_soft_label_kl_kernel.py", "-k", "many_classes or higher_as_a_whole")
+
+TRITON = [
+    *within(
+        "triton",
+        "batchkern/triton/random.py",
+        TRITON_NUMBERS,
+        (
+            "rows beyond 32 bits have the numbers of others",
+            "rows.to(tl.uint32)[:, None], (rows >> 32).to(tl.uint32)[:, None]",
+            "rows.to(tl.uint32)[:, None], (rows * 0).to(tl.uint32)[:, None]",
+        ),
+        ("words are used twice", "x2, x3 = box_muller(c, d, sigma)", "x2, x3 = box_muller(a, b, sigma)"),
+    ),
+    *within(
+        "triton",
+        "batchkern/triton/random.py",
+        TRITON_AUGMENT,
+        (
+            "noise is not clipped below",
+            "return tl.clamp(interleave(x0, x1, x2, x3), -tau, tau)",
+            "return tl.minimum(interleave(x0, x1, x2, x3), tau)",
+        ),
+        (
+            "one column of four is never dropped",
+            "tl.where(d >= least, scale, 0.0),",
+            "tl.where(d >= 0, scale, 0.0),",
+        ),
+    ),
+    *within(
+        "triton",
+        "batchkern/triton/augment_latent.py",
+        TRITON_AUGMENT,
+        (
+            "no mask at the end of a row",
+            "mask = (rows < stop)[:, None] & (columns < width)[None, :]",
+            "mask = (rows < stop)[:, None] & (columns >= 0)[None, :]",
+        ),
+        (
+            "rows are taken to be dense",
+            "(rows % batch)[:, None] * stride + columns[None, :], mask, 0.0).to(tl.float32)\n    to = rows",
+            "(rows % batch)[:, None] * width + columns[None, :], mask, 0.0).to(tl.float32)\n    to = rows",
+        ),
+        (
+            "the last Gaussian copy has no gradient",
+            "for copy in range(0, 1 + gaussian):",
+            "for copy in range(0, gaussian):",
+        ),
+        ("a Hadamard basis of the padded width's norm", "size / width**0.5,", "size / padded**0.5,"),
+    ),
+    *within(
+        "triton",
+        "batchkern/triton/augment_latent.py",
+        TRITON_NUMBERS,
+        ("pieces of a row have each other's signs", "odd = piece & j\n", "odd = piece ^ j\n"),
+        (
+            "the noise of a second part is that of the first",
+            "write(first, last, first == batch, deviation, clip, buffer)",
+            "write(batch, batch + last - first, first == batch, deviation, clip, buffer)",
+        ),
+    ),
+    *within(
+        "triton",
+        "batchkern/triton/soft_label_kl.py",
+        TRITON_KL,
+        ("a class that is absent is NaN", "    u = tl.where(u < 128.0, u, 128.0)\n", ""),
+        (
+            "virtual rows are taken row by row, not copy by copy",
+            "rows_q = copy.to(tl.int64) * batch + rows\n",
+            "rows_q = rows * copies + copy.to(tl.int64)\n",
+        ),
+        (
+            "the sign of the gradient of the soft labels",
+            "total -= u + tl.load(kl + row_q)",
+            "total += u + tl.load(kl + row_q)",
+        ),
+        ("the gradient without the temperature", "*strides, k, k / rows\n", "*strides, k, 1 / rows\n"),
+    ),
+    *within(
+        "triton",
+        "batchkern/triton/soft_label_kl.py",
+        TRITON_LONG,
+        (
+            "a sum is not rescaled when the maximum rises",
+            "sums = sums * tl.exp2((maxima - base) * scale) + ",
+            "sums = sums + ",
+        ),
+        ("the last block of a long row is left out", "blocks = tl.cdiv(classes, BLOCK)", "blocks = classes // BLOCK"),
+    ),
+]
+
+# --- wrappers ---------------------------------------------------------------------------------------------------------
+
+LINEAR = ("tests/ops/test_linear_trimmed_cross_entropy_kernel.py", *UNCOMPILED)
+
+WRAPPERS = [
+    *within(
+        "wrappers",
+        "batchkern/ops/rank_batches.py",
+        ("tests/ops/test_rank_batches.py", *UNCOMPILED),
+        ("the count is rounded, not cut", "math.floor(fraction * size)", "round(fraction * size)"),
+        (
+            "a batch never seen ranks below all others",
+            "torch.full((size,), math.inf,",
+            "torch.full((size,), -math.inf,",
+        ),
+        ("a saved ledger goes on changing", '{"losses": self.losses.clone()}', '{"losses": self.losses}'),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/ops/trimmed_mean.py",
+        ("tests/ops/test_trimmed_mean.py", *UNCOMPILED),
+        (
+            "masked rows of a group are ranked",
+            "trimmed_mean_op(losses_all, *check.split_keep(keep, losses), valid_all)",
+            "trimmed_mean_op(losses_all, *check.split_keep(keep, losses), None)",
+        ),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/reference.py",
+        ("tests/ops/test_trimmed_mean.py", *UNCOMPILED),
+        (
+            "a rank's loss is not scaled for the average over ranks",
+            "torch.where(kept, weight, 0).sum() / dist.get_world_size(group)",
+            "torch.where(kept, weight, 0).sum()",
+        ),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/reference.py",
+        ("tests/test_reference.py",),
+        ("k may be 0", "torch.round(n.double() * keep).clamp(min=1)", "torch.round(n.double() * keep)"),
+        (
+            "NaN ranks lowest",
+            "torch.where(losses == 0, 0.0, torch.where(losses.isnan(), math.nan, losses))",
+            "torch.where(losses == 0, 0.0, torch.where(losses.isnan(), -math.inf, losses))",
+        ),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/ops/trimmed_cross_entropy.py",
+        ("tests/ops/test_trimmed_cross_entropy.py", *UNCOMPILED),
+        (
+            "logits that were overwritten count as unchanged",
+            "        torch.autograd.graph.increment_version(logits)\n",
+            "",
+        ),
+        ("a module forgets an option", "            ignore_index=self.ignore_index,\n", ""),
+        (
+            "a leaf may be overwritten",
+            "        check_inplace_backward(logits)\n",
+            "",
+        ),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/ops/augment_latent.py",
+        ("tests/ops/test_augment_latent.py", *UNCOMPILED),
+        (
+            "the backward pass does not rescale dropout",
+            "drop_prob=drop_prob, rescale_dropout=rescale_dropout\n        )\n        return result",
+            "drop_prob=drop_prob, rescale_dropout=False\n        )\n        return result",
+        ),
+        (
+            "without a seed every call has the same numbers",
+            "torch.randint(-(2**63), 2**63 - 1, (), device=device)",
+            "torch.full((), torch.initial_seed(), device=device)",
+        ),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/ops/_checks.py",
+        ("tests/ops/test_augment_latent.py", *UNCOMPILED),
+        (
+            "an open end is taken for a closed one",
+            "if not low <= x <= high or (open_low and x == low):",
+            "if not low <= x <= high:",
+        ),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/ops/soft_label_kl.py",
+        KL,
+        ("a gradient is scaled again by a second backward pass", "ctx.used = True", "ctx.used = False"),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/ops/_linear.py",
+        LINEAR,
+        (
+            "taking off dropped rows costs nothing",
+            "taken_off = (1 - keep) * (1 + needs[1]) if",
+            "taken_off = (1 - keep) * needs[1] if",
+        ),
+        ("dropped rows are added, not taken off", "dropped.gradients(-one,", "dropped.gradients(one,"),
+        ("sums of many chunks in bfloat16", "dtype=x.dtype if terms == 1 else torch.float32", "dtype=x.dtype"),
+        ("room for one row too few", "math.floor(share * len(mask)) + 1)", "math.floor(share * len(mask)))"),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/ops/_linear.py",
+        ("tests/ops/test_linear_trimmed_cross_entropy.py", *UNCOMPILED),
+        ("NaN of an ignored row spreads", "narrow.masked_fill(~valid[part, None], 0)", "narrow"),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/basis.py",
+        ("tests/test_basis.py",),
+        ("rows of unit norm, not columns", "columns.norm(dim=0, keepdim=True)", "columns.norm(dim=1, keepdim=True)"),
+        ("an orthogonal basis that is not Haar", "return q * torch.where(r.diagonal() < 0, -1.0, 1.0)", "return q"),
+        ("a Hadamard basis of the padded width's norm", "[:, :width] / width**0.5", "[:, :width] / x.shape[1] ** 0.5"),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/_backend.py",
+        ("tests/test_backend.py",),
+        ("machine code does not serve later minor versions", "minor <= capability[1]", "minor == capability[1]"),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/causal_lm.py",
+        ("tests/test_causal_lm.py", *UNCOMPILED),
+        ("a token predicts itself", "F.pad(labels, (0, 1), value=ignore_index)[..., 1:]", "labels"),
+        ("the untrimmed loss counts ignored tokens", "losses.sum() / count", "losses.mean()"),
+    ),
+]
+
+# --- strategies -------------------------------------------------------------------------------------------------------
+
+STRATEGIES = [
+    *within(
+        "strategies",
+        "batchkern/strategies/trimming.py",
+        ("tests/strategies/test_trimming.py",),
+        ("k is cut, not rounded", "max(round(keep * rows), 1)", "max(int(keep * rows), 1)"),
+        (
+            "the easiest rows get a full pass",
+            "rank_batches(score(), 1.0)[: step.kept].sort()",
+            "rank_batches(score(), 1.0)[-step.kept :].sort()",
+        ),
+        ("kept rows are trimmed once more", "keep = 1.0 if step.narrowed else", "keep = 0.5 if step.narrowed else"),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/trimming.py",
+        ("tests/test_resume.py", "-k", "auto_trimming"),
+        (
+            "what was timed is forgotten by a resume",
+            'return {"compact_below": self.compact_below}',
+            'return {"compact_below": 0.0}',
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/hard_batches.py",
+        ("tests/strategies/test_hard_batches.py",),
+        ("a smaller batch is ranked by its sum", "losses.mean()", "losses.sum()"),
+        (
+            "both orders are that of the losses",
+            'return chosen if self.order == "loss" else sorted(chosen)',
+            "return chosen",
+        ),
+        (
+            "a batch's loss is recorded under the number of the update",
+            "self.ledger.update(step.batch.number, ",
+            "self.ledger.update(step.update % len(self.ledger), ",
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/stepwise.py",
+        ("tests/strategies/test_stepwise.py",),
+        ("the rate of the steps in between", "1 / (10 * n)", "1 / 10 * n"),
+        (
+            "a step begins an epoch late",
+            "bisect.bisect_right(self.bounds, self.epoch)",
+            "bisect.bisect_left(self.bounds, self.epoch)",
+        ),
+        ("a decay is late by rounding", "self.decay_every * step_epochs) + 1e-9)", "self.decay_every * step_epochs))"),
+        (
+            "each epoch of the training is in the same order",
+            'generator(seed, "epoch", self.epoch)',
+            'generator(seed, "epoch")',
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/random_selection.py",
+        ("tests/strategies/test_random_selection.py",),
+        (
+            "the rows of an epoch's batches are the same",
+            'generator(self.seed, "random rows", step.update)',
+            'generator(self.seed, "random rows", step.batch.epoch)',
+        ),
+        (
+            "one row too many is kept",
+            "step.kept = kept_rows(",
+            "step.kept = 1 + kept_rows(",
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/stochastic_augmentation.py",
+        ("tests/strategies/test_stochastic_augmentation.py",),
+        (
+            "every update has the same noise",
+            'derived_seed(seed, "augment numbers", moment)',
+            'derived_seed(seed, "augment numbers")',
+        ),
+        (
+            "a tied vote does not go to the raw prediction",
+            "return counts + 0.5 * nn.functional.one_hot(votes[0], run.classes)",
+            "return counts",
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/stochastic_augmentation.py",
+        ("tests/test_diagnostics.py",),
+        (
+            "the penalty's figure starts from the last epoch's",
+            "kl, self.kl_sum = float(self.kl_sum) / max(self.fired_in_epoch, 1), 0.0",
+            "kl = float(self.kl_sum) / max(self.fired_in_epoch, 1)",
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/passive_injection.py",
+        ("tests/strategies/test_passive_injection.py",),
+        ("a passive batch comes one late", "if self._due(self.active):", "if self._due(self.active - 1):"),
+        (
+            "an epoch ends before its passive batch",
+            "active = replace(active, ends_epoch=False)",
+            "active = replace(active)",
+        ),
+        (
+            "passive images are normalised by 0 and 1",
+            "self.feed = Feed(data, mean=mean, std=std,",
+            "self.feed = Feed(data, mean=0 * mean, std=0 * std + 1,",
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/passive_injection.py",
+        ("tests/test_resume.py", "-k", "every_single_update"),
+        (
+            "a resume forgets the passive batch that is due",
+            'names = ("active", "injected", "pending", "seen")',
+            'names = ("active", "injected", "seen")',
+        ),
+    ),
+]
+
+# --- trainings --------------------------------------------------------------------------------------------------------
+
+RESUME = ("tests/test_resume.py", "-k", "every_single_update")
+
+TRAINING = [
+    *within(
+        "training",
+        "batchkern/trainer.py",
+        RESUME,
+        ("a resume forgets the momentum", '        self.optimizer.load_state_dict(state["optimizer"])\n', ""),
+        (
+            "a resume forgets torch's generators",
+            '[(state["rng"], state["cuda_rng"]), *state.get("rng_of_other_ranks", [])][self.ranks.rank]',
+            "None",
+        ),
+        ("a resume forgets the sums of the epoch", '        self._sums.copy_(state["sums"])\n', ""),
+    ),
+    *within(
+        "training",
+        "batchkern/diagnostics.py",
+        RESUME,
+        (
+            "a resume forgets what was kept before this epoch",
+            '"times_before": self._times_before,',
+            '"times_before": self.times_kept,',
+        ),
+    ),
+    *within(
+        "training",
+        "batchkern/trainer.py",
+        ("tests/test_trainer.py",),
+        ("the sums of an epoch go on in the next", "        self._sums.zero_()\n", ""),
+        (
+            "the test loss is a sum of means",
+            'F.cross_entropy(logits.float(), target, reduction="sum")',
+            "F.cross_entropy(logits.float(), target)",
+        ),
+        (
+            "an evaluation leaves the model training",
+            "            self.model.train(training)\n",
+            "            self.model.train()\n",
+        ),
+        (
+            "a checkpoint is saved one update late",
+            "self.counts.updates % self.checkpoint_every == 0",
+            "self.counts.updates % self.checkpoint_every == 1",
+        ),
+    ),
+    *within(
+        "training",
+        "batchkern/learner.py",
+        ("tests/test_trainer.py",),
+        (
+            "a pass for the losses alone is not counted",
+            "passes * trained + (full if scored else 0)",
+            "passes * trained",
+        ),
+        ("batches of all sizes weigh the same in the objective", "value * len(losses)", "value"),
+    ),
+    *within(
+        "training",
+        "batchkern/learner.py",
+        ("tests/strategies/test_trimming.py",),
+        (
+            "batch norm counts a batch twice",
+            "self._autocast(), models.frozen_statistics(self.model):",
+            "self._autocast():",
+        ),
+    ),
+    *within(
+        "training",
+        "batchkern/learner.py",
+        ("tests/strategies/test_passive_injection.py",),
+        ("an idle head has gradients of zero", "zero_grad(set_to_none=True)", "zero_grad(set_to_none=False)"),
+    ),
+    *within(
+        "training",
+        "batchkern/diagnostics.py",
+        ("tests/test_diagnostics.py",),
+        (
+            "the epoch before is the epoch itself",
+            "self._times_before, self._kept_before = self.times_kept.clone(), kept",
+            "self._times_before, self._kept_before = self.times_kept, kept",
+        ),
+        ("quantiles are of the lower rank", "round(q * (len(values) - 1))", "int(q * (len(values) - 1))"),
+    ),
+    *within(
+        "training",
+        "batchkern/rundir.py",
+        ("tests/test_rundir.py",),
+        ("a file is written in place", 'path.with_name(path.name + ".part")', "path"),
+        ("metrics are not cut back to the checkpoint", '.splitlines()[: state["epochs_done"]]', ".splitlines()"),
+        (
+            "an earlier run's checkpoint stays",
+            "for name in (CHECKPOINT, WEIGHTS, SAMPLES, CURVES):",
+            "for name in (WEIGHTS, SAMPLES, CURVES):",
+        ),
+        (
+            "a setting that is new is not compared",
+            "sorted(recorded.keys() | asked.keys())",
+            "sorted(recorded.keys() & asked.keys())",
+        ),
+    ),
+    *within(
+        "training",
+        "batchkern/plan.py",
+        ("tests/test_plan.py",),
+        (
+            "the smaller last batch is left out",
+            "self.per_epoch = -(-rows // batch_size)",
+            "self.per_epoch = rows // batch_size",
+        ),
+        ("each epoch is in the same order", 'generator(self.seed, "epoch", epoch)', 'generator(self.seed, "epoch")'),
+        ("a saved order goes on changing", "dict(vars(self), order=list(self.order))", "dict(vars(self))"),
+    ),
+    *within(
+        "training",
+        "batchkern/seeding.py",
+        ("tests/test_plan.py",),
+        ("places run into each other", "repr((seed, *place)).encode()", '"".join(map(str, (seed, *place))).encode()'),
+    ),
+    *within(
+        "training",
+        "batchkern/schedules.py",
+        ("tests/test_schedules.py",),
+        ("the last epoch does not reach the end", "t = epoch / (epochs - 1)", "t = epoch / epochs"),
+        ("a milestone is passed one update late", "sum(progress >= m for", "sum(progress > m for"),
+        ("every counts from 0", "lambda n: n % count == 0", "lambda n: n % count == 1 % count"),
+    ),
+]
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+SHARES = ("tests/test_distributed.py", "-k", "shares_make_up")
+RANKS = ("tests/test_distributed.py", "-k", "three_ranks")
+
+DISTRIBUTED = [
+    *within(
+        "distributed",
+        "batchkern/distributed.py",
+        SHARES,
+        (
+            "rows that ranks do not divide are nobody's",
+            "return -(-self.rows // self.world)",
+            "return self.rows // self.world",
+        ),
+        (
+            "the filling of a share counts as a class",
+            "(0, self.each - self.real), value=IGNORED)",
+            "(0, self.each - self.real), value=0)",
+        ),
+        (
+            "a rank's rows are spread to the places of the first",
+            "(0, 0, self.start, self.rows - self.start - self.real)",
+            "(0, 0, 0, self.rows - self.real)",
+        ),
+    ),
+    *within(
+        "distributed",
+        "batchkern/distributed.py",
+        RANKS,
+        ("the loss of ranks is their sum", "parts[:, -1].mean()", "parts[:, -1].sum()"),
+        ("figures include the filling", "return whole[:, : share.rows], parts", "return whole, parts"),
+    ),
+    *within(
+        "distributed",
+        "batchkern/strategies/stochastic_augmentation.py",
+        RANKS,
+        (
+            "ranks with fewer rows weigh as much",
+            "kl = kl * (share.real * share.world / share.rows)",
+            "kl = kl * 1.0",
+        ),
+    ),
+]
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+STATISTICS = ("tests/compare/test_statistics.py",)
+
+COMPARE = [
+    *within(
+        "compare",
+        "batchkern/compare/statistics.py",
+        STATISTICS,
+        ("an interval from a normal, not a t", ".t.ppf(1 - LEVEL / 2, len(values) - 1)", ".norm.ppf(1 - LEVEL / 2)"),
+        ("a deviation with n, not n - 1", "statistics.stdev(values)", "statistics.pstdev(values)"),
+        ("an interval of 90 %", "ppf(1 - LEVEL / 2,", "ppf(1 - LEVEL,"),
+        ("a degree of freedom too many", "1 - LEVEL / 2, len(values) - 1)", "1 - LEVEL / 2, len(values))"),
+        (
+            "p-values are corrected by a method that finds more",
+            'alpha=LEVEL, method="holm")',
+            'alpha=LEVEL, method="fdr_bh")',
+        ),
+        ("the sign test has one side", "2.0 ** (1 - len(seeds))", "2.0 ** -len(seeds)"),
+        ("an accuracy that is met exactly is not reached", "if accuracy >= target", "if accuracy > target"),
+    ),
+    *within(
+        "compare",
+        "batchkern/compare/summary.py",
+        STATISTICS,
+        ("one test in two budgets counts twice", "if pair not in tests:", "if True:"),
+        (
+            "a median of those that got there",
+            "math.inf if x is None else x for x in epochs)",
+            "x for x in epochs if x)",
+        ),
+    ),
+    *within(
+        "compare",
+        "batchkern/compare/arms.py",
+        ("tests/compare/test_arms.py",),
+        (
+            "a backward pass costs as much as a forward pass",
+            "samples_forward + 2 * samples_backward",
+            "samples_forward + samples_backward",
+        ),
+        (
+            "the first number of epochs that is tried is taken",
+            "for count in (guess - 1, guess, guess + 1):",
+            "for count in (guess,):",
+        ),
+    ),
+    *within(
+        "compare",
+        "batchkern/compare/running.py",
+        ("tests/compare/test_running.py", "-k", "that_is_gone"),
+        (
+            "a run whose directory is gone counts as finished",
+            'if not o["error"] and (out / o["directory"] / METRICS).exists()]',
+            'if not o["error"]]',
+        ),
+    ),
+    *within(
+        "compare",
+        "batchkern/compare/report.py",
+        ("tests/compare/test_report.py",),
+        (
+            "verdicts by p-values that are not corrected",
+            'found = test["p_corrected"] < LEVEL',
+            'found = test["p"] < LEVEL',
+        ),
+    ),
+]
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+DATA_TESTS = ("tests/test_data.py", "-k", "not home and not hub")
+
+DATA = [
+    *within(
+        "data",
+        "batchkern/data/images.py",
+        DATA_TESTS,
+        (
+            "a variance with n - 1, not n",
+            "variance = (squares.double() / count - mean.square())",
+            "variance = (squares.double() / count - mean.square()).mul_(count / (count - 1))",
+        ),
+        ("a constant channel has no deviation", ".clamp_(min=1 / 255).float()", ".float()"),
+    ),
+    *within(
+        "data",
+        "batchkern/data/feed.py",
+        DATA_TESTS,
+        ("the sign of the shift", "(-mean.double() / std.double())", "(mean.double() / std.double())"),
+        (
+            "windows never begin at the last place",
+            "y = y + own(torch.randint(2 * pad_y + 1,",
+            "y = y + own(torch.randint(2 * pad_y,",
+        ),
+        ("every update is augmented alike", 'f"{seed}/{step}"', 'f"{seed}"'),
+        (
+            "flips are drawn from torch's own generator",
+            "torch.rand(whole, 1, generator=generator) < 0.5",
+            "torch.rand(whole, 1) < 0.5",
+        ),
+    ),
+    *within(
+        "data",
+        "batchkern/data/sources.py",
+        DATA_TESTS,
+        ("a fifth of a class is cut, not rounded", "(sizes[labels[order]] + 2) // 5", "sizes[labels[order]] // 5"),
+    ),
+    *within(
+        "data",
+        "batchkern/data/derived.py",
+        DATA_TESTS,
+        (
+            "a noisy label may be the right one",
+            "torch.randint(1, classes, (len(chosen),)",
+            "torch.randint(0, classes, (len(chosen),)",
+        ),
+    ),
+    *within(
+        "data",
+        "batchkern/data/decode.py",
+        DATA_TESTS,
+        ("16-bit greys keep their low byte", ".clip(0, 65535) >> 8)", ".clip(0, 65535))"),
+    ),
+]
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+MEASURE = ("tests/test_bench_measure.py",)
+
+BENCH = [
+    *within(
+        "bench",
+        "bench/measure.py",
+        MEASURE,
+        ("a NaN is within every limit", "not error <= problem.limit", "error > problem.limit"),
+        ("variants go in the same order in all rounds", "            shuffle(order)\n", ""),
+        ("a ratio is upside down", "[a / b for a, b in zip(seconds,", "[b / a for a, b in zip(seconds,"),
+        ("time is not divided by the calls", "device.seconds(run) / calls[name]", "device.seconds(run)"),
+        ("a fraction is upside down", "seconds / median if median else None", "median / seconds if median else None"),
+    ),
+    *within(
+        "bench",
+        "bench/devices.py",
+        MEASURE,
+        ("bytes that are written do not count", "2 * self.source.nbytes", "self.source.nbytes"),
+    ),
+    *within(
+        "bench",
+        "batchkern/bench/fit.py",
+        ("tests/bench/test_fit.py",),
+        ("overhead counts in an exponent", ">= TIMES_OVERHEAD * least", ">= least"),
+        ("the three smallest sizes are fitted", "else points[-POINTS:]", "else points[:POINTS]"),
+    ),
+    *within(
+        "bench",
+        "batchkern/bench/results.py",
+        ("tests/bench/test_results.py",),
+        (
+            "the oldest file comes first",
+            "key=lambda results: results.date, reverse=True)",
+            "key=lambda results: results.date)",
+        ),
+    ),
+]
+
+MUTATIONS = [*CPU, *CUDA, *TRITON, *WRAPPERS, *STRATEGIES, *TRAINING, *DISTRIBUTED, *COMPARE, *DATA, *BENCH]
