@@ -105,7 +105,7 @@ def test_many_small_batches_of_ties() -> None:
     spec.loader.exec_module(script)
     cases = 30_000
     if through.which:  # a fiber for each thread takes its time
-        cases, script.CHUNK = 240, 20
+        cases, script.CHUNK = 300, 10
     wrong, counts = script.run(cases, seed=1)
     assert wrong == 0
     assert counts["that split a tie"] > cases / 3
