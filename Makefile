@@ -102,7 +102,7 @@ cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetch
 			-Wall -Wextra -Werror -c $$source -o build/cross.o || exit 1; \
 	done; done
 
-gpu: ## with the torch of PYTHON: build for its GPU, test, measure, sanitize, in MINUTES=5 (into GPU_OUT=runs/gpu; STAGES="build growth": these alone)
+gpu: ## with the torch of PYTHON: build for its GPU, test, measure, sanitize, in MINUTES=5 (into GPU_OUT=runs/gpu; STAGES="growth training": these alone, after the build)
 	$(PYTHON) bench/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(STAGES),--stages $(STAGES)) $(if $(DRY_RUN),--dry-run)
 
 resources: setup ## registers and spills of the CUDA kernels, for three architectures (bench/KERNEL_RESOURCES.md)
