@@ -2,7 +2,8 @@
 // elsewhere. The Python functions have said more, in the user's terms.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <optional>
 

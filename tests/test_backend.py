@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -457,5 +458,5 @@ assert {s.backend for s in _backend.status()} == {"reference"}
 
 
 def test_import_works_without_the_extension() -> None:
-    result = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, capture_output=True, text=True)
+    result = warm.run("-c", PROGRAM, cwd=ROOT)
     assert result.returncode == 0, result.stderr

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTEST = ["-m", "pytest", "-p", "no:cacheprovider"]
 
 
 def bench(out: Path, *arguments: str) -> str:
     settings = {"BATCHKERN_BENCH_QUICK": "1", "BATCHKERN_BENCH_OUT": str(out), "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    run = subprocess.run(command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True)
+    run = warm.run(*PYTEST, "-q", *arguments, cwd=ROOT, env={**os.environ, **settings})
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
 
@@ -49,18 +48,8 @@ def test_a_case_that_ends_the_process_is_told(tmp_path: Path) -> None:
         "import os\nfrom bench import measure\nmeasure.rows_of = lambda *_: os._exit(3)\n"
     )
     settings = {"BATCHKERN_BENCH_QUICK": "1", "BATCHKERN_BENCH_OUT": str(tmp_path), "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "dies",
-        "bench/bench_operations.py",
-    ]
-    run = subprocess.run([*command, "-k", "mean or rank"], cwd=ROOT, env={**os.environ, **settings})
+    words = ["-q", "-p", "dies", "bench/bench_operations.py", "-k", "mean or rank"]
+    run = warm.run(*PYTEST, *words, cwd=ROOT, env={**os.environ, **settings})
     assert run.returncode == 3
     (path,) = tmp_path.glob("*/*.json")
     written = json.loads(path.read_text())
@@ -69,8 +58,7 @@ def test_a_case_that_ends_the_process_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "bench", "--on", "cuda"]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    run = warm.run(*PYTEST, "bench", "--on", "cuda", cwd=ROOT)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "--on cuda needs a GPU that torch can see" in run.stderr
     assert "Traceback" not in run.stderr

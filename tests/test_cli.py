@@ -13,13 +13,13 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import commands
 import pytest
 import torch
+import warm
 from training import single_thread
 
 pytest.importorskip("typer")
@@ -126,7 +126,7 @@ def test_options_reach_the_trainer(batchkern):
         *("--data", "digits", "--test", "digits", "--strategy", "trimming(end=0.5)+passive(every=2)"),
         *("--passive", "photo-patches", "--model", "resnet8", "--epochs", 1, "--batch-size", 500, "--lr", 0.01),
         *("--optimizer", "adamw", "--momentum", 0.8, "--weight-decay", 0.1, "--schedule", "step", "--amp", "bf16"),
-        *("--augment", "crop", "--label-smoothing", 0.1, "--image-size", 12, "--classifier", "fc", "--seed", 7),
+        *("--augment", "crop", "--label-smoothing", 0.1, "--image-size", 6, "--classifier", "fc", "--seed", 7),
         *("--device", "cpu", "--checkpoint-every", 1, "--out", "x/y"),
     )
     assert (status, err) == (0, "")
@@ -135,7 +135,7 @@ def test_options_reach_the_trainer(batchkern):
     assert [s["name"] for s in strategies] == ["trimming", "passive"]
     assert strategies[0]["end"] == 0.5
     assert (strategies[1]["passive"], strategies[1]["every"]) == ("photo-patches", 2)
-    assert settings.pop("train")["shape"] == settings.pop("test")["shape"] == [1, 12, 12]
+    assert settings.pop("train")["shape"] == settings.pop("test")["shape"] == [1, 6, 6]
     assert settings == {
         "model": "resnet8",
         "epochs": 1,
@@ -215,18 +215,13 @@ def test_info_says_what_was_built_and_what_serves(batchkern, monkeypatch):
 def test_without_typer_or_rich_there_is_a_sentence():
     for library in ("typer", "rich"):
         code = f"import sys; sys.modules['{library}'] = None; from batchkern.cli import main; main()"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        done = warm.run("-c", code)
         assert done.returncode == 2
         assert re.fullmatch(rf"batchkern: error: [^\n]*'{library}'[^\n]*batchkern\[train\][^\n]*\n", done.stderr)
 
 
 def test_python_m(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "batchkern", "train", "--data", "digits", "--strategy", "triming"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = warm.run("-m", "batchkern", "train", "--data", "digits", "--strategy", "triming", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"batchkern: error: [^\n]*triming[^\n]*\n", done.stderr)
 
@@ -368,13 +363,8 @@ def test_mixed_sizes_train_with_image_size(batchkern):
 
 
 def test_a_name_that_is_not_on_the_hub_offline():
-    done = subprocess.run(
-        [sys.executable, "-m", "batchkern", "train", "--data", "nobody/nothing"],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = warm.run("-m", "batchkern", "train", "--data", "nobody/nothing", env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"batchkern: error: 'nobody/nothing'[^\n]*hub[^\n]*\n", done.stderr)
 
@@ -448,13 +438,7 @@ def test_weights_that_overflow_after_a_finite_loss_are_not_saved(batchkern):
 
 def test_ctrl_c_saves_and_names_the_command_that_goes_on(batchkern):
     words = "train --data digits --epochs 8 --batch-size 64 --strategy trimming(end=0.5) --out the/run --overwrite"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "batchkern", *words.split()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script in the background ignores it
-    )
+    process = warm.Process("-m", "batchkern", *words.split())
     assert process.stdout.readline().startswith("epoch 1/8")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

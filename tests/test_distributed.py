@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import warm
 from test_resume import difference, outcome
 from training import DIFFERENT, flat, furthest, images, net, single_thread, trainer, without_plots
 
@@ -44,7 +43,7 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
 
 
-def finished(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def finished(processes: list[warm.Process]) -> list[tuple[int, str, str]]:
     """Exit status and both outputs of each process, none of which outlives the test."""
     try:
         outputs = [process.communicate(timeout=150) for process in processes]
@@ -56,14 +55,8 @@ def finished(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
 
 def spawn(folder: Path, world: int, *jobs: str) -> list[dict]:
     """What each rank's jobs returned."""
-    command = [sys.executable, str(Path(__file__).with_name("ranks.py")), str(folder)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ended = finished(
-        [
-            subprocess.Popen([*command, str(rank), str(world), *jobs], env=environment(), **pipes)
-            for rank in range(world)
-        ]
-    )
+    words = [str(Path(__file__).with_name("ranks.py")), str(folder)]
+    ended = finished([warm.Process(*words, str(rank), str(world), *jobs, env=environment()) for rank in range(world)])
     assert [code for code, _, _ in ended] == [0] * world, "\n".join(errors for _, _, errors in ended)
     assert all("find_unused_parameters" not in errors for _, _, errors in ended)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
@@ -288,13 +281,9 @@ def test_the_command_line_says_it_once_and_exits_2_on_every_rank(tmp_path):
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": "2",
     }
-    command = [sys.executable, "-m", "batchkern", "train", "--data", "digits", "--out", str(tmp_path / "occupied")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [
-        subprocess.Popen(command, env=environment(**variables, RANK=str(rank), LOCAL_RANK=str(rank)), **pipes)
-        for rank in range(2)
-    ]
-    ended = finished(processes)
+    words = ["-m", "batchkern", "train", "--data", "digits", "--out", str(tmp_path / "occupied")]
+    both = [environment(**variables, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    ended = finished([warm.Process(*words, env=variables) for variables in both])
     assert [code for code, _, _ in ended] == [2, 2]
     assert [output for _, output, _ in ended] == ["", ""]
     said = f"batchkern: error: {tmp_path / 'occupied'} exists and is not a batchkern run; give another output directory"
@@ -316,10 +305,9 @@ def test_without_torchrun_the_others_cannot_be_joined(monkeypatch):
 
 
 def test_torchrun(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "batchkern", "train"]
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "batchkern", "train"]
     options = ["--data", "digits", "--epochs", "1", "--strategy", "trimming(start=0.5)", "--out", str(tmp_path / "run")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ((code, output, errors),) = finished([subprocess.Popen([*command, *options], env=environment(), **pipes)])
+    ((code, output, errors),) = finished([warm.Process(*words, *options, env=environment())])
     assert code == 0, errors
     lines = output.splitlines()
     assert [line.split()[0] for line in lines] == ["epoch", "test", CONFIG]

@@ -14,7 +14,6 @@ import os
 import re
 import shlex
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 
 import batchkern
 from batchkern import cli, ops
@@ -113,7 +113,8 @@ def run_as_torchrun(code: str, directory: Path) -> None:
         port = str(free.getsockname()[1])
     group = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     environment = {**os.environ, **group, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "snippet.py"], cwd=directory, env=environment, check=True, timeout=120)
+    done = warm.run("snippet.py", cwd=directory, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 @each(COMMANDS)

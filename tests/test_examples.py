@@ -6,10 +6,10 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
@@ -36,9 +36,8 @@ SMALL = [
 
 
 def selective_lm(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "examples" / "selective_lm.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+    return warm.run(str(ROOT / "examples" / "selective_lm.py"), *arguments, cwd=cwd, env=environment, timeout=200)
 
 
 @pytest.fixture

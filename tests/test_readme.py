@@ -3,11 +3,10 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -27,19 +26,19 @@ def test_there_is_something_to_run():
 
 @pytest.mark.parametrize("snippet", PYTHON, ids=range(len(PYTHON)))
 def test_python_snippets_run(snippet, tmp_path):
-    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True, timeout=250)
+    done = warm.run("-c", snippet, cwd=tmp_path, timeout=250)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("line", [x for x in SHELL if x.startswith("batchkern ")])
 def test_batchkern_commands_run(line, tmp_path):
-    """In one working directory of their own; the lengthy comparison with fewer seeds and epochs."""
+    """In one working directory of their own; the lengthy comparison with fewer seeds, epochs, images and budgets."""
     words = shlex.split(line)
     if words[1] == "compare":
-        words += ["--seeds", "1", "--epochs", "5"]
+        words += ["--seeds", "1", "--epochs", "5", "--train-rows", "300", "--budget", "updates", "--jobs", "1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run(
-        [sys.executable, "-m", "batchkern", *words[1:]], cwd=tmp_path, env=environment, check=True, timeout=250
-    )
+    done = warm.run("-m", "batchkern", *words[1:], cwd=tmp_path, env=environment, timeout=250)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("line", [x for x in SHELL if x.startswith("make ")])

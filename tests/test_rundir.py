@@ -2,11 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm
 from torch import nn
 
 from batchkern.errors import UserError
@@ -254,7 +253,7 @@ directory.save_checkpoint({{"epochs_done": 0}})
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 directory.save_checkpoint({{"epochs_done": 0, "model": torch.zeros(10_000)}})
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = warm.run("-c", script)
     assert "UserError" in done.stderr
     assert f"{CHECKPOINT} cannot be written: File too large" in done.stderr
     assert names(tmp_path / "run") == {CONFIG, METRICS, CHECKPOINT}

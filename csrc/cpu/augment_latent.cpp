@@ -1,4 +1,5 @@
 // augment_latent on a CPU: noise, masks and Hadamard transforms by kernels; a dense basis by torch's matmul.
+#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include <cmath>

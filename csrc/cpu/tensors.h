@@ -1,7 +1,6 @@
 // What the bindings of the CPU kernels share: tensors on one side, raw pointers on the other.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 
 #include <memory>

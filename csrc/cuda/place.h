@@ -2,7 +2,7 @@
 // kernels.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>

@@ -13,7 +13,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import commands
 import pytest
 import torch
+import warm
 from training import flat, single_thread
 
 pytest.importorskip("typer")
@@ -37,7 +37,6 @@ from batchkern.rundir import CONFIG, CURVES, METRICS, RUN_FILES, WEIGHTS
 from batchkern.trainer import Trainer
 
 one_thread = single_thread()
-PACKAGE = str(Path(running.__file__).parents[2])
 SMALL = ["--epochs", "2", "--batch-size", "256"]
 ARMS_OF_THIS = "trimming(end=0.3), passive(every=5), stepwise(fractions=(.4,1),batch_multiples=(1,1))+augmentation"
 STEPWISE = ARMS_OF_THIS.split(", ")[-1]
@@ -260,19 +259,10 @@ def test_threads_are_given_back(tmp_path):
 
 def test_ctrl_c_ends_all_workers_with_one_sentence(tmp_path):
     words = ["--arms", "baseline,trimming", "--seeds", "6", "--epochs", "3", "--jobs", "2", "--out", "out"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "batchkern", "compare", *words],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": PACKAGE},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a script in the background ignores it
-    )
+    process = warm.Process("-m", "batchkern", "compare", *words, cwd=tmp_path, own_session=True)
     assert process.stderr.readline().startswith(" 1/18  ")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=150)
     assert (process.returncode, out) == (2, "")
     *lines, last = err.splitlines()
     assert all(re.match(r" *\d+/18  ", line) for line in lines), err
@@ -459,28 +449,29 @@ def test_two_comparisons_do_not_share_a_directory(tmp_path, monkeypatch, quick_p
 
 @pytest.mark.slow
 def test_ten_kills_give_the_table_of_none(tmp_path):
-    """Killed with all its workers at random moments, start-up and the writing of the report among them."""
+    """Killed at random moments, start-up and the writing of the report among them; every fourth time with workers, each
+    of which takes seconds to start."""
     words = "--arms trimming(end=0.3),passive(every=3) --budget updates --seeds 1 --epochs 3 --batch-size 128"
-    command = [sys.executable, "-m", "batchkern", "compare", *words.split(), "--jobs", "2", "--resume", "--out"]
-    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": PACKAGE}, "stdout": subprocess.DEVNULL}
-    options |= {"stderr": subprocess.DEVNULL, "start_new_session": True}
-    started = time.monotonic()
-    subprocess.run([*command, "whole"], check=True, timeout=200, **options)
-    duration = time.monotonic() - started
+    command = ["-m", "batchkern", "compare", *words.split(), "--resume"]
+    durations = {}
+    for jobs in ("1", "2"):
+        started = time.monotonic()
+        assert warm.run(*command, "--jobs", jobs, "--out", f"whole-{jobs}", cwd=tmp_path).returncode == 0
+        durations[jobs] = time.monotonic() - started
     moments = random.Random(7)
-    for _ in range(10):
-        process = subprocess.Popen([*command, "killed"], **options)
+    for kill in range(10):
+        jobs = "2" if kill % 4 == 0 else "1"
+        process = warm.Process(*command, "--jobs", jobs, "--out", "killed", cwd=tmp_path, own_session=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=moments.uniform(0.3, 0.9) * duration)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=moments.uniform(0.3, 0.9) * durations[jobs])
+        process.kill()
         process.wait()
-    subprocess.run([*command, "killed"], check=True, timeout=200, **options)
-    whole, killed = (results_of(tmp_path / name) for name in ("whole", "killed"))
+    assert warm.run(*command, "--jobs", "1", "--out", "killed", cwd=tmp_path).returncode == 0
+    whole, killed = (results_of(tmp_path / name) for name in ("whole-1", "killed"))
     assert without_seconds(killed) == without_seconds(whole)
     assert len(whole["runs"]) == 4
     for o in whole["runs"]:
-        paths = (tmp_path / name / o["directory"] / WEIGHTS for name in ("whole", "killed"))
+        paths = (tmp_path / name / o["directory"] / WEIGHTS for name in ("whole-1", "killed"))
         assert len({path.read_bytes() for path in paths}) == 1
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import through
 import torch
 import torch.nn.functional as F
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import (
@@ -514,6 +513,6 @@ batchkern.trimmed_cross_entropy(torch.randn(100, 10), target, 1.0)
 @pytest.mark.parametrize("value", [10, -1, 2**40, -(2**63)])
 def test_a_wrong_target_trips_the_assert_of_the_kernel(value: int) -> None:
     program = WRONG_TARGET.format(tests=str(Path(__file__).parents[1]), value=value)
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = warm.run("-c", program)
     assert run.returncode != 0
     assert "target must be in [0, C) or ignore_index" in run.stderr
