@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import zipfile
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 
 from batchkern import _C
 
@@ -94,12 +94,12 @@ def test_each_stage_leaves_its_result(run: Run, capsys: pytest.CaptureFixture[st
         run.shell("kernels", 'echo "$MARK"', environment={"MARK": "built"}),
         run.shell("tests", "echo FAILED tests/test_some.py::test_one; echo some; echo lines; exit 7"),
         # Its time is over while later stages have theirs. Interrupted, it tells; what it began is killed.
-        run.shell("slow", f"echo begun; (sleep 3; touch OUT/survivor) & {VERDICTS}", 1),
+        run.shell("slow", f"sleep 60 & echo begun $!; {VERDICTS}", 1),
         run.shell("silent", "echo 1 error", must_say="0 errors"),
         run.shell("paced", "echo $0", pace=lambda seconds: [f"{seconds:.0f} s"]),
         run.shell("here", f"{sys.executable} -c 'import batchkern; print(batchkern.__file__)'", must_say=str(ROOT)),
         run.script.Stage("gpu", ["false"], 30),
-        run.shell("last", "sleep 3; test ! -e OUT/survivor && test -e OUT/summary.json"),
+        run.shell("last", "test -e OUT/summary.json"),
     ]
     code, results = run(stages)
     assert code == 1
@@ -116,7 +116,9 @@ def test_each_stage_leaves_its_result(run: Run, capsys: pytest.CaptureFixture[st
     assert results["kernels"]["last_lines"] == ["built"]
     assert results["tests"]["failed"] == ["FAILED tests/test_some.py::test_one"]
     assert results["tests"]["last_lines"][1:] == ["some", "lines"]
-    assert results["slow"]["last_lines"] == ["begun", "verdicts"]
+    begun, verdicts = results["slow"]["last_lines"]
+    assert verdicts == "verdicts"
+    assert_ended(int(begun.removeprefix("begun ")))
     assert 0 < float(results["paced"]["last_lines"][0].split()[0]) <= 30
     assert run.logs().keys() == {f"{stage.name}.log" for stage in stages if stage.name != "gpu"}
     assert sorted(path.name for path in run.out.iterdir()) == ["logs.tar.gz", "mine.log", "summary.json"]
@@ -127,20 +129,19 @@ def test_each_stage_leaves_its_result(run: Run, capsys: pytest.CaptureFixture[st
 def test_a_signal_ends_it_with_what_there_is(run: Run, number: int) -> None:
     stages = [
         run.shell("first", "echo one"),
-        run.shell("second", "echo two; (sleep 3; touch OUT/survivor) & sleep 30"),
+        run.shell("second", f"sleep 60 & echo $!; kill -{int(number)} $PPID; sleep 60"),
         run.shell("third", "echo three"),
     ]
-    timer = threading.Timer(1.5, os.kill, (os.getpid(), number))
-    timer.start()
     code, results = run(stages)
-    timer.join()
     assert code == 128 + number
     assert {name: outcome["result"] for name, outcome in results.items()} == {
         "first": "passed",
         "second": f"stopped by signal {int(number)}",
     }
-    assert run.logs() == {"first.log": "one\n", "second.log": "two\n"}
-    threading.Event().wait(3)
+    logs = run.logs()
+    assert logs.keys() == {"first.log", "second.log"}
+    assert logs["first.log"] == "one\n"
+    assert_ended(int(logs["second.log"]))
     assert sorted(path.name for path in run.out.iterdir()) == ["logs.tar.gz", "summary.json"]
 
 
@@ -321,9 +322,13 @@ runner.call(module.Stage("some", [], 60), ["sh", "-c", f"echo $$; kill -9 {{os.g
 """
     run.out.mkdir()
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
-    child = int((run.out / "some.log").read_text())
+    assert_ended(int((run.out / "some.log").read_text()))
+
+
+def assert_ended(process: int) -> None:
+    """But for a moment that it may take."""
     for _ in range(100):
-        state = Path(f"/proc/{child}/stat")
+        state = Path(f"/proc/{process}/stat")
         if not state.exists() or state.read_text().rpartition(") ")[2][0] == "Z":
             return
         time.sleep(0.1)
@@ -378,7 +383,6 @@ def test_a_test_that_loses_the_gpu_costs_no_other(script: ModuleType, tmp_path: 
         (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
     (tmp_path / "test_lost.py").write_text(LOST)
     workers = ["1" if word == "8" else word for word in script.WORKERS]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run("-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, str(tmp_path), cwd=tmp_path)
     assert "AssertionError: the first to fail" in done.stdout
     assert "2 failed, 7 passed" in done.stdout, done.stdout  # the test, and the end of its process

@@ -22,7 +22,7 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -144,7 +144,7 @@ def serve(fd: int) -> None:
                 for number, name in ((out, 1), (err, 2)):
                     os.dup2(number, name)
                     os.close(number)
-                as_python_ends(lambda: become(**json.loads(message), path=path))
+                as_python_ends(partial(become, **json.loads(message), path=path))
             os.close(out)
             os.close(err)
             told = socket.socket(fileno=answers)

@@ -37,6 +37,7 @@ from batchkern.rundir import CONFIG, CURVES, METRICS, RUN_FILES, WEIGHTS
 from batchkern.trainer import Trainer
 
 one_thread = single_thread()
+pytestmark = pytest.mark.xdist_group("compare")  # one worker trains what most tests look at
 SMALL = ["--epochs", "2", "--batch-size", "256"]
 ARMS_OF_THIS = "trimming(end=0.3), passive(every=5), stepwise(fractions=(.4,1),batch_multiples=(1,1))+augmentation"
 STEPWISE = ARMS_OF_THIS.split(", ")[-1]
@@ -488,7 +489,7 @@ def test_a_planted_effect_is_found_in_trainings_and_none_where_none_is(tmp_path,
         "random(select=batches,delta=1.0)",
     )
     training = {"epochs": 2, "batch_size": 64, "device": "cpu"}
-    results = compared(arms=(planted, same, order), seeds=5, training=training)
+    results = compared(arms=(planted, same, order), seeds=5, train_rows=600, training=training)
     found = {entry["arm"]: entry["difference"].get("baseline") for entry in results["summary"]}
     assert found[planted]["mean"] < -0.1
     assert found[planted]["p_corrected"] < 0.05
