@@ -47,7 +47,7 @@ $(BUILT): $(READY) $(SOURCES)
 	@touch $@
 
 test: lint ## check the style and the types, then run every test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 check: lint ## style, types and the tests of what changed since BASE (where this branch left origin/main, or the last commit)
 	@tests=$$($(BIN)/python tests/touched.py $(BASE)) && if [ -n "$$tests" ]; then $(BIN)/python -m pytest -n 2 -m "not slow" $$tests; fi

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 # Read when torch loads OpenMP. On a shared machine threads that wait by spinning make small operations 30x slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -20,6 +21,22 @@ settings.load_profile("batchkern")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+TOGETHER = ("test_resume.py", "test_running.py", "test_distributed.py")
+"""Files whose tests one worker of xdist runs, since what they look at takes long to make. They come first."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(TOGETHER) else nodeid
+
+    return Together(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -31,7 +31,6 @@ CLOSE = 1e-5
 ROOT = Path(__file__).parent.parent
 JOBS = ("all_scenarios", "idle_heads", "timing", "batch_norm", "resumed", "stopped", "wrong", "snippet")
 one_thread = single_thread()
-pytestmark = pytest.mark.xdist_group("ranks")  # one pair of processes serves all
 
 
 @pytest.fixture(autouse=True)

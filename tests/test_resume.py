@@ -62,7 +62,6 @@ SETTINGS = {
 # In CI a failure must not depend on what was drawn.
 SEED = 0 if "CI" in os.environ else int(time.time())
 one_thread = single_thread()
-pytestmark = pytest.mark.xdist_group("resume")  # whole runs are trained once
 
 
 @pytest.fixture(autouse=True)

@@ -100,7 +100,7 @@ class Process:
 def run(
     *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    process = Process(*words, cwd=cwd, env=env, own_session=True)
+    process = Process(*words, cwd=cwd, env=env)
     out, err = process.communicate(timeout)
     return subprocess.CompletedProcess(words, process.wait(), out, err)
 

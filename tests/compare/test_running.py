@@ -37,7 +37,6 @@ from batchkern.rundir import CONFIG, CURVES, METRICS, RUN_FILES, WEIGHTS
 from batchkern.trainer import Trainer
 
 one_thread = single_thread()
-pytestmark = pytest.mark.xdist_group("compare")  # one worker trains what most tests look at
 SMALL = ["--epochs", "2", "--batch-size", "256"]
 ARMS_OF_THIS = "trimming(end=0.3), passive(every=5), stepwise(fractions=(.4,1),batch_multiples=(1,1))+augmentation"
 STEPWISE = ARMS_OF_THIS.split(", ")[-1]
