@@ -11,7 +11,9 @@ import atexit
 import contextlib
 import gc
 import json
+import multiprocessing.process
 import os
+import pickle
 import random
 import runpy
 import signal
@@ -105,11 +107,28 @@ def run(
     return subprocess.CompletedProcess(words, process.wait(), out, err)
 
 
+def spawn(worker: Callable[..., None], world: int, *args: object) -> None:
+    """``torch.multiprocessing.spawn``: ``worker(rank, *args)``, a function of a module, in ``world`` processes."""
+    code = "import pickle, sys; rank, call = sys.argv[1:]; worker, args = pickle.loads(bytes.fromhex(call)); "
+    words = ["-c", code + "worker(int(rank), *args)"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    call = pickle.dumps((worker, args)).hex()
+    processes = [Process(*words, str(rank), call, env=environment) for rank in range(world)]
+    try:
+        for process in processes:
+            _, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+    finally:
+        for process in processes:
+            process.kill()
+
+
 @cache
 def _server() -> socket.socket:
     """It ends when this process does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    own = ("PYTHONPATH", "PYTHONUNBUFFERED")
+    environment = {name: value for name, value in os.environ.items() if name not in own}
     command = [sys.executable, __file__, str(theirs.fileno())]
     nowhere = subprocess.DEVNULL
     subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=nowhere, stdout=nowhere)
@@ -148,8 +167,9 @@ def serve(fd: int) -> None:
             os.close(out)
             os.close(err)
             told = socket.socket(fileno=answers)
-            told.send(str(pid).encode())
-            told.send(str(os.waitpid(pid, 0)[1]).encode())
+            with contextlib.suppress(BrokenPipeError):  # nobody asked how it ended
+                told.send(str(pid).encode())
+                told.send(str(os.waitpid(pid, 0)[1]).encode())
             os._exit(0)
         for number in fds:
             os.close(number)
@@ -186,6 +206,7 @@ def become(words: list[str], cwd: str, env: dict[str, str], own_session: bool, p
     signal.signal(signal.SIGINT, signal.default_int_handler)
     random.seed()
     os.chdir(cwd)
+    multiprocessing.process.ORIGINAL_DIR = cwd  # type: ignore[attr-defined]  # where its own processes look for a script
     os.environ.clear()
     os.environ.update(env)
     if "OMP_NUM_THREADS" in env and (torch := sys.modules.get("torch")):

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+import warm
 from torch import Tensor
 
 import batchkern
@@ -312,7 +312,7 @@ def _worker(rank: int, folder: Path) -> None:
 def test_group_ranks_the_concatenated_batch(tmp_path: Path) -> None:
     whole = problem()
     torch.save(whole, tmp_path / "problem.pt")
-    mp.spawn(_worker, args=(tmp_path,), nprocs=WORLD)
+    warm.spawn(_worker, WORLD, tmp_path)
     losses, grads = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)), strict=True)
     loss, (hidden_grad, weight_grad, bias_grad) = run(*whole, 0.4)
     torch.testing.assert_close(sum(losses) / WORLD, loss)

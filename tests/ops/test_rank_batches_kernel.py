@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import through
 import torch
 from kernel_cases import DTYPES, LEVELS, REPEATS, at_level, on_threads
 from torch import Tensor
@@ -55,7 +56,7 @@ def test_ranks(level: str, n: int) -> None:
 def test_every_count(level: str) -> None:
     losses = draws(70)["special"]
     expected = order(losses)
-    for count in range(71):
+    for count in range(0, 71, 5 if through.which == "host" else 1):  # 70 too, with that of all
         assert torch.equal(OPS.rank_batches(losses, count), expected[:count])
 
 

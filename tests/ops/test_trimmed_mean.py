@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import warm
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -231,7 +231,7 @@ def _worker(rank: int, folder: Path, world: int) -> None:
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("world", [2, 3])
 def test_group_ranks_the_concatenated_batch(tmp_path: Path, world: int) -> None:
-    mp.spawn(_worker, args=(tmp_path, world), nprocs=world)
+    warm.spawn(_worker, world, tmp_path, world)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
     for name, (losses, mask, keep) in BATCHES.items():
         whole, whole_grad = run(torch.tensor(losses), keep, mask=None if mask is None else torch.tensor(mask).bool())
