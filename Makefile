@@ -96,11 +96,11 @@ interpret: setup ## run the Triton kernels in Triton's interpreter, by the tests
 
 cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetches ziglang, 100 MB)
 	@$(PIP) ziglang
-	@for target in x86_64-linux-gnu aarch64-linux-gnu; do for source in csrc/cpu/level_*.cpp csrc/cpu/kernels.cpp csrc/cpu/select.cpp; do \
-		echo "$$target $$source"; \
-		$(BIN)/python -m ziglang c++ -target $$target -std=c++17 -O3 -fopenmp-simd -fno-math-errno -fno-trapping-math \
-			-Wall -Wextra -Werror -c $$source -o build/cross.o || exit 1; \
-	done; done
+	@mkdir -p build/cross
+	@for target in x86_64-linux-gnu aarch64-linux-gnu; do \
+		for source in $(basename $(notdir $(wildcard csrc/cpu/level_*.cpp))) kernels select; do echo $$target $$source; done; \
+	done | xargs -P 2 -n 2 sh -c 'echo "$$0 csrc/cpu/$$1.cpp"; exec $(BIN)/python -m ziglang c++ -target $$0 -std=c++17 -O3 \
+		-fopenmp-simd -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -c csrc/cpu/$$1.cpp -o build/cross/$$0-$$1.o'
 
 gpu: ## with the torch of PYTHON: build for its GPU, test, measure, sanitize, in MINUTES=5 (into GPU_OUT=runs/gpu; STAGES="growth training": these alone, after the build)
 	$(PYTHON) bench/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(STAGES),--stages $(STAGES)) $(if $(DRY_RUN),--dry-run)

@@ -121,12 +121,13 @@ def test_train_prints_a_line_each_epoch_and_where_the_files_are(batchkern):
 
 
 def test_options_reach_the_trainer(batchkern):
+    write([0, 1] * 20)
     status, _, err = batchkern(
         "train",
-        *("--data", "digits", "--test", "digits", "--strategy", "trimming(end=0.5)+passive(every=2)"),
-        *("--passive", "photo-patches", "--model", "resnet8", "--epochs", 1, "--batch-size", 500, "--lr", 0.01),
+        *("--data", "set.parquet", "--test", "set.parquet", "--strategy", "trimming(end=0.5)+passive(every=2)"),
+        *("--passive", "photo-patches", "--model", "resnet8", "--epochs", 1, "--batch-size", 20, "--lr", 0.01),
         *("--optimizer", "adamw", "--momentum", 0.8, "--weight-decay", 0.1, "--schedule", "step", "--amp", "bf16"),
-        *("--augment", "crop", "--label-smoothing", 0.1, "--image-size", 6, "--classifier", "fc", "--seed", 7),
+        *("--augment", "crop", "--label-smoothing", 0.1, "--image-size", 12, "--classifier", "fc", "--seed", 7),
         *("--device", "cpu", "--checkpoint-every", 1, "--out", "x/y"),
     )
     assert (status, err) == (0, "")
@@ -135,11 +136,11 @@ def test_options_reach_the_trainer(batchkern):
     assert [s["name"] for s in strategies] == ["trimming", "passive"]
     assert strategies[0]["end"] == 0.5
     assert (strategies[1]["passive"], strategies[1]["every"]) == ("photo-patches", 2)
-    assert settings.pop("train")["shape"] == settings.pop("test")["shape"] == [1, 6, 6]
+    assert settings.pop("train")["shape"] == settings.pop("test")["shape"] == [1, 12, 12]
     assert settings == {
         "model": "resnet8",
         "epochs": 1,
-        "batch_size": 500,
+        "batch_size": 20,
         "optimizer": "adamw",
         "lr": 0.01,
         "momentum": 0.8,
