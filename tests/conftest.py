@@ -11,10 +11,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import through
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # A shared machine makes deadlines flaky. In CI a failure must not depend on which examples were drawn.
-settings.register_profile("batchkern", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile(
+    "batchkern", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
 settings.load_profile("batchkern")
 
 
