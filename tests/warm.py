@@ -49,7 +49,7 @@ class Process:
         job = {
             "words": words,
             "cwd": str(cwd or Path.cwd()),
-            "env": dict(env or os.environ),
+            "env": dict(os.environ if env is None else env),
             "own_session": own_session,
         }
         self.args = words
@@ -95,6 +95,8 @@ class Process:
 
     def kill(self) -> None:
         """And whatever shares its session, if that is its own."""
+        if self.returncode is not None:
+            return
         with contextlib.suppress(ProcessLookupError):
             (os.killpg if os.getpgid(self.pid) == self.pid else os.kill)(self.pid, signal.SIGKILL)
 
@@ -129,6 +131,7 @@ def _server() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     own = ("PYTHONPATH", "PYTHONUNBUFFERED")
     environment = {name: value for name, value in os.environ.items() if name not in own}
+    environment["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's threads would not survive a fork
     command = [sys.executable, __file__, str(theirs.fileno())]
     nowhere = subprocess.DEVNULL
     subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=nowhere, stdout=nowhere)
