@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -131,7 +132,7 @@ def _server() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     own = ("PYTHONPATH", "PYTHONUNBUFFERED")
     environment = {name: value for name, value in os.environ.items() if name not in own}
-    environment["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's threads would not survive a fork
+    environment["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's threads would not survive a fork; Arrow's one knows of forks
     command = [sys.executable, __file__, str(theirs.fileno())]
     nowhere = subprocess.DEVNULL
     subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdin=nowhere, stdout=nowhere)
@@ -148,6 +149,7 @@ def serve(fd: int) -> None:
     for name in LOADED:
         with contextlib.suppress(ImportError):
             import_module(name)
+    warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
     gc.freeze()  # a collection would copy all of it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those who wait
