@@ -449,7 +449,7 @@ def test_two_comparisons_do_not_share_a_directory(tmp_path, monkeypatch, quick_p
 
 @pytest.mark.slow
 def test_ten_kills_give_the_table_of_none(tmp_path):
-    """Killed at random moments, start-up and the writing of the report among them; every fourth time with workers, each
+    """Killed at random moments, start-up and the writing of the report among them; every fifth time with workers, each
     of which takes seconds to start."""
     words = "--arms trimming(end=0.3),passive(every=3) --budget updates --seeds 1 --epochs 3 --batch-size 128"
     command = ["-m", "batchkern", "compare", *words.split(), "--resume"]
@@ -460,7 +460,7 @@ def test_ten_kills_give_the_table_of_none(tmp_path):
         durations[jobs] = time.monotonic() - started
     moments = random.Random(7)
     for kill in range(10):
-        jobs = "2" if kill % 4 == 0 else "1"
+        jobs = "2" if kill % 5 == 0 else "1"
         process = warm.Process(*command, "--jobs", jobs, "--out", "killed", cwd=tmp_path, own_session=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=moments.uniform(0.3, 0.9) * durations[jobs])
