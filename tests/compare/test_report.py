@@ -88,6 +88,11 @@ def test_verdicts_are_those_of_corrected_tests():
         "No difference found from the baseline: idle.",
         "No difference found from its random control: good.",
     ]
+    nearly = results()
+    for entry in nearly["summary"]:
+        if entry["arm"] == "idle":
+            entry["difference"]["baseline"] |= {"p": 0.02, "p_corrected": 0.08}
+    assert verdict(nearly, "updates") == said
     # A second budget tells of those alone that train for another time in it.
     assert verdict(results(), "cost") == [
         "No difference found from the baseline: bad.",
