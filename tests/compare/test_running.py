@@ -81,6 +81,7 @@ def without_seconds(results):
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_are_those_of_the_run_directories(finished):
     directory, _, err = finished["2"]
     results = results_of(directory)
@@ -112,6 +113,7 @@ def test_runs_are_those_of_the_run_directories(finished):
     assert sorted((m[1], int(m[2]), int(m[3])) for m in told) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_the_report_lies_beside_them(finished):
     directory, out, _ = finished["1"]
     assert set(REPORT_FILES) - set(os.listdir(directory)) == {"accuracy-epochs.png"}
@@ -125,6 +127,7 @@ def test_the_report_lies_beside_them(finished):
 # --- what must not matter, and what must -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_jobs_do_not_change_a_bit(finished):
     one, two = (results_of(finished[jobs][0]) for jobs in ("1", "2"))
     assert without_seconds(one) == without_seconds(two)
@@ -133,6 +136,7 @@ def test_jobs_do_not_change_a_bit(finished):
         assert len({path.read_bytes() for path in paths}) == 1
 
 
+@pytest.mark.slow
 def test_a_seed_is_the_same_weights_and_order_in_all_arms(finished):
     directory = finished["1"][0]
     runs = results_of(directory)["runs"]
@@ -242,6 +246,7 @@ def die_of_seed_1(comparison, task, device):
     return running._record(task) | {"error": "no such luck"}
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_an_outcome_and_loses_no_other(tmp_path, monkeypatch):
     monkeypatch.setattr(running, "_run", die_of_seed_1)
     comparison = Comparison("digits", "cnn", tmp_path / "out", arms=("baseline",), seeds=4, training=tiny())
@@ -257,6 +262,7 @@ def test_threads_are_given_back(tmp_path):
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_workers_with_one_sentence(tmp_path):
     words = ["--arms", "baseline,trimming", "--seeds", "6", "--epochs", "3", "--jobs", "2", "--out", "out"]
     process = warm.Process("-m", "batchkern", "compare", *words, cwd=tmp_path, own_session=True)
@@ -478,6 +484,7 @@ def test_ten_kills_give_the_table_of_none(tmp_path):
 # --- what is found ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_planted_effect_is_found_in_trainings_and_none_where_none_is(tmp_path, monkeypatch, quick_plots):
     """An arm that learns from one image in fifty; one that is the baseline by another name; one that is but another
     order of the same batches."""
