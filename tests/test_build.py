@@ -302,7 +302,7 @@ def test_source_distribution_builds_a_wheel_that_works(tmp_path: Path) -> None:
     ignore = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "*.so", "__pycache__")
     shutil.copytree(ROOT, checkout, ignore=ignore)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(checkout)]
-    # What a wheel can lack is a file: so it is built without CUDA, and not optimised, which takes half the time.
+    # What a wheel can lack is a file: so it is built without CUDA and not optimised, which is quicker.
     compiler = tmp_path / "c++"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
     compiler.chmod(0o755)
