@@ -7,6 +7,9 @@ TORCH ?= 2.11.0
 # Fewer than setup.py's default: those that `make resources` reads, and PTX for newer GPUs where the driver is as new as nvcc.
 export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;10.0+PTX
 
+# The tests start Python some hundred times: what one has compiled, the next reads.
+unexport PYTHONDONTWRITEBYTECODE
+
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 READY := $(VENV)/.ready-$(TORCH)

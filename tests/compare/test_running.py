@@ -455,29 +455,36 @@ def test_two_comparisons_do_not_share_a_directory(tmp_path, monkeypatch, quick_p
 
 @pytest.mark.slow
 def test_ten_kills_give_the_table_of_none(tmp_path):
-    """Killed at random moments, start-up and the writing of the report among them; every fifth time with workers, each
-    of which takes seconds to start."""
+    """Killed at random moments, start-up and the writing of the report among them; twice soon after a worker's first
+    run ended."""
     words = "--arms trimming(end=0.3),passive(every=3) --budget updates --seeds 1 --epochs 3 --batch-size 128"
     command = ["-m", "batchkern", "compare", *words.split(), "--resume"]
-    durations = {}
-    for jobs in ("1", "2"):
-        started = time.monotonic()
-        assert warm.run(*command, "--jobs", jobs, "--out", f"whole-{jobs}", cwd=tmp_path).returncode == 0
-        durations[jobs] = time.monotonic() - started
+    assert warm.run(*command, "--jobs", "1", "--out", "whole", cwd=tmp_path).returncode == 0
+    started = time.monotonic()
+    assert warm.run(*command, "--jobs", "1", "--out", "whole", cwd=tmp_path).returncode == 0
+    idle = time.monotonic() - started  # start-up and report, with no run between them
     moments = random.Random(7)
+    left = {"runs to come": 0, "a run in its midst": 0}
     for kill in range(10):
-        jobs = "2" if kill % 5 == 0 else "1"
+        jobs = "2" if kill in (3, 6) else "1"
         process = warm.Process(*command, "--jobs", jobs, "--out", "killed", cwd=tmp_path, own_session=True)
+        if jobs == "2":
+            process.stderr.readline()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=moments.uniform(0.3, 0.9) * durations[jobs])
+            process.wait(timeout=moments.uniform(0, 0.2) * idle if jobs == "2" else moments.uniform(0.35, 0.95) * idle)
         process.kill()
         process.wait()
+        begun = [path.parent for path in (tmp_path / "killed").rglob(CONFIG)]
+        ended = [directory for directory in begun if (directory / WEIGHTS).exists()]
+        left["runs to come"] += len(ended) < 4
+        left["a run in its midst"] += len(ended) < len(begun)
+    assert min(left.values()) > 0, left
     assert warm.run(*command, "--jobs", "1", "--out", "killed", cwd=tmp_path).returncode == 0
-    whole, killed = (results_of(tmp_path / name) for name in ("whole-1", "killed"))
+    whole, killed = (results_of(tmp_path / name) for name in ("whole", "killed"))
     assert without_seconds(killed) == without_seconds(whole)
     assert len(whole["runs"]) == 4
     for o in whole["runs"]:
-        paths = (tmp_path / name / o["directory"] / WEIGHTS for name in ("whole-1", "killed"))
+        paths = (tmp_path / name / o["directory"] / WEIGHTS for name in ("whole", "killed"))
         assert len({path.read_bytes() for path in paths}) == 1
 
 
