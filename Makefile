@@ -19,7 +19,7 @@ SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 FORMATTED := $(filter-out %.py,$(SOURCES)) $(wildcard tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp $(addprefix tests/cuda_on_host/include/,*.h c10/cuda/*.h))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test check lint format demo bench sanitize cuda-on-host interpret cross resources triton-resources gpu clean
+.PHONY: help setup test every-test check lint style types format demo bench sanitize cuda-on-host interpret cross resources triton-resources gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -49,16 +49,23 @@ $(BUILT): $(READY) $(SOURCES)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-test: lint ## check the style and the types, then run every test
+test: style ## check the style, then the types beside every test
+	@$(MAKE) --no-print-directory -j 2 types every-test
+
+every-test: setup
 	$(BIN)/python -m pytest -n 2
 
 check: lint ## style, types and the tests of what changed since BASE (where this branch left origin/main, or the last commit)
 	@tests=$$($(BIN)/python tests/touched.py $(BASE)) && if [ -n "$$tests" ]; then $(BIN)/python -m pytest -n 2 -m "not slow" $$tests; fi
 
-lint: setup ## ruff, clang-format and mypy
+lint: style types ## ruff, clang-format and mypy
+
+style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+types: setup
 	$(BIN)/mypy
 
 format: setup ## rewrite Python and C++ in the project's style

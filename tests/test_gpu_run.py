@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import warm
 
 from batchkern import _C
 
@@ -154,6 +153,7 @@ def test_a_program_that_ignores_the_interrupt_is_killed(run: Run) -> None:
 
 def test_nothing_runs_after_a_build_that_failed_or_when_time_is_up(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run.script.Runner, "takes", lambda self: False)
+    monkeypatch.setattr(run.script, "ROOT", run.out.parent)
     build, tests = run.shell("build", "false"), run.shell("tests", "true")
     assert run([build, tests])[1].keys() == {"build"}
     monkeypatch.setattr(run.script, "LEAST_SECONDS", 15)
@@ -363,6 +363,13 @@ def test_a_dry_run_measures_every_operation_and_runs_every_kernel(run: Run, monk
     assert count.endswith(" results")
 
 
+TORCH = """
+class cuda:
+    is_initialized = staticmethod(lambda: False)
+    is_available = is_initialized
+
+def manual_seed(seed): pass
+"""
 LOST = """
 import pytest, torch
 
@@ -379,10 +386,12 @@ def test_some(i):
 
 @pytest.mark.slow
 def test_a_test_that_loses_the_gpu_costs_no_other(script: ModuleType, tmp_path: Path) -> None:
-    for name in ("conftest.py", "through.py"):
-        (tmp_path / name).write_text((ROOT / "tests" / name).read_text())
-    (tmp_path / "test_lost.py").write_text(LOST)
+    """With a torch that is there at once, since each worker of xdist imports it."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    for name, text in {"torch.py": TORCH, "through.py": "", "test_lost.py": LOST}.items():
+        (tmp_path / name).write_text(text)
     workers = ["1" if word == "8" else word for word in script.WORKERS]
-    done = warm.run("-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, str(tmp_path), cwd=tmp_path)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert "AssertionError: the first to fail" in done.stdout
     assert "2 failed, 7 passed" in done.stdout, done.stdout  # the test, and the end of its process
