@@ -239,6 +239,7 @@ def test_never_more_files_than_come_back_and_none_too_deep(run: Run, monkeypatch
     """All stages at once, whose measurements are run twice; what is there is counted whenever a stage has ended, and
     while each runs."""
     monkeypatch.setattr(run.script.Runner, "takes", lambda self: False)
+    monkeypatch.setattr(run.script, "ROOT", run.out.parent)
     monkeypatch.setattr(run.script, "LAST_CASE_SECONDS", 0)
     counts: list[int] = []
     write = run.script.Runner.write
