@@ -114,6 +114,7 @@ def test_the_two_go_first_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pairs[1::2] == [("trainer", "bare")] * 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["baseline", "augmentation", "passive(every=3)", "hard-batches"])
 def test_a_timed_training_is_the_same_training(strategy: str) -> None:
     both = trainings(strategy, "resnet8")
@@ -217,6 +218,7 @@ def test_every_strategy_is_measured() -> None:
     assert targets[bench.COMPACT, "resnet8 without batch norm"] == 1 / 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "updates", "seen"), [("baseline", 25, 1.0), ("stepwise", 9, 0.6), ("passive(every=5)", 30, 1.0)]
 )

@@ -283,6 +283,7 @@ def one_of_each(*attributes):
     return pytest.mark.parametrize("recipe", firsts.values(), ids=lambda recipe: recipe.name)
 
 
+@pytest.mark.slow
 @one_of_each("strategy", "training")
 def test_a_recipe_trains(recipe):
     """A few epochs of its settings, with a cheap network in place of its own, on small images."""

@@ -218,6 +218,7 @@ def test_killed_after_every_single_update(name, tmp_path):
     assert_as_if_never_killed(name, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_at_random_moments(name, tmp_path):
     print(f"SEED {SEED}")  # shown where the test fails
@@ -238,6 +239,7 @@ def test_killed_at_random_moments(name, tmp_path):
         assert_as_if_never_killed(name, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_killed_while_writing_and_at_the_end_of_epochs(name, tmp_path):
     for moment, number in (("checkpoint", 2), ("metrics", 2), ("checkpointed", 3), ("weights", 1)):
@@ -303,6 +305,7 @@ def processes():
         parent.stdin.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_sigkill_at_a_random_update_and_another_one(name, tmp_path, processes):
     print(f"SEED {SEED}")
@@ -327,6 +330,7 @@ def test_a_sigkill_between_the_gth_active_batch_and_its_passive_one(tmp_path, pr
     assert_as_if_never_killed("passive", tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["hard-batches", "random batches"])
 @pytest.mark.parametrize("updates", [6, 8, 9, 17])
 def test_a_sigkill_in_a_replay_round(name, updates, tmp_path, processes):
