@@ -64,6 +64,7 @@ style: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/python tests/mutants.py --check
 
 types: setup
 	$(BIN)/mypy

@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
@@ -36,6 +37,8 @@ CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGFPE, signal.SIGBUS, signal.
 GRACE = 120
 """Seconds that tests may take beyond twice what they take without a fault."""
 
+MODULE = "batchkern/_C" + sysconfig.get_config_var("EXT_SUFFIX")
+
 stopped = threading.Event()
 running: set[subprocess.Popen[bytes]] = set()
 
@@ -50,15 +53,17 @@ class Outcome:
 
 
 class Copy:
-    """A checkout of its own: what git tracks, as it is in the working tree, and the built module."""
+    """A checkout of its own: what git does not ignore, as it is in the working tree, and the built module."""
 
     def __init__(self, folder: Path, cores: int) -> None:
         self.root, self.temporary = folder / "checkout", folder / "tmp"
         self.temporary.mkdir(parents=True)
         self.baselines: dict[tuple[str, ...], tuple[float, str]] = {}
-        tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-        modules = [path.relative_to(ROOT) for path in (ROOT / "batchkern").glob("_C.*.so")]
-        for name in filter(None, [*tracked.split("\0"), *modules]):
+        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if listed.returncode:
+            sys.exit(f"{' '.join(command)}: {listed.stderr.strip()}")
+        for name in filter(None, [*listed.stdout.split("\0"), MODULE]):
             if (ROOT / name).exists():
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, self.root / name)
@@ -129,13 +134,16 @@ class Copy:
         if code == 0:
             verdict, why = (KNOWN, mutation.survives) if mutation.survives else (SURVIVED, "")
         else:
-            dead = code is None or code == 1 or -code in CRASHES
+            failed = code == 1 and re.search(
+                r"^(FAILED|ERROR \S+::)", output, re.M
+            )  # -x makes 1 of what is no test, too
+            dead = code is None or failed or -code in CRASHES
             verdict, why = KILLED if dead else BROKEN, ending(code, output)
         return Outcome(mutation, verdict, why, time.monotonic() - started)
 
     def try_all(self, mutations: list[Mutation], tell: Callable[[Outcome], None]) -> None:
         """Of one batch. The module is put back as it was, for what comes next."""
-        module = next((self.root / "batchkern").glob("_C.*.so"))
+        module = self.root / MODULE
         saved = shutil.copy2(module, self.temporary)
         wrong = self.build() if mutations[0].built_by == "cpu" else ""
         for tests in dict.fromkeys(mutation.tests for mutation in mutations if not wrong):
@@ -222,6 +230,10 @@ def main() -> int:
     parser.add_argument("--report", type=Path, metavar="FILE", help="write what happened to each as JSON")
     options = parser.parse_args()
     chosen = [m for m in MUTATIONS if options.only.lower() in f"{m.area} {m.file}: {m.fault}".lower()]
+    if not chosen:
+        parser.error(f"--only: no area, file or fault has {options.only!r}")
+    if options.report and not options.report.absolute().parent.is_dir():
+        parser.error(f"--report: {options.report.parent} is no folder")
     if options.list:
         for m in chosen:
             print(f"{m.area:13}{m.file}: {m.fault}\n{'':13}pytest {' '.join(m.tests)}")
@@ -232,10 +244,10 @@ def main() -> int:
         return bool(misplaced)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     outcomes = try_in_copies(chosen, max(1, options.jobs))
+    print(summary(outcomes))
     if options.report:
         rows = [asdict(o.mutation) | {"verdict": o.verdict, "why": o.why, "seconds": o.seconds} for o in outcomes]
         options.report.write_text(json.dumps(rows, indent=1) + "\n")
-    print(summary(outcomes))
     return len(outcomes) < len(chosen) or any(outcome.verdict in (SURVIVED, BROKEN) for outcome in outcomes)
 
 

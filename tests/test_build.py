@@ -298,10 +298,10 @@ for word; do
     case "$last" in -c) source=$word ;; -o) object=$word ;; esac
     last=$word
 done
-reused={objects}/$(basename "$object")
+reused="{objects}"/$(basename "$object")
 case "$source" in
 */csrc/cpu/*)
-    if [ -e "$reused" ] && diff -rq -x __pycache__ "${{source%/cpu/*}}" {root}/csrc >/dev/null; then
+    if [ -e "$reused" ] && diff -rq -x __pycache__ "${{source%/cpu/*}}" "{root}"/csrc >/dev/null; then
         exec cp "$reused" "$object"
     fi
 esac
@@ -321,7 +321,9 @@ def test_source_distribution_builds_a_wheel_that_works(tmp_path: Path) -> None:
     # What a wheel can lack is a file: so it is built without CUDA, not optimised, and of the objects of this checkout
     # where they are of the very same sources.
     objects = ROOT / "build" / f"torch-{torch.__version__}" / "csrc" / "cpu"
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*") if path.suffix != ".pyc")
+    # Of folders too, whose time changes where a file is removed.
+    sources = [ROOT / "setup.py", ROOT / "csrc", *(ROOT / "csrc").rglob("*")]
+    newest = max(path.stat().st_mtime for path in sources)
     built = tmp_path / "objects"
     built.mkdir()
     for path in objects.glob("*.o"):

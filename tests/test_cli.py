@@ -439,10 +439,10 @@ def test_weights_that_overflow_after_a_finite_loss_are_not_saved(batchkern):
 
 def test_ctrl_c_saves_and_names_the_command_that_goes_on(batchkern):
     words = "train --data digits --epochs 8 --batch-size 64 --strategy trimming(end=0.5) --out the/run --overwrite"
-    process = warm.Process("-m", "batchkern", *words.split())
-    assert process.stdout.readline().startswith("epoch 1/8")
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with warm.Process("-m", "batchkern", *words.split()) as process:
+        assert process.stdout.readline().startswith("epoch 1/8")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     match = re.fullmatch(r"batchkern: interrupted after update (\d+); [^\n]*the/run[^\n]*: batchkern (.*)\n", err)
     assert match, err

@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
+from subprocess import PIPE
+from typing import Any
 
 import pytest
 import ranks
@@ -43,7 +47,7 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | more
 
 
-def finished(processes: list[warm.Process]) -> list[tuple[int, str, str]]:
+def finished(processes: list[Any]) -> list[tuple[int, str, str]]:
     """Exit status and both outputs of each process, none of which outlives the test."""
     try:
         outputs = [process.communicate(timeout=150) for process in processes]
@@ -54,9 +58,15 @@ def finished(processes: list[warm.Process]) -> list[tuple[int, str, str]]:
 
 
 def spawn(folder: Path, world: int, *jobs: str) -> list[dict]:
-    """What each rank's jobs returned."""
+    """What each rank's jobs returned. The last rank starts cold, so that strings have other hashes there, and sets of
+    them another order."""
     words = [str(Path(__file__).with_name("ranks.py")), str(folder)]
-    ended = finished([warm.Process(*words, str(rank), str(world), *jobs, env=environment()) for rank in range(world)])
+    processes: list[Any] = [
+        warm.Process(*words, str(rank), str(world), *jobs, env=environment()) for rank in range(world - 1)
+    ]
+    last = [sys.executable, *words, str(world - 1), str(world), *jobs]
+    processes.append(subprocess.Popen(last, env=environment(), stdout=PIPE, stderr=PIPE, text=True))
+    ended = finished(processes)
     assert [code for code, _, _ in ended] == [0] * world, "\n".join(errors for _, _, errors in ended)
     assert all("find_unused_parameters" not in errors for _, _, errors in ended)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]

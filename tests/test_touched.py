@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import touched
 
@@ -21,6 +26,8 @@ import touched
         ("tests/test_plan.py", {"tests/test_plan.py"}),
         ("docs/compare.md", {"tests/test_docs.py"}),
         ("LICENSE", set()),
+        ("csrc/cpu/select.h", {"tests/ops/test_trimmed_mean_kernel.py", "tests/ops/test_rank_batches_kernel.py"}),
+        ("batchkern/compare/report.html.jinja", {"tests/compare/test_report.py"}),
     ],
 )
 def test_the_tests_of_a_file(path: str, tests: set[str]) -> None:
@@ -38,3 +45,32 @@ def test_other_names_are_those_of_tests_and_of_files() -> None:
     for begin, names in touched.OTHERS.items():
         assert stems.issuperset(names)
         assert list(touched.ROOT.glob(f"{begin}*")), begin
+
+
+def test_names_with_spaces_and_what_cannot_be_compared(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=b"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def run(*words: str) -> tuple[int, str, str]:
+        command = [sys.executable, "tests/touched.py", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    (tmp_path / "tests").mkdir()
+    for name in ("touched.py", "mutations.py"):
+        shutil.copy(touched.ROOT / "tests" / name, tmp_path / "tests")
+    status, _, errors = run()
+    assert status == 1
+    assert errors.startswith("git diff")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "all")
+    assert run() == (0, "\n", "nothing differs from HEAD: there is nothing to test\n")
+    status, _, errors = run("nosuch")
+    assert status == 1
+    assert "nosuch" in errors
+    (tmp_path / "tests" / "sp ace").mkdir()
+    (tmp_path / "tests" / "sp ace" / "test_ü.py").touch()
+    (tmp_path / "a b.py").touch()
+    assert run() == (0, "tests/sp ace/test_ü.py\n", "a b.py has no tests of its own: make test\n")

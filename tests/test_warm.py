@@ -26,6 +26,9 @@ def cold(*words: str, cwd: Path, env: dict[str, str]) -> tuple[int, str, str]:
         "import sys; sys.exit(3)",
         "import sys; sys.exit('a sentence')",
         "import sys; sys.exit(None)",
+        "import sys; sys.exit(-1)",
+        "import sys; sys.exit(258)",
+        "import sys; print('said'); sys.stdout.close()",
         "import atexit; atexit.register(print, 'last'); print('first', end='')",
         "import threading, time; threading.Thread(target=lambda: (time.sleep(0.2), print('joined'))).start()",
         "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
@@ -51,6 +54,24 @@ def test_an_exception_is_a_traceback_and_status_1() -> None:
     assert (done.returncode, done.stdout) == (1, "before\n")
     assert done.stderr.startswith("Traceback")
     assert done.stderr.splitlines()[-1] == "ZeroDivisionError: division by zero"
+
+
+def test_threads_are_those_of_the_environment_and_random_numbers_its_own() -> None:
+    code = "import numpy, random, torch; print(torch.get_num_threads(), numpy.random.rand(), random.random())"
+    for threads in ("1", "3"):
+        said = [warm.run("-c", code, env={**os.environ, "OMP_NUM_THREADS": threads}).stdout.split() for _ in range(2)]
+        assert [number for number, *_ in said] == [threads] * 2
+        assert not set(said[0][1:]) & set(said[1][1:])
+    assert warm.run("-c", "print(1)", env={**os.environ, "OMP_NUM_THREADS": ""}).stdout == "1\n"
+    with pytest.raises(AssertionError, match="PYTHONOPTIMIZE"):
+        warm.run("-c", "", env={**os.environ, "PYTHONOPTIMIZE": "1"})
+
+
+def test_a_process_is_not_left_behind() -> None:
+    code = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    with warm.Process("-c", code, own_session=True) as process:
+        assert process.wait(timeout=60) == 0
+    assert warm.has_ended(process.pid)
 
 
 def test_batchkern_is_imported_anew_and_torch_is_not() -> None:

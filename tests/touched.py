@@ -18,12 +18,26 @@ from mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+OPS = ["trimmed_cross_entropy", "trimmed_mean", "linear_trimmed_cross_entropy"]
+OPS += ["augment_latent", "soft_label_kl", "rank_batches"]
+OF_OPS = [f"test_{op}" for op in OPS]
+OF_KERNELS = [f"{test}_kernel" for test in OF_OPS]
 OTHERS = {
     "setup.py": ["test_build"],
+    "pyproject.toml": ["test_build"],
+    "MANIFEST.in": ["test_build"],
+    "batchkern/compare/report.html.jinja": ["test_report"],
+    "batchkern/ops/_": OF_OPS,
     "csrc/digest.py": ["test_build", "test_gpu_run"],
     "csrc/ops.": ["test_build", "test_kernels", "test_backend"],
-    "csrc/arguments.h": ["test_kernels"],
+    "csrc/arguments.h": ["test_kernels", *OF_KERNELS],
+    "csrc/order.h": ["test_trimmed_mean_kernel", "test_rank_batches_kernel"],
+    "csrc/philox.h": ["test_augment_latent_kernel"],
     "csrc/cpu/": ["test_kernels"],
+    **{f"csrc/cpu/{shared}": OF_KERNELS for shared in ("elements.h", "kernels.", "level", "tensors.h")},
+    "csrc/cpu/reduce.inl": ["test_trimmed_cross_entropy_kernel", "test_soft_label_kl_kernel"],
+    "csrc/cpu/losses.inl": ["test_trimmed_mean_kernel", "test_rank_batches_kernel"],
+    "csrc/cpu/select.": ["test_trimmed_mean_kernel", "test_trimmed_cross_entropy_kernel", "test_rank_batches_kernel"],
     "README.md": ["test_readme", "test_figures"],
     "docs/": ["test_docs"],
     "examples/": ["test_examples"],
@@ -35,14 +49,23 @@ OTHERS = {
 """Tests with another name than what they look at, by how the paths of that begin."""
 
 
-def changed(base: str | None) -> list[str]:
+def changed(base: str) -> list[str]:
     """Paths from the root."""
-    base = base or git("merge-base", "HEAD", "origin/main") or "HEAD"
-    return [*git("diff", "--name-only", base).split(), *git("ls-files", "--others", "--exclude-standard").split()]
+    differ = git("diff", "--name-only", "--relative", "-z", base, "--")
+    return [path for path in (differ + git("ls-files", "--others", "--exclude-standard", "-z")).split("\0") if path]
+
+
+def branched() -> str:
+    """The commit where this branch left origin/main; the last one, where there is none."""
+    found = subprocess.run(["git", "merge-base", "HEAD", "origin/main"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "HEAD"
 
 
 def git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"git {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def module(path: str) -> str:
@@ -70,15 +93,20 @@ def mirrors(test: Path, path: str) -> bool:
     return name in (stem, f"{folder}_{stem}") or (name == folder != "bench") or (test.parent.name == folder == "triton")
 
 
-def tests_of(path: str) -> set[Path]:
+def own_tests(path: str) -> set[Path]:
+    """But for those that only find faults in it."""
     if ROOT / path in TESTS:
         return {ROOT / path}
     named = [name for begin, names in OTHERS.items() if path.startswith(begin) for name in names]
     found = {test for test in TESTS if test.stem in named or mirrors(test, path)}
-    found |= {ROOT / name for m in MUTATIONS if m.file == path for name in m.tests if ROOT / name in TESTS}
     if path.endswith(".py"):
         found |= {test for test in TESTS if module(path) in imported(test) - {"batchkern", "bench"}}
     return found
+
+
+def tests_of(path: str) -> set[Path]:
+    faults = {ROOT / name for m in MUTATIONS if m.file == path for name in m.tests}
+    return own_tests(path) | (faults & set(TESTS))
 
 
 def touched(paths: Iterable[str]) -> dict[str, list[str]]:
@@ -87,10 +115,13 @@ def touched(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    found = touched(changed(sys.argv[1] if len(sys.argv) > 1 else None))
-    for path, tests in found.items():
+    base = sys.argv[1] if len(sys.argv) > 1 else branched()
+    found = touched(changed(base))
+    if not found:
+        print(f"nothing differs from {base}: there is nothing to test", file=sys.stderr)
+    for path in found:
         if path.startswith("csrc/cuda/"):
             print(f"{path}: make cuda-on-host runs its tests, which takes minutes", file=sys.stderr)
-        elif path.endswith((".py", ".h", ".cpp", ".inl")) and not tests:
+        elif not path.endswith((".md", "LICENSE")) and not own_tests(path):
             print(f"{path} has no tests of its own: make test", file=sys.stderr)
     print(*sorted({test for tests in found.values() for test in tests}), sep="\n")

@@ -1,8 +1,11 @@
 """Python processes that are there at once: forks of one that has torch and the other libraries loaded.
 
 A Python that imports torch takes seconds to start. :func:`run` and :class:`Process` stand for ``subprocess.run`` and
-``Popen`` of ``python WORDS``: with its working directory, environment, output, exit status and signals, but without
-what a library reads from the environment when it is imported. batchkern is not loaded before: each imports it anew.
+``Popen`` of ``python WORDS``: with its working directory, environment, output, exit status and signals. batchkern is
+not loaded before: each imports it anew. They differ from a Python that starts in what a library reads from the
+environment when it is imported; in modules that are loaded though nothing imports them; in the hashes of strings,
+which are the same in all of them; and in that nothing is freed at the end. Where one of these may matter, one process
+of a test starts cold.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,6 +39,10 @@ from typing import IO, NoReturn
 LOADED = ["torch._dynamo", "numpy", "typer", "rich.console", "scipy.stats", "sklearn.datasets", "matplotlib.figure"]
 LOADED += ["matplotlib.backends.backend_agg", "jinja2", "PIL.Image", "pyarrow.parquet", "pandas", "safetensors.torch"]
 
+ENVIRONMENT = {name: os.environ[name] for name in os.environ if name != "OMP_NUM_THREADS"}
+"""In which all of that is loaded, whichever test is the first to need it."""
+READ_AT_START = ("PYTHONHASHSEED", "PYTHONIOENCODING", "PYTHONOPTIMIZE", "PYTHONWARNINGS")
+
 
 class Process:
     """A running ``python WORDS``, where WORDS begin with ``-c``, ``-m`` or the path of a script.
@@ -47,6 +55,8 @@ class Process:
     def __init__(
         self, *words: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, own_session: bool = False
     ) -> None:
+        for name in READ_AT_START:
+            assert env is None or env.get(name) == ENVIRONMENT.get(name), f"{name} is heeded by a Python that starts"
         job = {
             "words": words,
             "cwd": str(cwd or Path.cwd()),
@@ -54,6 +64,7 @@ class Process:
             "own_session": own_session,
         }
         self.args = words
+        self._own_session = own_session
         self.returncode: int | None = None
         self._answers, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         (out, to_out), (err, to_err) = os.pipe(), os.pipe()
@@ -64,6 +75,12 @@ class Process:
         os.close(to_out)
         os.close(to_err)
         self.pid = self._answer()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def _answer(self) -> int:
         answer = self._answers.recv(64)
@@ -89,17 +106,16 @@ class Process:
             outputs = [readers.submit(stream.read) for stream in (self.stdout, self.stderr)]
             try:
                 self.wait(timeout)
-            except subprocess.TimeoutExpired:
+            except BaseException:  # such as that of pytest's timeout: the readers wait for the process
                 self.kill()
                 raise
             return outputs[0].result(), outputs[1].result()
 
     def kill(self) -> None:
-        """And whatever shares its session, if that is its own."""
-        if self.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            (os.killpg if os.getpgid(self.pid) == self.pid else os.kill)(self.pid, signal.SIGKILL)
+        """And whatever shares its session, if that is its own, though it may have ended."""
+        for kill in [os.killpg] * self._own_session + [os.kill] * (self.returncode is None):
+            with contextlib.suppress(ProcessLookupError):
+                kill(self.pid, signal.SIGKILL)
 
 
 def run(
@@ -126,12 +142,24 @@ def spawn(worker: Callable[..., None], world: int, *args: object) -> None:
             process.kill()
 
 
+def has_ended(group: int) -> bool:
+    """Whether the last process of a group has, within ten seconds: the system, and Python's own tracker of resources,
+    take a moment."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @cache
 def _server() -> socket.socket:
     """It ends when this process does."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     own = ("PYTHONPATH", "PYTHONUNBUFFERED")
-    environment = {name: value for name, value in os.environ.items() if name not in own}
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in own}
     environment["OPENBLAS_NUM_THREADS"] = "1"  # NumPy's threads would not survive a fork; Arrow's one knows of forks
     command = [sys.executable, __file__, str(theirs.fileno())]
     nowhere = subprocess.DEVNULL
@@ -182,7 +210,7 @@ def serve(fd: int) -> None:
 
 def as_python_ends(action: Callable[[], None]) -> NoReturn:
     """But without a second's work for the memory of all that was loaded."""
-    status = 0
+    status, number = 0, 0
     try:
         action()
     except SystemExit as ended:
@@ -191,17 +219,18 @@ def as_python_ends(action: Callable[[], None]) -> NoReturn:
             print(ended.code, file=sys.stderr)
     except KeyboardInterrupt:
         traceback.print_exc()
-        status = -signal.SIGINT
+        number = signal.SIGINT
     except BaseException:
         traceback.print_exc()
         status = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
-    os._exit(status)
+    with contextlib.suppress(ValueError):  # it may be closed
+        sys.stdout.flush()
+    if number:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+    os._exit(status & 0xFF)
 
 
 def become(words: list[str], cwd: str, env: dict[str, str], own_session: bool, path: list[str]) -> None:
@@ -210,11 +239,13 @@ def become(words: list[str], cwd: str, env: dict[str, str], own_session: bool, p
         os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     random.seed()
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()
     os.chdir(cwd)
     multiprocessing.process.ORIGINAL_DIR = cwd  # type: ignore[attr-defined]  # where its own processes look for a script
     os.environ.clear()
     os.environ.update(env)
-    if "OMP_NUM_THREADS" in env and (torch := sys.modules.get("torch")):
+    if env.get("OMP_NUM_THREADS") and (torch := sys.modules.get("torch")):
         torch.set_num_threads(int(env["OMP_NUM_THREADS"]))
     first, rest = words[0], words[1:]
     own = cwd if first in ("-c", "-m") else str(Path(first).resolve().parent)
