@@ -360,7 +360,10 @@ def test_a_dry_run_measures_every_operation_and_runs_every_kernel(run: Run, monk
     (path,) = run.out.glob("*/*.json")
     written = json.loads(path.read_text())
     assert {row["op"] for row in written["operations"]} == set(run.script.OPERATIONS)
-    assert "compile" not in {row["variant"] for row in written["operations"]}
+    rows = {(row["op"], row["mode"], row["variant"]) for row in written["operations"]}
+    modes = ("forward", "backward", "full")
+    assert rows >= {("trimmed_mean", mode, variant) for mode in modes for variant in ("ours", "eager")}
+    assert "compile" not in {variant for _, _, variant in rows}
     assert (written["complete"], written["left_out"], written["without"]) == (True, [], ["compile"])
     assert written["machine"]["commit"] == "abc1234"
     (count,) = results["memcheck"]["last_lines"]
