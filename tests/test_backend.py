@@ -101,6 +101,8 @@ def test_without_kernels_everything_is_the_reference(
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
     """A process that has met no CUDA tensor yet, where all GPUs are of this capability, or there is none."""
+    with FakeTensorMode():  # where there is no driver, tensors that pretend to be on a GPU ask none from here on
+        pass
     monkeypatch.setattr(_backend, "_supported", {})
     monkeypatch.setattr(_backend, "_warned", False)
     _backend._driver_problem.cache_clear()
