@@ -8,6 +8,7 @@ Losses, log-sum-exps, ranks and sums are float32 for float32, bfloat16 and float
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,74 +32,137 @@ def kept_count(n: Tensor, keep: float | Tensor) -> Tensor:
     return torch.minimum(torch.round(n.double() * keep).clamp(min=1), n.double())
 
 
-def descending_order(losses: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Indices ``(B,)`` that sort ``losses (B,)``: highest first, NaN above all, equal values by lower index.
+def canonical(x: Tensor) -> Tensor:
+    """``x`` with one zero and one NaN: -0.0 equals 0.0, and every NaN every other, whatever its sign bit."""
+    return torch.where(x == 0, 0.0, torch.where(x.isnan(), math.nan, x))
 
-    -0.0 equals 0.0 and every NaN equals every other, whatever its sign bit. Rows where ``valid (B,)`` is False come
-    last, behind a valid -inf.
+
+def in_order(scores: Tensor, valid: Tensor | None = None, *, lowest: bool = False) -> Tensor:
+    """Indices ``(..., B)`` that sort ``scores (..., B)`` along the last dimension: highest first, NaN above all, equal
+    values by lower index. With ``lowest``: lowest first, NaN last.
+
+    Rows where ``valid (..., B)`` is False come last, behind a valid -inf or NaN.
     """
-    canonical = torch.where(losses == 0, 0.0, torch.where(losses.isnan(), math.nan, losses))
-    order = torch.sort(canonical, descending=True, stable=True).indices
+    order = torch.sort(canonical(scores), descending=not lowest, stable=True).indices
     if valid is not None:
-        order = order[torch.sort((~valid[order]).byte(), stable=True).indices]
+        order = order.gather(-1, torch.sort((~valid.gather(-1, order)).byte(), stable=True).indices)
     return order
 
 
-def select(losses: Tensor, valid: Tensor, keep: float | Tensor) -> tuple[Tensor, Tensor]:
-    """``kept (B,)`` bool, True at the k highest of the valid losses, and k as a 0-dim float64 tensor."""
-    k = kept_count(valid.sum(), keep)
-    order = descending_order(losses, valid)
-    rank = torch.arange(len(losses), device=losses.device)
-    return torch.zeros_like(valid).scatter(0, order, rank < k), k
+def select(
+    scores: Tensor,
+    valid: Tensor,
+    keep: float | Tensor,
+    *,
+    order: str = "highest",
+    skip: float = 0.0,
+    above: float | None = None,
+    within: str = "all",
+) -> tuple[Tensor, Tensor]:
+    """``kept`` bool of the shape of ``scores``, and how many are, as a 0-dim float64 tensor.
+
+    Of the n valid rows in order, rows first = min(round(skip * n), n - k) to first + k are kept, and those above
+    ``above``, but for the first ``first``; of each sample apart, where ``within`` is ``"sample"``.
+    """
+    shape = (len(scores), math.prod(scores.shape[1:])) if within == "sample" else (1, scores.numel())
+    score_rows, valid_rows = scores.reshape(shape), valid.reshape(shape)
+    n = valid_rows.sum(-1, keepdim=True)
+    k = kept_count(n, keep)
+    first = torch.minimum(torch.round(n.double() * skip), n - k)
+    places = in_order(score_rows, valid_rows, lowest=order == "lowest")
+    rank = torch.zeros_like(places).scatter(-1, places, torch.arange(shape[1], device=scores.device).expand(shape))
+    kept = (rank >= first) & (rank < first + k)
+    if above is not None:
+        kept |= (rank >= first) & valid_rows & ((score_rows > above) | score_rows.isnan())
+    return kept.view(scores.shape), kept.sum().double()
 
 
 def select_and_normalize(
-    losses: Tensor, valid: Tensor, weight: Tensor | None, keep: float | Tensor, group: dist.ProcessGroup | None
+    scores: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+    keep: float | Tensor,
+    group: dist.ProcessGroup | None,
+    **band: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The kept rows of this rank and what their summed loss is divided by.
+    """The kept rows of this rank and what their summed loss is divided by. ``band``: the other arguments of `select`.
 
-    The divisor is k, or with ``weight (B,)`` the kept rows' summed weight. With ``group`` the rows are ranked over
-    all ranks' batches in one all-gather (ties: lower rank, then lower index) and the divisor is that of the
-    concatenated batch over the world size, so that averaging gradients over ranks, as DDP does, gives the
-    concatenated batch's gradient.
+    The divisor is the number of kept rows, or with ``weight`` their summed weight. With ``group`` the rows are ranked
+    over all ranks' batches (ties: lower rank, then lower index) and the divisor is that of the concatenated batch over
+    the world size, so that averaging gradients over ranks, as DDP does, gives the concatenated batch's gradient.
     """
-    if group is None:
-        kept, k = select(losses, valid, keep)
-        return kept, k if weight is None else torch.where(kept, weight, 0).sum()
-    losses_all, valid_all, weight_all = gather(losses, valid, weight, group)
-    kept_all, _ = select(losses_all, valid_all, keep)
-    return share_of_group(kept_all, weight_all, len(losses), group)
+    if group is None or band.get("within") == "sample":
+        kept, count = select(scores, valid, keep, **band)
+        divisor = count if weight is None else torch.where(kept, weight, 0).sum()
+        return kept, divisor if group is None else share_of_sum(divisor, group)
+    whole = gather(scores.reshape(-1), valid.reshape(-1), None if weight is None else weight.reshape(-1), group)
+    kept, divisor = whole.share(select(whole.losses, whole.valid, keep, **band)[0])
+    return kept.view(scores.shape), divisor
 
 
-def gather(
-    losses: Tensor, valid: Tensor, weight: Tensor | None, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, valid and weight of the concatenated batch of a group, in one all-gather."""
+def share_of_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of ``x ()`` over the ranks of a group, over their number."""
+    total = x.clone()
+    dist.all_reduce(total, group=group)
+    return total / dist.get_world_size(group)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The concatenated batch of a group."""
+
+    losses: Tensor
+    valid: Tensor
+    weight: Tensor
+    rows: list[int]
+    """How many of its rows are of each rank."""
+    rank: int
+
+    def share(self, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """This rank's rows of ``kept``, and the normalizer of the concatenated batch over the world size."""
+        start = sum(self.rows[: self.rank])
+        normalizer = torch.where(kept, self.weight, 0).sum() / len(self.rows)
+        return kept[start : start + self.rows[self.rank]], normalizer
+
+
+def gather(losses: Tensor, valid: Tensor, weight: Tensor | None, group: dist.ProcessGroup) -> Gathered:
+    """Losses, valid and weight ``(B,)`` of all ranks, whose B may differ."""
+    world = dist.get_world_size(group)
+    counts = [torch.zeros(1, dtype=torch.int64, device=losses.device) for _ in range(world)]
+    dist.all_gather(counts, torch.full_like(counts[0], len(losses)), group=group)
+    rows: list[int] = torch.cat(counts).tolist()
+    mine = losses.new_zeros(3, max(rows))
     ones = torch.ones_like(losses) if weight is None else weight
-    mine = torch.stack([losses, valid.to(losses.dtype), ones.to(losses.dtype)])
-    world = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(world, mine, group=group)
-    losses_all, valid_all, weight_all = torch.cat(world, dim=1)
-    return losses_all, valid_all.bool(), weight_all
-
-
-def share_of_group(kept: Tensor, weight: Tensor, rows: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """This rank's ``rows`` of ``kept``, and the normalizer of the concatenated batch over the world size."""
-    start = dist.get_rank(group) * rows
-    normalizer = torch.where(kept, weight, 0).sum() / dist.get_world_size(group)
-    return kept[start : start + rows], normalizer
+    mine[:, : len(losses)] = torch.stack([losses, valid.to(losses.dtype), ones.to(losses.dtype)])
+    parts = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(parts, mine, group=group)
+    whole = torch.cat([part[:, :count] for part, count in zip(parts, rows, strict=True)], dim=1)
+    return Gathered(whole[0], whole[1].bool(), whole[2], rows, dist.get_rank(group))
 
 
 # --- losses ----------------------------------------------------------------------------------------------------
 
 
 def trimmed_mean(
-    losses: Tensor, keep: float | Tensor, *, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
+    losses: Tensor,
+    keep: float | Tensor,
+    *,
+    score: Tensor | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    **band: Any,
 ) -> Tensor:
+    """``band``: the other arguments of `select`."""
     losses = wide(losses)
     valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
-    kept, normalizer = select_and_normalize(losses.detach(), valid, None, keep, group)
-    return torch.where(kept, losses, 0).sum() / normalizer.to(losses.dtype)
+    ranked = losses if score is None else wide(score)
+    weight = None if weight is None else weight.detach().to(losses.dtype)
+    kept, normalizer = select_and_normalize(ranked.detach(), valid, weight, keep, group, **band)
+    total = torch.where(kept, losses, 0)
+    if weight is not None:
+        total = total * torch.where(kept, weight, 0)
+    return total.sum() / normalizer.to(losses.dtype)
 
 
 def trimmed_cross_entropy(
@@ -156,7 +220,7 @@ def linear_trimmed_cross_entropy(
 
 
 def rank_batches(losses: Tensor, count: int) -> Tensor:
-    return descending_order(losses.detach())[:count]
+    return in_order(losses.detach())[:count]
 
 
 # --- random numbers: Philox4x32-10 (Salmon et al., SC 2011) -----------------------------------------------------

@@ -67,6 +67,22 @@ inline void check_mask(const std::optional<at::Tensor>& mask, const at::Tensor& 
     check_device(*mask, "mask", losses);
 }
 
+// What is ranked in place of the losses, or what they are times.
+inline void check_companion(const std::optional<at::Tensor>& x, const char* name, const at::Tensor& losses) {
+    if (!x) return;
+    TORCH_CHECK_VALUE(x->sizes() == losses.sizes() && x->scalar_type() == at::kFloat, name,
+                      " must be float32 (", losses.size(0), ",)");
+    check_device(*x, name, losses);
+}
+
+inline void check_band(double skip, bool lowest, const std::optional<double>& above, int64_t samples,
+                       const at::Tensor& losses) {
+    TORCH_CHECK_VALUE(!(lowest && above), "above is for the highest losses");
+    TORCH_CHECK_VALUE(skip >= 0 && skip < 1, "skip must be in [0, 1), got ", skip);
+    TORCH_CHECK_VALUE(samples > 0 && losses.size(0) % samples == 0, "samples must divide ", losses.size(0),
+                      " losses, got ", samples);
+}
+
 inline void check_kept(const at::Tensor& kept) {
     TORCH_CHECK_VALUE(kept.dim() == 1 && kept.scalar_type() == at::kBool && kept.is_contiguous(),
                       "kept must be contiguous bool (B,)");

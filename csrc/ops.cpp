@@ -39,10 +39,16 @@ TORCH_LIBRARY(batchkern, m) {
     m.def(
         "cross_entropy_losses(Tensor logits, Tensor target, Tensor(a!) losses, Tensor(b!) lse, "
         "int ignore_index=-100, float label_smoothing=0.0) -> ()");
+    // score: what is ranked in place of the losses. Each of `samples` equal parts of them is ranked apart.
     m.def(
-        "trimmed_mean(Tensor losses, float keep, Tensor? keep_tensor=None, Tensor? mask=None) "
+        "trimmed_mean(Tensor losses, float keep, Tensor? keep_tensor=None, Tensor? mask=None, Tensor? "
+        "score=None, "
+        "Tensor? weight=None, bool lowest=False, float skip=0.0, float? above=None, SymInt samples=1) "
         "-> (Tensor mean, Tensor kept, Tensor normalizer)");
-    m.def("trimmed_mean_backward(Tensor grad, Tensor kept, Tensor normalizer, ScalarType dtype) -> Tensor");
+    m.def(
+        "trimmed_mean_backward(Tensor grad, Tensor kept, Tensor normalizer, ScalarType dtype, Tensor? "
+        "weight=None) "
+        "-> Tensor");
     // basis: (Q, Q), or the signs (Q,) of a Hadamard transform.
     m.def(
         "augment_latent(Tensor x, Tensor seed, *, int gaussian, int dropout, float sigma, float tau, "
@@ -137,13 +143,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                                             double)>::define(m, "trimmed_cross_entropy");
     Call<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                 MaybeTensor, double)>::define(m, "trimmed_cross_entropy_backward");
-    Call<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, double, MaybeTensor, MaybeTensor)>::define(
-        m, "trimmed_mean");
+    Call<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, double, MaybeTensor, MaybeTensor, MaybeTensor,
+                                            MaybeTensor, bool, double, std::optional<double>,
+                                            c10::SymInt)>::define(m, "trimmed_mean");
     Call<void(const Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, MaybeTensor,
               double, int64_t, std::optional<int64_t>)>::define(m, "trimmed_cross_entropy_backward_");
     Call<void(const Tensor&, const Tensor&, Tensor&, Tensor&, int64_t, double)>::define(
         m, "cross_entropy_losses");
-    Call<Tensor(const Tensor&, const Tensor&, const Tensor&, at::ScalarType)>::define(
+    Call<Tensor(const Tensor&, const Tensor&, const Tensor&, at::ScalarType, MaybeTensor)>::define(
         m, "trimmed_mean_backward");
     Call<Tensor(const Tensor&, c10::SymInt)>::define(m, "rank_batches");
     m.def("build_facts", &build_facts, "What this module was compiled with, as a dict.");

@@ -98,7 +98,24 @@ CPU = [
         "cpu",
         "csrc/cpu/trimmed_mean.cpp",
         MEAN,
-        ("the sum is divided by all rows", "sum / static_cast<double>(k)", "sum / static_cast<double>(n)"),
+        ("the sum is divided by all rows", "scalar(sum / normalizer)", "scalar(sum / n)"),
+        ("each sample has the first one's mask", "is_valid + s * rows", "is_valid"),
+        ("NaN is kept among the lowest", "keys[i] = ~keys[i];", "keys[i] = keys[i] == ~0u ? ~0u : ~keys[i];"),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/select.cpp",
+        MEAN,
+        (
+            "rows that are left out come back above",
+            "(chosen[i] | above) & !skipped[i]",
+            "(chosen[i] & !skipped[i]) | above",
+        ),
+        (
+            "what is above counts though it is masked",
+            "keys[i] > *band.above && (!valid || valid[i])",
+            "keys[i] > *band.above",
+        ),
     ),
     *within(
         "cpu",
@@ -268,8 +285,8 @@ CUDA = [
         (*HOST, *MEAN),
         (
             "the upstream gradient is rounded before it is divided",
-            "from_float<T>(*a.upstream / *a.normalizer)",
-            "from_float<T>(to_float(from_float<T>(*a.upstream)) / *a.normalizer)",
+            "const float share = *a.upstream / *a.normalizer;",
+            "const float share = to_float(from_float<T>(*a.upstream)) / *a.normalizer;",
         ),
     ),
     *within(
@@ -294,9 +311,26 @@ CUDA = [
         (*HOST, *CROSS_ENTROPY),
         (
             "weighted losses are divided by the number of rows",
-            "const double normalizer = rows.weighted() ? weight : threshold.k;",
-            "const double normalizer = threshold.k;",
+            "write_mean(out, chosen.sum, rows.weighted() ? chosen.weight : chosen.k);",
+            "write_mean(out, chosen.sum, chosen.k);",
         ),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/select.cuh",
+        (*HOST, *MEAN),
+        (
+            "rows that are left out come back above",
+            "keeps = keeps && !skipped.keeps(key, i);",
+            "keeps = keeps && (key > rows.above || !skipped.keeps(key, i));",
+        ),
+        ("NaN among the lowest does not take part", "max(~key, 1u)", "~key"),
+        (
+            "the second threshold starts at the first's counts",
+            "selector.find(rows, survey, first, threshold.passes)",
+            "selector.find(rows, survey, first, 0)",
+        ),
+        ("each sample has the first one's weights", "result.weights += first * weight_stride;", "result.weights += 0;"),
     ),
     *within(
         "cuda",
@@ -478,8 +512,8 @@ WRAPPERS = [
         ("tests/ops/test_trimmed_mean.py", *UNCOMPILED),
         (
             "masked rows of a group are ranked",
-            "trimmed_mean_op(losses_all, *check.split_keep(keep, losses), valid_all)",
-            "trimmed_mean_op(losses_all, *check.split_keep(keep, losses), None)",
+            "whole.valid, None, None, *band)",
+            "None, None, None, *band)",
         ),
     ),
     *within(
@@ -488,9 +522,15 @@ WRAPPERS = [
         ("tests/ops/test_trimmed_mean.py", *UNCOMPILED),
         (
             "a rank's loss is not scaled for the average over ranks",
-            "torch.where(kept, weight, 0).sum() / dist.get_world_size(group)",
-            "torch.where(kept, weight, 0).sum()",
+            "torch.where(kept, self.weight, 0).sum() / len(self.rows)",
+            "torch.where(kept, self.weight, 0).sum()",
         ),
+        (
+            "ranks have equally many rows",
+            "start = sum(self.rows[: self.rank])",
+            "start = self.rank * self.rows[self.rank]",
+        ),
+        ("a sum over samples is that of one rank", "dist.all_reduce(total, group=group)", "pass"),
     ),
     *within(
         "wrappers",
@@ -499,8 +539,8 @@ WRAPPERS = [
         ("k may be 0", "torch.round(n.double() * keep).clamp(min=1)", "torch.round(n.double() * keep)"),
         (
             "NaN ranks lowest",
-            "torch.where(losses == 0, 0.0, torch.where(losses.isnan(), math.nan, losses))",
-            "torch.where(losses == 0, 0.0, torch.where(losses.isnan(), -math.inf, losses))",
+            "torch.where(x == 0, 0.0, torch.where(x.isnan(), math.nan, x))",
+            "torch.where(x == 0, 0.0, torch.where(x.isnan(), -math.inf, x))",
         ),
     ),
     *within(
@@ -540,8 +580,8 @@ WRAPPERS = [
         ("tests/ops/test_augment_latent.py", *UNCOMPILED),
         (
             "an open end is taken for a closed one",
-            "if not low <= x <= high or (open_low and x == low):",
-            "if not low <= x <= high:",
+            "if not low <= x <= high or (open_low and x == low) or (open_high and x == high):",
+            "if not low <= x <= high or (open_high and x == high):",
         ),
     ),
     *within(

@@ -62,9 +62,9 @@ ROWS = st.lists(st.tuples(LOSS, st.booleans()), max_size=40)
 def test_descending_order(rows: list[tuple[float, bool]], dtype: torch.dtype) -> None:
     losses, valid = [loss for loss, _ in rows], [ok for _, ok in rows]
     data = torch.tensor(losses, dtype=dtype)
-    assert reference.descending_order(data).tolist() == descending(losses, [True] * len(rows))
+    assert reference.in_order(data).tolist() == descending(losses, [True] * len(rows))
     expected = descending(losses, valid)
-    order = reference.descending_order(data, torch.tensor(valid, dtype=torch.bool)).tolist()
+    order = reference.in_order(data, torch.tensor(valid, dtype=torch.bool)).tolist()
     assert order[: len(expected)] == expected
     assert sorted(order) == list(range(len(rows)))
 
@@ -82,7 +82,7 @@ def test_select(rows: list[tuple[float, bool]], keep: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_descending_order_of_narrow_types(dtype: torch.dtype) -> None:
     losses = torch.tensor([1.0, -0.0, math.nan, 0.0, math.inf, 1.0, -math.inf], dtype=dtype)
-    assert reference.descending_order(losses).tolist() == [2, 4, 0, 5, 1, 3, 6]
+    assert reference.in_order(losses).tolist() == [2, 4, 0, 5, 1, 3, 6]
 
 
 def test_wide() -> None:

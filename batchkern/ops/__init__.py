@@ -5,7 +5,7 @@ from batchkern.ops.linear_trimmed_cross_entropy import LinearTrimmedCrossEntropy
 from batchkern.ops.rank_batches import BatchLedger, rank_batches
 from batchkern.ops.soft_label_kl import soft_label_kl
 from batchkern.ops.trimmed_cross_entropy import TrimmedCrossEntropyLoss, trimmed_cross_entropy
-from batchkern.ops.trimmed_mean import trimmed_mean
+from batchkern.ops.trimmed_mean import select_rows, trimmed_mean
 
 __all__ = [
     "BatchLedger",
@@ -14,6 +14,7 @@ __all__ = [
     "augment_latent",
     "linear_trimmed_cross_entropy",
     "rank_batches",
+    "select_rows",
     "soft_label_kl",
     "trimmed_cross_entropy",
     "trimmed_mean",

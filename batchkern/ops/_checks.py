@@ -6,6 +6,8 @@ tensors are read only outside ``torch.compile``.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -19,7 +21,8 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
 
 
-def tensor(name: str, x: Tensor, *, dims: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+def tensor(name: str, x: Tensor, *, dims: int | None = None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """``dims`` is how many dimensions it must have; None: any number."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:
@@ -27,7 +30,7 @@ def tensor(name: str, x: Tensor, *, dims: int, dtypes: tuple[torch.dtype, ...] =
         raise TypeError(f"{name} must have dtype {allowed}, got {str(x.dtype).removeprefix('torch.')}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
-    if x.dim() != dims:
+    if dims is not None and x.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(x.shape)}")
 
 
@@ -36,6 +39,14 @@ def vector(name: str, x: Tensor, *, rows: int, like: Tensor, dtypes: tuple[torch
     tensor(name, x, dims=1, dtypes=dtypes)
     if x.shape[0] != rows:
         raise ValueError(f"{name} must have shape ({rows},), got {tuple(x.shape)}")
+    same_device(name, x, like)
+
+
+def companion(name: str, x: Tensor, like: Tensor, like_name: str, *, dtypes: tuple[torch.dtype, ...]) -> None:
+    """A tensor of the shape and device of ``like``."""
+    tensor(name, x, dtypes=dtypes)
+    if x.shape != like.shape:
+        raise ValueError(f"{name} must have the shape of {like_name}, {tuple(like.shape)}, got {tuple(x.shape)}")
     same_device(name, x, like)
 
 
@@ -56,20 +67,31 @@ def target_values(x: Tensor, *, classes: int, ignore_index: int) -> None:
         )
 
 
-def fraction(name: str, x: float | Tensor, like: Tensor) -> None:
-    """A float in (0, 1], or a 0-dim float64 tensor on the device of ``like``."""
+def fraction(name: str, x: float | Tensor, like: Tensor) -> float | Tensor:
+    """A float in (0, 1], or a 0-dim float tensor on the device of ``like``, which becomes float64. Returns it."""
     if isinstance(x, Tensor):
-        if x.dtype != torch.float64 or x.dim() != 0:
-            raise TypeError(f"{name} as a tensor must be 0-dim float64, got {x.dim()}-dim {x.dtype}")
+        if x.dtype not in FLOATS or x.dim() != 0:
+            raise TypeError(f"{name} as a tensor must be a 0-dim float one, got {x.dim()}-dim {x.dtype}")
         same_device(name, x, like)
         constant(name, x)
-        if not readable(x):
-            return
-        x = float(x)
-    elif isinstance(x, bool) or not isinstance(x, int | float):
-        raise TypeError(f"{name} must be a float in (0, 1] or a 0-dim float64 tensor, got {type(x).__name__}")
-    if not 0 < x <= 1:
-        raise ValueError(f"{name} must be in (0, 1], got {x}")
+        x = x.double()
+        value = float(x) if readable(x) else 1.0
+    else:
+        if not _is_number(x):
+            raise TypeError(f"{name} must be a float in (0, 1] or a 0-dim float tensor, got {type(x).__name__}")
+        x = value = float(x)
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value}")
+    return x
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, int | float | numbers.Real) and not isinstance(x, bool)  # numpy.float32 is no float
+
+
+def one_of(name: str, x: str, allowed: tuple[str, ...]) -> None:
+    if x not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {x!r}")
 
 
 def constant(name: str, x: Tensor) -> None:
@@ -100,13 +122,21 @@ def split_keep(x: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
     return x, None
 
 
-def number(name: str, x: float, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    """A Python number, not NaN, in [low, high], or in (low, high] with ``open_low``."""
-    if isinstance(x, bool) or not isinstance(x, int | float):
+def number(
+    name: str,
+    x: float,
+    low: float,
+    high: float = float("inf"),
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """A number, not NaN, in [low, high]; without low with ``open_low``, without high with ``open_high``."""
+    if not _is_number(x):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
-    if not low <= x <= high or (open_low and x == low):
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{name} must be in {bracket}{low}, {high}], got {x}")
+    if not low <= x <= high or (open_low and x == low) or (open_high and x == high):
+        begin, end = "(" if open_low else "[", ")" if open_high else "]"
+        raise ValueError(f"{name} must be in {begin}{low}, {high}{end}, got {x}")
 
 
 def count(name: str, x: int, low: int = 0, high: int = 2**31 - 1) -> None:

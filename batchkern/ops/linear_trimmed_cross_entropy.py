@@ -65,7 +65,7 @@ def linear_trimmed_cross_entropy(
         _check_parameter("bias", bias, 1, hidden)
         check.vector("bias", bias, rows=words, like=hidden, dtypes=(bias.dtype,))
     check.vector("target", target, rows=hidden.shape[0], like=hidden, dtypes=(torch.int64,))
-    check.fraction("keep", keep, hidden)
+    keep = check.fraction("keep", keep, hidden)
     check.number("label_smoothing", label_smoothing, 0, 1)
     check.ignored(ignore_index, group)
     if chunk_rows is not None:

@@ -67,8 +67,8 @@ def trimmed_cross_entropy(
         label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
         class_weight: ``(C,)``: weighted losses are ranked, and their sum is divided by the kept rows' weights.
         per_sample: also return the losses ``(B,)``, detached, 0 at ignored rows.
-        group: rank over the batches of all processes of this group (equal B on each; ties: lower rank first). The loss
-            is scaled so that the average of gradients over ranks is the gradient of the concatenated batch.
+        group: rank over the batches of all processes of this group, whose B may differ (ties: lower rank first). The
+            loss is scaled so that the average of gradients over ranks is the gradient of the concatenated batch.
         inplace_backward: write the gradient over the logits' storage, which must not overlap itself; no effect under
             ``torch.compile`` or where no gradient is wanted.
 
@@ -83,7 +83,7 @@ def trimmed_cross_entropy(
     """
     check.tensor("logits", logits, dims=2)
     check.vector("target", target, rows=logits.shape[0], like=logits, dtypes=(torch.int64,))
-    check.fraction("keep", keep, logits)
+    keep = check.fraction("keep", keep, logits)
     check.number("label_smoothing", label_smoothing, 0, 1)
     check.ignored(ignore_index, group)
     if class_weight is not None:

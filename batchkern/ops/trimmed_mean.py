@@ -1,8 +1,9 @@
-"""Trimming for any per-sample loss: detection, segmentation, regression (Fassold, 2021, section 2)."""
+"""Which rows of a batch count, by any score, and the mean of their losses (Fassold, 2021, section 2)."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -12,19 +13,43 @@ from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 from batchkern.ops._autograd import boundary, once_differentiable
 
+Order = Literal["highest", "lowest"]
+Within = Literal["all", "sample"]
+
 
 def trimmed_mean(
-    losses: Tensor, keep: float | Tensor, *, mask: Tensor | None = None, group: dist.ProcessGroup | None = None
+    losses: Tensor,
+    keep: float | Tensor,
+    *,
+    score: Tensor | None = None,
+    order: Order = "highest",
+    skip: float = 0.0,
+    above: float | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    within: Within = "all",
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Mean of the k highest losses, differentiable in ``losses``.
+    """Mean of the losses of a selection of rows: by default, of the k highest. Differentiable in ``losses``.
 
-    k, ties, NaN and ``group`` are as in :func:`batchkern.trimmed_cross_entropy`.
+    k = max(round(keep * n), 1) where n counts the rows that ``mask`` leaves. Equal scores: the lower row index comes
+    first; NaN ranks highest. Dropped rows get a gradient of exact zeros. Scores and sums are float32 (float64 for
+    float64 losses).
 
     Args:
-        losses: ``(B,)`` float32, bfloat16, float16 or float64.
-        keep: fraction kept, in (0, 1], or a 0-dim float64 tensor on the losses' device.
-        mask: ``(B,)`` bool; rows where it is False are as if ignored.
-        group: process group whose batches are ranked together (equal B on each).
+        losses: float32, bfloat16, float16 or float64 of any shape; each element is a row.
+        keep: fraction kept, in (0, 1], or a 0-dim float tensor on the losses' device, read when the operation runs.
+        score: what is ranked in place of the losses, of their shape; no gradient flows to it.
+        order: ``"lowest"`` keeps the k lowest. A NaN is then among the last.
+        skip: this fraction, at the top of the order, is left out first: rows round(skip * n) to round(skip * n) + k
+            are kept. skip + keep is at most 1.
+        above: every row that scores above it is kept too, however many, but for those that ``skip`` leaves out.
+        mask: bool of the losses' shape; rows where it is False are as if ignored.
+        weight: of the losses' shape; kept losses are times it, and divided by the sum of the kept rows' weights.
+        within: ``"sample"`` ranks each index of the first dimension apart; the kept of all are averaged.
+        group: process group whose batches are ranked together; they may have different numbers of rows. Ties: the lower
+            rank first. The mean is scaled so that the average of gradients over ranks is the gradient of the
+            concatenated batch. Each call waits for the host once, to learn the numbers of rows.
 
     Returns:
         0-dim float32 (float64 for float64 losses); NaN when no row is left.
@@ -32,64 +57,190 @@ def trimmed_mean(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
     """
-    check.tensor("losses", losses, dims=1)
-    check.fraction("keep", keep, losses)
-    if mask is not None:
-        check.vector("mask", mask, rows=len(losses), like=losses, dtypes=(torch.bool,))
-    check.process_group(group)
-    if not _backend.has_kernel("trimmed_mean", losses):
-        return reference.trimmed_mean(boundary(losses), keep, mask=mask, group=group)
-    mean: Tensor = _TrimmedMean.apply(losses, keep, mask, group)
+    check.tensor("losses", losses)
+    keep = _check_selection(losses, "losses", keep, order, skip, above, mask, within, group)
+    for name, x in (("score", score), ("weight", weight)):
+        if x is not None:
+            check.companion(name, x, losses, "losses", dtypes=check.FLOATS)
+            check.constant(name, x)
+    exact = score is not None and score.dtype == torch.float64
+    if exact or not _backend.has_kernel("trimmed_mean", losses):
+        options = {"order": order, "skip": skip, "above": above, "weight": weight, "within": within, "group": group}
+        return reference.trimmed_mean(boundary(losses), keep, score=score, mask=mask, **options)
+    call = {
+        "keep": keep,
+        "mask": _flat(mask),
+        "score": None if score is None else _flat(score.detach().float()),
+        "weight": None if weight is None else _flat(weight.detach().float()),
+        "band": _band(order, skip, above),
+        "apart": within == "sample",
+        "samples": _samples(losses, within),
+        "group": group,
+    }
+    mean: Tensor = _TrimmedMean.apply(_flat(losses), call)
     return mean
 
 
+def select_rows(
+    score: Tensor,
+    keep: float | Tensor,
+    *,
+    order: Order = "highest",
+    skip: float = 0.0,
+    above: float | None = None,
+    mask: Tensor | None = None,
+    within: Within = "all",
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The rows that :func:`trimmed_mean` would keep, as a mask of the score's shape.
+
+    Args:
+        score: float32, bfloat16, float16 or float64 of any shape; no gradient flows to it.
+        keep, order, skip, above, mask, within, group: as in :func:`trimmed_mean`.
+
+    Returns:
+        bool of the score's shape. With ``group``, of this rank's rows.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
+    """
+    check.tensor("score", score)
+    keep = _check_selection(score, "score", keep, order, skip, above, mask, within, group)
+    score = score.detach()
+    if not _backend.has_kernel("trimmed_mean", score):
+        valid = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
+        band = {"order": order, "skip": skip, "above": above, "within": within}
+        return reference.select_and_normalize(reference.wide(score), valid, None, keep, group, **band)[0]
+    band = _band(order, skip, above)
+    if group is not None and within == "all":
+        valid = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
+        kept, _ = select_over_group(_flat(score.float()), _flat(valid), None, keep, group, *band)
+    else:
+        samples = _samples(score, within)
+        kept = trimmed_mean_op(_flat(score), *check.split_keep(keep, score), _flat(mask), None, None, *band, samples)[1]
+    return kept.view(score.shape)
+
+
+def _check_selection(
+    rows: Tensor,
+    name: str,
+    keep: float | Tensor,
+    order: str,
+    skip: float,
+    above: float | None,
+    mask: Tensor | None,
+    within: str,
+    group: dist.ProcessGroup | None,
+) -> float | Tensor:
+    """``keep`` as the operation takes it."""
+    keep = check.fraction("keep", keep, rows)
+    check.one_of("order", order, ("highest", "lowest"))
+    check.one_of("within", within, ("all", "sample"))
+    check.number("skip", skip, 0, 1, open_high=True)
+    if not isinstance(keep, Tensor) and skip and skip + keep > 1 + 1e-12:
+        raise ValueError(f"skip + keep must be at most 1, got {skip} + {keep}")
+    if above is not None:
+        check.number("above", above, -math.inf)
+        if order == "lowest":
+            raise ValueError("above must be None where order is 'lowest': it adds rows to the highest")
+    if mask is not None:
+        check.companion("mask", mask, rows, name, dtypes=(torch.bool,))
+    if within == "sample" and rows.dim() == 0:
+        raise ValueError(f"within must be 'all' where {name} has no dimension, got 'sample'")
+    check.process_group(group)
+    return keep
+
+
+def _band(order: str, skip: float, above: float | None) -> tuple[bool, float, float | None]:
+    """As three arguments of the operator."""
+    return order == "lowest", float(skip), None if above is None else float(above)
+
+
+def _flat(x: Any) -> Any:
+    return x if x is None or x.dim() == 1 else x.reshape(-1)
+
+
+def _samples(rows: Tensor, within: str) -> int:
+    """How many parts of the rows are ranked apart."""
+    return max(rows.shape[0], 1) if within == "sample" else 1
+
+
 class _TrimmedMean(torch.autograd.Function):
+    """Arguments travel in a dict: each argument of a Function costs host time."""
+
     @staticmethod
-    def forward(
-        ctx: Any, losses: Tensor, keep: float | Tensor, mask: Tensor | None, group: dist.ProcessGroup | None
-    ) -> Tensor:
-        if group is None:
-            mean, kept, normalizer = trimmed_mean_op(losses, *check.split_keep(keep, losses), mask)
+    def forward(ctx: Any, losses: Tensor, call: dict[str, Any]) -> Tensor:
+        keep, mask, score, weight = call["keep"], call["mask"], call["score"], call["weight"]
+        band, samples, group = call["band"], call["samples"], call["group"]
+        if group is None or call["apart"]:
+            selected = trimmed_mean_op(losses, *check.split_keep(keep, losses), mask, score, weight, *band, samples)
+            mean, kept, normalizer = selected
+            if group is not None:
+                normalizer = reference.share_of_sum(normalizer, group)
+                mean = weighted_sum(losses, kept, weight) / normalizer
         else:
             valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
-            kept, normalizer = select_over_group(losses.float(), valid, None, keep, group)
-            mean = torch.where(kept, losses.float(), 0).sum() / normalizer
-        ctx.save_for_backward(kept, normalizer)
+            ranked = losses.float() if score is None else score
+            kept, normalizer = select_over_group(ranked, valid, weight, keep, group, *band)
+            mean = weighted_sum(losses, kept, weight) / normalizer
+        ctx.save_for_backward(kept, normalizer, weight)
         ctx.dtype = losses.dtype
         return mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, normalizer = ctx.saved_tensors
-        result: Tensor = _backend.call("trimmed_mean_backward")(grad, kept, normalizer, ctx.dtype)
-        return result, None, None, None
+        kept, normalizer, weight = ctx.saved_tensors
+        result: Tensor = _backend.call("trimmed_mean_backward")(grad, kept, normalizer, ctx.dtype, weight)
+        return result, None
+
+
+def weighted_sum(losses: Tensor, kept: Tensor, weight: Tensor | None) -> Tensor:
+    sums = torch.where(kept, losses.float(), 0)
+    return sums.sum() if weight is None else (sums * torch.where(kept, weight, 0)).sum()
 
 
 def trimmed_mean_op(
-    losses: Tensor, keep: float, keep_tensor: Tensor | None, mask: Tensor | None
+    losses: Tensor,
+    keep: float,
+    keep_tensor: Tensor | None,
+    mask: Tensor | None,
+    score: Tensor | None = None,
+    weight: Tensor | None = None,
+    lowest: bool = False,
+    skip: float = 0.0,
+    above: float | None = None,
+    samples: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, kept rows ``(B,)`` bool and k, by the kernel."""
-    outputs: tuple[Tensor, Tensor, Tensor] = _backend.call("trimmed_mean")(losses, keep, keep_tensor, mask)
+    """Mean, kept rows ``(B,)`` bool and what the sum was divided by, by the kernel."""
+    outputs: tuple[Tensor, Tensor, Tensor] = _backend.call("trimmed_mean")(
+        losses, keep, keep_tensor, mask, score, weight, lowest, skip, above, samples
+    )
     return outputs
 
 
 def select_over_group(
-    losses: Tensor, valid: Tensor, weight: Tensor | None, keep: float | Tensor, group: dist.ProcessGroup
+    losses: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+    keep: float | Tensor,
+    group: dist.ProcessGroup,
+    *band: Any,
 ) -> tuple[Tensor, Tensor]:
-    """``reference.select_and_normalize``, with the selection by the kernel."""
-    losses_all, valid_all, weight_all = reference.gather(losses, valid, weight, group)
-    _, kept_all, _ = trimmed_mean_op(losses_all, *check.split_keep(keep, losses), valid_all)
-    return reference.share_of_group(kept_all, weight_all, len(losses), group)
+    """``reference.select_and_normalize`` of a group, with the selection by the kernel."""
+    whole = reference.gather(losses, valid, weight, group)
+    keep, keep_tensor = check.split_keep(keep, losses)
+    _, kept, _ = trimmed_mean_op(whole.losses, keep, keep_tensor, whole.valid, None, None, *band)
+    return whole.share(kept)
 
 
 if _backend.extension is not None:
 
     @torch.library.register_fake("batchkern::trimmed_mean")
-    def _(losses: Tensor, *rest: Any) -> Any:
+    def _(losses: Tensor, *rest: Any, **options: Any) -> Any:
         scalar = losses.new_empty((), dtype=torch.float32)
         return scalar, torch.empty_like(losses, dtype=torch.bool), torch.empty_like(scalar)
 
     @torch.library.register_fake("batchkern::trimmed_mean_backward")
-    def _(grad: Tensor, kept: Tensor, normalizer: Tensor, dtype: torch.dtype) -> Tensor:
+    def _(grad: Tensor, kept: Tensor, normalizer: Tensor, dtype: torch.dtype, weight: Tensor | None = None) -> Tensor:
         return torch.empty_like(kept, dtype=dtype)

@@ -93,9 +93,10 @@ struct Kernels {
     // out[i] = x[i], rounded
     void (*store_row[kElementTypes])(const float* x, void* out, int64_t n);
     void (*order_keys[kElementTypes])(const void* losses, uint32_t* keys, int64_t n);
-    double (*sum_kept[kElementTypes])(const void* losses, const bool* kept, int64_t n);
+    double (*sum_kept[kElementTypes])(const void* losses, const bool* kept, const float* weight, int64_t n);
     // out[i] = kept[i] ? value : 0
-    void (*fill_kept[kElementTypes])(float value, const bool* kept, void* out, int64_t n);
+    void (*fill_kept[kElementTypes])(float value, const bool* kept, const float* weight, void* out,
+                                     int64_t n);
 };
 
 // The best level that this processor runs, unless use_level chose another.

@@ -135,23 +135,16 @@ Threshold select_threshold(const uint32_t* keys, int64_t n, int64_t k) {
     return {key, range.second - range.first, c.k - (range.first - few)};
 }
 
-int64_t select_rows(const uint32_t* keys, const bool* valid, int64_t n, double keep, bool* kept) {
-    std::unique_ptr<uint32_t[]> compact;
-    const uint32_t* among = keys;
-    int64_t count = n;
-    if (valid) {
-        compact = uninitialized<uint32_t>(n);
-        count = 0;
-        for (int64_t i = 0; i < n; ++i)
-            if (valid[i]) compact[count++] = keys[i];
-        among = compact.get();
+namespace {
+
+// kept[i] = keys[i] is among the m highest of those with valid[i], whose keys are the `count` of `among`.
+void mark_highest(const uint32_t* keys, const bool* valid, int64_t n, const uint32_t* among, int64_t count,
+                  int64_t m, bool* kept) {
+    if (m == count || m == 0) {
+        for (int64_t i = 0; i < n; ++i) kept[i] = m > 0 && (!valid || valid[i]);
+        return;
     }
-    const int64_t k = kept_count(count, keep);
-    if (k == count) {
-        for (int64_t i = 0; i < n; ++i) kept[i] = !valid || valid[i];
-        return k;
-    }
-    const Threshold threshold = select_threshold(among, count, k);
+    const Threshold threshold = select_threshold(among, count, m);
     // No branch on a key: which rows are kept cannot be predicted.
     if (valid)
         for (int64_t i = 0; i < n; ++i) kept[i] = valid[i] & (keys[i] >= threshold.key);
@@ -163,7 +156,38 @@ int64_t select_rows(const uint32_t* keys, const bool* valid, int64_t n, double k
         kept[i] &= !drop;
         excess -= drop;
     }
-    return k;
+}
+
+}  // namespace
+
+int64_t select_rows(const uint32_t* keys, const bool* valid, int64_t n, const Band& band, bool* kept) {
+    std::unique_ptr<uint32_t[]> compact;
+    const uint32_t* among = keys;
+    int64_t count = n;
+    if (valid) {
+        compact = uninitialized<uint32_t>(n);
+        count = 0;
+        for (int64_t i = 0; i < n; ++i)
+            if (valid[i]) compact[count++] = keys[i];
+        among = compact.get();
+    }
+    const int64_t k = kept_count(count, band.keep);
+    const int64_t first =
+        std::min(static_cast<int64_t>(std::nearbyint(band.skip * static_cast<double>(count))), count - k);
+    if (first == 0 && !band.above) {
+        mark_highest(keys, valid, n, among, count, k, kept);
+        return k;
+    }
+    const auto chosen = uninitialized<bool>(n), skipped = uninitialized<bool>(n);
+    mark_highest(keys, valid, n, among, count, first + k, chosen.get());
+    mark_highest(keys, valid, n, among, count, first, skipped.get());
+    int64_t total = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const bool above = band.above && keys[i] > *band.above && (!valid || valid[i]);
+        kept[i] = (chosen[i] | above) & !skipped[i];
+        total += kept[i];
+    }
+    return total;
 }
 
 void rank_rows(const uint32_t* keys, int64_t n, int64_t k, int64_t* indices) {

@@ -73,8 +73,8 @@ Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target
     bool* const is_kept = kept.mutable_data_ptr<bool>();
     const auto keys = order_keys(losses, kFloat32);
     for (int64_t i = 0; i < p.rows; ++i) is_kept[i] = target[i] != ignore_index;
-    const int64_t k = select_rows(keys.get(), is_kept, p.rows, fraction, is_kept);
-    const double sum = kernels().sum_kept[kFloat32](losses.const_data_ptr<float>(), is_kept, p.rows);
+    const int64_t k = select_rows(keys.get(), is_kept, p.rows, {fraction}, is_kept);
+    const double sum = kernels().sum_kept[kFloat32](losses.const_data_ptr<float>(), is_kept, nullptr, p.rows);
     double normalizer = static_cast<double>(k);
     if (p.options.class_weight) {
         normalizer = 0;

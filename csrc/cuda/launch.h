@@ -61,11 +61,25 @@ struct LossVector {
     int64_t n;
 };
 
+// By what losses are ranked, and which part of the order counts.
+struct Ranking {
+    const float* score;  // (n,), in place of the losses, or null
+    int64_t score_stride;
+    const float* weight;  // (n,), or null
+    int64_t weight_stride;
+    bool lowest;                    // the lowest first
+    double skip;                    // this share, at the top, is left out first
+    std::optional<uint32_t> above;  // keys above it count too
+    int64_t samples;                // equal parts, each ranked apart
+};
+
 struct MeanBackwardCall {
     const bool* kept;         // (n,)
     const float* upstream;    // one number
     const float* normalizer;  // one number
-    void* grad;               // (n,)
+    const float* weight;      // (n,), or null
+    int64_t weight_stride;
+    void* grad;  // (n,)
     int64_t n;
 };
 
@@ -84,9 +98,9 @@ cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& ca
                                          cudaStream_t stream);
 cudaError_t launch_cross_entropy_backward(ElementType type, const BackwardCall& call, cudaStream_t stream);
 
-Needs trimmed_mean_needs(int64_t n);
-cudaError_t launch_trimmed_mean(ElementType type, const LossVector& losses, const Reduction& reduction,
-                                const Memory& memory, cudaStream_t stream);
+Needs trimmed_mean_needs(int64_t n, int64_t samples);
+cudaError_t launch_trimmed_mean(ElementType type, const LossVector& losses, const Ranking& ranking,
+                                const Reduction& reduction, const Memory& memory, cudaStream_t stream);
 cudaError_t launch_trimmed_mean_backward(ElementType type, const MeanBackwardCall& call, cudaStream_t stream);
 
 Needs rank_needs(int64_t n, int64_t k);

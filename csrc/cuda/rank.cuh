@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) rank_few(const RankFew<T> a
     Merge* const merge = kGrid ? &a.workspace->merge : nullptr;
     Selector<kSelectThreads, kGrid> selector{a.n, merge, shared.select};
     if (threadIdx.x == 0) shared.gathered = 0;  // the search has barriers
-    const Threshold threshold = selector.find(a.rows, KeepCount{a.k});
+    const Threshold threshold = selector.find(a.rows, selector.survey(a.rows), a.k, 0);
     selector.each(a.rows, [&](int64_t i, uint32_t key) {
         if (threshold.keeps(key, i)) chosen[atomicAdd(&shared.gathered, 1u)] = pack_row(key, i);
     });

@@ -11,6 +11,8 @@
 // 3. Where only some of several equal keys are, more passes find the last index that is.
 // 4. The threshold decides about each row. Sums are in double, in a fixed order.
 //
+// Where the first rows of the order are left out, 2 and 3 find a second threshold, theirs.
+//
 // With several blocks, each adds its counts to global ones (integers: the order does not matter), all wait
 // for the grid, and all then read the same totals and take the same way. The last block to finish leaves
 // zeros behind. A key of 0 stands for a row that does not take part.
@@ -32,6 +34,8 @@ struct KeyedLosses {
     const float* class_weight;  // (C,), or null
     static constexpr int kLoads = 8;
 
+    static constexpr bool kBand = false;
+
     __device__ __forceinline__ uint32_t key(int64_t i) const { return __ldcg(keys + i); }
     __device__ __forceinline__ double value(int64_t i) const { return __ldcg(losses + i); }
     __device__ __forceinline__ bool weighted() const { return class_weight != nullptr; }
@@ -52,8 +56,47 @@ struct PlainLosses {
         return order_key(to_float(losses[i * stride]));
     }
     __device__ __forceinline__ double value(int64_t i) const { return to_float(losses[i * stride]); }
-    __device__ __forceinline__ bool weighted() const { return false; }
-    __device__ __forceinline__ double weight(int64_t) const { return 1.0; }
+};
+
+// And what else he says of them: what to rank by, what each is times, which part of the order counts.
+template <class T>
+struct BandedLosses {
+    PlainLosses<T> plain;
+    const float* score;  // or null: the losses are ranked
+    int64_t score_stride;
+    const float* weights;  // or null
+    int64_t weight_stride;
+    bool lowest;
+    double skip;  // this share, at the top, is left out first
+    bool has_above;
+    uint32_t above;  // keys above it count too
+    static constexpr int kLoads = 4;
+    static constexpr bool kBand = true;
+
+    __device__ __forceinline__ BandedLosses from(int64_t first) const {
+        BandedLosses result = *this;
+        result.plain.losses += first * plain.stride;
+        if (plain.mask) result.plain.mask += first * plain.mask_stride;
+        if (score) result.score += first * score_stride;
+        if (weights) result.weights += first * weight_stride;
+        return result;
+    }
+    __device__ __forceinline__ uint32_t key(int64_t i) const {
+        uint32_t key = plain.key(i);
+        if (score && key != 0) key = order_key(score[i * score_stride]);
+        return lowest && key != 0 ? max(~key, 1u) : key;  // NaN last
+    }
+    __device__ __forceinline__ double value(int64_t i) const {
+        return weights ? plain.value(i) * weights[i * weight_stride] : plain.value(i);
+    }
+    // How many there are is not known before they are counted.
+    __device__ __forceinline__ bool weighted() const { return weights != nullptr || has_above; }
+    __device__ __forceinline__ double weight(int64_t i) const {
+        return weights ? weights[i * weight_stride] : 1.0;
+    }
+    __device__ __forceinline__ uint32_t skipped(uint32_t count, uint32_t k) const {
+        return min(static_cast<uint32_t>(rint(skip * count)), count - k);
+    }
 };
 
 // How many of `count` rows are kept.
@@ -65,10 +108,6 @@ struct KeepFraction {
         const double wanted = rint((tensor ? *tensor : value) * count);  // ties to even
         return wanted >= count ? count : wanted >= 1.0 ? static_cast<uint32_t>(wanted) : min(count, 1u);
     }
-};
-struct KeepCount {
-    uint32_t k;
-    __device__ __forceinline__ uint32_t operator()(uint32_t) const { return k; }
 };
 
 struct BlockSum {
@@ -82,6 +121,11 @@ struct SelectStorage {
     double sums[kMaxWarps];
     uint32_t digit, count, remaining;
     bool last;
+};
+
+// The keys of the rows that take part.
+struct Survey {
+    uint32_t count, lowest, highest;
 };
 
 // What is decided about each row.
@@ -153,8 +197,8 @@ struct Selector {
         return false;
     }
 
-    template <class Rows, class Keep>
-    __device__ __forceinline__ Threshold find(const Rows& rows, const Keep& keep) {
+    template <class Rows>
+    __device__ __forceinline__ Survey survey(const Rows& rows) const {
         uint32_t count = 0, inverse_lowest = 0, highest = 0;
         each(rows, [&](int64_t, uint32_t key) {
             count += key != 0;
@@ -175,9 +219,15 @@ struct Selector {
             inverse_lowest = __ldcg(&merge->inverse_lowest);
             highest = __ldcg(&merge->highest);
         }
-        Threshold t{keep(count), 0, ~inverse_lowest, 0, 0xffffffffu};
-        if (t.k == count) return t;  // all of them, or none
-        uint32_t remaining = t.k;
+        return {count, ~inverse_lowest, highest};
+    }
+
+    // Of the k highest. Passes count from `pass` on.
+    template <class Rows>
+    __device__ __forceinline__ Threshold find(const Rows& rows, const Survey& of, uint32_t k, uint32_t pass) {
+        Threshold t{k, pass, of.lowest, 0, 0xffffffffu};
+        if (k == of.count || k == 0) return t;
+        uint32_t remaining = k;
         const uint32_t lowest = t.lowest;
         const bool whole = narrow(
             rows,
@@ -185,7 +235,7 @@ struct Selector {
                 value = key - lowest;
                 return key != 0;
             },
-            highest - lowest, t.key, remaining, t.passes);
+            of.highest - lowest, t.key, remaining, t.passes);
         if (whole) return t;
         // Of equal keys the first ones: the highest of their places from the end.
         const uint32_t equal = t.key, end = static_cast<uint32_t>(n - 1);
@@ -251,40 +301,81 @@ struct SelectionResult {
     float* normalizer;  // what their sum was divided by
 };
 
+// Of the rows of this thread: what was selected of them.
+struct Chosen {
+    uint32_t k;
+    uint32_t passes;
+    double sum;
+    double weight;
+};
+
+template <int kThreads, bool kGrid, class Rows>
+__device__ __forceinline__ Chosen choose(const Rows& rows, int64_t n, const KeepFraction& keep, bool* kept,
+                                         Merge* merge, SelectStorage& shared) {
+    Selector<kThreads, kGrid> selector{n, merge, shared};
+    const Survey survey = selector.survey(rows);
+    const uint32_t k = keep(survey.count);
+    uint32_t first = 0;
+    if constexpr (Rows::kBand) first = rows.skipped(survey.count, k);
+    const Threshold threshold = selector.find(rows, survey, first + k, 0);
+    Chosen chosen{k, threshold.passes, 0, 0};
+    Threshold skipped{};
+    if constexpr (Rows::kBand) {
+        if (first > 0) {
+            skipped = selector.find(rows, survey, first, threshold.passes);
+            chosen.passes = skipped.passes;
+        }
+    }
+    selector.each(rows, [&](int64_t i, uint32_t key) {
+        bool keeps = threshold.keeps(key, i);
+        if constexpr (Rows::kBand) {
+            keeps = keeps || (rows.has_above && key > rows.above);
+            keeps = keeps && !skipped.keeps(key, i);
+        }
+        kept[i] = keeps;
+        if (!keeps) return;
+        chosen.sum += rows.value(i);
+        if (rows.weighted()) chosen.weight += rows.weight(i);
+    });
+    return chosen;
+}
+
+// Adds up what all the threads of a block, or of all blocks, have selected. True where the sums are those of
+// all.
+template <int kThreads, bool kGrid>
+__device__ __forceinline__ bool add_up(double& sum, double& weight, bool weighted, Merge* merge,
+                                       BlockSum* block_sums, SelectStorage& shared) {
+    sum = reduce_group<kThreads>(sum, Sum(), shared.sums);
+    if (weighted) weight = reduce_group<kThreads>(weight, Sum(), shared.sums);
+    if (!kGrid) return true;
+    if (threadIdx.x == 0) block_sums[blockIdx.x] = {sum, weight};
+    if (!is_last(&merge->ticket, gridDim.x, shared.last)) return false;
+    sum = weight = 0;
+    for (uint32_t b = threadIdx.x; b < gridDim.x; b += kThreads) {
+        sum += __ldcg(&block_sums[b].loss);
+        weight += __ldcg(&block_sums[b].weight);
+    }
+    sum = reduce_group<kThreads>(sum, Sum(), shared.sums);
+    weight = reduce_group<kThreads>(weight, Sum(), shared.sums);
+    return true;
+}
+
+__device__ __forceinline__ void write_mean(const SelectionResult& out, double sum, double normalizer) {
+    if (threadIdx.x != 0) return;
+    *out.mean = static_cast<float>(sum / normalizer);
+    *out.normalizer = static_cast<float>(normalizer);
+}
+
 // Selects, and reduces what was selected.
 template <int kThreads, bool kGrid, class Rows>
 __device__ __forceinline__ void select_and_reduce(const Rows& rows, int64_t n, const KeepFraction& keep,
                                                   const SelectionResult& out, Merge* merge,
                                                   BlockSum* block_sums, SelectStorage& shared) {
-    Selector<kThreads, kGrid> selector{n, merge, shared};
-    const Threshold threshold = selector.find(rows, keep);
-    double sum = 0, weight = 0;
-    selector.each(rows, [&](int64_t i, uint32_t key) {
-        const bool kept = threshold.keeps(key, i);
-        out.kept[i] = kept;
-        if (!kept) return;
-        sum += rows.value(i);
-        if (rows.weighted()) weight += rows.weight(i);
-    });
-    sum = reduce_group<kThreads>(sum, Sum(), shared.sums);
-    if (rows.weighted()) weight = reduce_group<kThreads>(weight, Sum(), shared.sums);
-    if (kGrid) {
-        if (threadIdx.x == 0) block_sums[blockIdx.x] = {sum, weight};
-        if (!is_last(&merge->ticket, gridDim.x, shared.last)) return;
-        selector.clear(threshold.passes);
-        sum = weight = 0;
-        for (uint32_t b = threadIdx.x; b < gridDim.x; b += kThreads) {
-            sum += __ldcg(&block_sums[b].loss);
-            weight += __ldcg(&block_sums[b].weight);
-        }
-        sum = reduce_group<kThreads>(sum, Sum(), shared.sums);
-        weight = reduce_group<kThreads>(weight, Sum(), shared.sums);
-    }
-    if (threadIdx.x == 0) {
-        const double normalizer = rows.weighted() ? weight : threshold.k;
-        *out.mean = static_cast<float>(sum / normalizer);
-        *out.normalizer = static_cast<float>(normalizer);
-    }
+    Chosen chosen = choose<kThreads, kGrid>(rows, n, keep, out.kept, merge, shared);
+    if (!add_up<kThreads, kGrid>(chosen.sum, chosen.weight, rows.weighted(), merge, block_sums, shared))
+        return;
+    if (kGrid) Selector<kThreads, kGrid>{n, merge, shared}.clear(chosen.passes);
+    write_mean(out, chosen.sum, rows.weighted() ? chosen.weight : chosen.k);
 }
 
 template <class Rows>
@@ -304,6 +395,26 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_rows(const Selection
     BATCHKERN_SHARED(SelectStorage, shared);
     select_and_reduce<kSelectThreads, kGrid>(a.rows, a.n, a.keep, a.out,
                                              kGrid ? &a.workspace->merge : nullptr, a.block_sums, shared);
+}
+
+// Samples of n rows, each ranked apart by one block.
+template <bool kSeveralBlocks, class Rows>
+__global__ void __launch_bounds__(kSelectThreads, 1)
+    select_samples(const Selection<Rows> a, int64_t samples) {
+    BATCHKERN_SHARED(SelectStorage, shared);
+    double sum = 0, weight = 0, count = 0;
+    for (int64_t s = blockIdx.x; s < samples; s += gridDim.x) {
+        const Chosen chosen = choose<kSelectThreads, false>(a.rows.from(s * a.n), a.n, a.keep,
+                                                            a.out.kept + s * a.n, nullptr, shared);
+        sum += chosen.sum;
+        weight += chosen.weight;
+        if (threadIdx.x == 0) count += chosen.k;
+        __syncthreads();
+    }
+    if (!a.rows.weighted()) weight = count;
+    Merge* const merge = kSeveralBlocks ? &a.workspace->merge : nullptr;
+    if (add_up<kSelectThreads, kSeveralBlocks>(sum, weight, true, merge, a.block_sums, shared))
+        write_mean(a.out, sum, weight);
 }
 
 // By the last block of a launch that wrote the losses.

@@ -10,11 +10,11 @@ constexpr int kFillThreads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(kFillThreads) trimmed_mean_backward(const MeanBackwardCall a) {
-    const T share = from_float<T>(*a.upstream / *a.normalizer), zero = from_float<T>(0.0f);
+    const float share = *a.upstream / *a.normalizer;
     T* const grad = static_cast<T*>(a.grad);
     const int64_t step = int64_t{gridDim.x} * kFillThreads;
     for (int64_t i = int64_t{blockIdx.x} * kFillThreads + threadIdx.x; i < a.n; i += step)
-        grad[i] = a.kept[i] ? share : zero;
+        grad[i] = from_float<T>(!a.kept[i] ? 0.0f : a.weight ? share * a.weight[i * a.weight_stride] : share);
 }
 
 }  // namespace batchkern

@@ -7,7 +7,8 @@ namespace batchkern {
 
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
-constexpr int kMaxPasses = 6;  // three for the bits of a key, three for those of an index
+constexpr int kMaxPasses =
+    12;  // of two thresholds, each three for the bits of a key and three for those of an index
 
 // What the blocks of a selection tell each other.
 struct Merge {

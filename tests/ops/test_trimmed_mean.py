@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from fractions import Fraction
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -22,6 +24,28 @@ def highest(losses: list[float], keep: float, mask: list[bool] | None = None) ->
     rows = [i for i in range(len(losses)) if mask is None or mask[i]]
     rows.sort(key=lambda i: (0, 0.0, i) if math.isnan(losses[i]) else (1, -losses[i], i))
     return rows[: max(round(keep * len(rows)), 1)]
+
+
+def selected(
+    scores: list[float],
+    keep: float,
+    mask: list[bool],
+    order: str = "highest",
+    skip: float = 0.0,
+    above: float | None = None,
+) -> set[int]:
+    """The kept rows of one sample by the documented rule: NaN ranks highest, the first row first of equal ones."""
+    rows = [i for i in range(len(scores)) if mask[i]]
+    if order == "highest":
+        rows.sort(key=lambda i: (0, 0.0, i) if math.isnan(scores[i]) else (1, -scores[i], i))
+    else:
+        rows.sort(key=lambda i: (1, 0.0, i) if math.isnan(scores[i]) else (0, scores[i], i))
+    k = min(max(round(keep * len(rows)), 1), len(rows))
+    first = min(round(skip * len(rows)), len(rows) - k)
+    kept = set(rows[first : first + k])
+    if above is not None:
+        kept |= {i for i in rows[first:] if math.isnan(scores[i]) or scores[i] > above}
+    return kept
 
 
 def run(losses: Tensor, keep: float | Tensor, **options) -> tuple[Tensor, Tensor]:
@@ -58,6 +82,68 @@ def test_selection(rows: list[tuple[float, bool]], keep: float, masked: bool, dt
         torch.testing.assert_close(mean.double(), torch.tensor(total / len(kept)).double(), equal_nan=True)
     else:
         assert mean.isnan()
+
+
+@given(
+    rows=st.lists(st.tuples(LOSS, st.booleans()), min_size=1, max_size=30),
+    samples=st.integers(1, 3),
+    keep=KEEP,
+    order=st.sampled_from(["highest", "lowest"]),
+    skip=st.sampled_from([0.0, 0.1, 0.25, 0.5]),
+    above=st.sampled_from([None, 0.0, 0.7, -math.inf]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+@example([(1.0, True)], 1, 0.4, "highest", 0.6, None, torch.float32)  # what is skipped leaves one
+@example([(math.nan, True), (1.0, True), (0.5, True)], 1, 0.4, "lowest", 0.0, None, torch.float32)
+@example([(math.nan, True), (2.5, True), (1.0, True), (0.0, True)], 1, 0.25, "highest", 0.25, 0.5, torch.float32)
+def test_bands(rows, samples, keep, order, skip, above, dtype) -> None:
+    skip, above = min(skip, 1 - keep), above if order == "highest" else None
+    width = len(rows) // samples
+    shape = samples, width
+    score, mask = (torch.tensor(column[: samples * width]).view(shape) for column in zip(*rows, strict=True))
+    score, mask = score.to(dtype), mask.bool()
+    kept = [selected(score[i].tolist(), keep, mask[i].tolist(), order, skip, above) for i in range(samples)]
+    expected = torch.tensor([[i in part for i in range(width)] for part in kept]).view(shape).bool()
+    band = {"order": order, "skip": skip, "above": above, "mask": mask, "within": "sample"}
+    assert torch.equal(batchkern.select_rows(score, keep, **band), expected)
+    losses, weight = torch.randn(samples, width), torch.rand(samples, width)
+    mean, grad = run(losses, keep, score=score, weight=weight, **band)
+    counts = torch.where(expected, weight, 0).double()
+    exact = (counts * losses).sum() / counts.sum()
+    torch.testing.assert_close(mean.double(), exact, equal_nan=True, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, (counts / counts.sum()).where(expected, 0).float(), rtol=1e-5, atol=1e-7)
+    if samples == 1:
+        whole = {name: value for name, value in band.items() if name != "within"}
+        assert torch.equal(batchkern.select_rows(score, keep, **whole), expected)
+
+
+def test_any_shape_is_its_rows() -> None:
+    losses = torch.randn(2, 3, 4, 5).transpose(1, 3)
+    flat = losses.reshape(-1)
+    mean, grad = run(losses, 0.3)
+    expected, flat_grad = run(flat, 0.3)
+    assert torch.equal(mean, expected)
+    assert torch.equal(grad, flat_grad.view(losses.shape))
+    assert torch.equal(batchkern.select_rows(losses, 0.3), grad > 0)
+    assert run(torch.tensor(2.0), 0.5)[0] == 2
+    # Ranked apart: of each sample's 60 rows 18.
+    assert batchkern.select_rows(losses, 0.3, within="sample").flatten(1).sum(1).tolist() == [18, 18]
+    assert batchkern.select_rows(flat[:5], 0.3, within="sample").all()  # a sample of one row keeps it
+
+
+def test_kept_rows_alone_decide() -> None:
+    """What is dropped may be infinite in losses and weights."""
+    losses, score = torch.tensor([1.0, math.inf, 3.0, math.nan]), torch.tensor([4.0, 1.0, 3.0, 2.0])
+    mean, grad = run(losses, 0.5, score=score, weight=torch.tensor([1.0, math.nan, 3.0, math.inf]))
+    assert mean == (1 + 3 * 3) / 4
+    assert grad.tolist() == [0.25, 0.0, 0.75, 0.0]
+
+
+def test_keep_is_any_real_number_or_float_tensor() -> None:
+    losses = torch.randn(40)
+    for keep in (numpy.float32(0.25), Fraction(1, 4), torch.tensor(0.25), torch.tensor(0.25).bfloat16()):
+        assert torch.equal(run(losses, keep)[1], run(losses, 0.25)[1])
+    assert torch.equal(run(losses, 1)[1], run(losses, 1.0)[1])
 
 
 def test_k_is_python_rounding_of_keep_times_n() -> None:
@@ -177,22 +263,36 @@ LOSSES = torch.zeros(4)
     [
         ({"losses": [1.0, 2.0]}, TypeError, ["losses", "list", "tensor"]),
         ({"losses": torch.zeros(4, dtype=torch.int64)}, TypeError, ["losses", "int64", "float32"]),
-        ({"losses": torch.zeros(2, 2)}, ValueError, ["losses", "(2, 2)", "1 dimension"]),
-        ({"losses": torch.tensor(1.0)}, ValueError, ["losses", "()", "1 dimension"]),
         ({"keep": 0.0}, ValueError, ["keep", "0.0", "(0, 1]"]),
         ({"keep": -0.5}, ValueError, ["keep", "-0.5", "(0, 1]"]),
         ({"keep": 1.0001}, ValueError, ["keep", "1.0001", "(0, 1]"]),
         ({"keep": math.nan}, ValueError, ["keep", "nan", "(0, 1]"]),
         ({"keep": "half"}, TypeError, ["keep", "str", "(0, 1]"]),
         ({"keep": True}, TypeError, ["keep", "bool", "(0, 1]"]),
-        ({"keep": torch.tensor(0.5)}, TypeError, ["keep", "float32", "float64"]),
+        ({"keep": torch.tensor(1)}, TypeError, ["keep", "int64", "float"]),
         ({"keep": torch.tensor([0.5]).double()}, TypeError, ["keep", "1-dim", "0-dim"]),
         ({"keep": torch.tensor(2.0).double()}, ValueError, ["keep", "2.0", "(0, 1]"]),
         ({"keep": torch.tensor(0.5, device="meta").double()}, ValueError, ["keep", "meta", "cpu"]),
         ({"mask": [True] * 4}, TypeError, ["mask", "list", "tensor"]),
         ({"mask": torch.ones(4)}, TypeError, ["mask", "float32", "bool"]),
         ({"mask": torch.ones(3, dtype=torch.bool)}, ValueError, ["mask", "(3,)", "(4,)"]),
-        ({"mask": torch.ones(4, 1, dtype=torch.bool)}, ValueError, ["mask", "(4, 1)", "1 dimension"]),
+        ({"mask": torch.ones(4, 1, dtype=torch.bool)}, ValueError, ["mask", "(4, 1)", "(4,)"]),
+        ({"score": torch.ones(3)}, ValueError, ["score", "(3,)", "losses", "(4,)"]),
+        ({"score": torch.ones(4, dtype=torch.int64)}, TypeError, ["score", "int64"]),
+        ({"score": torch.ones(4, requires_grad=True)}, ValueError, ["score", "gradient"]),
+        ({"weight": torch.ones(1)}, ValueError, ["weight", "(1,)", "(4,)"]),
+        ({"weight": torch.ones(4, requires_grad=True)}, ValueError, ["weight", "gradient"]),
+        ({"order": "smallest"}, ValueError, ["order", "'smallest'", "'highest'", "'lowest'"]),
+        ({"within": "batch"}, ValueError, ["within", "'batch'", "'all'", "'sample'"]),
+        ({"losses": torch.tensor(1.0), "within": "sample"}, ValueError, ["within", "'all'", "losses"]),
+        ({"skip": 1.0}, ValueError, ["skip", "1.0", "[0, 1)"]),
+        ({"skip": -0.1}, ValueError, ["skip", "-0.1", "[0, 1)"]),
+        ({"skip": math.nan}, ValueError, ["skip", "nan", "[0, 1)"]),
+        ({"skip": "some"}, TypeError, ["skip", "str"]),
+        ({"skip": 0.6}, ValueError, ["skip + keep", "0.6 + 0.5", "1"]),
+        ({"above": math.nan}, ValueError, ["above", "nan"]),
+        ({"above": "0.7"}, TypeError, ["above", "str"]),
+        ({"above": 0.7, "order": "lowest"}, ValueError, ["above", "None", "'lowest'"]),
         ({"mask": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, ["mask", "meta", "cpu"]),
     ],
 )
@@ -214,6 +314,29 @@ BATCHES = {
     "nan": ([9.0, 8.0, 7.0, 6.0, 1.0, 2.0, 5.0, 5.0, 5.0, 5.0, math.nan, 3.0], None, 0.25),
     "all masked": ([1.0] * 12, [0] * 12, 0.5),
 }
+BANDS = {
+    "plain": {},
+    "lowest": {"order": "lowest"},
+    "band": {"skip": 0.25},
+    "above": {"above": 1.5},
+    "weighted": {"weight": True},
+    "another score": {"score": True, "skip": 0.25, "weight": True},
+    "by sample": {"within": "sample", "weight": True},
+}
+"""By name: options of a batch of nine rows, of which three ranks have 4, 5 and 0."""
+UNEQUAL = (4, 5, 0)
+NINE = {"losses": [1.0, 2.0, 2.0, 0.0, 3.0, 2.0, 2.0, 0.0, 1.0], "score": [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0, 5.0]}
+
+
+def nine(name: str, rows: slice) -> tuple[Tensor, dict]:
+    """Losses and options of some of the rows, two to a row."""
+    columns = torch.tensor([NINE["losses"], NINE["score"][::-1]]).T[rows]
+    options = dict(BANDS[name])
+    if "score" in options:
+        options["score"] = torch.tensor([NINE["score"], NINE["losses"]]).T[rows]
+    if "weight" in options:
+        options["weight"] = 1 + torch.tensor([NINE["score"], NINE["score"]]).T[rows]
+    return columns, options
 
 
 def _worker(rank: int, folder: Path, world: int) -> None:
@@ -224,6 +347,14 @@ def _worker(rank: int, folder: Path, world: int) -> None:
         mine = torch.tensor(losses).chunk(world)[rank]
         my_mask = None if mask is None else torch.tensor(mask).bool().chunk(world)[rank]
         results[name] = run(mine, keep, mask=my_mask, group=dist.group.WORLD)
+    if world == len(UNEQUAL):
+        start = sum(UNEQUAL[:rank])
+        for name in BANDS:
+            mine, options = nine(name, slice(start, start + UNEQUAL[rank]))
+            for dtype in (torch.float32, torch.float64):
+                results[name, dtype] = run(mine.to(dtype), 0.3, group=dist.group.WORLD, **options)
+            if "weight" not in options:
+                results[name] = batchkern.select_rows(mine, 0.3, group=dist.group.WORLD, **options)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -242,3 +373,15 @@ def test_group_ranks_the_concatenated_batch(tmp_path: Path, world: int) -> None:
         torch.testing.assert_close(grads, whole_grad, msg=name)
         kept = highest(losses, keep, mask)
         assert set(grads.nonzero().flatten().tolist()) == set(kept), name
+    if world != len(UNEQUAL):
+        return
+    for name in BANDS:
+        losses, options = nine(name, slice(None))
+        for dtype in (torch.float32, torch.float64):
+            whole, whole_grad = run(losses.to(dtype), 0.3, **options)
+            torch.testing.assert_close(sum(rank[name, dtype][0] for rank in ranks) / world, whole, msg=name)
+            torch.testing.assert_close(
+                torch.cat([rank[name, dtype][1] for rank in ranks]) / world, whole_grad, msg=name
+            )
+        if "weight" not in options:
+            assert torch.equal(torch.cat([rank[name] for rank in ranks]), batchkern.select_rows(losses, 0.3, **options))

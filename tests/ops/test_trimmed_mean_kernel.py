@@ -125,6 +125,26 @@ def test_repeats_and_threads_change_no_bit(level: str, dtype: torch.dtype) -> No
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results[0], outputs, strict=True))
 
 
+@pytest.mark.parametrize(("samples", "rows"), [(1, 40_001), (3, 20_011), (700, 33)])
+def test_bands_of_many_rows(level: str, samples: int, rows: int) -> None:
+    """More than one block of a GPU ranks together, or has samples of its own; most rows tie."""
+    score = (8 * torch.randn(samples, rows)).round()
+    losses, weight, mask = torch.randn(samples, rows), torch.rand(samples, rows), torch.rand(samples, rows) < 0.9
+    for order, skip, above in (("highest", 0.1, None), ("lowest", 0.2, None), ("highest", 0.05, 9.0)):
+        band = {"order": order, "skip": skip, "above": above}
+        expected, _ = reference.select(score, mask, 0.3, within="sample", **band)
+        arguments = (order == "lowest", skip, above, samples)
+        flat = [x.reshape(-1) for x in (losses, mask, score, weight)]
+        mean, kept, total = OPS.trimmed_mean(flat[0], 0.3, None, *flat[1:], *arguments)
+        assert torch.equal(kept.view(samples, rows), expected)
+        chosen = torch.where(expected, weight, 0).double()
+        torch.testing.assert_close(total.double(), chosen.sum(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(mean.double(), (chosen * losses).sum() / chosen.sum(), rtol=1e-5, atol=1e-6)
+        _, again, count = OPS.trimmed_mean(flat[0], 0.3, None, flat[1], flat[2], None, *arguments)
+        assert torch.equal(again, kept)
+        assert count == expected.sum()
+
+
 def test_subnormal_halves_are_told_apart_when_denormals_are_flushed(level: str) -> None:
     # They are normal numbers in float32, and so in the reference.
     losses = torch.tensor([0.0, 6e-8, -6e-8, 1.2e-7, 3e-6]).half()
@@ -164,7 +184,13 @@ def test_a_penalty_on_the_gradient_raises() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mask": torch.arange(9) % 3 > 0}, {"keep_tensor": torch.tensor(0.3).double()}],
+    [
+        {},
+        {"mask": torch.arange(9) % 3 > 0},
+        {"keep_tensor": torch.tensor(0.3).double()},
+        {"score": torch.arange(9.0), "weight": torch.arange(9.0), "lowest": True, "skip": 0.2, "samples": 3},
+        {"above": 0.5},
+    ],
     ids=lambda options: "+".join(options) or "plain",
 )
 def test_opcheck(options: dict[str, Any], dtype: torch.dtype) -> None:
@@ -189,6 +215,14 @@ def test_opcheck(options: dict[str, Any], dtype: torch.dtype) -> None:
             marks=pytest.mark.cpu,
         ),
         ({"keep_tensor": torch.ones(2)}, ValueError, "keep_tensor must be 0-dim float64"),
+        ({"score": torch.ones(2)}, ValueError, r"score must be float32 \(3,\)"),
+        ({"score": torch.ones(3).half()}, ValueError, r"score must be float32 \(3,\)"),
+        ({"weight": torch.ones(3, 1)}, ValueError, r"weight must be float32 \(3,\)"),
+        ({"skip": 1.0}, ValueError, r"skip must be in \[0, 1\), got 1"),
+        ({"skip": math.nan}, ValueError, r"skip must be in \[0, 1\), got nan"),
+        ({"samples": 2}, ValueError, "samples must divide 3 losses, got 2"),
+        ({"samples": 0}, ValueError, "samples must divide 3 losses, got 0"),
+        ({"above": 0.5, "lowest": True}, ValueError, "above is for the highest losses"),
     ],
 )
 def test_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
