@@ -24,16 +24,18 @@ from torch import Tensor
 from batchkern import triton
 
 OPS = (
+    "cross_entropy",
     "trimmed_cross_entropy",
     "trimmed_mean",
+    "select_rows",
     "linear_trimmed_cross_entropy",
     "augment_latent",
     "soft_label_kl",
     "rank_batches",
 )
 DEVICES = ("cpu", "cuda")
-MADE_OF = {"linear_trimmed_cross_entropy": "cross_entropy_losses"}
-"""The operator that has the kernel, where it has another name: of these losses and torch's matmul it is made."""
+MADE_OF = {"select_rows": "trimmed_mean", "linear_trimmed_cross_entropy": "cross_entropy_losses"}
+"""The operator that has the kernel, where it has another name: the second is made of it and torch's matmul."""
 
 
 def _import_extension() -> tuple[ModuleType | None, str]:
@@ -88,11 +90,14 @@ _supported: dict[tuple[str, int], bool] = {}
 
 
 def has_kernel(op: str, x: Tensor) -> bool:
-    """Whether ``op`` has a kernel for tensors like ``x``. There are none for float64, which the reference serves."""
+    """Whether ``op`` has a kernel for tensors like ``x``. There are none for float64, nor within the transforms of
+    ``torch.func``: there the reference serves."""
+    if x.dtype == torch.float64 or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+        return False
     # x.device.type makes two objects; this is asked in every call.
     if x.is_cpu:
-        return (op, "cpu") in _kernels and x.dtype != torch.float64
-    if not x.is_cuda or x.dtype == torch.float64:
+        return (op, "cpu") in _kernels
+    if not x.is_cuda:
         return False
     index = x.device.index or 0
     if torch.compiler.is_compiling():  # or a new entry in the dictionary would have it trace again

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -165,6 +165,102 @@ def trimmed_mean(
     return total.sum() / normalizer.to(losses.dtype)
 
 
+class Rows(NamedTuple):
+    """What a cross entropy says of each row; all of the rows' shape, and 0 or False where the target is ignored."""
+
+    loss: Tensor
+    """float32 (float64 for float64 logits); differentiable."""
+    lse: Tensor
+    """The log of the sum of the exponentials of the logits; likewise."""
+    entropy: Tensor
+    """Of the softmax, in nats; a constant."""
+    correct: Tensor
+    """bool: whether the highest logit, of equal ones the first, is the target's, or its likeliest class's. False where
+    lse is NaN."""
+
+
+def class_dim(logits: Tensor) -> int:
+    return min(logits.dim() - 1, 1)
+
+
+def valid_rows(target: Tensor, ignore_index: int) -> Tensor:
+    """Which rows have a loss: all where the target holds probabilities."""
+    if target.is_floating_point():
+        return torch.ones_like(target.select(class_dim(target), 0), dtype=torch.bool)
+    return target.long() != ignore_index  # uint8 would wrap a negative index around
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
+) -> Rows:
+    """Of each row, by PyTorch's own functions; all of it differentiable, as often as they are."""
+    logits = wide(logits)
+    classes, soft = class_dim(logits), target.is_floating_point()
+    valid = valid_rows(target, ignore_index)
+    loss = F.cross_entropy(
+        logits,
+        target.to(logits.dtype) if soft else target.long(),
+        None if weight is None else weight.to(logits.dtype),
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    log_p = F.log_softmax(logits, classes).detach()
+    p = log_p.exp()
+    entropy = -torch.where(p == 0, 0, p * log_p).sum(classes)
+    lse = torch.logsumexp(logits, classes)
+    correct = logits.argmax(classes) == (target.argmax(classes) if soft else target.long())
+    correct = correct & valid & ~lse.isnan()
+    loss, lse, entropy = (torch.where(valid, x, 0) for x in (loss, lse, entropy))
+    return Rows(loss, lse, entropy, correct)
+
+
+class CrossEntropy(torch.autograd.Function):
+    """``cross_entropy`` once differentiable, with exact zeros for rows that no gradient reaches, whatever they hold:
+    loss and lse, and the others in ``call``."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        rows = cross_entropy(logits, target, **call["options"])
+        call["constants"] = rows.entropy, rows.correct
+        ctx.save_for_backward(logits, target, call["options"]["weight"])
+        ctx.options = call["options"]
+        return rows.loss, rows.lse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        logits, target, weight = ctx.saved_tensors
+        ignore_index, smoothing = ctx.options["ignore_index"], ctx.options["label_smoothing"]
+        z, classes = wide(logits), class_dim(logits)
+        valid = valid_rows(target, ignore_index)
+        live = (valid & ((grad != 0) | (grad_lse != 0))).unsqueeze(classes)
+        grad, grad_lse = grad.unsqueeze(classes), grad_lse.unsqueeze(classes)
+        if target.is_floating_point():
+            wanted = target.to(z.dtype)
+        else:
+            index = torch.where(valid, target.long(), 0)
+            wanted = F.one_hot(index, z.shape[classes]).movedim(-1, classes).to(z.dtype)
+        wanted = (1 - smoothing) * wanted + smoothing / z.shape[classes]
+        w = torch.ones_like(z) if weight is None else over_classes(weight.to(z.dtype), z)
+        wanted = w * wanted
+        log_p = F.log_softmax(z, classes)
+        of_logits = (grad * wanted.sum(classes, keepdim=True) + grad_lse) * log_p.exp() - grad * wanted
+        of_target = None
+        if ctx.needs_input_grad[1]:
+            of_target = torch.where(live, -grad * w * log_p * (1 - smoothing), 0).to(target.dtype)
+        return torch.where(live, of_logits, 0).to(logits.dtype), of_target, None
+
+
+def over_classes(weight: Tensor, logits: Tensor) -> Tensor:
+    """``weight (C,)`` as it broadcasts over logits."""
+    return weight.view(-1, *[1] * (logits.dim() - 1 - class_dim(logits)))
+
+
 def trimmed_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -175,23 +271,22 @@ def trimmed_cross_entropy(
     class_weight: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Trimmed mean ``()`` and detached per-sample losses ``(B,)``, 0 at ignored rows."""
+    """Trimmed mean ``()`` and detached losses of the rows, 0 at ignored ones."""
     logits = wide(logits)
     weight = None if class_weight is None else class_weight.to(logits.dtype)
 
-    def per_sample(z: Tensor) -> Tensor:
-        return F.cross_entropy(
-            z, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
-        )
+    def row_losses(z: Tensor) -> Tensor:
+        return cross_entropy(z, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing).loss
 
-    valid = target != ignore_index
-    with torch.no_grad():
-        losses = per_sample(logits).masked_fill(~valid, 0.0)
-        row_weight = None if weight is None or not len(weight) else weight[torch.where(valid, target, 0)]
-        kept, normalizer = select_and_normalize(losses, valid, row_weight, keep, group)
+    valid = valid_rows(target, ignore_index)
+    losses = row_losses(logits.detach()).detach()
+    row_weight = None
+    if weight is not None and not target.is_floating_point():
+        row_weight = weight[torch.where(valid, target.long(), 0)]
+    kept, normalizer = select_and_normalize(losses, valid, row_weight, keep, group)
     # Dropped rows are replaced before the differentiable pass: their gradient is an exact zero even where a logit is
     # NaN or infinite, which a zero upstream factor alone would turn into NaN.
-    kept_losses = per_sample(torch.where(kept[:, None], logits, 0.0))
+    kept_losses = row_losses(torch.where(kept.unsqueeze(class_dim(logits)), logits, 0.0))
     return torch.where(kept, kept_losses, 0).sum() / normalizer.to(logits.dtype), losses
 
 

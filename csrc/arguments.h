@@ -4,9 +4,13 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 
+#include <algorithm>
 #include <optional>
+#include <vector>
 
+#include "class_rows.h"
 #include "element_type.h"
 
 namespace batchkern {
@@ -92,27 +96,99 @@ inline void check_count(int64_t k, int64_t n) {
     TORCH_CHECK_VALUE(k >= 0 && k <= n, "k must be in [0, ", n, "], got ", k);
 }
 
+// The type of class indices, among which uint64's are read as int64: what differs is out of range.
+inline IndexType index_type(const at::Tensor& target) {
+    switch (target.scalar_type()) {
+        case at::kLong:
+        case at::kUInt64:
+            return kInt64;
+        case at::kInt:
+            return kInt32;
+        case at::kShort:
+            return kInt16;
+        case at::kChar:
+            return kInt8;
+        case at::kByte:
+            return kUInt8;
+        case at::kUInt16:
+            return kUInt16;
+        case at::kUInt32:
+            return kUInt32;
+        default:
+            TORCH_CHECK_TYPE(false, "target must hold integers or probabilities, got ", target.scalar_type());
+    }
+}
+
+// Logits (C,), (samples, C) or (samples, C, d1, ...), and what has their shape: `inner` rows to a sample.
+struct ClassGrid {
+    explicit ClassGrid(const at::Tensor& x) : samples(x.dim() > 1 ? x.size(0) : 1) {
+        for (int64_t d = 2; d < x.dim(); ++d) inner *= x.size(d);
+    }
+
+    int64_t rows() const { return samples * inner; }
+
+    // None where d1, ... do not merge into one dimension.
+    std::optional<RowLayout> layout(const at::Tensor& x) const {
+        const int64_t sample = x.dim() > 1 ? x.stride(0) : 0, step = x.stride(x.dim() > 1 ? 1 : 0);
+        int64_t row = 0, extent = 1;
+        for (int64_t d = x.dim() - 1; d >= 2; --d) {
+            if (x.size(d) == 1) continue;
+            if (extent > 1 && x.stride(d) != extent * row) return std::nullopt;
+            if (extent == 1) row = x.stride(d);
+            extent *= x.size(d);
+        }
+        if (inner == 1) return RowLayout{rows(), 0, sample, step};
+        if (samples == 1 || sample == inner * row) return RowLayout{rows(), 0, row, step};
+        return RowLayout{inner, sample, row, step};
+    }
+
+    int64_t samples, inner = 1;
+};
+
+// Whether the classes of each row lie side by side.
+inline bool is_rows(const RowLayout& at, int64_t classes) { return classes <= 1 || at.step == 1; }
+
 // What both passes of a cross entropy need. Holds the tensors that pointers are taken of. The columns of the
-// logits may be a part of the classes, from first_class on.
+// logits may be a part of the classes, from first_class on. Where the target holds probabilities it has the
+// logits' shape.
 struct CrossEntropyArguments {
     CrossEntropyArguments(const at::Tensor& logits_, const at::Tensor& target_,
                           const std::optional<at::Tensor>& class_weight, int64_t first_class_ = 0,
                           std::optional<int64_t> classes_ = std::nullopt)
-        : type(element_type(logits_, "logits")) {
-        TORCH_CHECK_VALUE(logits_.dim() == 2 && logits_.size(0) < kMaxRows, "logits must be (B, C), got ",
-                          logits_.sizes());
-        rows = logits_.size(0);
-        columns = logits_.size(1);
+        : type(element_type(logits_, "logits")), grid(logits_) {
+        TORCH_CHECK_VALUE(logits_.dim() > 0 && grid.rows() < kMaxRows,
+                          "logits must be (C,) or (B, C, ...), got ", logits_.sizes());
+        rows = grid.rows();
+        columns = logits_.size(logits_.dim() > 1 ? 1 : 0);
         first_class = first_class_;
         classes = classes_.value_or(columns);
         TORCH_CHECK_VALUE(first_class >= 0 && first_class <= classes - columns, "logits have ", columns,
                           " columns, which are not classes from ", first_class, " on of ", classes);
-        TORCH_CHECK_VALUE(target_.dim() == 1 && target_.size(0) == rows && target_.scalar_type() == at::kLong,
-                          "target must be int64 (", rows, ",), got ", target_.scalar_type(), " ",
-                          target_.sizes());
+        soft = target_.is_floating_point();
+        shape = logits_.sizes().vec();
+        shape.erase(shape.begin() + (logits_.dim() > 1 ? 1 : 0));
+        TORCH_CHECK_VALUE(target_.sizes() == (soft ? logits_.sizes() : at::IntArrayRef(shape)),
+                          "target must be integers ", at::IntArrayRef(shape), " or probabilities ",
+                          logits_.sizes(), ", got ", target_.scalar_type(), " ", target_.sizes());
         check_device(target_, "target", logits_);
-        logits = dense_rows(logits_);
-        target = target_.contiguous();
+        logits = logits_;
+        if (!grid.layout(logits)) logits = logits.contiguous();
+        if (soft) {
+            TORCH_CHECK_VALUE(columns == classes, "a target of probabilities needs logits of all classes");
+            probabilities_type = element_type(target_, "target");
+            TORCH_CHECK_TYPE(probabilities_type == kFloat32 || probabilities_type == type,
+                             "a target of probabilities must be float32 or of the logits' type, got ",
+                             target_.scalar_type());
+            target = target_;
+            const int64_t class_dim = target.dim() > 1 ? 1 : 0;
+            const auto layout = grid.layout(target);
+            if (!layout || (is_rows() && !batchkern::is_rows(*layout, columns)))
+                target = target.movedim(class_dim, -1).contiguous().movedim(-1, class_dim);
+        } else {
+            indices.type = index_type(target_);
+            target = target_.contiguous();
+            indices.data = target.const_data_ptr();
+        }
         if (!class_weight) return;
         TORCH_CHECK_VALUE(columns == classes, "class_weight needs logits of all classes");
         TORCH_CHECK_VALUE(class_weight->dim() == 1 && class_weight->size(0) == classes,
@@ -123,18 +199,35 @@ struct CrossEntropyArguments {
 
     const float* weights() const { return weight.defined() ? weight.const_data_ptr<float>() : nullptr; }
 
+    RowLayout layout() const { return *grid.layout(logits); }
+    bool is_rows() const { return batchkern::is_rows(layout(), columns); }
+
+    Probabilities probabilities() const {
+        if (!soft) return {};
+        return {target.const_data_ptr(), *grid.layout(target), probabilities_type == kFloat32};
+    }
+
+    // Of a row: its maximum m, the log of its sum of exp(z - m), and the sum of a target's probabilities.
+    int64_t state_size() const { return soft ? 3 : 2; }
+    std::vector<int64_t> state_shape() const {
+        std::vector<int64_t> result = shape;
+        result.push_back(state_size());
+        return result;
+    }
+
     void check_lse(const at::Tensor& lse) const {
-        TORCH_CHECK_VALUE(lse.dim() == 2 && lse.size(0) == rows && lse.size(1) == 2 && lse.is_contiguous() &&
+        TORCH_CHECK_VALUE(lse.dim() > 0 && lse.numel() == rows * state_size() &&
+                              lse.size(-1) == state_size() && lse.is_contiguous() &&
                               lse.scalar_type() == at::kFloat,
-                          "lse must be contiguous float32 (", rows, ", 2)");
+                          "lse must be contiguous float32 (", rows, ", ", state_size(), ")");
         check_device(lse, "lse", logits);
     }
 
     // What a forward pass writes into.
     void check_losses(const at::Tensor& losses, const at::Tensor& lse) const {
-        TORCH_CHECK_VALUE(losses.dim() == 1 && losses.size(0) == rows && losses.is_contiguous() &&
-                              losses.scalar_type() == at::kFloat,
-                          "losses must be contiguous float32 (", rows, ",)");
+        TORCH_CHECK_VALUE(
+            losses.numel() == rows && losses.is_contiguous() && losses.scalar_type() == at::kFloat,
+            "losses must be contiguous float32 (", rows, ",)");
         check_device(losses, "losses", logits);
         check_lse(lse);
     }
@@ -145,16 +238,33 @@ struct CrossEntropyArguments {
         check_scalar(upstream, "grad", logits);
         check_scalar(normalizer, "normalizer", logits);
         check_lse(lse);
-        TORCH_CHECK_VALUE(kept.dim() == 1 && kept.size(0) == rows && kept.is_contiguous() &&
-                              kept.scalar_type() == at::kBool,
+        TORCH_CHECK_VALUE(kept.numel() == rows && kept.is_contiguous() && kept.scalar_type() == at::kBool,
                           "kept must be contiguous bool (", rows, ",)");
         check_device(kept, "kept", logits);
     }
 
+    // The upstream gradient of each row; one number stands for all where that is how it was expanded.
+    at::Tensor check_upstream(const std::optional<at::Tensor>& upstream, const char* name) const {
+        if (!upstream) return {};
+        TORCH_CHECK_VALUE(upstream->numel() == rows, name, " must have ", rows, " elements, got ",
+                          upstream->sizes());
+        check_device(*upstream, name, logits);
+        at::Tensor values = *upstream;
+        const bool expanded = std::all_of(values.strides().begin(), values.strides().end(),
+                                          [](int64_t stride) { return stride == 0; });
+        if (expanded && rows > 0) values = values.as_strided({1}, {1});
+        return values.to(at::kFloat).contiguous();
+    }
+
     ElementType type;
+    ClassGrid grid;
     int64_t rows, columns, first_class, classes;
-    at::Tensor logits;  // rows whose elements lie side by side
+    std::vector<int64_t> shape;  // of the losses
+    at::Tensor logits;           // a copy where those given have strides that no kernel takes
+    bool soft;
     at::Tensor target;
+    ClassIndices indices{};
+    ElementType probabilities_type{};
     at::Tensor weight;  // undefined: all 1
 };
 

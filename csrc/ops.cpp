@@ -22,6 +22,17 @@
 // keep_tensor, where it is given, is read when the operation runs, instead of keep. lse (B, 2) holds a row's
 // maximum m and the log of its sum of exp(z - m): together they keep the digits that one float32 would lose.
 TORCH_LIBRARY(batchkern, m) {
+    // The rows alone. Logits are (C,), (B, C) or (B, C, d1, ...); the target holds integers, or probabilities
+    // of the logits' shape, with which lse is (..., 3): the third is the sum of a row's smoothed and weighted
+    // ones. entropy and correct are empty unless `stats`.
+    m.def(
+        "cross_entropy(Tensor logits, Tensor target, Tensor? class_weight=None, int ignore_index=-100, "
+        "float label_smoothing=0.0, bool stats=False) "
+        "-> (Tensor losses, Tensor lse, Tensor entropy, Tensor correct)");
+    m.def(
+        "cross_entropy_backward(Tensor? grad_losses, Tensor? grad_lse, Tensor logits, Tensor target, Tensor "
+        "lse, "
+        "Tensor? class_weight=None, int ignore_index=-100, float label_smoothing=0.0) -> Tensor");
     // Their options have places: to pass one by name costs a microsecond, of some 20 that a small call takes.
     m.def(
         "trimmed_cross_entropy(Tensor logits, Tensor target, float keep, Tensor? keep_tensor=None, "
@@ -35,7 +46,8 @@ TORCH_LIBRARY(batchkern, m) {
         "trimmed_cross_entropy_backward_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor lse, "
         "Tensor kept, Tensor normalizer, Tensor? class_weight=None, float label_smoothing=0.0, "
         "int first_class=0, int? classes=None) -> ()");
-    // The rows alone, without a selection: linear_trimmed_cross_entropy looks at a part of them at a time.
+    // The rows of (B, C) logits, into what is given: linear_trimmed_cross_entropy looks at a part of them at
+    // a time.
     m.def(
         "cross_entropy_losses(Tensor logits, Tensor target, Tensor(a!) losses, Tensor(b!) lse, "
         "int ignore_index=-100, float label_smoothing=0.0) -> ()");
@@ -138,6 +150,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
           "Instruction sets that the CPU kernels have on this processor, best first.");
     m.def("cpu_level", [] { return batchkern::kernels().level; }, "The one that is used.");
     m.def("use_cpu_level", &use_cpu_level, "Use another one, to test or to measure.");
+    Call<std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, MaybeTensor, int64_t,
+                                                    double, bool)>::define(m, "cross_entropy");
+    Call<Tensor(MaybeTensor, MaybeTensor, const Tensor&, const Tensor&, const Tensor&, MaybeTensor, int64_t,
+                double)>::define(m, "cross_entropy_backward");
     Call<std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, double, MaybeTensor,
                                                             MaybeTensor, int64_t,
                                                             double)>::define(m, "trimmed_cross_entropy");

@@ -22,6 +22,11 @@ FACTS = _C.build_facts()
 
 # The arguments of every operator and the number of its results: kernels, autograd and fakes rely on them.
 OPERATORS = {
+    "cross_entropy": ("logits target class_weight ignore_index label_smoothing stats", 4),
+    "cross_entropy_backward": (
+        "grad_losses grad_lse logits target lse class_weight ignore_index label_smoothing",
+        1,
+    ),
     "trimmed_cross_entropy": ("logits target keep keep_tensor class_weight ignore_index label_smoothing", 5),
     "trimmed_cross_entropy_backward": (
         "grad logits target lse kept normalizer class_weight label_smoothing",
@@ -32,8 +37,8 @@ OPERATORS = {
         0,
     ),
     "cross_entropy_losses": ("logits target losses lse ignore_index label_smoothing", 0),
-    "trimmed_mean": ("losses keep keep_tensor mask", 3),
-    "trimmed_mean_backward": ("grad kept normalizer dtype", 1),
+    "trimmed_mean": ("losses keep keep_tensor mask score weight lowest skip above samples", 3),
+    "trimmed_mean_backward": ("grad kept normalizer dtype weight", 1),
     "linear_losses": (
         "hidden weight bias target dtype ignore_index label_smoothing rows keep_logits",
         3,

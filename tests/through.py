@@ -23,6 +23,8 @@ import batchkern.triton
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA_OPS = (
+    "cross_entropy",
+    "cross_entropy_backward",
     "trimmed_cross_entropy",
     "trimmed_cross_entropy_backward",
     "trimmed_cross_entropy_backward_",

@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def within_transform() -> bool:
+    """Whether this is called by a transform of ``torch.func``, which the reference serves."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 class _Refuse(torch.autograd.Function):
     """The identity in ``x``; a gradient that reaches it, on its way to any of ``sources``, raises."""
 
@@ -64,8 +69,11 @@ def boundary(x: Tensor, *, into_storage: bool = False) -> Tensor:
     """``x``, with a gradient that cannot be differentiated again.
 
     For the reference, which must have no second derivative because kernels have none: code that runs on one backend
-    would fail on another. With ``into_storage`` the gradient is written over the storage of ``x``.
+    would fail on another. With ``into_storage`` the gradient is written over the storage of ``x``. Within a transform
+    of ``torch.func``, where no kernel runs, it is ``x``.
     """
+    if within_transform():
+        return x
     return _Boundary.apply(x, into_storage)
 
 

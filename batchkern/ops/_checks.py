@@ -14,22 +14,38 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+UNSERVED = {
+    "DTensor": "call the operation on its to_local() where each rank holds whole rows, or on its full_tensor()",
+    "MaskedTensor": "give its get_data(), and leave rows out by ignore_index or mask",
+    "NestedTensor": "give its values(), or pad it and leave the padding out by ignore_index or mask",
+}
+"""Subclasses of Tensor that kernels cannot read, and what to do instead."""
 
 
 def readable(x: Tensor) -> bool:
     """Whether looking at the values of ``x`` costs nothing: on the CPU, and not while a graph is being traced."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or torch._C._are_functorch_transforms_active():
+        return False
+    return x.device.type == "cpu"
 
 
 def tensor(name: str, x: Tensor, *, dims: int | None = None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
     """``dims`` is how many dimensions it must have; None: any number."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    kind = type(x).__name__
+    if kind in UNSERVED:
+        raise TypeError(f"{name} must be an ordinary tensor, got a {kind}: {UNSERVED[kind]}")
     if x.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have dtype {allowed}, got {str(x.dtype).removeprefix('torch.')}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be an ordinary tensor, got a nested tensor: {UNSERVED['NestedTensor']}")
     if dims is not None and x.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(x.shape)}")
 
@@ -55,15 +71,52 @@ def same_device(name: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name} must be on {like.device}, the device of the other arguments, got {x.device}")
 
 
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    weight_name: str,
+    ignore_index: int,
+    label_smoothing: float,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """What every cross entropy takes: the arguments of ``F.cross_entropy``."""
+    tensor("logits", logits)
+    if logits.dim() == 0:
+        raise ValueError("logits must have shape (C,), (B, C) or (B, C, d1, ...), got no dimension")
+    class_dim = min(logits.dim() - 1, 1)
+    classes = logits.shape[class_dim]
+    if classes == 0:
+        raise ValueError(f"logits must have at least one class in dimension {class_dim}, got {tuple(logits.shape)}")
+    tensor("target", target, dtypes=(*INTEGERS, *FLOATS))
+    rows = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
+    soft = target.is_floating_point()
+    if target.shape != (logits.shape if soft else rows):
+        raise ValueError(
+            f"target must hold class indices of shape {tuple(rows)}, or probabilities as floats of the logits' shape "
+            f"{tuple(logits.shape)}, got {str(target.dtype).removeprefix('torch.')} {tuple(target.shape)}"
+        )
+    same_device("target", target, logits)
+    number("label_smoothing", label_smoothing, 0, 1)
+    ignored(ignore_index, group)
+    if soft and ignore_index >= 0:
+        raise ValueError(f"ignore_index must not be given with a target of probabilities, got {ignore_index}")
+    if weight is not None:
+        vector(weight_name, weight, rows=classes, like=logits, dtypes=FLOATS)
+        constant(weight_name, weight)
+
+
 def target_values(x: Tensor, *, classes: int, ignore_index: int) -> None:
     """For the reference: a kernel looks at each target itself. On a GPU the gather trips a device-side assert."""
-    if not readable(x):
+    if x.is_floating_point() or not readable(x):
         return
+    x = x.long()
     wrong = (x != ignore_index) & ((x < 0) | (x >= classes))
     if wrong.any():
-        row = int(wrong.nonzero()[0])
+        place = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(
-            f"target[{row}] is {int(x[row])}; it must be in [0, {classes}) or ignore_index ({ignore_index})"
+            f"target[{', '.join(map(str, place))}] is {int(x[place])}; "
+            f"it must be in [0, {classes}) or ignore_index ({ignore_index})"
         )
 
 

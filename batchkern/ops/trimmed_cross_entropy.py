@@ -54,21 +54,27 @@ def trimmed_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mean cross entropy of the k rows of highest loss.
 
-    k = max(round(keep * n), 1) where n counts the rows that are not ignored. Equal losses: the lower row index is
-    kept; NaN ranks highest. Dropped rows get a gradient of exact zeros. Losses and sums are float32 whatever the
-    logits are (float64 for float64 logits).
+    k = max(round(keep * n), 1) where n counts the rows that are not ignored: samples, pixels or tokens. Equal losses:
+    the lower row index is kept; NaN ranks highest. Dropped rows get a gradient of exact zeros. Losses and sums are
+    float32 whatever the logits are (float64 for float64 logits).
+
+    It is the common composition of :func:`cross_entropy` and :func:`trimmed_mean` in one pass: what else decides which
+    rows count is an argument of the latter.
 
     Args:
-        logits: ``(B, C)`` float32, bfloat16, float16 or float64, any strides.
-        target: ``(B,)`` int64 class indices in [0, C), or ``ignore_index``.
-        keep: fraction of rows kept, in (0, 1]; or a 0-dim float64 tensor on the logits' device, read when the
-            operation runs, so that a captured CUDA graph follows a schedule.
+        logits: ``(C,)``, ``(B, C)`` or ``(B, C, d1, ..., dK)``, float32, bfloat16, float16 or float64, any strides.
+        target: class indices of any integer type in [0, C), or ``ignore_index``, of the rows' shape; or probabilities
+            of the logits' shape, as in :func:`cross_entropy`.
+        keep: fraction of rows kept, in (0, 1]; or a 0-dim float tensor on the logits' device, read when the operation
+            runs, so that a captured CUDA graph follows a schedule.
         ignore_index: rows with this target have no loss, no gradient and no rank.
         label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
-        class_weight: ``(C,)``: weighted losses are ranked, and their sum is divided by the kept rows' weights.
-        per_sample: also return the losses ``(B,)``, detached, 0 at ignored rows.
-        group: rank over the batches of all processes of this group, whose B may differ (ties: lower rank first). The
-            loss is scaled so that the average of gradients over ranks is the gradient of the concatenated batch.
+        class_weight: ``(C,)``: weighted losses are ranked, and their sum is divided by the kept rows' weights; with
+            probabilities by the number of kept rows, as PyTorch does.
+        per_sample: also return the losses, of the rows' shape, detached, 0 at ignored rows.
+        group: rank over the batches of all processes of this group, which may have different numbers of rows (ties:
+            lower rank first). The loss is scaled so that the average of gradients over ranks is the gradient of the
+            concatenated batch.
         inplace_backward: write the gradient over the logits' storage, which must not overlap itself; no effect under
             ``torch.compile`` or where no gradient is wanted.
 
@@ -81,43 +87,53 @@ def trimmed_cross_entropy(
         RuntimeError: in the backward pass, when it is differentiated again, or when ``inplace_backward`` finds the
             logits changed since the forward pass.
     """
-    check.tensor("logits", logits, dims=2)
-    check.vector("target", target, rows=logits.shape[0], like=logits, dtypes=(torch.int64,))
+    check.cross_entropy(logits, target, class_weight, "class_weight", ignore_index, label_smoothing, group)
     keep = check.fraction("keep", keep, logits)
-    check.number("label_smoothing", label_smoothing, 0, 1)
-    check.ignored(ignore_index, group)
-    if class_weight is not None:
-        check.vector("class_weight", class_weight, rows=logits.shape[1], like=logits, dtypes=check.FLOATS)
-        check.constant("class_weight", class_weight)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         inplace_backward = False  # the compiler plans memory itself, and version counters cannot be traced
     if inplace_backward:
         check_inplace_backward(logits)
         inplace_backward = logits.requires_grad
-    if _backend.has_kernel("trimmed_cross_entropy", logits):
-        call: dict[str, Any] = {
-            "target": target,
-            "keep": keep,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "class_weight": class_weight,
-            "group": group,
-            "inplace_backward": inplace_backward,
-        }
-        loss: Tensor = _TrimmedCrossEntropy.apply(logits, call)
-        losses = call["losses"]
-    else:
-        check.target_values(target, classes=logits.shape[1], ignore_index=ignore_index)
-        loss, losses = reference.trimmed_cross_entropy(
-            boundary(logits, into_storage=inplace_backward),
-            target,
-            keep,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            class_weight=class_weight,
-            group=group,
-        )
+    loss, losses = trimmed(
+        logits,
+        target,
+        keep,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        class_weight=class_weight,
+        group=group,
+        inplace_backward=inplace_backward,
+    )
     return (loss, losses.detach()) if per_sample else loss
+
+
+def trimmed(
+    logits: Tensor, target: Tensor, keep: float | Tensor, *, inplace_backward: bool = False, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Loss and losses, of arguments that have been checked."""
+    kernel = kernel_target("trimmed_cross_entropy", logits, target)
+    if kernel is None:
+        check.target_values(
+            target, classes=logits.shape[reference.class_dim(logits)], ignore_index=options["ignore_index"]
+        )
+        logits = boundary(logits, into_storage=inplace_backward)
+        target = boundary(target) if target.requires_grad else target
+        return reference.trimmed_cross_entropy(logits, target, keep, **options)
+    call = {"target": kernel, "keep": keep, "inplace_backward": inplace_backward, "group": None, **options}
+    loss: Tensor = _TrimmedCrossEntropy.apply(logits, call)
+    return loss, call["losses"]
+
+
+def kernel_target(op: str, logits: Tensor, target: Tensor) -> Tensor | None:
+    """The target as the kernels take it; None where the reference serves: it alone has a gradient for probabilities,
+    and float64."""
+    if not _backend.has_kernel(op, logits):
+        return None
+    if not target.is_floating_point():
+        return target
+    if target.dtype == torch.float64 or (target.requires_grad and torch.is_grad_enabled()):
+        return None
+    return target if target.dtype in (torch.float32, logits.dtype) else target.float()
 
 
 class _TrimmedCrossEntropy(torch.autograd.Function):
@@ -132,9 +148,12 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
             logits, target, *check.split_keep(call["keep"], logits), class_weight, ignore_index, label_smoothing
         )
         if group is not None:
-            valid = target != ignore_index
-            weight = None if class_weight is None else class_weight.float()[torch.where(valid, target, 0)]
-            kept, normalizer = select_over_group(losses, valid, weight, call["keep"], group)
+            valid = reference.valid_rows(target, ignore_index).flatten()
+            weight = None
+            if class_weight is not None and not target.is_floating_point():
+                weight = class_weight.float()[torch.where(valid, target.long().flatten(), 0)]
+            kept, normalizer = select_over_group(losses.flatten(), valid, weight, call["keep"], group)
+            kept = kept.view(losses.shape)
             loss = torch.where(kept, losses, 0).sum() / normalizer
         ctx.inplace = (logits.detach(), logits._version) if call["inplace_backward"] else None
         saved = None if call["inplace_backward"] else logits
@@ -164,14 +183,15 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
 if _backend.extension is not None:
 
     @torch.library.register_fake("batchkern::trimmed_cross_entropy")
-    def _(logits: Tensor, *rest: Any) -> Any:
-        losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-        scalar, lse = losses.new_empty(()), losses.new_empty(logits.shape[0], 2)
-        return scalar, losses, lse, torch.empty_like(losses, dtype=torch.bool), torch.empty_like(scalar)
+    def _(logits: Tensor, target: Tensor, *rest: Any, **options: Any) -> Any:
+        losses = logits.new_empty(row_shape(logits), dtype=torch.float32)
+        scalar = losses.new_empty(())
+        state = losses.new_empty(*losses.shape, 3 if target.is_floating_point() else 2)
+        return scalar, losses, state, torch.empty_like(losses, dtype=torch.bool), torch.empty_like(scalar)
 
     @torch.library.register_fake("batchkern::trimmed_cross_entropy_backward")
     def _(grad: Tensor, logits: Tensor, *rest: Any) -> Tensor:
-        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+        return torch.empty_like(logits)
 
     @torch.library.register_fake("batchkern::trimmed_cross_entropy_backward_")
     def _(grad: Tensor, logits: Tensor, *rest: Any) -> None:
@@ -180,6 +200,11 @@ if _backend.extension is not None:
     @torch.library.register_fake("batchkern::cross_entropy_losses")
     def _(logits: Tensor, *rest: Any) -> None:
         return None
+
+
+def row_shape(logits: Tensor) -> torch.Size:
+    classes = reference.class_dim(logits)
+    return logits.shape[:classes] + logits.shape[classes + 1 :]
 
 
 class TrimmedCrossEntropyLoss(nn.Module):

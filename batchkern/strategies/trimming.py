@@ -3,6 +3,7 @@ the training difficulty", 2021 (arXiv:2110.13058), section 2."""
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -12,11 +13,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from batchkern.distributed import IGNORED
 from batchkern.errors import UserError
 from batchkern.models import has_batch_norm
-from batchkern.ops import rank_batches, trimmed_cross_entropy
+from batchkern.ops import cross_entropy, select_rows, trimmed_cross_entropy, trimmed_mean
+from batchkern.ops.trimmed_mean import Order
 from batchkern.schedules import EpochSchedule, linear
 from batchkern.strategies.base import Run, Step, Strategy
+
+PLAIN = {"order": "highest", "skip": 0.0, "above": None}
+"""The selection that the operation makes in the pass of the losses."""
 
 
 def kept_rows(keep: float, rows: int) -> int:
@@ -43,6 +49,10 @@ class Trimming(Strategy):
             batch norm, the kept rows are normalised among themselves. ``"auto"``: compact in the epochs where it is
             the cheaper one, as timed once before the training; always masked with batch norm.
         schedule: replaces the line: ``f(epoch, epochs)`` -> fraction.
+        order: ``"lowest"`` keeps the easiest fraction instead: small-loss selection, against wrong labels.
+        skip: leaves out this fraction at the top of the order first: the hardest, among which wrong labels are. It and
+            the fraction kept are at most 1 together.
+        above: keeps every row of a loss above it too, however many; the fraction is then the least that is kept.
     """
 
     name: ClassVar[str] = "trimming"
@@ -52,6 +62,9 @@ class Trimming(Strategy):
     end: float = 0.2
     backward: Literal["masked", "compact", "auto"] = "masked"
     schedule: EpochSchedule | None = None
+    order: Order = "highest"
+    skip: float = 0.0
+    above: float | None = None
     compact_below: float = field(default=0.0, init=False, repr=False)
     """Fractions under this are trained compact."""
 
@@ -59,6 +72,12 @@ class Trimming(Strategy):
         check_keep(self.start, self.end)
         if self.backward not in ("masked", "compact", "auto"):
             raise UserError(f"backward must be masked, compact or auto, got {self.backward!r}")
+        if self.order not in ("highest", "lowest"):
+            raise UserError(f"order must be highest or lowest, got {self.order!r}")
+        if not 0 <= self.skip < 1:
+            raise UserError(f"skip must be in [0, 1), got {self.skip}")
+        if self.above is not None and (math.isnan(self.above) or self.order == "lowest"):
+            raise UserError(f"above must be a number, and order highest, got {self.above} and {self.order}")
         if self.schedule is not None and not callable(self.schedule):
             raise UserError(f"schedule must be a function of (epoch, epochs), got {self.schedule!r}")
 
@@ -81,6 +100,11 @@ class Trimming(Strategy):
         value = (self.schedule or linear(self.start, self.end))(epoch, epochs)
         if not 0 < value <= 1:
             raise UserError(f"Trimming's schedule must give a fraction in (0, 1], got {value} in epoch {epoch}")
+        if self.skip + value > 1 + 1e-12:
+            raise UserError(
+                f"skip and the fraction kept must be at most 1 together, got {self.skip} + {value} in epoch {epoch}: "
+                f"start at {1 - self.skip:g} or less"
+            )
         return value
 
     def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
@@ -88,16 +112,31 @@ class Trimming(Strategy):
         step.kept = kept_rows(keep, rows)
         if step.kept == rows or keep >= self.compact_below:
             return None
-        # In index order, as the rows stand in the batch: the order of summation is then that of the masked pass.
-        return rank_batches(score(), 1.0)[: step.kept].sort().values
+        return self._chosen(step, score())
 
     def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         keep = 1.0 if step.narrowed else self.keep(step.batch.epoch, step.run.epochs)
         smoothing, group = step.run.label_smoothing, step.run.ranks.group
-        return trimmed_cross_entropy(logits, target, keep, label_smoothing=smoothing, per_sample=True, group=group)
+        if step.narrowed or self._band == PLAIN:
+            return trimmed_cross_entropy(logits, target, keep, label_smoothing=smoothing, per_sample=True, group=group)
+        losses = cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
+        mean = trimmed_mean(losses, keep, mask=target != IGNORED, group=group, **self._band)
+        return mean, losses.detach()
 
     def kept(self, step: Step, losses: Tensor) -> Tensor | None:
-        return None if step.kept in (None, len(losses)) else rank_batches(losses, 1.0)[: step.kept]
+        return None if step.kept in (None, len(losses)) else self._chosen(step, losses)
+
+    @property
+    def _band(self) -> dict[str, Any]:
+        return {"order": self.order, "skip": self.skip, "above": self.above}
+
+    def _chosen(self, step: Step, losses: Tensor) -> Tensor:
+        """Positions of the kept rows, in index order, as the rows stand in the batch: the order of summation is then
+        that of the masked pass. How many is known without a look at them but where ``above`` adds some."""
+        chosen = select_rows(losses, self.keep(step.batch.epoch, step.run.epochs), **self._band)
+        if self.above is not None:
+            step.kept = int(chosen.sum())
+        return chosen.byte().argsort(descending=True, stable=True)[: step.kept]
 
     def state_dict(self) -> dict[str, Any]:
         return {"compact_below": self.compact_below}

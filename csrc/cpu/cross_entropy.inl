@@ -1,30 +1,135 @@
-// Rows of a cross entropy (included by kernels.inl once for each level).
+// Rows of a cross entropy whose classes lie side by side (included by kernels.inl once for each level).
+
+template <class T>
+BATCHKERN_INLINE const T* row_of(const void* data, const RowLayout& at, int64_t i) {
+    return static_cast<const T*>(data) + row_offset(at, i);
+}
+
+// What a row's target asks of its logits: the sum of w q, and that of w q z.
+struct Asked {
+    double mass;
+    double dot;
+};
+
+// A probability after smoothing, times its class weight.
+BATCHKERN_INLINE float smoothed(float q, float weight, float keep, float level) {
+    return weight * (keep * q + level);
+}
+
+template <class T, class Q>
+BATCHKERN_INLINE Asked asked_of(const T* row, const Q* q, const CrossEntropyOptions& o) {
+    const auto keep = static_cast<float>(1 - o.smoothing),
+               level = static_cast<float>(o.smoothing / o.classes);
+    double mass = 0, dot = 0;
+    if (o.class_weight) {
+        BATCHKERN_SIMD(reduction(+ : mass, dot))
+        for (int64_t j = 0; j < o.classes; ++j) {
+            const double x = smoothed(load(q + j), o.class_weight[j], keep, level);
+            mass += x;
+            dot += x * load(row + j);
+        }
+    } else {
+        BATCHKERN_SIMD(reduction(+ : mass, dot))
+        for (int64_t j = 0; j < o.classes; ++j) {
+            const double x = smoothed(load(q + j), 1.0f, keep, level);
+            mass += x;
+            dot += x * load(row + j);
+        }
+    }
+    return {mass, dot};
+}
+
+BATCHKERN_INLINE void ignore_row(const LossRows& a, int64_t i) {
+    a.losses[i] = a.lse[2 * i] = a.lse[2 * i + 1] = 0.0f;
+    if (!a.entropy) return;
+    a.entropy[i] = 0.0f;
+    a.correct[i] = false;
+}
+
+// A loss from sums over its row: `dot` is that of w z, and used where there is label smoothing.
+BATCHKERN_INLINE double hard_loss(const CrossEntropyOptions& o, int64_t target, double maximum,
+                                  double log_sum, double at_target, double dot) {
+    const double loss = (o.class_weight ? o.class_weight[target] : 1.0) * (log_sum + (maximum - at_target));
+    if (!(o.smoothing > 0)) return loss;
+    const double spread = (log_sum + maximum) * o.weight_sum - dot;
+    return (1 - o.smoothing) * loss + o.smoothing / o.classes * spread;
+}
+
+BATCHKERN_INLINE double soft_loss(const Asked& asked, double maximum, double log_sum) {
+    return asked.mass * (log_sum + maximum) - asked.dot;
+}
+
+template <class T>
+BATCHKERN_INLINE int64_t first_highest(const T* row, int64_t n) {
+    int64_t best = 0;
+    for (int64_t j = 1; j < n; ++j)
+        if (load(row + j) > load(row + best)) best = j;
+    return best;
+}
+
+template <class T>
+BATCHKERN_INLINE int64_t target_class(const LossRows& a, const CrossEntropyOptions& o, int64_t i) {
+    const Probabilities& q = a.probabilities;
+    if (!q.data) return class_of(a.target, i);
+    return q.are_float ? first_highest(row_of<float>(q.data, q.at, i), o.classes)
+                       : first_highest(row_of<T>(q.data, q.at, i), o.classes);
+}
+
+// A second look at a row that is still cached.
+template <class T>
+BATCHKERN_INLINE void describe_row(const LossRows& a, const CrossEntropyOptions& o, int64_t i, float maximum,
+                                   float log_sum) {
+    const T* row = row_of<T>(a.logits, a.at, i);
+    double sum = 0;
+    BATCHKERN_SIMD(reduction(+ : sum))
+    for (int64_t j = 0; j < o.classes; ++j) {
+        const float log_p = (load(row + j) - maximum) - log_sum, p = exp_nonpositive(log_p);
+        sum += p == 0 ? 0.0f : p * log_p;
+    }
+    a.entropy[i] = static_cast<float>(-sum);
+    const int64_t target = target_class<T>(a, o, i);
+    bool before = false;
+    if (load(row + target) == maximum)
+        for (int64_t j = 0; j < target; ++j) before |= load(row + j) == maximum;
+    a.correct[i] = load(row + target) == maximum && log_sum == log_sum && !before;
+}
 
 // What follows from a row's maximum and the log of its sum: its loss, and what the backward pass needs.
 template <class T>
 BATCHKERN_INLINE void finish_row(const LossRows& a, const CrossEntropyOptions& o, int64_t i, float maximum,
                                  double log_sum) {
-    const T* row = static_cast<const T*>(a.logits) + i * a.stride;
-    const int64_t target = a.target[i];
-    const double distance = log_sum + (static_cast<double>(maximum) - load(row + target));
-    const double weight = o.class_weight ? o.class_weight[target] : 1.0;
-    double loss = weight * distance;
-    if (o.smoothing > 0) {
+    const T* row = row_of<T>(a.logits, a.at, i);
+    const Probabilities& q = a.probabilities;
+    double loss;
+    float* state = a.lse + 2 * i;
+    if (q.data) {
+        const Asked asked = q.are_float ? asked_of(row, row_of<float>(q.data, q.at, i), o)
+                                        : asked_of(row, row_of<T>(q.data, q.at, i), o);
+        loss = soft_loss(asked, maximum, log_sum);
+        state = a.lse + 3 * i;
+        state[2] = static_cast<float>(asked.mass);
+    } else {
+        const int64_t target = class_of(a.target, i);
         double dot = 0;
-        if (o.class_weight) {
+        if (o.smoothing > 0 && o.class_weight) {
             BATCHKERN_SIMD(reduction(+ : dot))
             for (int64_t j = 0; j < o.classes; ++j)
                 dot += static_cast<double>(o.class_weight[j]) * load(row + j);
-        } else {
+        } else if (o.smoothing > 0) {
             BATCHKERN_SIMD(reduction(+ : dot))
             for (int64_t j = 0; j < o.classes; ++j) dot += load(row + j);
         }
-        const double spread = (log_sum + maximum) * o.weight_sum - dot;
-        loss = (1 - o.smoothing) * loss + o.smoothing / o.classes * spread;
+        loss = hard_loss(o, target, maximum, log_sum, load(row + target), dot);
     }
     a.losses[i] = static_cast<float>(loss);
-    a.lse[2 * i] = maximum;
-    a.lse[2 * i + 1] = static_cast<float>(log_sum);
+    state[0] = maximum;
+    state[1] = static_cast<float>(log_sum);
+    if (a.entropy) describe_row<T>(a, o, i, maximum, state[1]);
+}
+
+BATCHKERN_INLINE bool is_ignored(const Probabilities& q, const ClassIndices& target, int64_t i,
+                                 const CrossEntropyOptions& o) {
+    return !q.data && class_of(target, i) == o.ignore_index;
 }
 
 // Rows of at most kNarrow classes, a vector of rows at a time: a row alone would not fill one.
@@ -33,10 +138,10 @@ constexpr int64_t kNarrow = 32;
 template <class T>
 void narrow_loss_rows(const LossRows& a, const CrossEntropyOptions& o) {
     float z[kNarrow][kLanes];
-    for (int64_t first = 0; first < a.rows; first += kLanes) {
-        const int64_t rows = a.rows - first < kLanes ? a.rows - first : kLanes;
+    for (int64_t first = a.begin; first < a.end; first += kLanes) {
+        const int64_t rows = a.end - first < kLanes ? a.end - first : kLanes;
         for (int64_t r = 0; r < kLanes; ++r) {
-            const T* row = static_cast<const T*>(a.logits) + (first + (r < rows ? r : 0)) * a.stride;
+            const T* row = row_of<T>(a.logits, a.at, first + (r < rows ? r : 0));
             for (int64_t j = 0; j < o.classes; ++j) z[j][r] = load(row + j);
         }
         float maximum[kLanes], base[kLanes];
@@ -55,8 +160,8 @@ void narrow_loss_rows(const LossRows& a, const CrossEntropyOptions& o) {
         for (int64_t r = 0; r < kLanes; ++r) log_sum[r] = log_nonnegative(sum[r]);
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t i = first + r;
-            if (a.target[i] == o.ignore_index)
-                a.losses[i] = a.lse[2 * i] = a.lse[2 * i + 1] = 0.0f;
+            if (is_ignored(a.probabilities, a.target, i, o))
+                ignore_row(a, i);
             else
                 finish_row<T>(a, o, i, maximum[r], log_sum[r]);
         }
@@ -66,53 +171,121 @@ void narrow_loss_rows(const LossRows& a, const CrossEntropyOptions& o) {
 template <class T>
 void loss_rows(const LossRows& a, const CrossEntropyOptions& o) {
     if (o.classes <= kNarrow) return narrow_loss_rows<T>(a, o);
-    for (int64_t i = 0; i < a.rows; ++i) {
-        if (a.target[i] == o.ignore_index) {
-            a.losses[i] = a.lse[2 * i] = a.lse[2 * i + 1] = 0.0f;
+    for (int64_t i = a.begin; i < a.end; ++i) {
+        if (is_ignored(a.probabilities, a.target, i, o)) {
+            ignore_row(a, i);
             continue;
         }
         float maximum;
-        const double log_sum =
-            log_sum_exp(static_cast<const T*>(a.logits) + i * a.stride, o.classes, 1.0f, &maximum);
+        const double log_sum = log_sum_exp(row_of<T>(a.logits, a.at, i), o.classes, 1.0f, &maximum);
         finish_row<T>(a, o, i, maximum, log_sum);
     }
 }
 
+// d / d z_j = total * softmax_j - level * w_j - (j == target) * peak; of probabilities, total * softmax_j -
+// factor * w_j * q_j, smoothed.
+struct RowGradient {
+    float maximum, log_sum;
+    float total, level, peak;
+    float factor;    // of the loss
+    int64_t target;  // its column, or -1
+};
+
+// False where the row has no gradient.
+BATCHKERN_INLINE bool row_gradient(const GradRows& a, const CrossEntropyOptions& o, int64_t i,
+                                   RowGradient* g) {
+    const Upstream& u = a.upstream;
+    float factor = 0, lse_factor = 0;
+    if (u.kept) {
+        factor = u.kept[i] ? u.scale : 0.0f;
+    } else if (!is_ignored(a.probabilities, a.target, i, o)) {
+        if (u.loss) factor = u.loss[i * u.loss_stride];
+        if (u.lse) lse_factor = u.lse[i * u.lse_stride];
+    }
+    if (factor == 0 && lse_factor == 0) return false;
+    g->factor = factor;
+    g->target = -1;
+    const float* state = a.lse + 2 * i;
+    if (a.probabilities.data) {
+        state = a.lse + 3 * i;
+        g->total = static_cast<float>(static_cast<double>(factor) * state[2] + lse_factor);
+        g->level = g->peak = 0.0f;
+    } else {
+        const int64_t target = class_of(a.target, i);
+        const double smooth = o.smoothing / o.classes;
+        const double peak = (1 - o.smoothing) * (o.class_weight ? o.class_weight[target] : 1.0);
+        g->total = static_cast<float>(factor * (peak + smooth * o.weight_sum) + lse_factor);
+        g->level = static_cast<float>(factor * smooth);
+        g->peak = static_cast<float>(factor * peak);
+        const int64_t column = target - a.first_class;
+        if (column >= 0 && column < a.columns) g->target = column;
+    }
+    g->maximum = state[0];
+    g->log_sum = state[1];
+    return true;
+}
+
+template <class T, class Q>
+BATCHKERN_INLINE void soft_grad_row(const RowGradient& g, const T* row, const Q* q, T* grad,
+                                    const CrossEntropyOptions& o) {
+    const auto keep = static_cast<float>(1 - o.smoothing),
+               level = static_cast<float>(o.smoothing / o.classes);
+    const float maximum = g.maximum, log_sum = g.log_sum, total = g.total, factor = g.factor;
+    if (o.class_weight) {
+        BATCHKERN_SIMD()
+        for (int64_t j = 0; j < o.classes; ++j) {
+            const float p = exp_nonpositive((load(row + j) - maximum) - log_sum);
+            store(grad + j, total * p - factor * smoothed(load(q + j), o.class_weight[j], keep, level));
+        }
+    } else {
+        BATCHKERN_SIMD()
+        for (int64_t j = 0; j < o.classes; ++j) {
+            const float p = exp_nonpositive((load(row + j) - maximum) - log_sum);
+            store(grad + j, total * p - factor * smoothed(load(q + j), 1.0f, keep, level));
+        }
+    }
+}
+
+// The gradient at a row's target.
+BATCHKERN_INLINE float grad_at_target(const RowGradient& g, const CrossEntropyOptions& o, int64_t target,
+                                      float z) {
+    const double level = static_cast<double>(g.level) * (o.class_weight ? o.class_weight[target] : 1.0f);
+    return static_cast<float>(g.total * exp_nonpositive((z - g.maximum) - g.log_sum) - level - g.peak);
+}
+
 template <class T>
 void grad_rows(const GradRows& a, const CrossEntropyOptions& o) {
-    for (int64_t i = 0; i < a.rows; ++i) {
-        T* grad = static_cast<T*>(a.grad) + i * a.grad_stride;
-        if (!a.kept[i]) {
+    const Probabilities& q = a.probabilities;
+    for (int64_t i = a.begin; i < a.end; ++i) {
+        T* grad = static_cast<T*>(a.grad) + row_offset(a.grad_at, i);
+        RowGradient g;
+        if (!row_gradient(a, o, i, &g)) {
             if (!a.grad_is_zero) memset(grad, 0, a.columns * sizeof(T));
             continue;
         }
-        // d loss / d z_j = total * softmax_j - smooth * w_j - (j == target) * peak
-        const T* row = static_cast<const T*>(a.logits) + i * a.stride;
-        const int64_t target = a.target[i] - a.first_class;
-        const bool has_target = target >= 0 && target < a.columns;
-        const double weight = o.class_weight ? o.class_weight[target] : 1.0;
-        const double smooth = o.smoothing / o.classes;
-        const double peak = (1 - o.smoothing) * weight;
-        const float total = static_cast<float>(peak + smooth * o.weight_sum);
-        const float maximum = a.lse[2 * i], log_sum = a.lse[2 * i + 1], scale = a.scale;
-        const float at_target =
-            has_target ? total * exp_nonpositive((load(row + target) - maximum) - log_sum) : 0.0f;
-        const double level = smooth * (o.class_weight ? o.class_weight[target] : 1.0);
-        if (o.class_weight && smooth > 0) {
-            const float factor = static_cast<float>(smooth);
+        const T* row = row_of<T>(a.logits, a.at, i);
+        if (q.data) {
+            if (q.are_float)
+                soft_grad_row(g, row, row_of<float>(q.data, q.at, i), grad, o);
+            else
+                soft_grad_row(g, row, row_of<T>(q.data, q.at, i), grad, o);
+            continue;
+        }
+        const float maximum = g.maximum, log_sum = g.log_sum, total = g.total, level = g.level;
+        const float at_target = g.target < 0 ? 0.0f : grad_at_target(g, o, g.target, load(row + g.target));
+        if (o.class_weight && level != 0) {
             BATCHKERN_SIMD()
             for (int64_t j = 0; j < a.columns; ++j) {
                 const float p = exp_nonpositive((load(row + j) - maximum) - log_sum);
-                store(grad + j, (total * p - factor * o.class_weight[j]) * scale);
+                store(grad + j, total * p - level * o.class_weight[j]);
             }
         } else {
-            const float constant = static_cast<float>(smooth);
             BATCHKERN_SIMD()
             for (int64_t j = 0; j < a.columns; ++j) {
                 const float p = exp_nonpositive((load(row + j) - maximum) - log_sum);
-                store(grad + j, (total * p - constant) * scale);
+                store(grad + j, total * p - level);
             }
         }
-        if (has_target) store(grad + target, static_cast<float>((at_target - level - peak) * scale));
+        if (g.target >= 0) store(grad + g.target, at_target);
     }
 }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../class_rows.h"
 #include "../element_type.h"
 
 namespace batchkern {
@@ -17,29 +18,48 @@ struct CrossEntropyOptions {
     int64_t ignore_index;
 };
 
+// Rows `begin` to `end` of a cross entropy; every pointer is that of row 0.
 struct LossRows {
-    const void* logits;     // (rows, classes)
-    int64_t stride;         // elements from row to row
-    const int64_t* target;  // (rows,), in range or ignore_index
-    float* losses;          // (rows,), 0 where ignored
-    float* lse;             // (rows, 2): the maximum m, and log of the sum of exp(z - m)
-    int64_t rows;
+    const void* logits;
+    RowLayout at;
+    ClassIndices target;          // (rows,), in range or ignore_index
+    Probabilities probabilities;  // in their place, where they are not null
+    float* losses;                // (rows,), 0 where ignored
+    float* lse;      // (rows, 2): the maximum m, and log of the sum of exp(z - m); of probabilities (rows, 3)
+    float* entropy;  // (rows,), or null
+    bool* correct;   // likewise: whether the highest class, of equal ones the first, is the target's
+    int64_t begin;
+    int64_t end;
+};
+
+// The upstream gradients of rows.
+struct Upstream {
+    const bool* kept;   // (rows,): `scale` where it is true, else 0; or null
+    float scale;        // upstream gradient over the normalizer
+    const float* loss;  // (rows,) at `loss_stride`, of the losses; null: 0
+    int64_t loss_stride;
+    const float* lse;  // and of the log-sum-exps
+    int64_t lse_stride;
 };
 
 struct GradRows {
     const void* logits;  // (rows, columns)
-    int64_t stride;
-    const int64_t* target;  // (rows,)
-    const float* lse;       // (rows, 2)
-    const bool* kept;       // (rows,)
-    void* grad;             // (rows, columns); may be the logits themselves
-    int64_t grad_stride;
-    bool grad_is_zero;    // dropped rows hold zeros already
-    float scale;          // upstream gradient over the normalizer
+    RowLayout at;
+    ClassIndices target;  // (rows,)
+    Probabilities probabilities;
+    const float* lse;  // (rows, 2), or of probabilities (rows, 3)
+    Upstream upstream;
+    void* grad;  // (rows, columns); may be the logits themselves
+    RowLayout grad_at;
+    bool grad_is_zero;    // rows without a gradient hold zeros already
     int64_t first_class;  // the columns are the classes from this one on
     int64_t columns;
-    int64_t rows;
+    int64_t begin;
+    int64_t end;
 };
+
+// So many rows are worked on at a time where classes do not lie side by side.
+constexpr int64_t kTile = 64;
 
 // Divergences of the virtual rows of one reference row, and their gradients.
 struct DivergenceRows {
@@ -77,8 +97,11 @@ struct Mask {
 
 struct Kernels {
     const char* level;
+    // rows: classes lie side by side; columns: they do not
     void (*loss_rows[kElementTypes])(const LossRows&, const CrossEntropyOptions&);
+    void (*loss_columns[kElementTypes])(const LossRows&, const CrossEntropyOptions&);
     void (*grad_rows[kElementTypes])(const GradRows&, const CrossEntropyOptions&);
+    void (*grad_columns[kElementTypes])(const GradRows&, const CrossEntropyOptions&);
     void (*divergence_rows[kElementTypes])(const DivergenceRows&);
     void (*noise_row)(const NoiseRow&);
     // noise -> s * H D noise, in place; buffer holds the next power of two

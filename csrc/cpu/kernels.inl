@@ -7,6 +7,7 @@ namespace {
 // clang-format off
 #include "reduce.inl"
 #include "cross_entropy.inl"
+#include "cross_entropy_columns.inl"
 #include "soft_label_kl.inl"
 #include "augment_latent.inl"
 #include "losses.inl"
@@ -19,7 +20,9 @@ namespace {
 extern const Kernels table = {
     BATCHKERN_LEVEL,
     BATCHKERN_EACH_TYPE(loss_rows),
+    BATCHKERN_EACH_TYPE(loss_columns),
     BATCHKERN_EACH_TYPE(grad_rows),
+    BATCHKERN_EACH_TYPE(grad_columns),
     BATCHKERN_EACH_TYPE(divergence_rows),
     noise_row,
     hadamard_row,

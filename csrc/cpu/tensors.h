@@ -25,9 +25,9 @@ inline int64_t grain(int64_t elements_per_row) {
     return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_row));
 }
 
-// The ranking keys of losses (n,), as in order.h.
+// The ranking keys of n contiguous losses, as in order.h.
 inline std::unique_ptr<uint32_t[]> order_keys(const at::Tensor& losses, ElementType type) {
-    const int64_t n = losses.size(0), size = losses.element_size();
+    const int64_t n = losses.numel(), size = losses.element_size();
     std::unique_ptr<uint32_t[]> keys(new uint32_t[n]);
     const char* const data = static_cast<const char*>(losses.const_data_ptr());
     at::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {

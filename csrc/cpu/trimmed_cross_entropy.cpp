@@ -1,9 +1,12 @@
-// trimmed_cross_entropy on a CPU: losses and log-sum-exps of all rows, a selection, gradients of the kept
-// rows.
+// cross_entropy and trimmed_cross_entropy on a CPU: losses and log-sum-exps of all rows, a selection,
+// gradients of the rows that have one.
+#include <ATen/ExpandUtils.h>
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <cstdlib>
+#include <string>
+#include <vector>
 
 #include "select.h"
 #include "tensors.h"
@@ -25,27 +28,55 @@ struct Problem : CrossEntropyArguments {
     CrossEntropyOptions options;
 };
 
+// "1, 2" for the row at [1, 2] of a target.
+std::string place_of(int64_t row, const std::vector<int64_t>& shape) {
+    std::string text;
+    for (auto size = shape.rbegin(); size != shape.rend(); row /= *size++)
+        text = std::to_string(row % *size) + (text.empty() ? "" : ", ") + text;
+    return text;
+}
+
 // Raises where a row that is looked at has no such class; kept is null, or says which rows are.
 void check_target(const Problem& p, const bool* kept) {
-    const int64_t* target = p.target.const_data_ptr<int64_t>();
+    if (p.soft) return;
     for (int64_t i = 0; i < p.rows; ++i) {
-        if (kept ? !kept[i] : target[i] == p.options.ignore_index) continue;
-        TORCH_CHECK_VALUE(target[i] >= 0 && target[i] < p.classes, "target[", i, "] is ", target[i],
+        const int64_t target = class_of(p.indices, i);
+        if (kept ? !kept[i] : target == p.options.ignore_index) continue;
+        TORCH_CHECK_VALUE(target >= 0 && target < p.classes, "target[", place_of(i, p.shape), "] is ", target,
                           "; it must be in [0, ", p.classes, ") or ignore_index (", p.options.ignore_index,
                           ")");
     }
 }
 
-// losses (rows,) and lse (rows, 2) float32, contiguous.
-void write_losses(const Problem& p, const at::Tensor& losses, const at::Tensor& lse) {
+// Calls use(begin, end) for parts of the rows: tiles, where rows do not have their classes side by side.
+template <class Use>
+void each_part(const Problem& p, bool by_rows, Use use) {
+    const int64_t unit = by_rows ? 1 : kTile, units = (p.rows + unit - 1) / unit;
+    at::parallel_for(0, units, grain(p.columns * unit),
+                     [&](int64_t begin, int64_t end) { use(begin * unit, std::min(end * unit, p.rows)); });
+}
+
+// losses (rows,) and lse (rows, 2 or 3) float32, contiguous; entropy and correct (rows,), or undefined.
+void write_losses(const Problem& p, const at::Tensor& losses, const at::Tensor& lse,
+                  const at::Tensor& entropy = {}, const at::Tensor& correct = {}) {
     check_target(p, nullptr);
-    const int64_t* const target = p.target.const_data_ptr<int64_t>();
-    float* const loss = losses.mutable_data_ptr<float>();
-    float* const log_sums = lse.mutable_data_ptr<float>();
-    at::parallel_for(0, p.rows, grain(p.classes), [&](int64_t begin, int64_t end) {
-        kernels().loss_rows[p.type]({row_pointer(p.logits, begin), p.logits.stride(0), target + begin,
-                                     loss + begin, log_sums + 2 * begin, end - begin},
-                                    p.options);
+    const bool by_rows = p.is_rows();
+    LossRows rows{p.logits.const_data_ptr(),
+                  p.layout(),
+                  p.indices,
+                  p.probabilities(),
+                  losses.mutable_data_ptr<float>(),
+                  lse.mutable_data_ptr<float>(),
+                  entropy.defined() ? entropy.mutable_data_ptr<float>() : nullptr,
+                  correct.defined() ? correct.mutable_data_ptr<bool>() : nullptr,
+                  0,
+                  0};
+    const auto kernel = by_rows ? kernels().loss_rows[p.type] : kernels().loss_columns[p.type];
+    each_part(p, by_rows, [&](int64_t begin, int64_t end) {
+        LossRows part = rows;
+        part.begin = begin;
+        part.end = end;
+        kernel(part, p.options);
     });
 }
 
@@ -56,51 +87,80 @@ void cross_entropy_losses(const at::Tensor& logits, const at::Tensor& target, at
     write_losses(p, losses, lse);
 }
 
+using Rows = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Rows cross_entropy(const at::Tensor& logits, const at::Tensor& target,
+                   const std::optional<at::Tensor>& class_weight, int64_t ignore_index,
+                   double label_smoothing, bool stats) {
+    const Problem p(logits, target, class_weight, ignore_index, label_smoothing);
+    const auto floats = logits.options().dtype(at::kFloat), bools = logits.options().dtype(at::kBool);
+    at::Tensor losses = at::empty(p.shape, floats), lse = at::empty(p.state_shape(), floats);
+    at::Tensor entropy = stats ? at::empty(p.shape, floats) : at::empty({0}, floats);
+    at::Tensor correct = stats ? at::empty(p.shape, bools) : at::empty({0}, bools);
+    write_losses(p, losses, lse, stats ? entropy : at::Tensor(), stats ? correct : at::Tensor());
+    return {losses, lse, entropy, correct};
+}
+
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target_, double keep,
+Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target, double keep,
                               const std::optional<at::Tensor>& keep_tensor,
                               const std::optional<at::Tensor>& class_weight, int64_t ignore_index,
                               double label_smoothing) {
     const double fraction = keep_value(keep, keep_tensor, logits);
-    const Problem p(logits, target_, class_weight, ignore_index, label_smoothing);
+    const Problem p(logits, target, class_weight, ignore_index, label_smoothing);
     const auto floats = logits.options().dtype(at::kFloat);
-    at::Tensor losses = at::empty({p.rows}, floats), lse = at::empty({p.rows, 2}, floats);
-    at::Tensor kept = at::empty({p.rows}, floats.dtype(at::kBool));
+    at::Tensor losses = at::empty(p.shape, floats), lse = at::empty(p.state_shape(), floats);
+    at::Tensor kept = at::empty(p.shape, floats.dtype(at::kBool));
     write_losses(p, losses, lse);
 
-    const int64_t* const target = p.target.const_data_ptr<int64_t>();
     bool* const is_kept = kept.mutable_data_ptr<bool>();
     const auto keys = order_keys(losses, kFloat32);
-    for (int64_t i = 0; i < p.rows; ++i) is_kept[i] = target[i] != ignore_index;
+    for (int64_t i = 0; i < p.rows; ++i) is_kept[i] = p.soft || class_of(p.indices, i) != ignore_index;
     const int64_t k = select_rows(keys.get(), is_kept, p.rows, {fraction}, is_kept);
-    const double sum = kernels().sum_kept[kFloat32](losses.const_data_ptr<float>(), is_kept, nullptr, p.rows);
+    const double sum = kernels().sum_kept[kFloat32](losses.const_data_ptr(), is_kept, nullptr, p.rows);
     double normalizer = static_cast<double>(k);
-    if (p.options.class_weight) {
+    if (p.options.class_weight && !p.soft) {
         normalizer = 0;
         for (int64_t i = 0; i < p.rows; ++i)
-            if (is_kept[i]) normalizer += p.options.class_weight[target[i]];
+            if (is_kept[i]) normalizer += p.options.class_weight[class_of(p.indices, i)];
     }
     return {scalar(sum / normalizer), losses, lse, kept, scalar(normalizer)};
 }
 
-void write_gradient(const Problem& p, const at::Tensor& upstream, const at::Tensor& lse,
-                    const at::Tensor& kept, const at::Tensor& normalizer, const at::Tensor& grad,
+// `grad` has the logits' shape, and may be p.logits.
+void write_gradient(const Problem& p, const at::Tensor& lse, const Upstream& upstream, const at::Tensor& grad,
                     bool grad_is_zero) {
-    p.check_saved(upstream, lse, kept, normalizer);
-    if (grad.numel() == 0) return;
-    const float scale = static_cast<float>(upstream.item<double>() / normalizer.item<double>());
-    const bool* const is_kept = kept.const_data_ptr<bool>();
-    check_target(p, is_kept);
-    const float* const log_sums = lse.const_data_ptr<float>();
-    const int64_t* const target = p.target.const_data_ptr<int64_t>();
-    at::parallel_for(0, p.rows, grain(p.columns), [&](int64_t begin, int64_t end) {
-        kernels().grad_rows[p.type](
-            {row_pointer(p.logits, begin), p.logits.stride(0), target + begin, log_sums + 2 * begin,
-             is_kept + begin, mutable_row_pointer(grad, begin), grad.stride(0), grad_is_zero, scale,
-             p.first_class, p.columns, end - begin},
-            p.options);
+    check_target(p, upstream.kept);
+    const RowLayout grad_at = *p.grid.layout(grad);
+    const bool by_rows = p.is_rows() && is_rows(grad_at, p.columns);
+    const GradRows rows{p.logits.const_data_ptr(),
+                        p.layout(),
+                        p.indices,
+                        p.probabilities(),
+                        lse.const_data_ptr<float>(),
+                        upstream,
+                        grad.mutable_data_ptr(),
+                        grad_at,
+                        grad_is_zero,
+                        p.first_class,
+                        p.columns,
+                        0,
+                        0};
+    const auto kernel = by_rows ? kernels().grad_rows[p.type] : kernels().grad_columns[p.type];
+    each_part(p, by_rows, [&](int64_t begin, int64_t end) {
+        GradRows part = rows;
+        part.begin = begin;
+        part.end = end;
+        kernel(part, p.options);
     });
+}
+
+Upstream of_kept(const Problem& p, const at::Tensor& grad, const at::Tensor& lse, const at::Tensor& kept,
+                 const at::Tensor& normalizer) {
+    p.check_saved(grad, lse, kept, normalizer);
+    const float scale = static_cast<float>(grad.item<double>() / normalizer.item<double>());
+    return {kept.const_data_ptr<bool>(), scale, nullptr, 0, nullptr, 0};
 }
 
 // Above this size malloc maps fresh pages, which hold zeros: calloc knows, so rows that were dropped need not
@@ -119,6 +179,7 @@ void release(void* base) {
     std::free(base);
 }
 
+// In the memory format of `like`.
 at::Tensor fresh_zeros(const at::Tensor& like) {
     const size_t bytes = like.numel() * like.element_size();
     void* const base = std::calloc(bytes + kAlignment, 1);
@@ -128,7 +189,45 @@ at::Tensor fresh_zeros(const at::Tensor& like) {
     const c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
                                at::DataPtr(aligned(base), base, &release, at::kCPU), c10::GetCPUAllocator(),
                                /*resizable=*/true);
-    return at::empty({0}, like.options()).set_(storage, 0, like.sizes());
+    const auto strides = like.is_non_overlapping_and_dense()
+                             ? like.strides().vec()
+                             : at::infer_dense_strides(like.sizes(), like.strides());
+    return at::empty({0}, like.options()).set_(storage, 0, like.sizes(), strides);
+}
+
+at::Tensor gradient(const Problem& p, const at::Tensor& logits, const at::Tensor& lse,
+                    const Upstream& upstream) {
+    const bool fresh = logits.numel() * logits.element_size() > kAlwaysMapped;
+    at::Tensor result = fresh ? fresh_zeros(logits) : at::empty_like(logits);
+    if (p.grid.layout(result)) {
+        write_gradient(p, lse, upstream, result, fresh);
+    } else {
+        const at::Tensor other = at::empty(logits.sizes(), logits.options());
+        write_gradient(p, lse, upstream, other, false);
+        result.copy_(other);
+    }
+    return result;
+}
+
+at::Tensor cross_entropy_backward(const std::optional<at::Tensor>& grad_losses,
+                                  const std::optional<at::Tensor>& grad_lse, const at::Tensor& logits,
+                                  const at::Tensor& target, const at::Tensor& lse,
+                                  const std::optional<at::Tensor>& class_weight, int64_t ignore_index,
+                                  double label_smoothing) {
+    const Problem p(logits, target, class_weight, ignore_index, label_smoothing);
+    p.check_lse(lse);
+    const at::Tensor of_losses = p.check_upstream(grad_losses, "grad_losses");
+    const at::Tensor of_lse = p.check_upstream(grad_lse, "grad_lse");
+    Upstream upstream{};
+    if (of_losses.defined()) {
+        upstream.loss = of_losses.const_data_ptr<float>();
+        upstream.loss_stride = of_losses.numel() == p.rows;
+    }
+    if (of_lse.defined()) {
+        upstream.lse = of_lse.const_data_ptr<float>();
+        upstream.lse_stride = of_lse.numel() == p.rows;
+    }
+    return gradient(p, logits, lse, upstream);
 }
 
 at::Tensor trimmed_cross_entropy_backward(const at::Tensor& grad, const at::Tensor& logits,
@@ -137,10 +236,7 @@ at::Tensor trimmed_cross_entropy_backward(const at::Tensor& grad, const at::Tens
                                           const std::optional<at::Tensor>& class_weight,
                                           double label_smoothing) {
     const Problem p(logits, target, class_weight, -1, label_smoothing);
-    const bool fresh = logits.numel() * logits.element_size() > kAlwaysMapped;
-    const at::Tensor result = fresh ? fresh_zeros(logits) : at::empty(logits.sizes(), logits.options());
-    write_gradient(p, grad, lse, kept, normalizer, result, fresh);
-    return result;
+    return gradient(p, logits, lse, of_kept(p, grad, lse, kept, normalizer));
 }
 
 void trimmed_cross_entropy_backward_(const at::Tensor& grad, at::Tensor& logits, const at::Tensor& target,
@@ -149,13 +245,15 @@ void trimmed_cross_entropy_backward_(const at::Tensor& grad, at::Tensor& logits,
                                      const std::optional<at::Tensor>& class_weight, double label_smoothing,
                                      int64_t first_class, std::optional<int64_t> classes) {
     const Problem p(logits, target, class_weight, -1, label_smoothing, first_class, classes);
-    write_gradient(p, grad, lse, kept, normalizer, p.logits, false);
+    write_gradient(p, lse, of_kept(p, grad, lse, kept, normalizer), p.logits, false);
     if (!p.logits.is_same(logits)) logits.copy_(p.logits);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(batchkern, CPU, m) {
+    m.impl("cross_entropy", &cross_entropy);
+    m.impl("cross_entropy_backward", &cross_entropy_backward);
     m.impl("cross_entropy_losses", &cross_entropy_losses);
     m.impl("trimmed_cross_entropy", &trimmed_cross_entropy);
     m.impl("trimmed_cross_entropy_backward", &trimmed_cross_entropy_backward);

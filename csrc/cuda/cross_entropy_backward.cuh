@@ -1,45 +1,60 @@
-// The gradient of the logits in one launch: rows that were dropped are zeroed without being read, kept rows
-// compute their softmax anew from the log-sum-exp. The gradient may be written over the logits.
+// The gradient of logits whose classes lie side by side, in one launch: rows without an upstream gradient are
+// zeroed without being read, the others compute their softmax anew from the log-sum-exp. The gradient may be
+// written over the logits.
 #pragma once
 
 #include "cross_entropy.cuh"
 
 namespace batchkern {
 
-// d loss / d z_j = (total * softmax_j - smooth * w_j - (j == target) * peak) * scale
+// d / d z_j = total * softmax_j - level * w_j - (j == target) * peak
 struct RowGradient {
     float maximum, log_sum;
-    float total, smooth, peak, scale;
+    float total, level, peak;
+    float factor;  // of the loss
     const float* class_weight;
     int target;  // its column, or -1
 
+    __device__ __forceinline__ float share(float z) const { return total * expf((z - maximum) - log_sum); }
+
     template <bool kSmooth>
     __device__ __forceinline__ float at(int column, float z) const {
-        const float p = total * expf((z - maximum) - log_sum);
-        const float level = !kSmooth ? 0.0f : class_weight ? smooth * class_weight[column] : smooth;
-        return (column == target ? (p - level) - peak : p - level) * scale;
+        const float p = share(z);
+        const float below = !kSmooth ? 0.0f : class_weight ? level * class_weight[column] : level;
+        return column == target ? (p - below) - peak : p - below;
     }
 };
 
+// What is upstream of a row: of its loss, and of its log-sum-exp.
+__device__ __forceinline__ float2 upstream_of(const Upstream& u, const CrossEntropyRows& rows, int64_t row) {
+    if (u.kept) return {u.kept[row] ? *u.scalar / *u.normalizer : 0.0f, 0.0f};
+    if (!rows.probabilities.data && class_of(rows.target, row) == u.ignore_index) return {0.0f, 0.0f};
+    return {u.loss ? u.loss[row * u.loss_stride] : 0.0f, u.lse ? u.lse[row * u.lse_stride] : 0.0f};
+}
+
+// False where the row has no gradient.
 template <bool kSmooth>
-__device__ __forceinline__ RowGradient row_gradient(const BackwardCall& a, int64_t row) {
+__device__ __forceinline__ bool row_gradient(const BackwardCall& a, int64_t row, RowGradient& g) {
     const CrossEntropyRows& rows = a.rows;
-    const int64_t target = rows.target[row];
+    const float2 upstream = upstream_of(a.upstream, rows, row);
+    if (upstream.x == 0.0f && upstream.y == 0.0f) return false;
+    const int64_t target = class_of(rows.target, row);
     check_class(target, a.all_classes);
     const int64_t column = target - a.first_class;
     const float2 lse = reinterpret_cast<const float2*>(a.lse)[row];
     const float weight = rows.class_weight ? rows.class_weight[target] : 1.0f;
     const float smooth = kSmooth ? rows.smoothing / static_cast<float>(a.all_classes) : 0.0f;
     const float peak = kSmooth ? (1.0f - rows.smoothing) * weight : weight;
-    const float spread = !kSmooth ? 0.0f : rows.class_weight ? smooth * *a.weight_sum : rows.smoothing;
-    return {lse.x,
-            lse.y,
-            peak + spread,
-            smooth,
-            peak,
-            *a.upstream / *a.normalizer,
-            rows.class_weight,
-            column >= 0 && column < rows.classes ? static_cast<int>(column) : -1};
+    const float spread = !kSmooth ? 0.0f : a.weight_sum ? smooth * *a.weight_sum : rows.smoothing;
+    g = {lse.x,
+         lse.y,
+         upstream.x * (peak + spread) + upstream.y,
+         upstream.x * smooth,
+         upstream.x * peak,
+         upstream.x,
+         rows.class_weight,
+         column >= 0 && column < rows.classes ? static_cast<int>(column) : -1};
+    return true;
 }
 
 template <class T, int kGroup>
@@ -99,13 +114,13 @@ __global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup, kSmooth>)
     cross_entropy_backward(const BackwardCall a) {
     const int classes = a.rows.classes;
     for (int64_t i = first_row<kGroup>(); i < a.rows.rows; i += row_step<kGroup>()) {
-        const T* const row = static_cast<const T*>(a.rows.logits) + i * a.rows.stride;
-        T* const grad = static_cast<T*>(a.grad) + i * a.grad_stride;
-        if (!a.kept[i]) {
+        const T* const row = static_cast<const T*>(a.rows.logits) + i * a.rows.at.row;
+        T* const grad = static_cast<T*>(a.grad) + i * a.grad_at.row;
+        RowGradient g;
+        if (!row_gradient<kSmooth>(a, i, g)) {
             zero_row<T, kGroup>(grad, classes);
             continue;
         }
-        const RowGradient g = row_gradient<kSmooth>(a, i);
         if ((reinterpret_cast<uintptr_t>(row) ^ reinterpret_cast<uintptr_t>(grad)) % 16 == 0)
             write_row<T, kSmooth, kGroup>(g, row, grad, classes);
         else

@@ -1,5 +1,5 @@
-// Losses of all rows in one pass over the logits, and, where `select` says so, the selection by the last
-// block to finish: one launch in all.
+// Losses of all rows whose classes lie side by side in one pass over the logits, and, where `select` says so,
+// the selection by the last block to finish: one launch in all.
 //
 // A thread keeps the running maximum m of its elements and the sums of exp(z - m), and, with label smoothing,
 // of w (z - m) and w: terms of one sign, so that no digits cancel. Only losses, keys and log-sum-exps leave
@@ -26,6 +26,7 @@ struct CrossEntropyForward {
     float* losses;          // (rows,), 0 where ignored
     float2* lse;            // (rows,): the maximum m, and log of the sum of exp(z - m); 0 where ignored
     uint32_t* keys;         // (rows,), 0 where ignored: no loss has this key
+    float* row_weights;     // (rows,): the class weight of each target; null where there are none
     RowState* parts;        // (rows, gridDim.y), with several blocks to a row
     uint32_t* row_tickets;  // (rows,), zeros, likewise
     bool select;            // whether the last block selects
@@ -226,8 +227,8 @@ __global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup, kSmooth>)
     cross_entropy_forward(const CrossEntropyForward a) {
     BATCHKERN_SHARED(ForwardStorage, shared);
     for (int64_t i = first_row<kGroup>(); i < a.rows.rows; i += row_step<kGroup>()) {
-        const T* const row = static_cast<const T*>(a.rows.logits) + i * a.rows.stride;
-        const int64_t target = a.rows.target[i];
+        const T* const row = static_cast<const T*>(a.rows.logits) + i * a.rows.at.row;
+        const int64_t target = class_of(a.rows.target, i);
         const bool ignored = target == a.ignore_index;
         const bool writes = member<kGroup>() == 0;
         if (ignored) {
@@ -249,6 +250,7 @@ __global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup, kSmooth>)
         a.losses[i] = loss;
         a.lse[i] = {state.maximum, log_sum};
         a.keys[i] = order_key(loss);
+        if (a.row_weights) a.row_weights[i] = a.rows.class_weight[target];
     }
     if (a.select) select_in_last_block<kThreads<kGroup>>(a.selection);
 }

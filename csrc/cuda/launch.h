@@ -8,16 +8,18 @@
 #include <cstdint>
 #include <optional>
 
+#include "../class_rows.h"
 #include "../element_type.h"
 #include "workspace.h"
 
 namespace batchkern {
 
 struct CrossEntropyRows {
-    const void* logits;         // (rows, classes)
-    int64_t stride;             // elements from row to row
-    const int64_t* target;      // (rows,)
-    const float* class_weight;  // (classes,), or null: all 1
+    const void* logits;  // (rows, classes)
+    RowLayout at;
+    ClassIndices target;          // (rows,)
+    Probabilities probabilities;  // in their place, where they are not null
+    const float* class_weight;    // (classes,), or null: all 1
     int64_t rows;
     int classes;
     float smoothing;
@@ -35,22 +37,35 @@ struct Reduction {
 struct ForwardCall {
     CrossEntropyRows rows;
     int64_t ignore_index;
-    float* losses;  // (rows,), 0 where ignored
-    float* lse;     // (rows, 2): the maximum m, and log of the sum of exp(z - m); 0 where ignored
+    float* losses;   // (rows,), 0 where ignored
+    float* lse;      // (rows, 2): the maximum m, and log of the sum of exp(z - m); 0 where ignored. Of
+                     // probabilities (rows, 3): their sum, smoothed and weighted
+    float* entropy;  // (rows,), or null
+    bool* correct;   // likewise: whether the highest class, of equal ones the first, is the target's
     std::optional<Reduction> reduction;  // none: the rows alone
+};
+
+// The upstream gradients of rows.
+struct Upstream {
+    const bool* kept;  // (rows,): *scalar / *normalizer where it is true, else 0; or null
+    const float* scalar;
+    const float* normalizer;
+    const float* loss;  // (rows,) at `loss_stride`, of the losses; null: 0
+    int64_t loss_stride;
+    const float* lse;  // and of the log-sum-exps
+    int64_t lse_stride;
+    int64_t ignore_index;  // with loss and lse: such rows have none
 };
 
 struct BackwardCall {
     CrossEntropyRows rows;
     int64_t first_class;  // the columns are the classes from this one on
     int64_t all_classes;
-    const float* lse;         // (rows, 2), as the forward pass wrote it
-    const bool* kept;         // (rows,)
-    const float* upstream;    // one number
-    const float* normalizer;  // one number
+    const float* lse;  // as the forward pass wrote it
+    Upstream upstream;
     const float* weight_sum;  // one number: of class_weight; null where that is
     void* grad;               // (rows, classes); may be the logits themselves
-    int64_t grad_stride;
+    RowLayout grad_at;
 };
 
 struct LossVector {
@@ -93,7 +108,7 @@ struct Memory {
     Workspace* workspace;  // null where it is not needed
 };
 
-Needs cross_entropy_needs(ElementType type, int64_t rows, int classes);
+Needs cross_entropy_needs(ElementType type, const CrossEntropyRows& rows, bool stats);
 cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& call, const Memory& memory,
                                          cudaStream_t stream);
 cudaError_t launch_cross_entropy_backward(ElementType type, const BackwardCall& call, cudaStream_t stream);

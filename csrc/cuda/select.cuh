@@ -28,18 +28,17 @@ namespace batchkern {
 
 // Losses whose keys the forward pass wrote, perhaps in this very launch: so they are read past the L1 cache.
 struct KeyedLosses {
-    const uint32_t* keys;       // (n,)
-    const float* losses;        // (n,)
-    const int64_t* target;      // (n,), read where class_weight is given
-    const float* class_weight;  // (C,), or null
+    const uint32_t* keys;  // (n,)
+    const float* losses;   // (n,)
+    const float* weights;  // (n,), likewise, or null: all 1
     static constexpr int kLoads = 8;
 
     static constexpr bool kBand = false;
 
     __device__ __forceinline__ uint32_t key(int64_t i) const { return __ldcg(keys + i); }
     __device__ __forceinline__ double value(int64_t i) const { return __ldcg(losses + i); }
-    __device__ __forceinline__ bool weighted() const { return class_weight != nullptr; }
-    __device__ __forceinline__ double weight(int64_t i) const { return class_weight[target[i]]; }
+    __device__ __forceinline__ bool weighted() const { return weights != nullptr; }
+    __device__ __forceinline__ double weight(int64_t i) const { return __ldcg(weights + i); }
 };
 
 // Losses that a user computed.
@@ -70,7 +69,7 @@ struct BandedLosses {
     double skip;  // this share, at the top, is left out first
     bool has_above;
     uint32_t above;  // keys above it count too
-    static constexpr int kLoads = 4;
+    static constexpr int kLoads = 2;
     static constexpr bool kBand = true;
 
     __device__ __forceinline__ BandedLosses from(int64_t first) const {

@@ -1,6 +1,7 @@
 """Mini-batch trimming against the paper's loop: topk of the per-sample losses, its fraction falling by epochs."""
 
 import copy
+import math
 from functools import cache
 from types import SimpleNamespace
 
@@ -32,7 +33,19 @@ EPOCHS = 3
 one_thread = single_thread()
 
 
-def paper_loop(run: RecordingTrainer, mutation="", *, start=1.0, end=0.2, smoothing=0.0, compact=False, epochs=EPOCHS):
+def paper_loop(
+    run: RecordingTrainer,
+    mutation="",
+    *,
+    start=1.0,
+    end=0.2,
+    smoothing=0.0,
+    compact=False,
+    epochs=EPOCHS,
+    order="highest",
+    skip=0.0,
+    above=math.inf,
+):
     """Section 2: sort the losses of the batch, average the highest fraction, which falls linearly per epoch."""
     model = copy.deepcopy(run.initial).train()
     optimizer, weights = sgd(model), []
@@ -48,7 +61,11 @@ def paper_loop(run: RecordingTrainer, mutation="", *, start=1.0, end=0.2, smooth
                 count = len(rows)
             before = copy.deepcopy(model.state_dict())
             losses = F.cross_entropy(model(inputs[rows]), labels[rows], reduction="none", label_smoothing=smoothing)
-            hardest = losses.topk(count, largest=mutation != "easiest").indices
+            ranked = losses.sort(descending=(order == "highest") != (mutation == "easiest")).indices[
+                round(skip * len(rows)) :
+            ]
+            count = max(count, int((losses[ranked] > above).sum()))
+            hardest = ranked[:count]
             if mutation == "the first rows":
                 hardest = torch.arange(count)
             if compact and count < len(rows):
@@ -70,6 +87,52 @@ def test_each_update_is_the_papers(backward, smoothing, start, end):
     run.fit()
     assert len(run.weights) == EPOCHS * 6
     assert furthest(run.weights, paper_loop(run, start=start, end=end, smoothing=smoothing)) <= EXACT
+
+
+@pytest.mark.parametrize("backward", ["masked", "compact"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"order": "lowest"},
+        {"start": 0.7, "skip": 0.3},
+        {"start": 0.5, "end": 0.125, "skip": 0.25, "order": "lowest"},
+        {"start": 0.25, "end": 0.25, "above": 1.15},
+        {"start": 0.25, "end": 0.25, "above": 1.15, "skip": 0.25},
+    ],
+    ids=lambda options: "+".join(options),
+)
+def test_each_update_is_that_of_the_selection(backward, options):
+    run = trainer([Trimming(backward=backward, **options)], epochs=EPOCHS)
+    row = run.fit()
+    compact = backward == "compact"
+    assert furthest(run.weights, paper_loop(run, compact=compact, **options)) <= EXACT
+    for other in ({"order": "highest"}, {"skip": 0.0}, {"above": math.inf}):
+        if not other.items() <= {"order": "highest", "skip": 0.0, "above": math.inf, **options}.items():
+            assert furthest(run.weights, paper_loop(run, compact=compact, **{**options, **other})) > DIFFERENT
+    if "above" in options:
+        assert row["samples_kept"] > 3 * sum(round(0.25 * b) for b in [8] * 5 + [4])
+        assert row["samples_backward"] == (row["samples_kept"] if compact else 3 * 44)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"order": "both"}, ["order", "highest or lowest", "both"]),
+        ({"skip": 1.0}, ["skip", "[0, 1)", "1.0"]),
+        ({"skip": -0.1}, ["skip", "[0, 1)", "-0.1"]),
+        ({"above": math.nan}, ["above", "nan"]),
+        ({"above": 1.0, "order": "lowest"}, ["above", "order", "lowest"]),
+    ],
+)
+def test_wrong_selections(options, words):
+    with pytest.raises(UserError) as raised:
+        Trimming(**options)
+    assert all(word in str(raised.value) for word in words)
+
+
+def test_more_than_all_rows_is_refused_before_the_training():
+    with pytest.raises(UserError, match=r"at most 1 together, got 0.25 \+ 1.0 in epoch 0: start at 0.75 or less"):
+        trainer([Trimming(skip=0.25)], epochs=EPOCHS)
 
 
 @cache

@@ -1,0 +1,60 @@
+// Where the rows of a cross entropy and their targets lie, for the host and for nvcc. No torch headers.
+#pragma once
+
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace batchkern {
+
+// `inner` rows to a sample; the classes of a row are `step` elements apart.
+struct RowLayout {
+    int64_t inner;
+    int64_t sample;  // elements from sample to sample
+    int64_t row;     // and from row to row of one
+    int64_t step;
+};
+
+// Rows are fewer than 2^32, and a GPU divides 32 bits much faster than 64.
+BATCHKERN_HOST_DEVICE int64_t row_offset(const RowLayout& at, int64_t i) {
+    const auto row = static_cast<uint32_t>(i), inner = static_cast<uint32_t>(at.inner);
+    if (row < inner) return i * at.row;
+    const uint32_t sample = row / inner;
+    return sample * at.sample + (row - sample * inner) * at.row;
+}
+
+// A target of probabilities: (rows, classes), in the logits' type or in float32.
+struct Probabilities {
+    const void* data;  // null: the target holds class indices
+    RowLayout at;
+    bool are_float;
+};
+
+enum IndexType { kInt64, kInt32, kInt16, kInt8, kUInt8, kUInt16, kUInt32 };
+
+// Class indices (rows,) of any integer type.
+struct ClassIndices {
+    const void* data;
+    IndexType type;
+};
+
+BATCHKERN_HOST_DEVICE int64_t class_of(const ClassIndices& target, int64_t i) {
+    switch (target.type) {
+        case kInt32:
+            return static_cast<const int32_t*>(target.data)[i];
+        case kInt16:
+            return static_cast<const int16_t*>(target.data)[i];
+        case kInt8:
+            return static_cast<const int8_t*>(target.data)[i];
+        case kUInt8:
+            return static_cast<const uint8_t*>(target.data)[i];
+        case kUInt16:
+            return static_cast<const uint16_t*>(target.data)[i];
+        case kUInt32:
+            return static_cast<const uint32_t*>(target.data)[i];
+        default:
+            return static_cast<const int64_t*>(target.data)[i];
+    }
+}
+
+}  // namespace batchkern

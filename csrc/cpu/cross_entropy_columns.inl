@@ -1,0 +1,271 @@
+// Rows of a cross entropy whose classes lie apart, such as pixels (included by kernels.inl): a vector holds
+// one class of as many rows. Memory is read once: a block of a tile's classes is copied to where it stays
+// cached, which strides of a power of two would not let it.
+
+constexpr int64_t kTileClasses = 64;
+
+using TileBlock = float[kTileClasses][kTile];
+
+// Calls use(at, row in the tile, rows) for the runs of rows that lie in one sample, with the place of a run's
+// first class.
+template <class Use>
+BATCHKERN_INLINE void each_run(const RowLayout& at, int64_t first, int64_t rows, Use use) {
+    for (int64_t r = 0; r < rows;) {
+        const int64_t left = at.inner - (first + r) % at.inner;
+        const int64_t run = left < rows - r ? left : rows - r;
+        use(row_offset(at, first + r), r, run);
+        r += run;
+    }
+}
+
+// Classes c0 to c0 + classes of some rows. What lies beside them in the block is left alone.
+template <class T>
+void load_block(const void* data, const RowLayout& at, int64_t first, int64_t rows, int64_t c0,
+                int64_t classes, TileBlock& z) {
+    each_run(at, first, rows, [&](int64_t offset, int64_t r, int64_t run) {
+        const T* from = static_cast<const T*>(data) + offset + c0 * at.step;
+        if (at.row == 1 && run == kTile) {
+            for (int64_t c = 0; c < classes; ++c) {
+                BATCHKERN_SIMD()
+                for (int64_t j = 0; j < kTile; ++j) z[c][j] = load(from + c * at.step + j);
+            }
+        } else {
+            for (int64_t c = 0; c < classes; ++c)
+                for (int64_t j = 0; j < run; ++j) z[c][r + j] = load(from + c * at.step + j * at.row);
+        }
+    });
+}
+
+template <class T>
+void store_block(const TileBlock& z, void* data, const RowLayout& at, int64_t first, int64_t rows, int64_t c0,
+                 int64_t classes) {
+    each_run(at, first, rows, [&](int64_t offset, int64_t r, int64_t run) {
+        T* to = static_cast<T*>(data) + offset + c0 * at.step;
+        if (at.row == 1 && run == kTile) {
+            for (int64_t c = 0; c < classes; ++c) {
+                BATCHKERN_SIMD()
+                for (int64_t j = 0; j < kTile; ++j) store(to + c * at.step + j, z[c][j]);
+            }
+        } else {
+            for (int64_t c = 0; c < classes; ++c)
+                for (int64_t j = 0; j < run; ++j) store(to + c * at.step + j * at.row, z[c][r + j]);
+        }
+    });
+}
+
+template <class T>
+BATCHKERN_INLINE void load_probabilities(const Probabilities& q, int64_t first, int64_t rows, int64_t c0,
+                                         int64_t classes, TileBlock& to) {
+    if (q.are_float)
+        load_block<float>(q.data, q.at, first, rows, c0, classes, to);
+    else
+        load_block<T>(q.data, q.at, first, rows, c0, classes, to);
+}
+
+// What a tile's rows come to, one lane each.
+struct TileSums {
+    float maximum[kTile];
+    double sum[kTile];
+    float at_target[kTile];
+    double mass[kTile];
+    double dot[kTile];
+};
+
+// Adds exp(z - m) of a block to the sums, and raises m to the block's maximum first.
+BATCHKERN_INLINE void add_to_tile(const TileBlock& z, int64_t classes, TileSums& t) {
+    for (int64_t first = 0; first < kTile; first += kLanes) {
+        float highest[kLanes], base[kLanes];
+        double sum[kLanes];
+        for (int64_t r = 0; r < kLanes; ++r) highest[r] = t.maximum[first + r];
+        for (int64_t c = 0; c < classes; ++c) {
+            BATCHKERN_SIMD()
+            for (int64_t r = 0; r < kLanes; ++r)
+                highest[r] = z[c][first + r] > highest[r] ? z[c][first + r] : highest[r];
+        }
+        BATCHKERN_SIMD()
+        for (int64_t r = 0; r < kLanes; ++r) {
+            base[r] = highest[r] == -INFINITY ? 0.0f : highest[r];
+            // Before the first number the sum is 0 or NaN, and stays so.
+            sum[r] = t.sum[first + r] * exp_to_sum(t.maximum[first + r] - base[r]);
+            t.maximum[first + r] = highest[r];
+        }
+        for (int64_t c = 0; c < classes; ++c) {
+            BATCHKERN_SIMD()
+            for (int64_t r = 0; r < kLanes; ++r) sum[r] += exp_to_sum(z[c][first + r] - base[r]);
+        }
+        for (int64_t r = 0; r < kLanes; ++r) t.sum[first + r] = sum[r];
+    }
+}
+
+// The entropies, by a second look at the tile.
+template <class T>
+void describe_tile(const LossRows& a, const CrossEntropyOptions& o, int64_t first, int64_t rows,
+                   const TileSums& t, const double* log_sums) {
+    alignas(64) TileBlock z = {}, q = {};
+    double entropy[kTile] = {};
+    float highest[kTile];
+    int64_t place[kTile], target[kTile] = {};
+    for (int64_t r = 0; r < kTile; ++r) {
+        highest[r] = -INFINITY;
+        place[r] = -1;
+    }
+    for (int64_t c0 = 0; c0 < o.classes; c0 += kTileClasses) {
+        const int64_t classes = o.classes - c0 < kTileClasses ? o.classes - c0 : kTileClasses;
+        load_block<T>(a.logits, a.at, first, rows, c0, classes, z);
+        if (a.probabilities.data) load_probabilities<T>(a.probabilities, first, rows, c0, classes, q);
+        for (int64_t c = 0; c < classes; ++c) {
+            BATCHKERN_SIMD()
+            for (int64_t r = 0; r < kTile; ++r) {
+                const float log_p = (z[c][r] - t.maximum[r]) - static_cast<float>(log_sums[r]);
+                const float p = exp_nonpositive(log_p);
+                entropy[r] -= p == 0 ? 0.0f : p * log_p;
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                if (place[r] < 0 && z[c][r] == t.maximum[r]) place[r] = c0 + c;
+                if (a.probabilities.data && q[c][r] > highest[r]) {
+                    highest[r] = q[c][r];
+                    target[r] = c0 + c;
+                }
+            }
+        }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t i = first + r;
+        a.entropy[i] = static_cast<float>(entropy[r]);
+        if (!a.probabilities.data) target[r] = class_of(a.target, i);
+        a.correct[i] = place[r] == target[r] && log_sums[r] == log_sums[r];
+        if (is_ignored(a.probabilities, a.target, i, o)) ignore_row(a, i);
+    }
+}
+
+template <class T>
+void loss_columns(const LossRows& a, const CrossEntropyOptions& o) {
+    const bool soft = a.probabilities.data != nullptr;
+    const auto keep = static_cast<float>(1 - o.smoothing),
+               level = static_cast<float>(o.smoothing / o.classes);
+    alignas(64) TileBlock z = {}, q = {};  // lanes without a row hold what does no harm
+    for (int64_t first = a.begin; first < a.end; first += kTile) {
+        const int64_t rows = a.end - first < kTile ? a.end - first : kTile;
+        int64_t target[kTile];
+        bool any = soft;
+        for (int64_t r = 0; r < rows; ++r) {
+            target[r] = soft ? -1 : class_of(a.target, first + r);
+            any |= target[r] != o.ignore_index;
+        }
+        if (!any) {
+            for (int64_t r = 0; r < rows; ++r) ignore_row(a, first + r);
+            continue;
+        }
+        alignas(64) TileSums t = {};
+        for (int64_t r = 0; r < kTile; ++r) t.maximum[r] = -INFINITY;
+        for (int64_t c0 = 0; c0 < o.classes; c0 += kTileClasses) {
+            const int64_t classes = o.classes - c0 < kTileClasses ? o.classes - c0 : kTileClasses;
+            load_block<T>(a.logits, a.at, first, rows, c0, classes, z);
+            add_to_tile(z, classes, t);
+            if (soft) {
+                load_probabilities<T>(a.probabilities, first, rows, c0, classes, q);
+                for (int64_t c = 0; c < classes; ++c) {
+                    const float weight = o.class_weight ? o.class_weight[c0 + c] : 1.0f;
+                    BATCHKERN_SIMD()
+                    for (int64_t r = 0; r < kTile; ++r) {
+                        const double x = smoothed(q[c][r], weight, keep, level);
+                        t.mass[r] += x;
+                        t.dot[r] += x * z[c][r];
+                    }
+                }
+                continue;
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t c = target[r] - c0;
+                if (c >= 0 && c < classes) t.at_target[r] = z[c][r];
+            }
+            for (int64_t c = 0; o.smoothing > 0 && c < classes; ++c) {
+                const double weight = o.class_weight ? o.class_weight[c0 + c] : 1.0;
+                BATCHKERN_SIMD()
+                for (int64_t r = 0; r < kTile; ++r) t.dot[r] += weight * z[c][r];
+            }
+        }
+        double log_sum[kTile];
+        BATCHKERN_SIMD()
+        for (int64_t r = 0; r < kTile; ++r) log_sum[r] = log_nonnegative(t.sum[r]);
+        for (int64_t r = 0; r < rows; ++r) {
+            const int64_t i = first + r;
+            if (!soft && target[r] == o.ignore_index) {
+                ignore_row(a, i);
+                continue;
+            }
+            float* const state = a.lse + (soft ? 3 : 2) * i;
+            state[0] = t.maximum[r];
+            state[1] = static_cast<float>(log_sum[r]);
+            if (soft) state[2] = static_cast<float>(t.mass[r]);
+            a.losses[i] = static_cast<float>(
+                soft ? soft_loss({t.mass[r], t.dot[r]}, t.maximum[r], log_sum[r])
+                     : hard_loss(o, target[r], t.maximum[r], log_sum[r], t.at_target[r], t.dot[r]));
+        }
+        if (a.entropy) describe_tile<T>(a, o, first, rows, t, log_sum);
+    }
+}
+
+template <class T>
+void grad_columns(const GradRows& a, const CrossEntropyOptions& o) {
+    const bool soft = a.probabilities.data != nullptr;
+    const auto keep = static_cast<float>(1 - o.smoothing),
+               uniform = static_cast<float>(o.smoothing / o.classes);
+    alignas(64) TileBlock z = {}, q = {};
+    for (int64_t first = a.begin; first < a.end; first += kTile) {
+        const int64_t rows = a.end - first < kTile ? a.end - first : kTile;
+        RowGradient g[kTile];
+        bool live[kTile] = {};
+        float maximum[kTile] = {}, log_sum[kTile] = {}, total[kTile] = {}, level[kTile] = {};
+        bool any = false;
+        for (int64_t r = 0; r < rows; ++r) {
+            live[r] = row_gradient(a, o, first + r, g + r);
+            if (!live[r]) continue;
+            any = true;
+            maximum[r] = g[r].maximum;
+            log_sum[r] = g[r].log_sum;
+            total[r] = g[r].total;
+            level[r] = soft ? g[r].factor : g[r].level;
+        }
+        if (!any && a.grad_is_zero) continue;
+        for (int64_t c0 = 0; c0 < a.columns; c0 += kTileClasses) {
+            const int64_t classes = a.columns - c0 < kTileClasses ? a.columns - c0 : kTileClasses;
+            if (!any) {
+                memset(z, 0, sizeof z);
+                store_block<T>(z, a.grad, a.grad_at, first, rows, c0, classes);
+                continue;
+            }
+            load_block<T>(a.logits, a.at, first, rows, c0, classes, z);
+            if (soft) load_probabilities<T>(a.probabilities, first, rows, c0, classes, q);
+            float at_target[kTile];
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t c = live[r] ? g[r].target - c0 : -1;
+                if (c >= 0 && c < classes) at_target[r] = grad_at_target(g[r], o, g[r].target, z[c][r]);
+            }
+            for (int64_t c = 0; c < classes; ++c) {
+                const float weight = o.class_weight ? o.class_weight[c0 + c] : 1.0f;
+                if (soft) {
+                    BATCHKERN_SIMD()
+                    for (int64_t r = 0; r < kTile; ++r) {
+                        const float p = exp_nonpositive((z[c][r] - maximum[r]) - log_sum[r]);
+                        const float value =
+                            total[r] * p - level[r] * smoothed(q[c][r], weight, keep, uniform);
+                        z[c][r] = live[r] ? value : 0.0f;
+                    }
+                } else {
+                    BATCHKERN_SIMD()
+                    for (int64_t r = 0; r < kTile; ++r) {
+                        const float p = exp_nonpositive((z[c][r] - maximum[r]) - log_sum[r]);
+                        const float value = total[r] * p - level[r] * weight;
+                        z[c][r] = live[r] ? value : 0.0f;
+                    }
+                }
+            }
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t c = live[r] ? g[r].target - c0 : -1;
+                if (c >= 0 && c < classes) z[c][r] = at_target[r];
+            }
+            store_block<T>(z, a.grad, a.grad_at, first, rows, c0, classes);
+        }
+    }
+}
