@@ -97,7 +97,7 @@ sanitize: build/.sanitized ## run the tests of the operations under AddressSanit
 # The operations that have CUDA kernels. The order of threads and blocks is another one in each run.
 cuda-on-host: build/.sanitized ## run CUDA kernels on the host under AddressSanitizer and UBSan, by the tests of their operations
 	$(SANITIZED_PYTEST) --through host -n 2 ../../tests/cuda_on_host/test_workspace.py \
-		$(foreach op,trimmed_cross_entropy trimmed_mean rank_batches linear_trimmed_cross_entropy,../../tests/ops/test_$(op).py ../../tests/ops/test_$(op)_kernel.py)
+		$(foreach op,cross_entropy trimmed_cross_entropy trimmed_mean rank_batches linear_trimmed_cross_entropy,../../tests/ops/test_$(op).py ../../tests/ops/test_$(op)_kernel.py)
 
 # float32 and float16: the interpreter computes bfloat16 wrongly.
 interpret: setup ## run the Triton kernels in Triton's interpreter, by the tests of their operations and of the strategy that uses them

@@ -171,7 +171,7 @@ class Rows(NamedTuple):
     loss: Tensor
     """float32 (float64 for float64 logits); differentiable."""
     lse: Tensor
-    """The log of the sum of the exponentials of the logits; likewise."""
+    """The log of the sum of the exponentials of the logits; likewise. NaN where a logit is NaN or +inf."""
     entropy: Tensor
     """Of the softmax, in nats; a constant."""
     correct: Tensor
@@ -214,6 +214,7 @@ def cross_entropy(
     p = log_p.exp()
     entropy = -torch.where(p == 0, 0, p * log_p).sum(classes)
     lse = torch.logsumexp(logits, classes)
+    lse = torch.where(lse == math.inf, math.nan, lse)  # as the loss is
     correct = logits.argmax(classes) == (target.argmax(classes) if soft else target.long())
     correct = correct & valid & ~lse.isnan()
     loss, lse, entropy = (torch.where(valid, x, 0) for x in (loss, lse, entropy))

@@ -52,6 +52,38 @@ def cross_entropies(device: str, dtype: torch.dtype) -> Iterator[Pair]:
             yield f"its gradient {rows} x {classes}", *gradients
 
 
+def dense_cross_entropies(device: str, dtype: torch.dtype) -> Iterator[Pair]:
+    """Pixels, tokens that lie apart, and probabilities: rows, classes, pixels; few of many classes, and many of few."""
+    for rows, classes, pixels in ((3, 19, 1000), (2, 3000, 50), (5, 6, 20_000), (70, 300, 1), (5, 5000, 1)):
+        logits = (3 * torch.randn(rows, classes, pixels, device=device)).to(dtype)
+        target = torch.randint(classes, (rows, pixels), device=device, dtype=torch.int32)
+        target.view(-1)[::7] = -100
+        for laid in (logits, logits.movedim(1, -1).contiguous().movedim(-1, 1)):
+            leaf, wide = laid.detach().requires_grad_(), laid.double().requires_grad_()
+            for aim in (target, torch.rand_like(logits).softmax(1)):
+                ours = batchkern.cross_entropy(leaf, aim, stats=True)
+                exact = reference.cross_entropy(wide, aim)
+                name = f"cross_entropy {rows} x {classes} x {pixels}"
+                yield name, ours.loss, exact.loss
+                yield f"entropy of {name}", ours.entropy, exact.entropy
+                pairs = ((ours, leaf), (exact, wide))
+                yield (
+                    f"gradient of {name}",
+                    *(torch.autograd.grad(y.loss.mean() + 1e-3 * y.lse.square().mean(), x)[0] for y, x in pairs),
+                )
+                loss = batchkern.trimmed_cross_entropy(leaf, aim, 0.3)
+                yield f"trimmed {name}", loss, reference.trimmed_cross_entropy(wide, aim, 0.3)[0]
+
+
+def bands(device: str, dtype: torch.dtype) -> Iterator[Pair]:
+    for rows in (100, 20_000):
+        losses, score = torch.randn(8, rows, device=device).to(dtype), torch.randn(8, rows, device=device)
+        for options in ({"score": score, "skip": 0.1, "above": 1.0}, {"order": "lowest", "within": "sample"}):
+            mean = batchkern.trimmed_mean(losses, 0.3, weight=score.abs(), **options)
+            exact = reference.trimmed_mean(losses, 0.3, weight=score.abs(), **options)
+            yield f"trimmed_mean 8 x {rows}, {', '.join(options)}", mean, exact
+
+
 def selections(device: str, dtype: torch.dtype) -> Iterator[Pair]:
     for rows in (100, 5000, 20_000):
         losses = torch.randn(rows, device=device).to(dtype).requires_grad_()
@@ -107,6 +139,12 @@ def divergences(device: str, dtype: torch.dtype) -> Iterator[Pair]:
             yield f"its gradient {classes}", ours, theirs
 
 
+FAMILIES = (
+    *(cross_entropies, dense_cross_entropies, bands, selections),
+    *(linear_losses, virtual_samples, divergences),
+)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--on", choices=["cpu", "cuda"], default="cuda")
@@ -117,7 +155,7 @@ def main() -> int:
         del limits[torch.bfloat16]  # slow there, and there is no kernel to watch
     wrong, count = [], 0
     for dtype, limit in limits.items():
-        for pairs in (cross_entropies, selections, linear_losses, virtual_samples, divergences):
+        for pairs in FAMILIES:
             for what, ours, exact in pairs(device, dtype):
                 ours, exact = ours.detach().double(), exact.detach().double()
                 count += 1

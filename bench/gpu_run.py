@@ -51,7 +51,7 @@ WORKERS = ["-n", "8", "--dist", "worksteal", "-m", "not large"]
 # Memory that is not cached, so that every tensor ends where its allocation does.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 OPERATIONS = (
-    *("trimmed_cross_entropy", "trimmed_mean", "rank_batches"),
+    *("cross_entropy", "trimmed_cross_entropy", "trimmed_mean", "rank_batches"),
     *("linear_trimmed_cross_entropy", "augment_latent", "soft_label_kl"),
 )
 TAKES = """

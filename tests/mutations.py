@@ -48,6 +48,7 @@ def within(area: str, file: str, tests: tuple[str, ...], *faults: tuple[str, ...
 
 UNCOMPILED = ("-k", "not compile")
 CROSS_ENTROPY = ("tests/ops/test_trimmed_cross_entropy_kernel.py", *UNCOMPILED)
+ROWS = ("tests/ops/test_cross_entropy_kernel.py",)
 MEAN = ("tests/ops/test_trimmed_mean_kernel.py", *UNCOMPILED)
 RANK = ("tests/ops/test_rank_batches_kernel.py",)
 AUGMENT = ("tests/ops/test_augment_latent_kernel.py", *UNCOMPILED)
@@ -129,13 +130,61 @@ CPU = [
         ("a dropped row is zeroed in part", "memset(grad, 0, a.columns * sizeof(T))", "memset(grad, 0, a.columns)"),
         (
             "the target's softmax without the smoothed total",
-            "has_target ? total * exp_nonpositive",
-            "has_target ? exp_nonpositive",
+            "(g.total * exp_nonpositive(",
+            "(g.factor * exp_nonpositive(",
         ),
         (
-            "rows of a vector of rows all take the first one's stride",
-            "(first + (r < rows ? r : 0)) * a.stride",
-            "(first * a.stride + (r < rows ? r : 0) * o.classes)",
+            "rows of a vector of rows are taken to lie side by side",
+            "row_of<T>(a.logits, a.at, first + (r < rows ? r : 0))",
+            "row_of<T>(a.logits, a.at, first) + (r < rows ? r : 0) * o.classes",
+        ),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/cross_entropy.inl",
+        ROWS,
+        (
+            "an ignored row's gradient is not zero",
+            "} else if (!is_ignored(a.probabilities, a.target, i, o)) {",
+            "} else {",
+        ),
+        (
+            "a row with a gradient of its loss alone is left out",
+            "if (factor == 0 && lse_factor == 0)",
+            "if (lse_factor == 0)",
+        ),
+        (
+            "the log-sum-exp has no gradient",
+            "(peak + smooth * o.weight_sum) + lse_factor)",
+            "(peak + smooth * o.weight_sum))",
+        ),
+        ("probabilities are not smoothed", "return weight * (keep * q + level);", "return weight * q;"),
+        ("the last of equal logits is the prediction", "j < target; ++j) before |=", "j < 0; ++j) before |="),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/cross_entropy_columns.inl",
+        ROWS,
+        (
+            "the sum of earlier classes is not scaled",
+            "sum[r] = t.sum[first + r] * exp_to_sum(t.maximum[first + r] - base[r]);",
+            "sum[r] = t.sum[first + r];",
+        ),
+        (
+            "a run goes on in the next sample",
+            "const int64_t run = left < rows - r ? left : rows - r;",
+            "const int64_t run = rows - r;",
+        ),
+        ("a target of a later block is not found", "const int64_t c = target[r] - c0;", "const int64_t c = target[r];"),
+        (
+            "rows without a gradient keep what was there",
+            "if (!all && !a.grad_is_zero)",
+            "if (g.rows == 0 && !a.grad_is_zero)",
+        ),
+        (
+            "each row that is gathered is the first",
+            "to[n] = row_offset(a.grad_at, first + g.place[n]);",
+            "to[n] = row_offset(a.grad_at, first + n);",
         ),
     ),
     *within(
@@ -159,12 +208,12 @@ CPU = [
         CROSS_ENTROPY,
         (
             "weighted losses are divided by the number of rows",
-            "normalizer += p.options.class_weight[target[i]];",
+            "normalizer += p.options.class_weight[class_of(p.indices, i)];",
             "normalizer += 1;",
         ),
         (
             "an ignored row is kept",
-            "is_kept[i] = target[i] != ignore_index;",
+            "is_kept[i] = p.soft || class_of(p.indices, i) != ignore_index;",
             "is_kept[i] = true;",
         ),
     ),
@@ -362,11 +411,23 @@ CUDA = [
         "cuda",
         "csrc/cuda/cross_entropy_backward.cuh",
         (*HOST, *CROSS_ENTROPY),
-        ("the target is not smoothed", "? (p - level) - peak : p - level)", "? p - peak : p - level)"),
+        ("the target is not smoothed", "? (p - below) - peak : p - below", "? p - peak : p - below"),
         (
             "the elements behind a dropped row's vectors are not zeroed",
             "    if (share.last && place < parts.tail) grad[classes - parts.tail + place] = from_float<T>(0.0f);\n",
             "",
+        ),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/cross_entropy_general.cuh",
+        (*HOST, *ROWS),
+        ("the moment does not follow the maximum", "factor * (a.moment + down * a.sum)", "factor * a.moment"),
+        ("the later of equal columns is the highest", "b.place < a.place)) a.place", "b.place > a.place)) a.place"),
+        (
+            "a row's parts are those of its neighbour",
+            "shared.states[threadIdx.x + i * stride]",
+            "shared.states[threadIdx.x + i]",
         ),
     ),
     *within(
@@ -388,7 +449,7 @@ CUDA = [
         "cuda",
         "csrc/cuda/trimmed_cross_entropy.cpp",
         (*HOST, *CROSS_ENTROPY),
-        ("rows are taken to be dense", "p.logits.stride(0),", "p.columns,"),
+        ("rows are taken to be dense", "p.layout(),", "{p.rows, 0, p.columns, 1},"),
     ),
 ]
 
@@ -641,10 +702,13 @@ STRATEGIES = [
         ("tests/strategies/test_trimming.py",),
         ("k is cut, not rounded", "max(round(keep * rows), 1)", "max(int(keep * rows), 1)"),
         (
-            "the easiest rows get a full pass",
-            "rank_batches(score(), 1.0)[: step.kept].sort()",
-            "rank_batches(score(), 1.0)[-step.kept :].sort()",
+            "other rows get a full pass",
+            "argsort(descending=True, stable=True)",
+            "argsort(stable=True)",
         ),
+        ("the lowest are not asked for", '{"order": self.order, ', '{"order": "highest", '),
+        ("nothing is skipped", '"skip": self.skip, ', '"skip": 0.0, '),
+        ("rows above are not counted", "step.kept = int(chosen.sum())", "pass"),
         ("kept rows are trimmed once more", "keep = 1.0 if step.narrowed else", "keep = 0.5 if step.narrowed else"),
     ),
     *within(

@@ -84,6 +84,36 @@ def assert_gradients_close(grad: Tensor, exact: Tensor, error: float | Tensor) -
     assert ((grad - exact).abs() <= error + rounding * exact.abs() + smallest).all()
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("shape", [(2, 19, 64, 512), (1, 150, 64, 48), (3, 3000, 5, 7)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pixels(shape: tuple[int, ...], soft: bool, memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    logits = (3 * torch.randn(shape, device="cuda")).to(dtype).contiguous(memory_format=memory_format)
+    rows = (shape[0], *shape[2:])
+    target = torch.randint(min(shape[1], 255), rows, device="cuda", dtype=torch.uint8)
+    target[torch.rand(rows, device="cuda") < 0.2] = 255
+    options = {} if soft else {"ignore_index": 255}
+    if soft:
+        target = torch.rand_like(logits, dtype=torch.float32).softmax(1)
+    leaf, wide = logits.detach().requires_grad_(), logits.double().requires_grad_()
+    found = batchkern.cross_entropy(leaf, target, stats=True, **options)
+    exact = reference.cross_entropy(wide, target, **options)
+    for ours, theirs in zip(found[:3], exact[:3], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=2e-6)
+    assert (found.correct == exact.correct).double().mean() > 0.999  # logits of 16 bits tie
+    loss = batchkern.trimmed_mean(found.loss, 0.3, mask=None if soft else target != 255)
+    fused = batchkern.trimmed_cross_entropy(leaf, target, 0.3, **options)
+    torch.testing.assert_close(loss, fused)
+    (grad,), (of_fused,) = torch.autograd.grad(loss, leaf), torch.autograd.grad(fused, leaf)
+    assert torch.equal(grad.any(1), of_fused.any(1))
+    torch.testing.assert_close(grad, of_fused)
+    kept = grad.any(1)
+    assert grad.stride() == logits.stride()
+    (theirs,) = torch.autograd.grad(torch.where(kept, exact.loss, 0).sum() / kept.sum(), wide)
+    assert_gradients_close(grad, theirs, 3e-6 / float(kept.sum()))
+
+
 @pytest.mark.parametrize("size", [1, 400, 16_384, 16_385, 1_000_000])
 @pytest.mark.parametrize("fraction", [1e-3, 0.2, 1.0])
 def test_ranks(size: int, fraction: float) -> None:

@@ -11,7 +11,7 @@ from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 from batchkern.ops._autograd import once_differentiable, within_transform
 from batchkern.ops.trimmed_cross_entropy import kernel_target, row_shape, trimmed
-from batchkern.reference import Rows
+from batchkern.reference import Rows as Rows
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -78,28 +78,26 @@ def cross_entropy(
     """
     check.cross_entropy(logits, target, weight, "weight", ignore_index, label_smoothing)
     check.one_of("reduction", reduction, ("none", "mean", "sum"))
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if reduction == "mean" and not stats:
-        options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "class_weight": weight}
-        return trimmed(logits, target, 1.0, **options)[0]
-    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "weight": weight}
+        return trimmed(logits, target, 1.0, class_weight=weight, **options)[0]
+    options["weight"] = weight
     kernel = kernel_target("cross_entropy", logits, target)
     if kernel is not None:
         call: dict[str, Any] = {"target": kernel, "stats": stats, **options}
         results = _CrossEntropy.apply(logits, call)
-        losses, *_ = results if stats else (results,)
-        rows = Rows(*results, *(x.detach() for x in call["constants"])) if stats else None
+        if not stats:
+            losses: Tensor = results
+            return losses if reduction == "none" else losses.sum()
+        return Rows(*results, *(x.detach() for x in call["constants"]))
+    check.target_values(target, classes=logits.shape[reference.class_dim(logits)], ignore_index=ignore_index)
+    if within_transform():
+        rows = reference.cross_entropy(logits, target, **options)
     else:
-        check.target_values(target, classes=logits.shape[reference.class_dim(logits)], ignore_index=ignore_index)
-        if within_transform():
-            rows = reference.cross_entropy(logits, target, **options)
-        else:
-            call = {"options": options}
-            results = _ReferenceCrossEntropy.apply(logits, target, call)
-            rows = Rows(*results, *(x.detach() for x in call["constants"]))
-        losses = rows.loss
-    if stats:
-        return rows
-    return losses if reduction == "none" else losses.sum()
+        call = {"options": options}
+        results = _ReferenceCrossEntropy.apply(logits, target, call)
+        rows = Rows(*results, *(x.detach() for x in call["constants"]))
+    return rows if stats else rows.loss if reduction == "none" else rows.loss.sum()
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -65,7 +65,14 @@ def trimmed_mean(
             check.constant(name, x)
     exact = score is not None and score.dtype == torch.float64
     if exact or not _backend.has_kernel("trimmed_mean", losses):
-        options = {"order": order, "skip": skip, "above": above, "weight": weight, "within": within, "group": group}
+        options: dict[str, Any] = {
+            "order": order,
+            "skip": skip,
+            "above": above,
+            "weight": weight,
+            "within": within,
+            "group": group,
+        }
         return reference.trimmed_mean(boundary(losses), keep, score=score, mask=mask, **options)
     call = {
         "keep": keep,
@@ -109,15 +116,16 @@ def select_rows(
     score = score.detach()
     if not _backend.has_kernel("trimmed_mean", score):
         valid = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
-        band = {"order": order, "skip": skip, "above": above, "within": within}
-        return reference.select_and_normalize(reference.wide(score), valid, None, keep, group, **band)[0]
+        options: dict[str, Any] = {"order": order, "skip": skip, "above": above, "within": within}
+        return reference.select_and_normalize(reference.wide(score), valid, None, keep, group, **options)[0]
     band = _band(order, skip, above)
     if group is not None and within == "all":
         valid = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
-        kept, _ = select_over_group(_flat(score.float()), _flat(valid), None, keep, group, *band)
+        kept, _ = select_over_group(_flat(score.float()), _flat(valid), None, keep, group, band)
     else:
         samples = _samples(score, within)
-        kept = trimmed_mean_op(_flat(score), *check.split_keep(keep, score), _flat(mask), None, None, *band, samples)[1]
+        keep, keep_tensor = check.split_keep(keep, score)
+        kept = trimmed_mean_op(_flat(score), keep, keep_tensor, _flat(mask), None, None, *band, samples)[1]
     return kept.view(score.shape)
 
 
@@ -173,15 +181,18 @@ class _TrimmedMean(torch.autograd.Function):
         keep, mask, score, weight = call["keep"], call["mask"], call["score"], call["weight"]
         band, samples, group = call["band"], call["samples"], call["group"]
         if group is None or call["apart"]:
-            selected = trimmed_mean_op(losses, *check.split_keep(keep, losses), mask, score, weight, *band, samples)
-            mean, kept, normalizer = selected
+            keep, keep_tensor = check.split_keep(keep, losses)
+            lowest, skip, above = band
+            mean, kept, normalizer = trimmed_mean_op(
+                losses, keep, keep_tensor, mask, score, weight, lowest, skip, above, samples
+            )
             if group is not None:
                 normalizer = reference.share_of_sum(normalizer, group)
                 mean = weighted_sum(losses, kept, weight) / normalizer
         else:
             valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
             ranked = losses.float() if score is None else score
-            kept, normalizer = select_over_group(ranked, valid, weight, keep, group, *band)
+            kept, normalizer = select_over_group(ranked, valid, weight, keep, group, band)
             mean = weighted_sum(losses, kept, weight) / normalizer
         ctx.save_for_backward(kept, normalizer, weight)
         ctx.dtype = losses.dtype
@@ -225,7 +236,7 @@ def select_over_group(
     weight: Tensor | None,
     keep: float | Tensor,
     group: dist.ProcessGroup,
-    *band: Any,
+    band: tuple[bool, float, float | None] = (False, 0.0, None),
 ) -> tuple[Tensor, Tensor]:
     """``reference.select_and_normalize`` of a group, with the selection by the kernel."""
     whole = reference.gather(losses, valid, weight, group)

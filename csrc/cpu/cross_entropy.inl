@@ -18,8 +18,7 @@ BATCHKERN_INLINE float smoothed(float q, float weight, float keep, float level) 
 
 template <class T, class Q>
 BATCHKERN_INLINE Asked asked_of(const T* row, const Q* q, const CrossEntropyOptions& o) {
-    const auto keep = static_cast<float>(1 - o.smoothing),
-               level = static_cast<float>(o.smoothing / o.classes);
+    const auto keep = static_cast<float>(1 - o.smoothing), level = static_cast<float>(o.smooth);
     double mass = 0, dot = 0;
     if (o.class_weight) {
         BATCHKERN_SIMD(reduction(+ : mass, dot))
@@ -52,7 +51,7 @@ BATCHKERN_INLINE double hard_loss(const CrossEntropyOptions& o, int64_t target, 
     const double loss = (o.class_weight ? o.class_weight[target] : 1.0) * (log_sum + (maximum - at_target));
     if (!(o.smoothing > 0)) return loss;
     const double spread = (log_sum + maximum) * o.weight_sum - dot;
-    return (1 - o.smoothing) * loss + o.smoothing / o.classes * spread;
+    return (1 - o.smoothing) * loss + o.smooth * spread;
 }
 
 BATCHKERN_INLINE double soft_loss(const Asked& asked, double maximum, double log_sum) {
@@ -212,7 +211,7 @@ BATCHKERN_INLINE bool row_gradient(const GradRows& a, const CrossEntropyOptions&
         g->level = g->peak = 0.0f;
     } else {
         const int64_t target = class_of(a.target, i);
-        const double smooth = o.smoothing / o.classes;
+        const double smooth = o.smooth;
         const double peak = (1 - o.smoothing) * (o.class_weight ? o.class_weight[target] : 1.0);
         g->total = static_cast<float>(factor * (peak + smooth * o.weight_sum) + lse_factor);
         g->level = static_cast<float>(factor * smooth);
@@ -228,8 +227,7 @@ BATCHKERN_INLINE bool row_gradient(const GradRows& a, const CrossEntropyOptions&
 template <class T, class Q>
 BATCHKERN_INLINE void soft_grad_row(const RowGradient& g, const T* row, const Q* q, T* grad,
                                     const CrossEntropyOptions& o) {
-    const auto keep = static_cast<float>(1 - o.smoothing),
-               level = static_cast<float>(o.smoothing / o.classes);
+    const auto keep = static_cast<float>(1 - o.smoothing), level = static_cast<float>(o.smooth);
     const float maximum = g.maximum, log_sum = g.log_sum, total = g.total, factor = g.factor;
     if (o.class_weight) {
         BATCHKERN_SIMD()

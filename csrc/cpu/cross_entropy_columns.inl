@@ -138,26 +138,39 @@ void describe_tile(const LossRows& a, const CrossEntropyOptions& o, int64_t firs
     }
 }
 
+// The type is asked for once, not for each row.
+void load_targets(const ClassIndices& target, int64_t first, int64_t rows, int64_t* to) {
+    if (target.type == kInt64)
+        for (int64_t r = 0; r < rows; ++r) to[r] = static_cast<const int64_t*>(target.data)[first + r];
+    else if (target.type == kUInt8)
+        for (int64_t r = 0; r < rows; ++r) to[r] = static_cast<const uint8_t*>(target.data)[first + r];
+    else
+        for (int64_t r = 0; r < rows; ++r) to[r] = class_of(target, first + r);
+}
+
 template <class T>
 void loss_columns(const LossRows& a, const CrossEntropyOptions& o) {
     const bool soft = a.probabilities.data != nullptr;
-    const auto keep = static_cast<float>(1 - o.smoothing),
-               level = static_cast<float>(o.smoothing / o.classes);
+    const auto keep = static_cast<float>(1 - o.smoothing), level = static_cast<float>(o.smooth);
+    const bool sums_target = soft || o.smoothing > 0;
     alignas(64) TileBlock z = {}, q = {};  // lanes without a row hold what does no harm
+    alignas(64) TileSums t = {};
     for (int64_t first = a.begin; first < a.end; first += kTile) {
         const int64_t rows = a.end - first < kTile ? a.end - first : kTile;
         int64_t target[kTile];
         bool any = soft;
-        for (int64_t r = 0; r < rows; ++r) {
-            target[r] = soft ? -1 : class_of(a.target, first + r);
-            any |= target[r] != o.ignore_index;
-        }
+        if (!soft) load_targets(a.target, first, rows, target);
+        for (int64_t r = 0; r < rows && !soft; ++r) any |= target[r] != o.ignore_index;
         if (!any) {
             for (int64_t r = 0; r < rows; ++r) ignore_row(a, first + r);
             continue;
         }
-        alignas(64) TileSums t = {};
-        for (int64_t r = 0; r < kTile; ++r) t.maximum[r] = -INFINITY;
+        for (int64_t r = 0; r < kTile; ++r) {
+            t.maximum[r] = -INFINITY;
+            t.sum[r] = 0;
+        }
+        if (sums_target)
+            for (int64_t r = 0; r < kTile; ++r) t.mass[r] = t.dot[r] = 0;
         for (int64_t c0 = 0; c0 < o.classes; c0 += kTileClasses) {
             const int64_t classes = o.classes - c0 < kTileClasses ? o.classes - c0 : kTileClasses;
             load_block<T>(a.logits, a.at, first, rows, c0, classes, z);
@@ -186,8 +199,15 @@ void loss_columns(const LossRows& a, const CrossEntropyOptions& o) {
             }
         }
         double log_sum[kTile];
+        float loss[kTile];
         BATCHKERN_SIMD()
         for (int64_t r = 0; r < kTile; ++r) log_sum[r] = log_nonnegative(t.sum[r]);
+        if (!sums_target && !o.class_weight) {
+            BATCHKERN_SIMD()
+            for (int64_t r = 0; r < kTile; ++r)
+                loss[r] =
+                    static_cast<float>(log_sum[r] + (static_cast<double>(t.maximum[r]) - t.at_target[r]));
+        }
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t i = first + r;
             if (!soft && target[r] == o.ignore_index) {
@@ -197,75 +217,127 @@ void loss_columns(const LossRows& a, const CrossEntropyOptions& o) {
             float* const state = a.lse + (soft ? 3 : 2) * i;
             state[0] = t.maximum[r];
             state[1] = static_cast<float>(log_sum[r]);
-            if (soft) state[2] = static_cast<float>(t.mass[r]);
-            a.losses[i] = static_cast<float>(
-                soft ? soft_loss({t.mass[r], t.dot[r]}, t.maximum[r], log_sum[r])
-                     : hard_loss(o, target[r], t.maximum[r], log_sum[r], t.at_target[r], t.dot[r]));
+            if (soft) {
+                state[2] = static_cast<float>(t.mass[r]);
+                loss[r] = static_cast<float>(soft_loss({t.mass[r], t.dot[r]}, t.maximum[r], log_sum[r]));
+            } else if (sums_target || o.class_weight) {
+                loss[r] = static_cast<float>(
+                    hard_loss(o, target[r], t.maximum[r], log_sum[r], t.at_target[r], t.dot[r]));
+            }
+            a.losses[i] = loss[r];
         }
         if (a.entropy) describe_tile<T>(a, o, first, rows, t, log_sum);
     }
 }
 
+// Some rows of a tile, each by its own offset.
+template <class T>
+void gather_block(const void* data, int64_t step, const int64_t* offset, int64_t rows, int64_t c0,
+                  int64_t classes, TileBlock& z) {
+    const T* from = static_cast<const T*>(data) + c0 * step;
+    for (int64_t c = 0; c < classes; ++c)
+        for (int64_t r = 0; r < rows; ++r) z[c][r] = load(from + c * step + offset[r]);
+}
+
+template <class T>
+void scatter_block(const TileBlock& z, void* data, int64_t step, const int64_t* offset, int64_t rows,
+                   int64_t c0, int64_t classes) {
+    T* to = static_cast<T*>(data) + c0 * step;
+    for (int64_t c = 0; c < classes; ++c)
+        for (int64_t r = 0; r < rows; ++r) store(to + c * step + offset[r], z[c][r]);
+}
+
+// The rows of a tile that have a gradient, one lane each, and what it is made of.
+struct TileGradient {
+    int64_t rows;
+    int64_t place[kTile];  // in the tile
+    int64_t target[kTile];
+    float maximum[kTile], log_sum[kTile], total[kTile], level[kTile], peak[kTile];
+};
+
+// z -> the gradient at some classes of `lanes` rows.
+BATCHKERN_INLINE void block_gradient(const TileGradient& g, const CrossEntropyOptions& o, int64_t lanes,
+                                     int64_t c0, int64_t classes, const TileBlock* q, TileBlock& z) {
+    const auto keep = static_cast<float>(1 - o.smoothing), uniform = static_cast<float>(o.smooth);
+    for (int64_t c = 0; c < classes; ++c) {
+        const float weight = o.class_weight ? o.class_weight[c0 + c] : 1.0f;
+        if (q) {
+            BATCHKERN_SIMD()
+            for (int64_t r = 0; r < lanes; ++r) {
+                const float p = exp_nonpositive((z[c][r] - g.maximum[r]) - g.log_sum[r]);
+                z[c][r] = g.total[r] * p - g.level[r] * smoothed((*q)[c][r], weight, keep, uniform);
+            }
+        } else {
+            BATCHKERN_SIMD()
+            for (int64_t r = 0; r < lanes; ++r) {
+                const float p = exp_nonpositive((z[c][r] - g.maximum[r]) - g.log_sum[r]);
+                z[c][r] = g.total[r] * p - g.level[r] * weight;
+            }
+        }
+    }
+}
+
 template <class T>
 void grad_columns(const GradRows& a, const CrossEntropyOptions& o) {
-    const bool soft = a.probabilities.data != nullptr;
-    const auto keep = static_cast<float>(1 - o.smoothing),
-               uniform = static_cast<float>(o.smoothing / o.classes);
+    const Probabilities& probabilities = a.probabilities;
     alignas(64) TileBlock z = {}, q = {};
+    alignas(64) const TileBlock zeros = {};
+    alignas(64) TileGradient g = {};
     for (int64_t first = a.begin; first < a.end; first += kTile) {
         const int64_t rows = a.end - first < kTile ? a.end - first : kTile;
-        RowGradient g[kTile];
-        bool live[kTile] = {};
-        float maximum[kTile] = {}, log_sum[kTile] = {}, total[kTile] = {}, level[kTile] = {};
-        bool any = false;
+        g.rows = 0;
         for (int64_t r = 0; r < rows; ++r) {
-            live[r] = row_gradient(a, o, first + r, g + r);
-            if (!live[r]) continue;
-            any = true;
-            maximum[r] = g[r].maximum;
-            log_sum[r] = g[r].log_sum;
-            total[r] = g[r].total;
-            level[r] = soft ? g[r].factor : g[r].level;
+            RowGradient row;
+            if (!row_gradient(a, o, first + r, &row)) continue;
+            const int64_t n = g.rows++;
+            g.place[n] = r;
+            g.target[n] = row.target;
+            g.maximum[n] = row.maximum;
+            g.log_sum[n] = row.log_sum;
+            g.total[n] = row.total;
+            g.level[n] = probabilities.data ? row.factor : row.level;
+            g.peak[n] = row.peak;
         }
-        if (!any && a.grad_is_zero) continue;
+        const bool all = g.rows == kTile;
+        int64_t from[kTile], from_q[kTile], to[kTile];
+        for (int64_t n = 0; n < g.rows && !all; ++n) {
+            from[n] = row_offset(a.at, first + g.place[n]);
+            to[n] = row_offset(a.grad_at, first + g.place[n]);
+            if (probabilities.data) from_q[n] = row_offset(probabilities.at, first + g.place[n]);
+        }
+        const int64_t lanes = (g.rows + kLanes - 1) / kLanes * kLanes;
         for (int64_t c0 = 0; c0 < a.columns; c0 += kTileClasses) {
             const int64_t classes = a.columns - c0 < kTileClasses ? a.columns - c0 : kTileClasses;
-            if (!any) {
-                memset(z, 0, sizeof z);
-                store_block<T>(z, a.grad, a.grad_at, first, rows, c0, classes);
-                continue;
-            }
-            load_block<T>(a.logits, a.at, first, rows, c0, classes, z);
-            if (soft) load_probabilities<T>(a.probabilities, first, rows, c0, classes, q);
+            if (!all && !a.grad_is_zero) store_block<T>(zeros, a.grad, a.grad_at, first, rows, c0, classes);
+            if (g.rows == 0) continue;
+            if (all)
+                load_block<T>(a.logits, a.at, first, rows, c0, classes, z);
+            else
+                gather_block<T>(a.logits, a.at.step, from, g.rows, c0, classes, z);
+            if (probabilities.data && all)
+                load_probabilities<T>(probabilities, first, rows, c0, classes, q);
+            else if (probabilities.data && probabilities.are_float)
+                gather_block<float>(probabilities.data, probabilities.at.step, from_q, g.rows, c0, classes,
+                                    q);
+            else if (probabilities.data)
+                gather_block<T>(probabilities.data, probabilities.at.step, from_q, g.rows, c0, classes, q);
             float at_target[kTile];
-            for (int64_t r = 0; r < rows; ++r) {
-                const int64_t c = live[r] ? g[r].target - c0 : -1;
-                if (c >= 0 && c < classes) at_target[r] = grad_at_target(g[r], o, g[r].target, z[c][r]);
+            for (int64_t n = 0; n < g.rows; ++n) {
+                const int64_t c = g.target[n] - c0;
+                if (g.target[n] < 0 || c < 0 || c >= classes) continue;
+                const RowGradient row{g.maximum[n], g.log_sum[n], g.total[n], g.level[n], g.peak[n], 0,
+                                      g.target[n]};
+                at_target[n] = grad_at_target(row, o, g.target[n], z[c][n]);
             }
-            for (int64_t c = 0; c < classes; ++c) {
-                const float weight = o.class_weight ? o.class_weight[c0 + c] : 1.0f;
-                if (soft) {
-                    BATCHKERN_SIMD()
-                    for (int64_t r = 0; r < kTile; ++r) {
-                        const float p = exp_nonpositive((z[c][r] - maximum[r]) - log_sum[r]);
-                        const float value =
-                            total[r] * p - level[r] * smoothed(q[c][r], weight, keep, uniform);
-                        z[c][r] = live[r] ? value : 0.0f;
-                    }
-                } else {
-                    BATCHKERN_SIMD()
-                    for (int64_t r = 0; r < kTile; ++r) {
-                        const float p = exp_nonpositive((z[c][r] - maximum[r]) - log_sum[r]);
-                        const float value = total[r] * p - level[r] * weight;
-                        z[c][r] = live[r] ? value : 0.0f;
-                    }
-                }
+            block_gradient(g, o, lanes, c0, classes, probabilities.data ? &q : nullptr, z);
+            for (int64_t n = 0; n < g.rows; ++n) {
+                const int64_t c = g.target[n] - c0;
+                if (g.target[n] >= 0 && c >= 0 && c < classes) z[c][n] = at_target[n];
             }
-            for (int64_t r = 0; r < rows; ++r) {
-                const int64_t c = live[r] ? g[r].target - c0 : -1;
-                if (c >= 0 && c < classes) z[c][r] = at_target[r];
-            }
-            store_block<T>(z, a.grad, a.grad_at, first, rows, c0, classes);
+            if (all)
+                store_block<T>(z, a.grad, a.grad_at, first, rows, c0, classes);
+            else
+                scatter_block<T>(z, a.grad, a.grad_at.step, to, g.rows, c0, classes);
         }
     }
 }

@@ -15,6 +15,7 @@ struct CrossEntropyOptions {
     const float* class_weight;  // (classes,), or null: all 1
     double weight_sum;          // of class_weight
     double smoothing;
+    double smooth;  // smoothing / classes
     int64_t ignore_index;
 };
 

@@ -19,7 +19,12 @@ struct Problem : CrossEntropyArguments {
             const std::optional<at::Tensor>& class_weight, int64_t ignore_index, double smoothing,
             int64_t first_class_ = 0, std::optional<int64_t> classes_ = std::nullopt)
         : CrossEntropyArguments(logits_, target_, class_weight, first_class_, classes_),
-          options{classes, weights(), static_cast<double>(classes), smoothing, ignore_index} {
+          options{classes,
+                  weights(),
+                  static_cast<double>(classes),
+                  smoothing,
+                  smoothing / static_cast<double>(classes),
+                  ignore_index} {
         if (!options.class_weight) return;
         options.weight_sum = 0;
         for (int64_t c = 0; c < classes; ++c) options.weight_sum += options.class_weight[c];
@@ -39,13 +44,19 @@ std::string place_of(int64_t row, const std::vector<int64_t>& shape) {
 // Raises where a row that is looked at has no such class; kept is null, or says which rows are.
 void check_target(const Problem& p, const bool* kept) {
     if (p.soft) return;
-    for (int64_t i = 0; i < p.rows; ++i) {
-        const int64_t target = class_of(p.indices, i);
-        if (kept ? !kept[i] : target == p.options.ignore_index) continue;
-        TORCH_CHECK_VALUE(target >= 0 && target < p.classes, "target[", place_of(i, p.shape), "] is ", target,
-                          "; it must be in [0, ", p.classes, ") or ignore_index (", p.options.ignore_index,
-                          ")");
-    }
+    const auto first_wrong = [&](int64_t begin, int64_t end, int64_t found) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t target = class_of(p.indices, i);
+            if (kept ? !kept[i] : target == p.options.ignore_index) continue;
+            if (target < 0 || target >= p.classes) return std::min(i, found);
+        }
+        return found;
+    };
+    const int64_t wrong = at::parallel_reduce(0, p.rows, kGrain, p.rows, first_wrong,
+                                              [](int64_t a, int64_t b) { return std::min(a, b); });
+    TORCH_CHECK_VALUE(wrong == p.rows, "target[", place_of(wrong, p.shape), "] is ",
+                      class_of(p.indices, wrong), "; it must be in [0, ", p.classes, ") or ignore_index (",
+                      p.options.ignore_index, ")");
 }
 
 // Calls use(begin, end) for parts of the rows: tiles, where rows do not have their classes side by side.
