@@ -100,6 +100,19 @@ def select_and_normalize(
     return kept.view(scores.shape), divisor
 
 
+def select_rows(
+    scores: Tensor,
+    keep: float | Tensor,
+    *,
+    mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    **band: Any,
+) -> Tensor:
+    """The kept rows, as a mask of the shape of ``scores``. ``band``: the other arguments of `select`."""
+    valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    return select_and_normalize(wide(scores), valid, None, keep, group, **band)[0]
+
+
 def share_of_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of ``x ()`` over the ranks of a group, over their number."""
     total = x.clone()

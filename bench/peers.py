@@ -51,7 +51,15 @@ def reduced(losses: Tensor, keep: float) -> Tensor:
 
 def eager_cross_entropy(target: Tensor, keep: float) -> Step:
     # In bf16 the losses would be bf16 too, full of ties, and other rows would be kept.
-    return lambda x: trimmed(F.cross_entropy(x.float(), target, reduction="none"), keep)
+    return lambda x: trimmed(F.cross_entropy(x.float(), target, reduction="none").flatten(), keep)
+
+
+def flattened_cross_entropy(target: Tensor, keep: float) -> Step:
+    """What many write for pixels."""
+    labels = target.flatten()
+    return lambda x: trimmed(
+        F.cross_entropy(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).float(), labels, reduction="none"), keep
+    )
 
 
 def liger_cross_entropy(target: Tensor, keep: float) -> Step:
@@ -151,6 +159,9 @@ def eager_augment(
 
     return step
 
+
+OF_ROWS = ("liger", "quack")
+"""Cross entropies that take logits (B, C) and class indices alone."""
 
 PEERS: dict[str, dict[str, Peer]] = {
     "trimmed_cross_entropy": {

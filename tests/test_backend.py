@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 CALLS = {
+    "cross_entropy": lambda: batchkern.cross_entropy(torch.randn(4, 3), torch.arange(4) % 3, reduction="none"),
+    "select_rows": lambda: batchkern.select_rows(torch.randn(4), 0.5),
     "trimmed_cross_entropy": lambda: batchkern.trimmed_cross_entropy(torch.randn(4, 3), torch.arange(4) % 3, 0.5),
     "trimmed_mean": lambda: batchkern.trimmed_mean(torch.randn(4), 0.5),
     "linear_trimmed_cross_entropy": lambda: batchkern.linear_trimmed_cross_entropy(

@@ -208,7 +208,8 @@ def row_shape(logits: Tensor) -> torch.Size:
 
 
 class TrimmedCrossEntropyLoss(nn.Module):
-    """:func:`trimmed_cross_entropy` as a module; ``keep`` may be reassigned between steps.
+    """:func:`trimmed_cross_entropy` as a module; ``keep`` may be reassigned between steps. It loads the state_dict of
+    ``nn.CrossEntropyLoss(weight=...)``.
 
     Args:
         keep, ignore_index, label_smoothing, class_weight, per_sample, group, inplace_backward: as in the function.
@@ -237,6 +238,12 @@ class TrimmedCrossEntropyLoss(nn.Module):
         self.inplace_backward = inplace_backward
         self.class_weight: Tensor | None
         self.register_buffer("class_weight", class_weight)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """That of ``nn.CrossEntropyLoss``, too, where the class weights have another name."""
+        if f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}class_weight"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return trimmed_cross_entropy(  # type: ignore[call-overload]

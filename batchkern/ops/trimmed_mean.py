@@ -114,10 +114,9 @@ def select_rows(
     check.tensor("score", score)
     keep = _check_selection(score, "score", keep, order, skip, above, mask, within, group)
     score = score.detach()
-    if not _backend.has_kernel("trimmed_mean", score):
-        valid = torch.ones_like(score, dtype=torch.bool) if mask is None else mask
+    if not _backend.has_kernel("select_rows", score):
         options: dict[str, Any] = {"order": order, "skip": skip, "above": above, "within": within}
-        return reference.select_and_normalize(reference.wide(score), valid, None, keep, group, **options)[0]
+        return reference.select_rows(score, keep, mask=mask, group=group, **options)
     band = _band(order, skip, above)
     if group is not None and within == "all":
         valid = torch.ones_like(score, dtype=torch.bool) if mask is None else mask

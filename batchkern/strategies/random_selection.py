@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchkern.distributed import IGNORED
 from batchkern.errors import UserError
-from batchkern.ops import trimmed_cross_entropy
+from batchkern.ops import cross_entropy, trimmed_mean
 from batchkern.plan import Batch, EpochBatches, Replay
 from batchkern.schedules import linear
 from batchkern.seeding import generator
@@ -77,12 +77,10 @@ class RandomSelection(Strategy):
         if self.select == "batches" or step.narrowed:
             return super().loss(step, logits, target)
         chosen = self._choose(step, step.share.rows)
-        dropped = step.share.take(torch.ones(step.share.rows, dtype=torch.bool).index_fill(0, chosen, False))
-        smoothing, group = step.run.label_smoothing, step.run.ranks.group
-        with torch.no_grad():
-            _, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
-        target = target.masked_fill(dropped.to(target.device), IGNORED)
-        return trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, group=group), losses
+        counts = step.share.take(torch.zeros(step.share.rows, dtype=torch.bool).index_fill(0, chosen, True))
+        losses = cross_entropy(logits, target, label_smoothing=step.run.label_smoothing, reduction="none")
+        mask = counts.to(target.device) & (target != IGNORED)
+        return trimmed_mean(losses, 1.0, mask=mask, group=step.run.ranks.group), losses.detach()
 
     def _choose(self, step: Step, rows: int) -> Tensor:
         """Positions in a batch of ``rows``."""

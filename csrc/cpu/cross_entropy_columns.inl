@@ -308,8 +308,6 @@ void grad_columns(const GradRows& a, const CrossEntropyOptions& o) {
         const int64_t lanes = (g.rows + kLanes - 1) / kLanes * kLanes;
         for (int64_t c0 = 0; c0 < a.columns; c0 += kTileClasses) {
             const int64_t classes = a.columns - c0 < kTileClasses ? a.columns - c0 : kTileClasses;
-            if (!all && !a.grad_is_zero) store_block<T>(zeros, a.grad, a.grad_at, first, rows, c0, classes);
-            if (g.rows == 0) continue;
             if (all)
                 load_block<T>(a.logits, a.at, first, rows, c0, classes, z);
             else
@@ -321,6 +319,9 @@ void grad_columns(const GradRows& a, const CrossEntropyOptions& o) {
                                     q);
             else if (probabilities.data)
                 gather_block<T>(probabilities.data, probabilities.at.step, from_q, g.rows, c0, classes, q);
+            // After the logits were read: the gradient may be written over them.
+            if (!all && !a.grad_is_zero) store_block<T>(zeros, a.grad, a.grad_at, first, rows, c0, classes);
+            if (g.rows == 0) continue;
             float at_target[kTile];
             for (int64_t n = 0; n < g.rows; ++n) {
                 const int64_t c = g.target[n] - c0;

@@ -558,6 +558,8 @@ def test_module_state() -> None:
     other = batchkern.TrimmedCrossEntropyLoss(0.4, class_weight=torch.ones(7))
     other.load_state_dict(module.state_dict())
     assert torch.equal(other.class_weight, WEIGHT)
+    other.load_state_dict(nn.CrossEntropyLoss(weight=2 * WEIGHT).state_dict())
+    assert torch.equal(other.class_weight, 2 * WEIGHT)
     assert copy.deepcopy(module).double().class_weight.dtype == torch.float64
     assert copy.deepcopy(module).to("meta").class_weight.device.type == "meta"
     assert not batchkern.TrimmedCrossEntropyLoss(0.4).state_dict()
