@@ -184,7 +184,7 @@ int64_t select_rows(const uint32_t* keys, const bool* valid, int64_t n, const Ba
     int64_t total = 0;
     for (int64_t i = 0; i < n; ++i) {
         const bool above = band.above && keys[i] > *band.above && (!valid || valid[i]);
-        kept[i] = (chosen[i] | above) & !skipped[i];
+        kept[i] = (chosen[i] || above) && !skipped[i];
         total += kept[i];
     }
     return total;
