@@ -89,10 +89,15 @@ _supported: dict[tuple[str, int], bool] = {}
 """By operation and index of a CUDA device: whether the kernel runs there."""
 
 
+def within_transform() -> bool:
+    """Whether this is called by a transform of ``torch.func``, in a compiled function, too."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def has_kernel(op: str, x: Tensor) -> bool:
     """Whether ``op`` has a kernel for tensors like ``x``. There are none for float64, nor within the transforms of
     ``torch.func``: there the reference serves."""
-    if x.dtype == torch.float64 or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()):
+    if x.dtype == torch.float64 or within_transform():
         return False
     # x.device.type makes two objects; this is asked in every call.
     if x.is_cpu:

@@ -110,6 +110,8 @@ def select_rows(
 ) -> Tensor:
     """The kept rows, as a mask of the shape of ``scores``. ``band``: the other arguments of `select`."""
     valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    if band.get("within") == "sample":
+        group = None  # no rank need know of another's samples
     return select_and_normalize(wide(scores), valid, None, keep, group, **band)[0]
 
 
@@ -138,12 +140,19 @@ class Gathered:
         return kept[start : start + self.rows[self.rank]], normalizer
 
 
+def within_graph(x: Tensor) -> bool:
+    """Whether a graph is being traced or captured, for which the host cannot be asked."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def gather(losses: Tensor, valid: Tensor, weight: Tensor | None, group: dist.ProcessGroup) -> Gathered:
-    """Losses, valid and weight ``(B,)`` of all ranks, whose B may differ."""
+    """Losses, valid and weight ``(B,)`` of all ranks, whose B may differ; in a graph they are taken to be equal."""
     world = dist.get_world_size(group)
-    counts = [torch.zeros(1, dtype=torch.int64, device=losses.device) for _ in range(world)]
-    dist.all_gather(counts, torch.full_like(counts[0], len(losses)), group=group)
-    rows: list[int] = torch.cat(counts).tolist()
+    rows = [len(losses)] * world
+    if not within_graph(losses):
+        counts = [torch.zeros(1, dtype=torch.int64, device=losses.device) for _ in rows]
+        dist.all_gather(counts, torch.full_like(counts[0], len(losses)), group=group)
+        rows = torch.cat(counts).tolist()
     mine = losses.new_zeros(3, max(rows))
     ones = torch.ones_like(losses) if weight is None else weight
     mine[:, : len(losses)] = torch.stack([losses, valid.to(losses.dtype), ones.to(losses.dtype)])
@@ -203,6 +212,18 @@ def valid_rows(target: Tensor, ignore_index: int) -> Tensor:
     return target.long() != ignore_index  # uint8 would wrap a negative index around
 
 
+def row_losses(logits: Tensor, target: Tensor, *, weight: Tensor | None, **options: Any) -> Tensor:
+    """In the type of the logits, 0 at ignored rows."""
+    losses = F.cross_entropy(
+        logits,
+        target.to(logits.dtype) if target.is_floating_point() else target.long(),
+        None if weight is None else weight.to(logits.dtype),
+        reduction="none",
+        **options,
+    )
+    return torch.where(valid_rows(target, options["ignore_index"]), losses, 0)
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -211,18 +232,12 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
 ) -> Rows:
-    """Of each row, by PyTorch's own functions; all of it differentiable, as often as they are."""
+    """Of each row, by PyTorch's own functions; loss and lse are differentiable as often as these are."""
     logits = wide(logits)
     classes, soft = class_dim(logits), target.is_floating_point()
     valid = valid_rows(target, ignore_index)
-    loss = F.cross_entropy(
-        logits,
-        target.to(logits.dtype) if soft else target.long(),
-        None if weight is None else weight.to(logits.dtype),
-        ignore_index=ignore_index,
-        reduction="none",
-        label_smoothing=label_smoothing,
-    )
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "weight": weight}
+    loss = row_losses(logits, target, **options)
     log_p = F.log_softmax(logits, classes).detach()
     p = log_p.exp()
     entropy = -torch.where(p == 0, 0, p * log_p).sum(classes)
@@ -230,8 +245,7 @@ def cross_entropy(
     lse = torch.where(lse == math.inf, math.nan, lse)  # as the loss is
     correct = logits.argmax(classes) == (target.argmax(classes) if soft else target.long())
     correct = correct & valid & ~lse.isnan()
-    loss, lse, entropy = (torch.where(valid, x, 0) for x in (loss, lse, entropy))
-    return Rows(loss, lse, entropy, correct)
+    return Rows(loss, torch.where(valid, lse, 0), torch.where(valid, entropy, 0), correct)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -289,18 +303,17 @@ def trimmed_cross_entropy(
     logits = wide(logits)
     weight = None if class_weight is None else class_weight.to(logits.dtype)
 
-    def row_losses(z: Tensor) -> Tensor:
-        return cross_entropy(z, target, weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing).loss
-
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "weight": weight}
     valid = valid_rows(target, ignore_index)
-    losses = row_losses(logits.detach()).detach()
+    losses = row_losses(logits.detach(), target, **options).detach()
     row_weight = None
     if weight is not None and not target.is_floating_point():
         row_weight = weight[torch.where(valid, target.long(), 0)]
     kept, normalizer = select_and_normalize(losses, valid, row_weight, keep, group)
     # Dropped rows are replaced before the differentiable pass: their gradient is an exact zero even where a logit is
     # NaN or infinite, which a zero upstream factor alone would turn into NaN.
-    kept_losses = row_losses(torch.where(kept.unsqueeze(class_dim(logits)), logits, 0.0))
+    kept_logits = torch.where(kept.unsqueeze(class_dim(logits)), logits, 0.0)
+    kept_losses = row_losses(kept_logits, target, **options)
     return torch.where(kept, kept_losses, 0).sum() / normalizer.to(logits.dtype), losses
 
 

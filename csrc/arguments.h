@@ -129,6 +129,7 @@ struct ClassGrid {
 
     // None where d1, ... do not merge into one dimension.
     std::optional<RowLayout> layout(const at::Tensor& x) const {
+        if (rows() == 0) return RowLayout{1, 0, 0, 1};
         const int64_t sample = x.dim() > 1 ? x.stride(0) : 0, step = x.stride(x.dim() > 1 ? 1 : 0);
         int64_t row = 0, extent = 1;
         for (int64_t d = x.dim() - 1; d >= 2; --d) {
@@ -145,9 +146,6 @@ struct ClassGrid {
     int64_t samples, inner = 1;
 };
 
-// Whether the classes of each row lie side by side.
-inline bool is_rows(const RowLayout& at, int64_t classes) { return classes <= 1 || at.step == 1; }
-
 // What both passes of a cross entropy need. Holds the tensors that pointers are taken of. The columns of the
 // logits may be a part of the classes, from first_class on. Where the target holds probabilities it has the
 // logits' shape.
@@ -156,8 +154,9 @@ struct CrossEntropyArguments {
                           const std::optional<at::Tensor>& class_weight, int64_t first_class_ = 0,
                           std::optional<int64_t> classes_ = std::nullopt)
         : type(element_type(logits_, "logits")), grid(logits_) {
-        TORCH_CHECK_VALUE(logits_.dim() > 0 && grid.rows() < kMaxRows,
-                          "logits must be (C,) or (B, C, ...), got ", logits_.sizes());
+        TORCH_CHECK_VALUE(logits_.dim() > 0, "logits must be (C,) or (B, C, ...), got ", logits_.sizes());
+        TORCH_CHECK_VALUE(grid.rows() < kMaxRows, "logits must have fewer than 2^32 rows, got ",
+                          logits_.sizes());
         rows = grid.rows();
         columns = logits_.size(logits_.dim() > 1 ? 1 : 0);
         first_class = first_class_;
@@ -182,8 +181,10 @@ struct CrossEntropyArguments {
             target = target_;
             const int64_t class_dim = target.dim() > 1 ? 1 : 0;
             const auto layout = grid.layout(target);
-            if (!layout || (is_rows() && !batchkern::is_rows(*layout, columns)))
+            if (is_rows() && !(layout && are_side_by_side(*layout, columns)))
                 target = target.movedim(class_dim, -1).contiguous().movedim(-1, class_dim);
+            else if (!layout)
+                target = target.contiguous();
         } else {
             indices.type = index_type(target_);
             target = target_.contiguous();
@@ -200,7 +201,7 @@ struct CrossEntropyArguments {
     const float* weights() const { return weight.defined() ? weight.const_data_ptr<float>() : nullptr; }
 
     RowLayout layout() const { return *grid.layout(logits); }
-    bool is_rows() const { return batchkern::is_rows(layout(), columns); }
+    bool is_rows() const { return are_side_by_side(layout(), columns); }
 
     Probabilities probabilities() const {
         if (!soft) return {};

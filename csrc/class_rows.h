@@ -23,6 +23,9 @@ BATCHKERN_HOST_DEVICE int64_t row_offset(const RowLayout& at, int64_t i) {
     return sample * at.sample + (row - sample * inner) * at.row;
 }
 
+// Whether the classes of each row do.
+inline bool are_side_by_side(const RowLayout& at, int64_t classes) { return classes <= 1 || at.step == 1; }
+
 // A target of probabilities: (rows, classes), in the logits' type or in float32.
 struct Probabilities {
     const void* data;  // null: the target holds class indices

@@ -109,8 +109,8 @@ CPU = [
         MEAN,
         (
             "rows that are left out come back above",
-            "(chosen[i] | above) & !skipped[i]",
-            "(chosen[i] & !skipped[i]) | above",
+            "(chosen[i] || above) && !skipped[i]",
+            "(chosen[i] && !skipped[i]) || above",
         ),
         (
             "what is above counts though it is masked",
@@ -175,7 +175,11 @@ CPU = [
             "const int64_t run = left < rows - r ? left : rows - r;",
             "const int64_t run = rows - r;",
         ),
-        ("a target of a later block is not found", "const int64_t c = target[r] - c0;", "const int64_t c = target[r];"),
+        (
+            "a target of a later block is not found",
+            "if (target[r] >= c0 && target[r] < c0 + classes)",
+            "if (c0 == 0 && target[r] < classes)",
+        ),
         (
             "rows without a gradient keep what was there",
             "if (!all && !a.grad_is_zero)",

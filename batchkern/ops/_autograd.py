@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def within_transform() -> bool:
-    """Whether this is called by a transform of ``torch.func``, which the reference serves."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+from batchkern import _backend
 
 
 class _Refuse(torch.autograd.Function):
@@ -72,7 +69,7 @@ def boundary(x: Tensor, *, into_storage: bool = False) -> Tensor:
     would fail on another. With ``into_storage`` the gradient is written over the storage of ``x``. Within a transform
     of ``torch.func``, where no kernel runs, it is ``x``.
     """
-    if within_transform():
+    if _backend.within_transform():
         return x
     return _Boundary.apply(x, into_storage)
 

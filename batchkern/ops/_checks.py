@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from batchkern import _backend
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
@@ -27,7 +29,7 @@ UNSERVED = {
 
 def readable(x: Tensor) -> bool:
     """Whether looking at the values of ``x`` costs nothing: on the CPU, and not while a graph is being traced."""
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or _backend.within_transform():
         return False
     return x.device.type == "cpu"
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchkern import _backend, reference
 from batchkern.ops import _checks as check
-from batchkern.ops._autograd import once_differentiable, within_transform
+from batchkern.ops._autograd import once_differentiable
 from batchkern.ops.trimmed_cross_entropy import kernel_target, row_shape, trimmed
 from batchkern.reference import Rows as Rows
 
@@ -78,7 +78,7 @@ def cross_entropy(
     """
     check.cross_entropy(logits, target, weight, "weight", ignore_index, label_smoothing)
     check.one_of("reduction", reduction, ("none", "mean", "sum"))
-    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": float(label_smoothing)}
     if reduction == "mean" and not stats:
         return trimmed(logits, target, 1.0, class_weight=weight, **options)[0]
     options["weight"] = weight
@@ -91,7 +91,7 @@ def cross_entropy(
             return losses if reduction == "none" else losses.sum()
         return Rows(*results, *(x.detach() for x in call["constants"]))
     check.target_values(target, classes=logits.shape[reference.class_dim(logits)], ignore_index=ignore_index)
-    if within_transform():
+    if _backend.within_transform():
         rows = reference.cross_entropy(logits, target, **options)
     else:
         call = {"options": options}

@@ -41,7 +41,7 @@ def linear_trimmed_cross_entropy(
         weight: ``(V, H)``, same dtype; may be that of the embedding. Under autocast types may differ, as ``F.linear``
             would cast both, and the gradient of a float32 weight is made in float32.
         target: ``(N,)`` int64 in [0, V), or ``ignore_index``.
-        keep: fraction of rows kept, in (0, 1]; or a 0-dim float64 tensor on the same device, read when the operation
+        keep: fraction of rows kept, in (0, 1]; or a 0-dim float tensor on the same device, read when the operation
             runs. A GPU's tensor is not looked at by the host, and saves nothing: the step then costs 4 F.
         bias: ``(V,)``, same dtype.
         ignore_index, label_smoothing, group: as in :func:`batchkern.trimmed_cross_entropy`. With a group on a GPU the

@@ -72,9 +72,9 @@ def trimmed_cross_entropy(
         class_weight: ``(C,)``: weighted losses are ranked, and their sum is divided by the kept rows' weights; with
             probabilities by the number of kept rows, as PyTorch does.
         per_sample: also return the losses, of the rows' shape, detached, 0 at ignored rows.
-        group: rank over the batches of all processes of this group, which may have different numbers of rows (ties:
-            lower rank first). The loss is scaled so that the average of gradients over ranks is the gradient of the
-            concatenated batch.
+        group: rank over the batches of all processes of this group, which may have different numbers of rows, but not
+            within ``torch.compile`` and captured graphs (ties: lower rank first). The loss is scaled so that the
+            average of gradients over ranks is the gradient of the concatenated batch.
         inplace_backward: write the gradient over the logits' storage, which must not overlap itself; no effect under
             ``torch.compile`` or where no gradient is wanted.
 
@@ -99,7 +99,7 @@ def trimmed_cross_entropy(
         target,
         keep,
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
+        label_smoothing=float(label_smoothing),
         class_weight=class_weight,
         group=group,
         inplace_backward=inplace_backward,

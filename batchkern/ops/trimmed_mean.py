@@ -49,7 +49,8 @@ def trimmed_mean(
         within: ``"sample"`` ranks each index of the first dimension apart; the kept of all are averaged.
         group: process group whose batches are ranked together; they may have different numbers of rows. Ties: the lower
             rank first. The mean is scaled so that the average of gradients over ranks is the gradient of the
-            concatenated batch. Each call waits for the host once, to learn the numbers of rows.
+            concatenated batch. Each call waits for the host once, to learn the numbers of rows; not so within
+            ``torch.compile`` and captured graphs, where they must be equal, nor with ``within="sample"``.
 
     Returns:
         0-dim float32 (float64 for float64 losses); NaN when no row is left.

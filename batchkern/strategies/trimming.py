@@ -76,8 +76,11 @@ class Trimming(Strategy):
             raise UserError(f"order must be highest or lowest, got {self.order!r}")
         if not 0 <= self.skip < 1:
             raise UserError(f"skip must be in [0, 1), got {self.skip}")
-        if self.above is not None and (math.isnan(self.above) or self.order == "lowest"):
-            raise UserError(f"above must be a number, and order highest, got {self.above} and {self.order}")
+        if self.above is not None:
+            if not isinstance(self.above, int | float) or math.isnan(self.above):
+                raise UserError(f"above must be a number, got {self.above!r}")
+            if self.order == "lowest":
+                raise UserError("above must be left out where order is lowest: it adds rows to the highest")
         if self.schedule is not None and not callable(self.schedule):
             raise UserError(f"schedule must be a function of (epoch, epochs), got {self.schedule!r}")
 
@@ -102,8 +105,8 @@ class Trimming(Strategy):
             raise UserError(f"Trimming's schedule must give a fraction in (0, 1], got {value} in epoch {epoch}")
         if self.skip + value > 1 + 1e-12:
             raise UserError(
-                f"skip and the fraction kept must be at most 1 together, got {self.skip} + {value} in epoch {epoch}: "
-                f"start at {1 - self.skip:g} or less"
+                f"skip and the fraction kept must be at most 1 together, got {self.skip} + {value} in epoch {epoch}"
+                + ("" if self.schedule else f": start at {1 - self.skip:g} or less")
             )
         return value
 

@@ -100,8 +100,7 @@ BATCHKERN_INLINE void add_to_tile(const TileBlock& z, int64_t classes, TileSums&
 // The entropies, by a second look at the tile.
 template <class T>
 void describe_tile(const LossRows& a, const CrossEntropyOptions& o, int64_t first, int64_t rows,
-                   const TileSums& t, const double* log_sums) {
-    alignas(64) TileBlock z = {}, q = {};
+                   const TileSums& t, const double* log_sums, TileBlock& z, TileBlock& q) {
     double entropy[kTile] = {};
     float highest[kTile];
     int64_t place[kTile], target[kTile] = {};
@@ -189,8 +188,7 @@ void loss_columns(const LossRows& a, const CrossEntropyOptions& o) {
                 continue;
             }
             for (int64_t r = 0; r < rows; ++r) {
-                const int64_t c = target[r] - c0;
-                if (c >= 0 && c < classes) t.at_target[r] = z[c][r];
+                if (target[r] >= c0 && target[r] < c0 + classes) t.at_target[r] = z[target[r] - c0][r];
             }
             for (int64_t c = 0; o.smoothing > 0 && c < classes; ++c) {
                 const double weight = o.class_weight ? o.class_weight[c0 + c] : 1.0;
@@ -226,7 +224,7 @@ void loss_columns(const LossRows& a, const CrossEntropyOptions& o) {
             }
             a.losses[i] = loss[r];
         }
-        if (a.entropy) describe_tile<T>(a, o, first, rows, t, log_sum);
+        if (a.entropy) describe_tile<T>(a, o, first, rows, t, log_sum, z, q);
     }
 }
 

@@ -144,7 +144,7 @@ void write_gradient(const Problem& p, const at::Tensor& lse, const Upstream& ups
                     bool grad_is_zero) {
     check_target(p, upstream.kept);
     const RowLayout grad_at = *p.grid.layout(grad);
-    const bool by_rows = p.is_rows() && is_rows(grad_at, p.columns);
+    const bool by_rows = p.is_rows() && are_side_by_side(grad_at, p.columns);
     const GradRows rows{p.logits.const_data_ptr(),
                         p.layout(),
                         p.indices,

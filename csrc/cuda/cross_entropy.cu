@@ -53,11 +53,9 @@ struct ForwardScratch {
     size_t bytes;
 };
 
-bool is_side_by_side(const RowLayout& at, int classes) { return classes <= 1 || at.step == 1; }
-
 // The kernels for rows find one by a multiplication: to divide as well would take registers that they lack.
 bool is_rows(const RowLayout& at, const CrossEntropyRows& rows) {
-    return is_side_by_side(at, rows.classes) && at.inner >= rows.rows;
+    return are_side_by_side(at, rows.classes) && at.inner >= rows.rows;
 }
 
 bool is_general(const CrossEntropyRows& rows, bool stats) {
@@ -75,7 +73,7 @@ bool is_one_block(ElementType type, int64_t rows, int classes, unsigned parts) {
 // threads each.
 template <class Use>
 auto with_places(const CrossEntropyRows& rows, Use use) {
-    const bool columns = !is_side_by_side(rows.at, rows.classes);
+    const bool columns = !are_side_by_side(rows.at, rows.classes);
     const bool many = rows.classes >= 2048 || rows.rows < 65536;
     if (columns && many) return use(std::integral_constant<int, 8>(), std::true_type());
     if (columns) return use(std::integral_constant<int, 1>(), std::true_type());
@@ -116,8 +114,8 @@ cudaError_t launch_general_backward(ElementType type, const BackwardCall& call, 
 
 }  // namespace
 
-Needs cross_entropy_needs(ElementType type, const CrossEntropyRows& rows, bool stats) {
-    if (is_general(rows, stats)) return {ForwardScratch(nullptr, rows, 1).bytes, true};
+Needs cross_entropy_needs(ElementType type, const CrossEntropyRows& rows, bool stats, bool selects) {
+    if (is_general(rows, stats)) return {ForwardScratch(nullptr, rows, 1).bytes, selects};
     const unsigned parts = blocks_per_row(type, rows.rows, rows.classes);
     return {ForwardScratch(nullptr, rows, parts).bytes, !is_one_block(type, rows.rows, rows.classes, parts)};
 }
@@ -162,7 +160,7 @@ cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& ca
 cudaError_t launch_cross_entropy_backward(ElementType type, const BackwardCall& call, cudaStream_t stream) {
     const CrossEntropyRows& rows = call.rows;
     if (rows.rows == 0 || rows.classes == 0) return cudaSuccess;
-    if (!is_side_by_side(rows.at, rows.classes)) return launch_general_backward<1, true>(type, call, stream);
+    if (!are_side_by_side(rows.at, rows.classes)) return launch_general_backward<1, true>(type, call, stream);
     if (rows.probabilities.data || !is_rows(rows.at, rows) || !is_rows(call.grad_at, rows))
         return launch_general_backward<kWarp, false>(type, call, stream);
     const unsigned parts = blocks_per_row(type, rows.rows, rows.classes);

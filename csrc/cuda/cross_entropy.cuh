@@ -52,6 +52,9 @@ __device__ __forceinline__ Share share_of_block(int vectors) {
             part == 0, part == parts - 1};
 }
 
+// What sums are relative to.
+__device__ __forceinline__ float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
 // As PyTorch's own cross entropy does: nothing is read out of bounds, and the next synchronisation raises.
 __device__ __forceinline__ void check_class(int64_t target, int64_t classes) {
     assert(target >= 0 && target < classes && "target must be in [0, C) or ignore_index");

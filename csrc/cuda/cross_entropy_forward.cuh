@@ -38,8 +38,6 @@ struct ForwardStorage {
     bool last;
 };
 
-__device__ __forceinline__ float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
-
 // e^d for d <= 0. Logits of 16 bits have twice as many elements for each byte, and instructions would bound
 // them: they get the processor's own 2^x, which errs by up to 2 in the last digit.
 __device__ __forceinline__ float exp_to_sum(float d, const float*) { return expf(d); }

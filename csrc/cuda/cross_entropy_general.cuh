@@ -36,11 +36,9 @@ struct GeneralState {
     int target;       // its first column
 };
 
-__device__ __forceinline__ float base_of_row(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
-
 template <bool kDescribe>
 __device__ __forceinline__ void raise(GeneralState& a, float maximum) {
-    const float base = base_of_row(maximum), down = base_of_row(a.maximum) - base;
+    const float base = base_of(maximum), down = base_of(a.maximum) - base;
     const float factor = a.maximum == -INFINITY ? 0.0f : expf(a.maximum - base);
     if (kDescribe) a.moment = factor == 0.0f ? 0.0f : factor * (a.moment + down * a.sum);
     a.sum *= factor;
@@ -140,7 +138,8 @@ __device__ __forceinline__ GeneralState read_part(const CrossEntropyRows& a, int
     const TargetRow<T> q_row(a.probabilities, row);
     const bool soft = q_row.data != nullptr, weighted = soft || a.smoothing > 0;
     const Smoothing smoothed(a);
-    GeneralState s{-INFINITY, 0, 0, 0, 0, a.classes, -INFINITY, a.classes};
+    // Where nothing is higher than another, as in a row of -inf, the first column is the highest.
+    GeneralState s{-INFINITY, 0, 0, 0, 0, part, -INFINITY, part};
     float lost = 0;  // what the sum has rounded away
     for (int first = part; first < a.classes; first += kAcross * kClassesInFlight) {
         float z[kClassesInFlight], q[kClassesInFlight];
@@ -164,7 +163,7 @@ __device__ __forceinline__ GeneralState read_part(const CrossEntropyRows& a, int
             raise<kDescribe>(s, maximum);
             lost *= before == 0.0f ? 0.0f : s.sum / before;
         }
-        const float base = base_of_row(s.maximum);
+        const float base = base_of(s.maximum);
         float sums[4] = {};
 #pragma unroll
         for (int i = 0; i < kClassesInFlight; ++i) {

@@ -108,7 +108,7 @@ struct Memory {
     Workspace* workspace;  // null where it is not needed
 };
 
-Needs cross_entropy_needs(ElementType type, const CrossEntropyRows& rows, bool stats);
+Needs cross_entropy_needs(ElementType type, const CrossEntropyRows& rows, bool stats, bool selects);
 cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& call, const Memory& memory,
                                          cudaStream_t stream);
 cudaError_t launch_cross_entropy_backward(ElementType type, const BackwardCall& call, cudaStream_t stream);

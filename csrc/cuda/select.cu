@@ -42,9 +42,7 @@ cudaError_t launch_trimmed_mean(ElementType type, const LossVector& losses, cons
             memory.workspace,
             static_cast<BlockSum*>(memory.scratch)};
         if (samples > 1)
-            return launch(stream, dim3(blocks), kSelectThreads, 0, false,
-                          blocks > 1 ? &select_samples<true, Rows> : &select_samples<false, Rows>, a,
-                          samples);
+            return launch(stream, dim3(blocks), kSelectThreads, 0, false, &select_samples<Rows>, a, samples);
         return launch(stream, dim3(blocks), kSelectThreads, 0, blocks > 1,
                       blocks > 1 ? &select_rows<true, Rows> : &select_rows<false, Rows>, a);
     });

@@ -81,8 +81,8 @@ struct BandedLosses {
         return result;
     }
     __device__ __forceinline__ uint32_t key(int64_t i) const {
-        uint32_t key = plain.key(i);
-        if (score && key != 0) key = order_key(score[i * score_stride]);
+        const bool out = plain.mask && !plain.mask[i * plain.mask_stride];
+        const uint32_t key = !score ? plain.key(i) : out ? 0 : order_key(score[i * score_stride]);
         return lowest && key != 0 ? max(~key, 1u) : key;  // NaN last
     }
     __device__ __forceinline__ double value(int64_t i) const {
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_rows(const Selection
 }
 
 // Samples of n rows, each ranked apart by one block.
-template <bool kSeveralBlocks, class Rows>
+template <class Rows>
 __global__ void __launch_bounds__(kSelectThreads, 1)
     select_samples(const Selection<Rows> a, int64_t samples) {
     BATCHKERN_SHARED(SelectStorage, shared);
@@ -411,8 +411,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
         __syncthreads();
     }
     if (!a.rows.weighted()) weight = count;
-    Merge* const merge = kSeveralBlocks ? &a.workspace->merge : nullptr;
-    if (add_up<kSelectThreads, kSeveralBlocks>(sum, weight, true, merge, a.block_sums, shared))
+    if (add_up<kSelectThreads, true>(sum, weight, true, &a.workspace->merge, a.block_sums, shared))
         write_mean(a.out, sum, weight);
 }
 

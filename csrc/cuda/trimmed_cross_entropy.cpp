@@ -28,7 +28,8 @@ void launch_forward(const CrossEntropyArguments& p, int64_t ignore_index, double
                     const at::Tensor& correct, const std::optional<Reduction>& reduction) {
     const CrossEntropyRows rows = rows_of(p, smoothing);
     const Place place(losses);
-    const Place::Held memory = place.memory(cross_entropy_needs(p.type, rows, entropy.defined()));
+    const Place::Held memory =
+        place.memory(cross_entropy_needs(p.type, rows, entropy.defined(), reduction.has_value()));
     C10_CUDA_CHECK(launch_cross_entropy_forward(
         p.type,
         {rows, ignore_index, losses.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(),

@@ -316,6 +316,13 @@ def test_composed_and_fused_keep_the_same_rows(
     assert torch.equal(ours.isnan() | (ours != 0), theirs.isnan() | (theirs != 0))
 
 
+def test_a_row_of_minus_infinity_predicts_the_first_class() -> None:
+    for logits in (torch.full((1, 3), -math.inf), torch.full((1, 3, 1), -math.inf)):
+        for label in (0, 1):
+            target = torch.full((1, *logits.shape[2:]), label)
+            assert cross_entropy(logits, target, stats=True).correct.item() == (label == 0)
+
+
 def test_mixup_is_one_call_with_probabilities() -> None:
     # Two calls with the labels that were mixed each keep rows of their own.
     logits, a, b = torch.randn(8, 6), torch.randint(6, (8,)), torch.randint(6, (8,))
@@ -392,6 +399,13 @@ def test_transforms_of_torch_func(reduction: str) -> None:
     torch.testing.assert_close(
         kept, torch.stack([trimmed_cross_entropy(z, t, 0.4) for z, t in zip(logits, target, strict=True)])
     )
+
+
+@pytest.mark.slow
+def test_transforms_in_a_compiled_function() -> None:
+    logits, target = torch.randn(3, 5), torch.randint(5, (3,))
+    compiled = torch.compile(lambda z: grad(lambda y: cross_entropy(y, target))(z), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(logits), grad(lambda y: F.cross_entropy(y, target))(logits))
 
 
 @pytest.mark.slow
