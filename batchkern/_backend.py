@@ -35,7 +35,7 @@ OPS = (
 )
 DEVICES = ("cpu", "cuda")
 MADE_OF = {"select_rows": "trimmed_mean", "linear_trimmed_cross_entropy": "cross_entropy_losses"}
-"""The operator that has the kernel, where it has another name: the second is made of it and torch's matmul."""
+"""The operator that has the kernel, where it has another name. The linear one is made of it and torch's matmul."""
 
 
 def _import_extension() -> tuple[ModuleType | None, str]:
