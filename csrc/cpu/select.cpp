@@ -165,10 +165,12 @@ int64_t select_rows(const uint32_t* keys, const bool* valid, int64_t n, const Ba
     const uint32_t* among = keys;
     int64_t count = n;
     if (valid) {
-        compact = uninitialized<uint32_t>(n);
+        compact = uninitialized<uint32_t>(n + 1);  // a key is written first, then counted
         count = 0;
-        for (int64_t i = 0; i < n; ++i)
-            if (valid[i]) compact[count++] = keys[i];
+        for (int64_t i = 0; i < n; ++i) {
+            compact[count] = keys[i];
+            count += valid[i];
+        }
         among = compact.get();
     }
     const int64_t k = kept_count(count, band.keep);

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <cstdlib>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -57,6 +58,18 @@ void check_target(const Problem& p, const bool* kept) {
     TORCH_CHECK_VALUE(wrong == p.rows, "target[", place_of(wrong, p.shape), "] is ",
                       class_of(p.indices, wrong), "; it must be in [0, ", p.classes, ") or ignore_index (",
                       p.options.ignore_index, ")");
+}
+
+// valid[i] = row i is not ignored. Returns whether all are.
+bool mark_valid(const Problem& p, bool* valid) {
+    const auto mark = [&](int64_t begin, int64_t end, bool all) {
+        for (int64_t i = begin; i < end; ++i) {
+            valid[i] = class_of(p.indices, i) != p.options.ignore_index;
+            all &= valid[i];
+        }
+        return all;
+    };
+    return at::parallel_reduce(0, p.rows, kGrain, true, mark, std::logical_and<>());
 }
 
 // Calls use(begin, end) for parts of the rows: tiles, where rows do not have their classes side by side.
@@ -127,8 +140,8 @@ Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target
 
     bool* const is_kept = kept.mutable_data_ptr<bool>();
     const auto keys = order_keys(losses, kFloat32);
-    for (int64_t i = 0; i < p.rows; ++i) is_kept[i] = p.soft || class_of(p.indices, i) != ignore_index;
-    const int64_t k = select_rows(keys.get(), is_kept, p.rows, {fraction}, is_kept);
+    const bool all = p.soft || mark_valid(p, is_kept);
+    const int64_t k = select_rows(keys.get(), all ? nullptr : is_kept, p.rows, {fraction}, is_kept);
     const double sum = kernels().sum_kept[kFloat32](losses.const_data_ptr(), is_kept, nullptr, p.rows);
     double normalizer = static_cast<double>(k);
     if (p.options.class_weight && !p.soft) {
