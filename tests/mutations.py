@@ -217,8 +217,8 @@ CPU = [
         ),
         (
             "an ignored row is kept",
-            "is_kept[i] = p.soft || class_of(p.indices, i) != ignore_index;",
-            "is_kept[i] = true;",
+            "valid[i] = class_of(p.indices, i) != p.options.ignore_index;",
+            "valid[i] = true;",
         ),
     ),
     *within(
