@@ -71,6 +71,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--through"):
         through.start(config.getoption("--through"))
+    if config.getoption("--through") == "host":  # a fiber for each thread takes its time
+        settings.register_profile("host", settings.get_profile("batchkern"), max_examples=40)
+        settings.load_profile("host")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -166,7 +166,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=250)
+@settings(max_examples=75 if through.which == "host" else 250)
 @given(case=cases())
 def test_drawn_batches(case: Case) -> None:
     check(case)
@@ -244,7 +244,7 @@ def test_a_shift_of_all_logits_changes_no_bit(level: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equal_rows_tie_wherever_they_lie(level: str, dtype: torch.dtype) -> None:
     # Rows of odd length start at every alignment; a sum whose order depended on it would break ties at random.
-    for classes in (7, 67, 1003, 4099):
+    for classes in (67, 1003) if through.which == "host" else (7, 67, 1003, 4099):
         row = (4 * torch.randn(1, classes)).to(dtype)
         case = Case(row.repeat(37, 1), torch.full((37,), classes // 2), 0.5, label_smoothing=0.1)
         _, losses, lse, kept, _ = forward(case)
