@@ -28,14 +28,19 @@ OPS = (
     "trimmed_cross_entropy",
     "trimmed_mean",
     "select_rows",
+    "linear_cross_entropy",
     "linear_trimmed_cross_entropy",
     "augment_latent",
     "soft_label_kl",
     "rank_batches",
 )
 DEVICES = ("cpu", "cuda")
-MADE_OF = {"select_rows": "trimmed_mean", "linear_trimmed_cross_entropy": "cross_entropy_losses"}
-"""The operator that has the kernel, where it has another name. The linear one is made of it and torch's matmul."""
+MADE_OF = {
+    "select_rows": "trimmed_mean",
+    "linear_cross_entropy": "cross_entropy_losses",
+    "linear_trimmed_cross_entropy": "cross_entropy_losses",
+}
+"""The operator that has the kernel, where it has another name. The linear ones are made of it and torch's matmul."""
 
 
 def _import_extension() -> tuple[ModuleType | None, str]:

@@ -317,28 +317,14 @@ def trimmed_cross_entropy(
     return torch.where(kept, kept_losses, 0).sum() / normalizer.to(logits.dtype), losses
 
 
-def linear_trimmed_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    keep: float | Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    group: dist.ProcessGroup | None = None,
-    chunk_rows: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The unfused definition: it does hold the ``(N, V)`` logits, and ``chunk_rows`` changes nothing."""
-    del chunk_rows
-    return trimmed_cross_entropy(
-        F.linear(hidden, weight, bias),
-        target,
-        keep,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        group=group,
-    )
+def linear_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """``(..., V)``; what a bias of -inf masks stays masked."""
+    logits = F.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = torch.where(logits == -math.inf, -math.inf, softcap * torch.tanh(logits / softcap))
+    return logits * logit_scale
 
 
 def rank_batches(losses: Tensor, count: int) -> Tensor:

@@ -225,12 +225,21 @@ struct CrossEntropyArguments {
     }
 
     // What a forward pass writes into.
-    void check_losses(const at::Tensor& losses, const at::Tensor& lse) const {
-        TORCH_CHECK_VALUE(
-            losses.numel() == rows && losses.is_contiguous() && losses.scalar_type() == at::kFloat,
-            "losses must be contiguous float32 (", rows, ",)");
-        check_device(losses, "losses", logits);
+    void check_losses(const at::Tensor& losses, const at::Tensor& lse,
+                      const std::optional<at::Tensor>& entropy,
+                      const std::optional<at::Tensor>& correct) const {
+        check_output(losses, "losses", at::kFloat);
         check_lse(lse);
+        TORCH_CHECK_VALUE(entropy.has_value() == correct.has_value(), "entropy and correct go together");
+        if (!entropy) return;
+        check_output(*entropy, "entropy", at::kFloat);
+        check_output(*correct, "correct", at::kBool);
+    }
+
+    void check_output(const at::Tensor& x, const char* name, at::ScalarType dtype) const {
+        TORCH_CHECK_VALUE(x.numel() == rows && x.is_contiguous() && x.scalar_type() == dtype, name,
+                          " must be contiguous ", dtype, " (", rows, ",)");
+        check_device(x, name, logits);
     }
 
     // What only the backward pass is given.
@@ -267,6 +276,29 @@ struct CrossEntropyArguments {
     ClassIndices indices{};
     ElementType probabilities_type{};
     at::Tensor weight;  // undefined: all 1
+};
+
+// The upstream gradients of losses and log-sum-exps, each row's own. Holds the tensors that pointers are
+// taken of.
+template <class Upstream>
+struct RowsUpstream {
+    RowsUpstream(const CrossEntropyArguments& p, const std::optional<at::Tensor>& grad_losses,
+                 const std::optional<at::Tensor>& grad_lse, const at::Tensor& lse)
+        : of_losses(p.check_upstream(grad_losses, "grad_losses")),
+          of_lse(p.check_upstream(grad_lse, "grad_lse")) {
+        p.check_lse(lse);
+        if (of_losses.defined()) {
+            pointers.loss = of_losses.template const_data_ptr<float>();
+            pointers.loss_stride = of_losses.numel() == p.rows;
+        }
+        if (of_lse.defined()) {
+            pointers.lse = of_lse.template const_data_ptr<float>();
+            pointers.lse_stride = of_lse.numel() == p.rows;
+        }
+    }
+
+    at::Tensor of_losses, of_lse;
+    Upstream pointers{};
 };
 
 }  // namespace batchkern

@@ -41,16 +41,20 @@ TORCH_LIBRARY(batchkern, m) {
     m.def(
         "trimmed_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor lse, Tensor kept, "
         "Tensor normalizer, Tensor? class_weight=None, float label_smoothing=0.0) -> Tensor");
-    // The columns of the logits may be a part of the classes, from first_class on.
     m.def(
         "trimmed_cross_entropy_backward_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor lse, "
-        "Tensor kept, Tensor normalizer, Tensor? class_weight=None, float label_smoothing=0.0, "
-        "int first_class=0, int? classes=None) -> ()");
-    // The rows of (B, C) logits, into what is given: linear_trimmed_cross_entropy looks at a part of them at
-    // a time.
+        "Tensor kept, Tensor normalizer, Tensor? class_weight=None, float label_smoothing=0.0) -> ()");
+    // For linear_cross_entropy, which looks at a part of the (B, C) logits at a time. Rows, into what is
+    // given:
     m.def(
         "cross_entropy_losses(Tensor logits, Tensor target, Tensor(a!) losses, Tensor(b!) lse, "
-        "int ignore_index=-100, float label_smoothing=0.0) -> ()");
+        "Tensor(c!)? entropy=None, Tensor(d!)? correct=None, int ignore_index=-100, "
+        "float label_smoothing=0.0) -> ()");
+    // The gradient in place. The columns of the logits may be a part of the classes, from first_class on.
+    m.def(
+        "cross_entropy_backward_(Tensor? grad_losses, Tensor? grad_lse, Tensor(a!) logits, Tensor target, "
+        "Tensor lse, int ignore_index=-100, float label_smoothing=0.0, int first_class=0, "
+        "int? classes=None) -> ()");
     // score: what is ranked in place of the losses. Each of `samples` equal parts of them is ranked apart.
     m.def(
         "trimmed_mean(Tensor losses, float keep, Tensor? keep_tensor=None, Tensor? mask=None, Tensor? "
@@ -163,9 +167,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                                             MaybeTensor, bool, double, std::optional<double>,
                                             c10::SymInt)>::define(m, "trimmed_mean");
     Call<void(const Tensor&, Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, MaybeTensor,
-              double, int64_t, std::optional<int64_t>)>::define(m, "trimmed_cross_entropy_backward_");
-    Call<void(const Tensor&, const Tensor&, Tensor&, Tensor&, int64_t, double)>::define(
-        m, "cross_entropy_losses");
+              double)>::define(m, "trimmed_cross_entropy_backward_");
+    Call<void(const Tensor&, const Tensor&, Tensor&, Tensor&, std::optional<Tensor>, std::optional<Tensor>,
+              int64_t, double)>::define(m, "cross_entropy_losses");
+    Call<void(MaybeTensor, MaybeTensor, Tensor&, const Tensor&, const Tensor&, int64_t, double, int64_t,
+              std::optional<int64_t>)>::define(m, "cross_entropy_backward_");
     Call<Tensor(const Tensor&, const Tensor&, const Tensor&, at::ScalarType, MaybeTensor)>::define(
         m, "trimmed_mean_backward");
     Call<Tensor(const Tensor&, c10::SymInt)>::define(m, "rank_batches");

@@ -128,8 +128,13 @@ def test_shift_labels_are_taken_as_they_are() -> None:
 
 def test_logits_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
-    write = _linear._write_logits
-    monkeypatch.setattr(_linear, "_write_logits", lambda out, *rest: (shapes.append(out.shape), write(out, *rest)))
+    write = _linear._Layer.write_logits
+
+    def watched(layer: Any, out: Tensor, *rest: Any) -> Tensor:
+        shapes.append(out.shape)
+        return write(layer, out, *rest)
+
+    monkeypatch.setattr(_linear._Layer, "write_logits", watched)
     model = make("llama")
     batchkern.patch_causal_lm(model, 0.2, chunk_rows=10)
     output = model(**batch())

@@ -29,6 +29,7 @@ CUDA_OPS = (
     "trimmed_cross_entropy_backward",
     "trimmed_cross_entropy_backward_",
     "cross_entropy_losses",
+    "cross_entropy_backward_",
     "trimmed_mean",
     "trimmed_mean_backward",
     "rank_batches",

@@ -2,6 +2,7 @@
 
 from batchkern.ops.augment_latent import augment_latent
 from batchkern.ops.cross_entropy import Rows, cross_entropy
+from batchkern.ops.linear_cross_entropy import linear_cross_entropy
 from batchkern.ops.linear_trimmed_cross_entropy import LinearTrimmedCrossEntropyLoss, linear_trimmed_cross_entropy
 from batchkern.ops.rank_batches import BatchLedger, rank_batches
 from batchkern.ops.soft_label_kl import soft_label_kl
@@ -15,6 +16,7 @@ __all__ = [
     "TrimmedCrossEntropyLoss",
     "augment_latent",
     "cross_entropy",
+    "linear_cross_entropy",
     "linear_trimmed_cross_entropy",
     "rank_batches",
     "select_rows",

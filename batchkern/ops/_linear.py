@@ -1,14 +1,17 @@
-"""The work of linear_trimmed_cross_entropy: matmuls by PyTorch, rows by the kernels, never all logits at once.
+"""The work of linear_cross_entropy: matmuls by PyTorch, rows by the kernels, never all logits at once.
 
 With F = 2 N H V flops a forward pass costs F, over chunks of rows, and leaves losses and log-sum-exps. ``gradients``
-makes the gradient of some rows from these: it gathers the rows and goes over slices of the vocabulary, so that each
-slice of the weight's gradient is one product, summed in float32 by the matmul and written once. A row costs three times
-what it cost before: logits, the gradient of hidden, that of weight.
+makes the gradient of the rows that one reaches: it gathers the rows and goes over slices of the vocabulary, so that
+each slice of the weight's gradient is one product, summed in float32 by the matmul and written once. A row costs three
+times what it cost before: logits, the gradient of hidden, that of weight.
 
-Three ways lead to the gradient, and ``choose`` takes the cheapest that memory allows. All logits fit into a chunk: they
-are kept for the backward pass, (1 + 2 keep) F. Nearly all rows are kept: the forward pass makes the gradient of all,
-chunk by chunk, and takes that of the dropped rows off again, (3 + 2 (1 - keep)) F. Otherwise the logits of the kept
-rows are computed again, (1 + 3 keep) F.
+Three ways lead to the gradient of a share of the rows, and ``choose`` takes the cheapest that memory allows. All logits
+fit into a chunk: they are kept for the backward pass, (1 + 2 share) F. Nearly all rows count, and equally: the forward
+pass makes the gradient of all, chunk by chunk, and takes that of the dropped rows off again, (3 + 2 (1 - share)) F.
+Otherwise the logits of the rows are computed again, (1 + 3 share) F.
+
+A softcap c and a scale s make s c tanh(y / c) of the product y. The matmul divides by c as it writes u = y / c; the
+derivative is s / cosh(u)^2, which keeps its digits where 1 - tanh(u)^2 has lost them.
 """
 
 from __future__ import annotations
@@ -39,22 +42,31 @@ ALIGNMENT = 64
 Way = Literal["keep logits", "gradient of all", "logits again"]
 
 
-def chunk_rows(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: int | None) -> int:
-    """Rows of a chunk: as many as were wanted, or else those of equal chunks within ``CHUNK_BYTES``."""
-    rows, words = hidden.shape[0], weight.shape[0]
+def _most_rows(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> int:
+    """Of a chunk, within ``CHUNK_BYTES``."""
+    size = 4 if hidden.is_cpu else dtype.itemsize  # on a CPU torch may make narrower products in float32 first
+    return max(LEAST_CHUNK, CHUNK_BYTES[hidden.device.type] // max(1, weight.shape[0] * size))
+
+
+def _chunk_rows(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: int | None) -> int:
+    """Rows of a chunk: as many as were wanted, or else those of equal chunks."""
+    rows = hidden.shape[0]
     if wanted is None:
-        size = 4 if hidden.is_cpu else dtype.itemsize  # on a CPU torch may make narrower products in float32 first
-        most = max(LEAST_CHUNK, CHUNK_BYTES[hidden.device.type] // max(1, words * size))
-        wanted = _divide(rows, _divide(rows, most))
+        wanted = _divide(rows, _divide(rows, _most_rows(hidden, weight, dtype)))
     return max(1, min(wanted, rows))
 
 
-def choose(keep: float | None, needs: Sequence[bool], *, all_in_a_chunk: bool, dtype: torch.dtype) -> Way:
+def all_in_a_chunk(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: int | None) -> bool:
+    """One comparison of the number of rows with a constant: the compiler makes two graphs of it at most."""
+    return hidden.shape[0] <= (_most_rows(hidden, weight, dtype) if wanted is None else wanted)
+
+
+def choose(keep: float | None, needs: Sequence[bool], *, may_keep_logits: bool, dtype: torch.dtype) -> Way:
     """The way to the gradients of (hidden, weight, bias) that takes the fewest flops. ``keep`` is None where the host
     does not know it, or where other processes have a say in which rows are kept."""
     if not any(needs):
         return "logits again"  # never, that is
-    if all_in_a_chunk:
+    if may_keep_logits:
         return "keep logits"
     # Without the upstream gradient, which scales the loss, a gradient in float16 would underflow.
     if keep is None or dtype == torch.float16:
@@ -94,11 +106,39 @@ def _buffer(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor
     return torch.empty(rows, stride, dtype=dtype, device=like.device)[:, :columns]
 
 
-def _write_logits(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if bias is None:
-        torch.mm(hidden, weight.t(), out=out)
-    else:
-        torch.addmm(bias, hidden, weight.t(), out=out)
+class _Layer:
+    """The last layer: its product, and what is made of that."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        softcap: float | None,
+        logit_scale: float,
+    ):
+        self.weight, self.bias, self.dtype = weight, bias, dtype
+        self.softcap, self.scale = softcap, logit_scale
+
+    def write_logits(self, out: Tensor, hidden: Tensor, capped: Tensor, words: slice = slice(None)) -> Tensor:
+        """Logits of some words: ``out``; with a softcap ``capped``, which may be the same, and ``out`` is u."""
+        weight = self.weight[words].to(self.dtype)
+        factor = self.scale if self.softcap is None else 1 / self.softcap
+        if self.bias is None:
+            torch.addmm(out, hidden, weight.t(), beta=0, alpha=factor, out=out)
+        else:
+            torch.addmm(self.bias[words].to(self.dtype), hidden, weight.t(), beta=factor, alpha=factor, out=out)
+        if self.softcap is None:
+            return out
+        masked = None if self.bias is None else self.bias[words] == -math.inf  # as vocabularies are padded
+        torch.tanh(out, out=capped).mul_(self.softcap * self.scale)
+        return capped if masked is None else capped.masked_fill_(masked, -math.inf)
+
+    def through_cap(self, gradient: Tensor, u: Tensor) -> None:
+        """The gradient by capped logits -> that by the product; but for the scale, which the upstream gradient holds.
+        Overwrites u."""
+        if self.softcap is not None:
+            gradient.mul_(u.cosh_().reciprocal_().square_())
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
@@ -139,30 +179,12 @@ class _Sums:
         return [x.to(dtype) for x, dtype in zip((self.weight, self.bias), self.dtypes, strict=True) if x is not None]
 
 
-def _write_losses(*args: Any) -> None:
-    _backend.call("cross_entropy_losses")(*args)
-
-
-def _to_gradient(
-    grad: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    lse: Tensor,
-    mask: Tensor,
-    normalizer: Tensor,
-    label_smoothing: float,
-    words: tuple[int, int],
-) -> None:
-    """Turns logits into the gradient of the loss by them. ``words``: the first that they are of, the number of all."""
-    backward = _backend.call("trimmed_cross_entropy_backward_")
-    backward(grad, logits, target, lse, mask, normalizer, None, label_smoothing, *words)
-
-
 # --- forward ---------------------------------------------------------------------------------------------------
 
 
 class _Pass:
-    """One pass over all rows, by chunks: writes losses and log-sum-exps, and yields each chunk with its logits."""
+    """One pass over all rows, by chunks: writes losses and log-sum-exps, and yields each chunk with its logits, and
+    with u."""
 
     def __init__(
         self,
@@ -173,43 +195,49 @@ class _Pass:
         dtype: torch.dtype,
         ignore_index: int,
         label_smoothing: float,
-        rows: int,
+        softcap: float | None,
+        logit_scale: float,
+        chunk_rows: int | None,
+        *,
+        stats: bool = False,
+        keep_u: bool = False,
     ):
         count = len(hidden)
         check.target_values(target, classes=len(weight), ignore_index=ignore_index)
-        self.hidden, self.target, self.dtype, self.rows = hidden, target, dtype, rows
+        self.rows = _chunk_rows(hidden, weight, dtype, chunk_rows)
+        self.hidden, self.target = hidden, target
         self.options = ignore_index, label_smoothing
-        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self.layer = _Layer(weight.to(dtype), None if bias is None else bias.to(dtype), dtype, softcap, logit_scale)
         self.losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        self.lse = torch.empty(count, 2, dtype=torch.float32, device=hidden.device)
-        self.buffer = _buffer(min(rows, count), len(weight), hidden, dtype)
+        self.lse = self.losses.new_empty(count, 2)
+        self.entropy = torch.empty_like(self.losses) if stats else None
+        self.correct = torch.empty_like(self.losses, dtype=torch.bool) if stats else None
+        self.buffer = _buffer(min(self.rows, count), len(weight), hidden, dtype)
+        self.capped = self.buffer
+        if softcap is not None and keep_u:
+            self.capped = _buffer(len(self.buffer), len(weight), hidden, dtype)
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
         for part in _parts(len(self.hidden), self.rows):
-            hidden = self.hidden[part].to(self.dtype)
-            logits = self.buffer[: len(hidden)]
-            _write_logits(logits, hidden, self.weight, self.bias)
-            _write_losses(logits, self.target[part], self.losses[part], self.lse[part], *self.options)
-            yield part, hidden, logits
+            hidden = self.hidden[part].to(self.layer.dtype)
+            u, capped = self.buffer[: len(hidden)], self.capped[: len(hidden)]
+            logits = self.layer.write_logits(u, hidden, capped)
+            of_rows = (None if x is None else x[part] for x in (self.losses, self.lse, self.entropy, self.correct))
+            _backend.call("cross_entropy_losses")(logits, self.target[part], *of_rows, *self.options)
+            yield part, hidden, logits, u
 
 
 @_without_autocast
-def losses(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    dtype: torch.dtype,
-    ignore_index: int,
-    label_smoothing: float,
-    rows: int,
-    keep_logits: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Losses ``(N,)``, lse ``(N, 2)`` and, if asked for, the logits ``(N, V)`` of the only chunk."""
-    chunks = _Pass(hidden, weight, bias, target, dtype, ignore_index, label_smoothing, rows)
+def losses(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Losses ``(N,)``, lse ``(N, 2)``, entropy and correct ``(N,)`` (empty unless ``stats``) and, if asked for, the
+    logits ``(N, V)`` of the only chunk. The arguments are those of ``_Pass``, ``stats`` and ``keep_logits``."""
+    *options, stats, keep_logits = args
+    chunks = _Pass(hidden, *options, stats=stats)
     for _ in chunks:
         pass
-    return chunks.losses, chunks.lse, [chunks.buffer] if keep_logits else []
+    entropy = chunks.losses.new_empty(0) if chunks.entropy is None else chunks.entropy
+    correct = entropy.new_empty(0, dtype=torch.bool) if chunks.correct is None else chunks.correct
+    return chunks.losses, chunks.lse, entropy, correct, [chunks.buffer] if keep_logits else []
 
 
 @_without_autocast
@@ -221,89 +249,117 @@ def losses_and_gradients(
     dtype: torch.dtype,
     ignore_index: int,
     label_smoothing: float,
-    rows: int,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int | None,
     needs: Sequence[bool],
     keep: float | Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Loss, losses, lse, kept, normalizer, and the gradients of the loss by those of (hidden, weight, bias) that need
-    one: of all rows first."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """Loss, losses, lse, kept, and the gradients of the loss by those of (hidden, weight, bias) that need one: of all
+    rows first."""
     keep = float(keep)
     valid = target != ignore_index
     normalizer = kept_count(valid.sum(), keep).float()
-    one = torch.ones((), device=hidden.device)
-    sums = _Sums(weight, bias, needs, terms=_divide(len(hidden), rows) + (keep < 1))
+    options = dtype, ignore_index, label_smoothing, softcap, logit_scale, chunk_rows
+    chunks = _Pass(hidden, weight, bias, target, *options, keep_u=True)
+    sums = _Sums(weight, bias, needs, terms=_divide(len(hidden), chunks.rows) + (keep < 1))
     to_hidden = torch.empty_like(hidden) if needs[0] else None
-    chunks = _Pass(hidden, weight, bias, target, dtype, ignore_index, label_smoothing, rows)
-    for part, narrow, logits in chunks:
-        saved = target[part], chunks.lse[part], valid[part], normalizer
-        _to_gradient(one, logits, *saved, label_smoothing, (0, len(weight)))
+    upstream = (logit_scale / normalizer).expand(len(hidden))
+    for part, narrow, logits, u in chunks:
+        saved = target[part], chunks.lse[part], ignore_index, label_smoothing, 0, None
+        _backend.call("cross_entropy_backward_")(upstream[part], None, logits, *saved)
+        chunks.layer.through_cap(logits, u)
+        ignored = ~valid[part, None]
+        if softcap is not None:
+            logits.masked_fill_(ignored, 0)
         # An ignored row may hold NaN, as padding does after some attentions: times zero it would spread.
-        sums.add(logits, narrow.masked_fill(~valid[part, None], 0), first=part.start == 0)
+        sums.add(logits, narrow.masked_fill(ignored, 0), first=part.start == 0)
         if to_hidden is not None:
-            _add_product(to_hidden[part], logits, chunks.weight, first=True)
-    losses, lse = chunks.losses, chunks.lse
-    del chunks, narrow, logits  # one chunk of logits at a time
+            _add_product(to_hidden[part], logits, chunks.layer.weight, first=True)
+    losses, lse, rows = chunks.losses, chunks.lse, chunks.rows
+    del chunks, narrow, logits, u  # one chunk of logits at a time
     loss, kept, normalizer = trimmed_mean_op(losses, keep, None, valid)
     if keep < 1:
         if needs[1] or needs[2]:
-            dropped = _Rows(hidden, target, lse, valid & ~kept, 1 - keep, dtype)
-            for words, gradient in dropped.gradients(-one, normalizer, weight, bias, label_smoothing, rows):
+            layer = _Layer(weight, bias, dtype, softcap, logit_scale)
+            off = torch.where(valid & ~kept, -1 / normalizer, 0.0)
+            dropped = _Rows(hidden, target, lse, off, None, ignore_index, layer, (None, 1 - keep))
+            for words, gradient in dropped.gradients(label_smoothing, rows):
                 sums.add(gradient, dropped.hidden, words=words, first=False)
         if to_hidden is not None:
             to_hidden.masked_fill_(~kept[:, None], 0)
-    return loss, losses, lse, kept, normalizer, [*([] if to_hidden is None else [to_hidden]), *sums.results()]
+    return loss, losses, lse, kept, [*([] if to_hidden is None else [to_hidden]), *sums.results()]
 
 
 # --- backward --------------------------------------------------------------------------------------------------
 
+Limits = tuple[int | None, float | None]
+"""The most rows that have a gradient: what the caller promised, and a share of all that is known to be enough."""
 
-def _count(mask: Tensor, share: float | None) -> int:
-    """How many rows a mask has, or on a GPU the most that it can have: ``share`` of all, rounded up. Where no share is
-    known the GPU is asked, unless a graph is being captured."""
-    if mask.is_cpu or (share is None and not torch.cuda.is_current_stream_capturing()):
-        return int(mask.sum())
-    return len(mask) if share is None else min(len(mask), math.floor(share * len(mask)) + 1)
+
+def _count(mask: Tensor, limits: Limits) -> int:
+    """How many rows a mask has, or on a GPU the most that it can have. Where that is not known the GPU is asked, unless
+    a graph is being captured."""
+    promised, share = limits
+    if mask.is_cpu:
+        count = int(mask.sum())
+        if promised is not None and count > promised:
+            raise ValueError(f"backward_rows was {promised}, and {count} rows have a gradient")
+        return count
+    if promised is not None:
+        torch._assert_async(mask.sum() <= promised, "more rows have a gradient than backward_rows")
+        return min(len(mask), promised)
+    if share is None:
+        return len(mask) if torch.cuda.is_current_stream_capturing() else int(mask.sum())
+    return min(len(mask), math.floor(share * len(mask)) + 1)
 
 
 class _Rows:
-    """The rows of a mask, gathered."""
+    """The rows that a gradient reaches, gathered."""
 
     def __init__(
-        self, hidden: Tensor, target: Tensor, lse: Tensor, mask: Tensor, share: float | None, dtype: torch.dtype
+        self,
+        hidden: Tensor,
+        target: Tensor,
+        lse: Tensor,
+        grad: Tensor | None,
+        grad_lse: Tensor | None,
+        ignore_index: int,
+        layer: _Layer,
+        limits: Limits,
     ):
-        count = _count(mask, share)
+        upstream = grad, grad_lse
+        live = torch.stack([x != 0 for x in upstream if x is not None]).any(0) & (target != ignore_index)
         # Its own rows come first, in order. Those behind them make up the number, and have a gradient of zeros.
-        self.index = torch.sort(mask.byte(), descending=True, stable=True).indices[:count]
-        self.mask = mask[self.index]
-        self.hidden = hidden[self.index].to(dtype).masked_fill_(~self.mask[:, None], 0)
+        self.index = torch.sort(live.byte(), descending=True, stable=True).indices[: _count(live, limits)]
+        others = ~live[self.index]
+        self.layer, self.ignore_index = layer, ignore_index
+        self.hidden = hidden[self.index].to(layer.dtype).masked_fill_(others[:, None], 0)
         self.target, self.lse = target[self.index], lse[self.index]
+        self.upstream = [None if x is None else (x[self.index] * layer.scale).masked_fill_(others, 0) for x in upstream]
 
     def gradients(
-        self,
-        grad: Tensor,
-        normalizer: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        label_smoothing: float,
-        chunk: int,
-        logits: Tensor | None = None,
+        self, label_smoothing: float, chunk: int, logits: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """For each slice of the vocabulary the gradient ``(rows, words)`` by its logits, which are taken from
+        """For each slice of the vocabulary the gradient ``(rows, words)`` by its products, whose logits are taken from
         ``logits (N, V)`` or computed again. The next one uses the same memory, a chunk at most."""
-        rows, words, dtype = len(self.index), len(weight), self.hidden.dtype
+        weight, dtype = self.layer.weight, self.layer.dtype
+        rows, words = len(self.index), len(weight)
         most = min(chunk * words, SLICE_BYTES[weight.device.type] // dtype.itemsize)
         width = _divide(words, _divide(words * rows, most))
         if width > ALIGNMENT:
             width = min(words, _divide(width, ALIGNMENT) * ALIGNMENT)
         buffer = _buffer(rows if logits is None else 0, width, weight, dtype)
+        capped = buffer if self.layer.softcap is None else torch.empty_like(buffer)
         for part in _parts(words, max(1, width)):
+            size = part.stop - part.start
             if logits is None:
-                out = buffer[:, : part.stop - part.start]
-                _write_logits(out, self.hidden, weight[part].to(dtype), None if bias is None else bias[part].to(dtype))
+                out = self.layer.write_logits(buffer[:, :size], self.hidden, capped[:, :size], part)
             else:
                 out = logits[:, part].index_select(0, self.index)
-            saved = self.target, self.lse, self.mask, normalizer
-            _to_gradient(grad, out, *saved, label_smoothing, (part.start, words))
+            saved = self.target, self.lse, self.ignore_index, label_smoothing
+            _backend.call("cross_entropy_backward_")(*self.upstream, out, *saved, part.start, words)
+            self.layer.through_cap(out, buffer[:, :size])
             yield part, out
 
 
@@ -312,24 +368,29 @@ def gradients(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    grad: Tensor,
+    grad: Tensor | None,
+    grad_lse: Tensor | None,
     target: Tensor,
     lse: Tensor,
-    kept: Tensor,
-    normalizer: Tensor,
     logits: Tensor | None,
     dtype: torch.dtype,
+    ignore_index: int,
     label_smoothing: float,
-    chunk: int,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int | None,
     needs: Sequence[bool],
+    backward_rows: int | None,
     keep: float | Tensor | None,
 ) -> list[Tensor]:
-    """The gradients by those of (hidden, weight, bias) that need one, of the kept rows alone: ``keep`` of all, or None
-    where it may be any number of them."""
-    rows = _Rows(hidden, target, lse, kept, None if keep is None else float(keep), dtype)
+    """The gradients by those of (hidden, weight, bias) that need one, of the rows that the upstream gradients, ``grad``
+    and ``grad_lse (N,)``, reach: ``backward_rows`` at most, and no more than ``keep`` of all."""
+    layer = _Layer(weight, bias, dtype, softcap, logit_scale)
+    limits = backward_rows, None if keep is None else float(keep)
+    rows = _Rows(hidden, target, lse, grad, grad_lse, ignore_index, layer, limits)
     sums = _Sums(weight, bias, needs, terms=1)
     to_rows = torch.zeros(rows.hidden.shape, device=hidden.device) if needs[0] else None
-    for words, gradient in rows.gradients(grad, normalizer, weight, bias, label_smoothing, chunk, logits):
+    for words, gradient in rows.gradients(label_smoothing, _chunk_rows(hidden, weight, dtype, chunk_rows), logits):
         sums.add(gradient, rows.hidden, words=words, first=True)
         if to_rows is not None:
             _add_product(to_rows, gradient, weight[words].to(dtype), first=False)
@@ -351,21 +412,25 @@ def _operator(function: Callable[..., Any], arguments: str, results: str) -> Any
     )
 
 
+_OPTIONS = (
+    "ScalarType dtype, int ignore_index, float label_smoothing, float? softcap, float logit_scale, int? chunk_rows"
+)
+
 _operators = {
     losses: _operator(
         losses,
-        "Tensor target, ScalarType dtype, int ignore_index, float label_smoothing, int rows, bool keep_logits",
-        "(Tensor, Tensor, Tensor[])",
+        f"Tensor target, {_OPTIONS}, bool stats, bool keep_logits",
+        "(Tensor, Tensor, Tensor, Tensor, Tensor[])",
     ),
     losses_and_gradients: _operator(
         losses_and_gradients,
-        "Tensor target, ScalarType dtype, int ignore_index, float label_smoothing, int rows, bool[] needs, Tensor keep",
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+        f"Tensor target, {_OPTIONS}, bool[] needs, Tensor keep",
+        "(Tensor, Tensor, Tensor, Tensor, Tensor[])",
     ),
     gradients: _operator(
         gradients,
-        "Tensor grad, Tensor target, Tensor lse, Tensor kept, Tensor normalizer, Tensor? logits, ScalarType dtype, "
-        "float label_smoothing, int chunk, bool[] needs, Tensor? keep",
+        f"Tensor? grad, Tensor? grad_lse, Tensor target, Tensor lse, Tensor? logits, {_OPTIONS}, bool[] needs, "
+        "SymInt? backward_rows, Tensor? keep",
         "Tensor[]",
     ),
 }
@@ -383,29 +448,26 @@ def call(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @_operators[losses].register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any) -> Any:
-    dtype, *_, keep_logits = rest
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, dtype: torch.dtype, *rest: Any) -> Any:
+    *_, stats, keep_logits = rest
     count = hidden.shape[0]
     losses = hidden.new_empty(count, dtype=torch.float32)
+    rows = torch.empty_like(losses) if stats else losses.new_empty(0)
     logits = [_buffer(count, weight.shape[0], hidden, dtype)] if keep_logits else []
-    return losses, losses.new_empty(count, 2), logits
+    return losses, losses.new_empty(count, 2), rows, torch.empty_like(rows, dtype=torch.bool), logits
 
 
 @_operators[losses_and_gradients].register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
     needs = rest[-2]
     losses = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-    loss, lse, kept = (
-        losses.new_empty(()),
-        losses.new_empty(*losses.shape, 2),
-        torch.empty_like(losses, dtype=torch.bool),
-    )
-    return loss, losses, lse, kept, torch.empty_like(loss), _fake_gradients(hidden, weight, bias, needs)
+    lse, kept = losses.new_empty(*losses.shape, 2), torch.empty_like(losses, dtype=torch.bool)
+    return losses.new_empty(()), losses, lse, kept, _fake_gradients(hidden, weight, bias, needs)
 
 
 @_operators[gradients].register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    return _fake_gradients(hidden, weight, bias, rest[-2])
+    return _fake_gradients(hidden, weight, bias, rest[-3])
 
 
 def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:

@@ -176,7 +176,7 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
         ctx.inplace = None, version  # the loss may live on; the logits need not
         torch.autograd.graph.increment_version(logits)
         backward = _backend.call("trimmed_cross_entropy_backward_")
-        backward(grad, logits, *saved, ctx.label_smoothing, 0, None)
+        backward(grad, logits, *saved, ctx.label_smoothing)
         return logits, None
 
 
@@ -198,7 +198,11 @@ if _backend.extension is not None:
         return None
 
     @torch.library.register_fake("batchkern::cross_entropy_losses")
-    def _(logits: Tensor, *rest: Any) -> None:
+    def _(logits: Tensor, *rest: Any, **options: Any) -> None:
+        return None
+
+    @torch.library.register_fake("batchkern::cross_entropy_backward_")
+    def _(grad: Any, grad_lse: Any, logits: Tensor, *rest: Any, **options: Any) -> None:
         return None
 
 

@@ -105,10 +105,11 @@ void write_losses(const Problem& p, const at::Tensor& losses, const at::Tensor& 
 }
 
 void cross_entropy_losses(const at::Tensor& logits, const at::Tensor& target, at::Tensor& losses,
-                          at::Tensor& lse, int64_t ignore_index, double label_smoothing) {
+                          at::Tensor& lse, std::optional<at::Tensor> entropy,
+                          std::optional<at::Tensor> correct, int64_t ignore_index, double label_smoothing) {
     const Problem p(logits, target, std::nullopt, ignore_index, label_smoothing);
-    p.check_losses(losses, lse);
-    write_losses(p, losses, lse);
+    p.check_losses(losses, lse, entropy, correct);
+    write_losses(p, losses, lse, entropy.value_or(at::Tensor()), correct.value_or(at::Tensor()));
 }
 
 using Rows = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -239,19 +240,18 @@ at::Tensor cross_entropy_backward(const std::optional<at::Tensor>& grad_losses,
                                   const std::optional<at::Tensor>& class_weight, int64_t ignore_index,
                                   double label_smoothing) {
     const Problem p(logits, target, class_weight, ignore_index, label_smoothing);
-    p.check_lse(lse);
-    const at::Tensor of_losses = p.check_upstream(grad_losses, "grad_losses");
-    const at::Tensor of_lse = p.check_upstream(grad_lse, "grad_lse");
-    Upstream upstream{};
-    if (of_losses.defined()) {
-        upstream.loss = of_losses.const_data_ptr<float>();
-        upstream.loss_stride = of_losses.numel() == p.rows;
-    }
-    if (of_lse.defined()) {
-        upstream.lse = of_lse.const_data_ptr<float>();
-        upstream.lse_stride = of_lse.numel() == p.rows;
-    }
-    return gradient(p, logits, lse, upstream);
+    const RowsUpstream<Upstream> upstream(p, grad_losses, grad_lse, lse);
+    return gradient(p, logits, lse, upstream.pointers);
+}
+
+void cross_entropy_backward_(const std::optional<at::Tensor>& grad_losses,
+                             const std::optional<at::Tensor>& grad_lse, at::Tensor& logits,
+                             const at::Tensor& target, const at::Tensor& lse, int64_t ignore_index,
+                             double label_smoothing, int64_t first_class, std::optional<int64_t> classes) {
+    const Problem p(logits, target, std::nullopt, ignore_index, label_smoothing, first_class, classes);
+    const RowsUpstream<Upstream> upstream(p, grad_losses, grad_lse, lse);
+    write_gradient(p, lse, upstream.pointers, p.logits, false);
+    if (!p.logits.is_same(logits)) logits.copy_(p.logits);
 }
 
 at::Tensor trimmed_cross_entropy_backward(const at::Tensor& grad, const at::Tensor& logits,
@@ -266,9 +266,8 @@ at::Tensor trimmed_cross_entropy_backward(const at::Tensor& grad, const at::Tens
 void trimmed_cross_entropy_backward_(const at::Tensor& grad, at::Tensor& logits, const at::Tensor& target,
                                      const at::Tensor& lse, const at::Tensor& kept,
                                      const at::Tensor& normalizer,
-                                     const std::optional<at::Tensor>& class_weight, double label_smoothing,
-                                     int64_t first_class, std::optional<int64_t> classes) {
-    const Problem p(logits, target, class_weight, -1, label_smoothing, first_class, classes);
+                                     const std::optional<at::Tensor>& class_weight, double label_smoothing) {
+    const Problem p(logits, target, class_weight, -1, label_smoothing);
     write_gradient(p, lse, of_kept(p, grad, lse, kept, normalizer), p.logits, false);
     if (!p.logits.is_same(logits)) logits.copy_(p.logits);
 }
@@ -278,6 +277,7 @@ void trimmed_cross_entropy_backward_(const at::Tensor& grad, at::Tensor& logits,
 TORCH_LIBRARY_IMPL(batchkern, CPU, m) {
     m.impl("cross_entropy", &cross_entropy);
     m.impl("cross_entropy_backward", &cross_entropy_backward);
+    m.impl("cross_entropy_backward_", &cross_entropy_backward_);
     m.impl("cross_entropy_losses", &cross_entropy_losses);
     m.impl("trimmed_cross_entropy", &trimmed_cross_entropy);
     m.impl("trimmed_cross_entropy_backward", &trimmed_cross_entropy_backward);

@@ -39,12 +39,14 @@ void launch_forward(const CrossEntropyArguments& p, int64_t ignore_index, double
 }
 
 void cross_entropy_losses(const at::Tensor& logits, const at::Tensor& target, at::Tensor& losses,
-                          at::Tensor& lse, int64_t ignore_index, double label_smoothing) {
+                          at::Tensor& lse, std::optional<at::Tensor> entropy,
+                          std::optional<at::Tensor> correct, int64_t ignore_index, double label_smoothing) {
     const CrossEntropyArguments p(logits, target, std::nullopt);
-    p.check_losses(losses, lse);
+    p.check_losses(losses, lse, entropy, correct);
     TORCH_CHECK_VALUE(reinterpret_cast<uintptr_t>(lse.const_data_ptr()) % 8 == 0,
                       "lse must begin at a multiple of 8 bytes");
-    launch_forward(p, ignore_index, label_smoothing, losses, lse, {}, {}, std::nullopt);
+    launch_forward(p, ignore_index, label_smoothing, losses, lse, entropy.value_or(at::Tensor()),
+                   correct.value_or(at::Tensor()), std::nullopt);
 }
 
 using Rows = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -115,20 +117,20 @@ at::Tensor cross_entropy_backward(const std::optional<at::Tensor>& grad_losses,
                                   const std::optional<at::Tensor>& class_weight, int64_t ignore_index,
                                   double label_smoothing) {
     const CrossEntropyArguments p(logits, target, class_weight);
-    p.check_lse(lse);
-    const at::Tensor of_losses = p.check_upstream(grad_losses, "grad_losses");
-    const at::Tensor of_lse = p.check_upstream(grad_lse, "grad_lse");
-    Upstream upstream{};
-    upstream.ignore_index = ignore_index;
-    if (of_losses.defined()) {
-        upstream.loss = of_losses.const_data_ptr<float>();
-        upstream.loss_stride = of_losses.numel() == p.rows;
-    }
-    if (of_lse.defined()) {
-        upstream.lse = of_lse.const_data_ptr<float>();
-        upstream.lse_stride = of_lse.numel() == p.rows;
-    }
-    return gradient(p, logits, lse, label_smoothing, upstream);
+    RowsUpstream<Upstream> upstream(p, grad_losses, grad_lse, lse);
+    upstream.pointers.ignore_index = ignore_index;
+    return gradient(p, logits, lse, label_smoothing, upstream.pointers);
+}
+
+void cross_entropy_backward_(const std::optional<at::Tensor>& grad_losses,
+                             const std::optional<at::Tensor>& grad_lse, at::Tensor& logits,
+                             const at::Tensor& target, const at::Tensor& lse, int64_t ignore_index,
+                             double label_smoothing, int64_t first_class, std::optional<int64_t> classes) {
+    const CrossEntropyArguments p(logits, target, std::nullopt, first_class, classes);
+    RowsUpstream<Upstream> upstream(p, grad_losses, grad_lse, lse);
+    upstream.pointers.ignore_index = ignore_index;
+    write_gradient(p, lse, label_smoothing, upstream.pointers, p.logits);
+    if (!p.logits.is_same(logits)) logits.copy_(p.logits);
 }
 
 // Holds the tensors that pointers are taken of.
@@ -159,9 +161,8 @@ at::Tensor trimmed_cross_entropy_backward(const at::Tensor& grad, const at::Tens
 void trimmed_cross_entropy_backward_(const at::Tensor& grad, at::Tensor& logits, const at::Tensor& target,
                                      const at::Tensor& lse, const at::Tensor& kept,
                                      const at::Tensor& normalizer,
-                                     const std::optional<at::Tensor>& class_weight, double label_smoothing,
-                                     int64_t first_class, std::optional<int64_t> classes) {
-    const CrossEntropyArguments p(logits, target, class_weight, first_class, classes);
+                                     const std::optional<at::Tensor>& class_weight, double label_smoothing) {
+    const CrossEntropyArguments p(logits, target, class_weight);
     const KeptUpstream upstream(p, grad, lse, kept, normalizer);
     write_gradient(p, lse, label_smoothing, upstream.pointers, p.logits);
     if (!p.logits.is_same(logits)) logits.copy_(p.logits);
@@ -172,6 +173,7 @@ void trimmed_cross_entropy_backward_(const at::Tensor& grad, at::Tensor& logits,
 TORCH_LIBRARY_IMPL(batchkern, CUDA, m) {
     m.impl("cross_entropy", &cross_entropy);
     m.impl("cross_entropy_backward", &cross_entropy_backward);
+    m.impl("cross_entropy_backward_", &cross_entropy_backward_);
     m.impl("cross_entropy_losses", &cross_entropy_losses);
     m.impl("trimmed_cross_entropy", &trimmed_cross_entropy);
     m.impl("trimmed_cross_entropy_backward", &trimmed_cross_entropy_backward);

@@ -105,8 +105,8 @@ def test_no_gradient_costs_nothing() -> None:
 
 
 def test_float16_never_makes_a_gradient_that_the_loss_scale_has_not_reached() -> None:
-    assert _linear.choose(1.0, [True] * 3, all_in_a_chunk=False, dtype=torch.bfloat16) == ALL
-    assert _linear.choose(1.0, [True] * 3, all_in_a_chunk=False, dtype=torch.float16) == AGAIN
+    assert _linear.choose(1.0, [True] * 3, may_keep_logits=False, dtype=torch.bfloat16) == ALL
+    assert _linear.choose(1.0, [True] * 3, may_keep_logits=False, dtype=torch.float16) == AGAIN
 
 
 def test_small_gradients_survive_in_float16_under_a_loss_scale() -> None:
@@ -125,7 +125,7 @@ def test_small_gradients_survive_in_float16_under_a_loss_scale() -> None:
 def test_chunks_are_equal_and_within_their_budget() -> None:
     def rows(count: int, words: int, dtype: torch.dtype = torch.float32, wanted: int | None = None) -> int:
         hidden, weight = torch.empty(count, 1, dtype=dtype), torch.empty(words, 1, dtype=dtype)
-        return _linear.chunk_rows(hidden, weight, dtype, wanted)
+        return _linear._chunk_rows(hidden, weight, dtype, wanted)
 
     budget = _linear.CHUNK_BYTES["cpu"]
     assert rows(2048, 32000) * 32000 * 4 <= budget < rows(2048, 32000) * 32000 * 4 * 1.3
@@ -259,7 +259,7 @@ def test_where_the_host_knows_no_more_than_how_many_rows_there_may_be(
         for chunk_rows in (9, None):
             expected = step(*arguments, chunk_rows=chunk_rows, label_smoothing=0.1)
             with monkeypatch.context() as patch:
-                patch.setattr(_linear, "_count", lambda mask, share: count(mask.to("meta"), share))
+                patch.setattr(_linear, "_count", lambda mask, limits: count(mask.to("meta"), limits))
                 ours = step(*arguments, chunk_rows=chunk_rows, label_smoothing=0.1)
             torch.testing.assert_close(ours, expected, equal_nan=True)
 
@@ -271,8 +271,8 @@ def test_the_bound_on_a_mask_holds() -> None:
             for valid in {1, rows // 2 + 1, rows}:
                 k = max(round(keep * valid), 1)
                 mask = torch.empty(rows, dtype=torch.bool, device="meta")
-                assert k <= _linear._count(mask, keep) <= keep * rows + 1
-                assert valid - k <= _linear._count(mask, 1 - keep) <= (1 - keep) * rows + 1 + 1e-9
+                assert k <= _linear._count(mask, (None, keep)) <= keep * rows + 1
+                assert valid - k <= _linear._count(mask, (None, 1 - keep)) <= (1 - keep) * rows + 1 + 1e-9
 
 
 # --- in a training ---------------------------------------------------------------------------------------------
@@ -423,26 +423,27 @@ def test_operators(with_bias: bool) -> None:
     layer = hidden, weight, bias if with_bias else None
     needs = [True, True, with_bias]
     ops, check = torch.ops.batchkern, torch.library.opcheck
-    common = target, torch.float32, -100, 0.1
     tests = ("test_schema", "test_faketensor")
-    check(ops.linear_losses.default, (*layer, *common, 6, False), test_utils=tests)
-    check(ops.linear_losses.default, (*layer, *common, 20, True), test_utils=tests)
-    for keep in (0.8, 1.0):
-        check(
-            ops.linear_losses_and_gradients.default, (*layer, *common, 6, needs, torch.tensor(keep)), test_utils=tests
-        )
-    losses, lse, (logits,) = ops.linear_losses(*layer, *common, 20, True)
-    kept, k, one = kept_rows(losses, target, 0.5), torch.tensor(8.0), torch.ones(())
-    for saved in (None, logits):
-        arguments = *layer, one, target, lse, kept, k, saved, torch.float32, 0.1, 6, needs, torch.tensor(0.5)
-        check(ops.linear_gradients.default, arguments, test_utils=tests)
+    for softcap in (None, 2.0):
+        options = torch.float32, -100, 0.1, softcap, 0.5
+        check(ops.linear_losses.default, (*layer, target, *options, 6, True, False), test_utils=tests)
+        check(ops.linear_losses.default, (*layer, target, *options, None, False, True), test_utils=tests)
+        for keep in (0.8, 1.0):
+            arguments = *layer, target, *options, 6, needs, torch.tensor(keep)
+            check(ops.linear_losses_and_gradients.default, arguments, test_utils=tests)
+        losses, lse, _, _, (logits,) = ops.linear_losses(*layer, target, *options, None, False, True)
+        grad = torch.where(kept_rows(losses, target, 0.5), 0.1, 0.0)
+        for upstream in ((grad, None), (None, grad), (grad, grad)):
+            for saved in (None, *([] if softcap else [logits])):
+                arguments = *layer, *upstream, target, lse, saved, *options, 6, needs, None, torch.tensor(0.5)
+                check(ops.linear_gradients.default, arguments, test_utils=tests)
 
 
 def test_rows_without_a_selection() -> None:
     logits, target = torch.randn(30, 70), torch.randint(70, (30,))
     target[::4] = -100
     losses, lse = torch.full((30,), math.nan), torch.full((30, 2), math.nan)
-    call = logits, target, losses, lse, -100, 0.1
+    call = logits, target, losses, lse, None, None, -100, 0.1
     torch.library.opcheck(torch.ops.batchkern.cross_entropy_losses.default, call, test_utils=("test_schema",))
     assert _backend.call("cross_entropy_losses")(*call) is None
     _, expected, expected_lse, _, _ = torch.ops.batchkern.trimmed_cross_entropy(
@@ -458,31 +459,20 @@ def test_rows_without_a_selection() -> None:
 def test_the_gradient_of_a_slice_is_a_slice_of_the_gradient(dtype: torch.dtype, level: str, smoothing: float) -> None:
     logits, target = torch.randn(30, 210).to(dtype), torch.randint(210, (30,))
     with kernel_cases.at_level(level):
-        _, _, *saved = torch.ops.batchkern.trimmed_cross_entropy(logits, target, 0.5, label_smoothing=smoothing)
-        arguments = torch.tensor(2.0), target, *saved
-        whole = torch.ops.batchkern.trimmed_cross_entropy_backward(
-            arguments[0], logits, *arguments[1:], label_smoothing=smoothing
-        )
+        upstream = torch.randn(30) * (torch.rand(30) < 0.5), torch.randn(30) * (torch.rand(30) < 0.3)
+        _, lse, _, _ = torch.ops.batchkern.cross_entropy(logits, target, None, 7, smoothing)
+        saved = target, lse
+        whole = torch.ops.batchkern.cross_entropy_backward(*upstream, logits, *saved, None, 7, smoothing)
         for begin, end in ((0, 210), (0, 64), (64, 131), (131, 210), (200, 201)):
             part = logits[:, begin:end].clone()
-            _backend.call("trimmed_cross_entropy_backward_")(
-                arguments[0], part, *arguments[1:], None, smoothing, begin, 210
-            )
+            _backend.call("cross_entropy_backward_")(*upstream, part, *saved, 7, smoothing, begin, 210)
             assert torch.equal(part, whole[:, begin:end])
 
 
-@pytest.mark.parametrize(
-    ("columns", "class_weight", "words"),
-    [
-        ((-1, 20), None, "not classes from -1 on of 20"),
-        ((11, 20), None, "not classes from 11 on of 20"),
-        ((0, 9), None, "not classes from 0 on of 9"),
-        ((0, 20), torch.ones(20), "class_weight needs logits of all classes"),
-    ],
-)
-def test_wrong_slices(columns: tuple[int, int], class_weight: Tensor | None, words: str) -> None:
-    target, kept, one = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.bool), torch.ones(())
-    with pytest.raises(ValueError, match=words):
-        _backend.call("trimmed_cross_entropy_backward_")(
-            one, torch.zeros(4, 10), target, torch.zeros(4, 2), kept, one, class_weight, 0.0, *columns
+@pytest.mark.parametrize(("first", "classes"), [(-1, 20), (11, 20), (0, 9)])
+def test_wrong_slices(first: int, classes: int) -> None:
+    target, one = torch.zeros(4, dtype=torch.long), torch.ones(4)
+    with pytest.raises(ValueError, match=f"not classes from {first} on of {classes}"):
+        _backend.call("cross_entropy_backward_")(
+            one, None, torch.zeros(4, 10), target, torch.zeros(4, 2), -100, 0.0, first, classes
         )

@@ -1,0 +1,323 @@
+"""The cross entropy of each token, fused with the last linear layer: see ``_linear.py`` for how."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from batchkern import _backend, reference
+from batchkern.ops import _checks as check
+from batchkern.ops import _linear
+from batchkern.ops._autograd import boundary, once_differentiable
+from batchkern.ops.cross_entropy import Reduction, cross_entropy
+from batchkern.ops.trimmed_mean import trimmed_mean
+from batchkern.reference import Rows
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    reduction: Reduction = ...,
+    stats: Literal[False] = ...,
+    chunk_rows: int | None = ...,
+    backward_rows: int | None = ...,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    reduction: Reduction = ...,
+    stats: Literal[True],
+    chunk_rows: int | None = ...,
+    backward_rows: int | None = ...,
+) -> Rows: ...
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    reduction: Reduction = "mean",
+    stats: bool = False,
+    chunk_rows: int | None = None,
+    backward_rows: int | None = None,
+) -> Tensor | Rows:
+    """``cross_entropy`` of ``F.linear(hidden, weight, bias)`` without all logits, paid for where a gradient arrives.
+
+    With F = 2 N H V flops for N tokens the forward pass costs F. With ``reduction="none"`` or ``stats`` any code may
+    select, mask or weigh the losses of the tokens, and the backward pass costs 3 F times the share of the tokens that
+    its gradient reaches: the logits of these are computed again, or taken from the forward pass where those of all
+    tokens fit into one chunk. ``"mean"`` and ``"sum"`` cost 3 F in all (in float16 4 F). Memory is that of
+    :func:`linear_trimmed_cross_entropy`.
+
+    Args:
+        hidden: ``(..., H)`` float32, bfloat16, float16 or float64 (which has no kernel, and holds all logits).
+        weight: ``(V, H)``, same dtype; may be that of the embedding. Under autocast types may differ, as ``F.linear``
+            would cast both, and the gradient of a float32 weight is made in float32.
+        target: ``(...)``, of any integer type, in [0, V), or ``ignore_index``.
+        bias: ``(V,)``, same dtype.
+        ignore_index: tokens with this target have neither loss nor gradient.
+        label_smoothing: in [0, 1].
+        softcap: the logits are ``softcap * tanh(x / softcap)`` of the product x, as in Gemma 2; -inf, by which a bias
+            masks words, stays -inf.
+        logit_scale: logits are multiplied by it, last: the ``logit_scale`` of Cohere, 1 / ``logits_scaling`` of
+            Granite.
+        reduction: ``"none"``, ``"mean"`` (over the tokens that are not ignored) or ``"sum"``.
+        stats: return :class:`Rows` instead, whatever the reduction.
+        chunk_rows: rows of a chunk. None: equal chunks of at most 64 MiB of logits, on a GPU 512, but of 128 rows at
+            least.
+        backward_rows: the most tokens that a gradient will reach, where losses are returned for each. The backward pass
+            then does not wait for a GPU, and can be captured in a CUDA graph; a graph that is captured without it does
+            the work of all tokens.
+
+    Returns:
+        The losses ``(...)``, or 0-dim. Or ``Rows(loss, lse, entropy, correct)``, all ``(...)``, of which loss and lse
+        are differentiable. All float32 (float64 for float64).
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
+        ValueError: in the backward pass, where a gradient reaches more than ``backward_rows`` tokens; on a GPU that is
+            a device-side assert.
+        RuntimeError: in the backward pass, when it is differentiated again.
+    """
+    check.one_of("reduction", reduction, ("none", "mean", "sum"))
+    if backward_rows is not None:
+        check.count("backward_rows", backward_rows)
+    options = checked(
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        chunk_rows=chunk_rows,
+    )
+    if reduction == "none" or stats:
+        return each_row(hidden, weight, bias, target, options, stats=stats, backward_rows=backward_rows)
+    mean, _ = trimmed(hidden, weight, bias, target, 1.0, options)
+    if reduction == "mean":
+        return mean
+    count = reference.valid_rows(target, ignore_index).sum()
+    return torch.where(count > 0, mean * count, 0.0)
+
+
+def checked(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int | None,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Raises where an argument is wrong. Returns the options, in the order in which the operators take them."""
+    check.tensor("hidden", hidden)
+    if hidden.dim() == 0:
+        raise ValueError("hidden must have shape (..., H), got no dimension")
+    _check_parameter("weight", weight, 2, hidden)
+    words, width = weight.shape
+    if hidden.shape[-1] != width:
+        raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}) to match hidden, got {tuple(weight.shape)}")
+    if words == 0:
+        raise ValueError(f"weight must have at least one word, got shape {tuple(weight.shape)}")
+    if bias is not None:
+        _check_parameter("bias", bias, 1, hidden)
+        check.vector("bias", bias, rows=words, like=hidden, dtypes=(bias.dtype,))
+    check.tensor("target", target, dtypes=check.INTEGERS)
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(f"target must have shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
+    check.same_device("target", target, hidden)
+    check.ignored(ignore_index, group)
+    check_options(label_smoothing, softcap, logit_scale, chunk_rows)
+    return {
+        "dtype": torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype,
+        "ignore_index": ignore_index,
+        "label_smoothing": float(label_smoothing),
+        "softcap": None if softcap is None else float(softcap),
+        "logit_scale": float(logit_scale),
+        "chunk_rows": chunk_rows,
+    }
+
+
+def check_options(label_smoothing: float, softcap: float | None, logit_scale: float, chunk_rows: int | None) -> None:
+    """What needs no tensor to be looked at."""
+    check.number("label_smoothing", label_smoothing, 0, 1)
+    if softcap is not None:
+        check.number("softcap", softcap, 0, open_low=True, open_high=True)
+    check.number("logit_scale", logit_scale, 0, open_low=True, open_high=True)
+    if chunk_rows is not None:
+        check.count("chunk_rows", chunk_rows, low=1)
+
+
+def _autocasts(hidden: Tensor) -> bool:
+    """Whether ``F.linear`` would cast its arguments."""
+    device = hidden.device.type
+    return hidden.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _check_parameter(name: str, x: Tensor, dims: int, hidden: Tensor) -> None:
+    check.tensor(name, x, dims=dims, dtypes=check.FLOATS[:3] if _autocasts(hidden) else (hidden.dtype,))
+    check.same_device(name, x, hidden)
+
+
+def each_row(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    options: dict[str, Any],
+    *,
+    stats: bool = False,
+    backward_rows: int | None = None,
+    share: float | None = None,
+) -> Any:
+    """The losses, or with ``stats`` ``Rows``, of arguments that have been checked. ``share``: a gradient reaches no
+    larger share of the rows, as the caller knows."""
+    if not _backend.has_kernel("linear_cross_entropy", hidden):
+        bias = None if bias is None else boundary(bias)
+        cap = options["softcap"], options["logit_scale"]
+        # An ignored row may hold NaN, which times zero would spread.
+        valid = reference.valid_rows(target, options["ignore_index"])[..., None]
+        logits = reference.linear_logits(torch.where(valid, boundary(hidden), 0), boundary(weight), bias, *cap)
+        classes = {name: options[name] for name in ("ignore_index", "label_smoothing")}
+        of_rows = cross_entropy(logits.reshape(-1, logits.shape[-1]), target.flatten(), **classes, stats=True)
+        return Rows(*(x.view(target.shape) for x in of_rows)) if stats else of_rows.loss.view(target.shape)
+    call: dict[str, Any] = {
+        "target": target.flatten(),
+        "options": tuple(options.values()),
+        "stats": stats,
+        "grad": torch.is_grad_enabled(),
+        "limits": (backward_rows, share),
+    }
+    results: Any = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, call)
+    if not stats:
+        return results.view(target.shape)
+    rows: list[Any] = [*results, *(x.detach() for x in call["constants"])]
+    return Rows(*(x.view(target.shape) for x in rows))
+
+
+def trimmed(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    keep: float | Tensor,
+    options: dict[str, Any],
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The mean of the kept rows and the losses of all, of arguments that have been checked."""
+    if isinstance(keep, Tensor) and check.readable(keep):
+        keep = float(keep)
+    known = keep if group is None and isinstance(keep, float) else None
+    if known is not None and _backend.has_kernel("linear_trimmed_cross_entropy", hidden):
+        requires = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
+        may_keep = _may_keep_logits(hidden.reshape(-1, hidden.shape[-1]), weight, options.values())
+        if _linear.choose(known, requires, may_keep_logits=may_keep, dtype=options["dtype"]) == "gradient of all":
+            call: dict[str, Any] = {"target": target.flatten(), "options": tuple(options.values()), "keep": known}
+            loss: Tensor = _MeanWithGradient.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, call)
+            return loss, call["losses"].view(target.shape)
+    # A tensor on a GPU, which the host does not look at, may keep all rows.
+    share = None if group is not None else 1.0 if known is None else known
+    losses = each_row(hidden, weight, bias, target, options, share=share)
+    valid = reference.valid_rows(target, options["ignore_index"])
+    return trimmed_mean(losses, keep, mask=valid, group=group), losses
+
+
+def _may_keep_logits(hidden: Tensor, weight: Tensor, options: Any) -> bool:
+    dtype, _, _, softcap, _, chunk_rows = options
+    # With a softcap that would be two for each.
+    return softcap is None and _linear.all_in_a_chunk(hidden, weight, dtype, chunk_rows)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Arguments travel in a dict, and what has no gradient back in it, as in ``trimmed_cross_entropy``."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: dict[str, Any]) -> Any:
+        target, options, stats = call["target"], call["options"], call["stats"]
+        ctx.needs = [call["grad"] and needed for needed in ctx.needs_input_grad[:3]]
+        keep_logits = any(ctx.needs) and _may_keep_logits(hidden, weight, options)
+        losses, state, *constants, logits = _linear.call(
+            _linear.losses, hidden, weight, bias, target, *options, stats, keep_logits
+        )
+        ctx.save_for_backward(hidden, weight, bias, target, state, logits[0] if keep_logits else None)
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.limits = options, call["limits"]
+        call["constants"] = constants
+        return (losses, state[:, 0] + state[:, 1]) if stats else losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if grad is None and grad_lse is None:
+            return None, None, None, None
+        layer, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        grads = _linear.call(_linear.gradients, *layer, grad, grad_lse, *saved, *ctx.options, ctx.needs, *ctx.limits)
+        results = iter(grads)
+        return *(next(results) if needed else None for needed in ctx.needs), None
+
+
+class _MeanWithGradient(torch.autograd.Function):
+    """The mean of the kept rows, whose gradient the forward pass makes: see ``_linear.losses_and_gradients``."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: dict[str, Any]) -> Tensor:
+        target, options, keep = call["target"], call["options"], call["keep"]
+        ctx.needs = list(ctx.needs_input_grad[:3])
+        ctx.used = False
+        loss, losses, lse, kept, grads = _linear.call(
+            _linear.losses_and_gradients, hidden, weight, bias, target, *options, ctx.needs, keep
+        )
+        ctx.save_for_backward(hidden, weight, bias, target, lse, kept, *grads)
+        ctx.options, ctx.keep = options, keep
+        call["losses"] = losses.detach()
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, target, lse, kept, *grads = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            grads = [grad * x for x in grads]
+        elif not ctx.used:
+            ctx.used = True  # another backward pass computes them again
+            # Through .data, since autograd would take the scaling for a mistake of the caller.
+            grads = [x.data.mul_(grad) for x in grads]
+            if ctx.needs[0]:
+                grads[0].masked_fill_(~kept[:, None], 0)  # even where the upstream gradient is infinite
+        else:
+            upstream = torch.where(kept, grad / kept.sum(), 0.0)
+            saved = upstream, None, target, lse, None
+            grads = _linear.call(
+                _linear.gradients, hidden, weight, bias, *saved, *ctx.options, ctx.needs, None, ctx.keep
+            )
+        results = iter(grads)
+        return *(next(results) if needed else None for needed in ctx.needs), None
