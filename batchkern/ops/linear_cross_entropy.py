@@ -12,6 +12,7 @@ from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 from batchkern.ops import _linear
 from batchkern.ops._autograd import boundary, once_differentiable
+from batchkern.ops._sharded import whole
 from batchkern.ops.cross_entropy import Reduction, cross_entropy
 from batchkern.ops.trimmed_mean import trimmed_mean
 from batchkern.reference import Rows
@@ -75,9 +76,11 @@ def linear_cross_entropy(
     Args:
         hidden: ``(..., H)`` float32, bfloat16, float16 or float64 (which has no kernel, and holds all logits).
         weight: ``(V, H)``, same dtype; may be that of the embedding. Under autocast types may differ, as ``F.linear``
-            would cast both, and the gradient of a float32 weight is made in float32.
+            would cast both, and the gradient of a float32 weight is made in float32. A DTensor (FSDP2's
+            ``fully_shard``) is gathered once a call, in the type of ``hidden``, and its gradient, the mean over the
+            processes of its mesh, is reduced once.
         target: ``(...)``, of any integer type, in [0, V), or ``ignore_index``.
-        bias: ``(V,)``, same dtype.
+        bias: ``(V,)``, like weight.
         ignore_index: tokens with this target have neither loss nor gradient.
         label_smoothing: in [0, 1].
         softcap: the logits are ``softcap * tanh(x / softcap)`` of the product x, as in Gemma 2; -inf, by which a bias
@@ -105,7 +108,7 @@ def linear_cross_entropy(
     check.one_of("reduction", reduction, ("none", "mean", "sum"))
     if backward_rows is not None:
         check.count("backward_rows", backward_rows)
-    options = checked(
+    weight, bias, options = checked(
         hidden,
         weight,
         target,
@@ -137,11 +140,14 @@ def checked(
     logit_scale: float,
     chunk_rows: int | None,
     group: dist.ProcessGroup | None = None,
-) -> dict[str, Any]:
-    """Raises where an argument is wrong. Returns the options, in the order in which the operators take them."""
+) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Raises where an argument is wrong. Returns weight and bias, gathered where they were sharded, and the options, in
+    the order in which the operators take them."""
     check.tensor("hidden", hidden)
     if hidden.dim() == 0:
         raise ValueError("hidden must have shape (..., H), got no dimension")
+    dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype
+    weight, bias = whole(weight, dtype), None if bias is None else whole(bias, dtype)
     _check_parameter("weight", weight, 2, hidden)
     words, width = weight.shape
     if hidden.shape[-1] != width:
@@ -157,14 +163,15 @@ def checked(
     check.same_device("target", target, hidden)
     check.ignored(ignore_index, group)
     check_options(label_smoothing, softcap, logit_scale, chunk_rows)
-    return {
-        "dtype": torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype,
+    options = {
+        "dtype": dtype,
         "ignore_index": ignore_index,
         "label_smoothing": float(label_smoothing),
         "softcap": None if softcap is None else float(softcap),
         "logit_scale": float(logit_scale),
         "chunk_rows": chunk_rows,
     }
+    return weight, bias, options
 
 
 def check_options(label_smoothing: float, softcap: float | None, logit_scale: float, chunk_rows: int | None) -> None:
@@ -184,6 +191,11 @@ def _autocasts(hidden: Tensor) -> bool:
 
 
 def _check_parameter(name: str, x: Tensor, dims: int, hidden: Tensor) -> None:
+    if isinstance(x, Tensor) and x.shape == (0,):
+        raise ValueError(
+            f"{name} is empty: its trainer keeps it sharded outside its module, as DeepSpeed ZeRO-3 and FSDP1 do. Call "
+            "within deepspeed.zero.GatheredParameters([...]) or FSDP.summon_full_params(...), or use FSDP2"
+        )
     check.tensor(name, x, dims=dims, dtypes=check.FLOATS[:3] if _autocasts(hidden) else (hidden.dtype,))
     check.same_device(name, x, hidden)
 

@@ -50,7 +50,7 @@ def linear_trimmed_cross_entropy(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
     """
-    options = checked(
+    weight, bias, options = checked(
         hidden,
         weight,
         target,
