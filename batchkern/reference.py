@@ -231,21 +231,27 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
+    stats: bool = True,
 ) -> Rows:
     """Of each row, by PyTorch's own functions; loss and lse are differentiable as often as these are."""
     logits = wide(logits)
-    classes, soft = class_dim(logits), target.is_floating_point()
     valid = valid_rows(target, ignore_index)
     options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "weight": weight}
     loss = row_losses(logits, target, **options)
+    lse = torch.logsumexp(logits, class_dim(logits))
+    lse = torch.where(lse == math.inf, math.nan, lse)  # as the loss is
+    constants = entropy_and_correct(logits, target, valid, lse) if stats else (loss, loss)
+    return Rows(loss, torch.where(valid, lse, 0), *constants)
+
+
+def entropy_and_correct(logits: Tensor, target: Tensor, valid: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    classes = class_dim(logits)
     log_p = F.log_softmax(logits, classes).detach()
     p = log_p.exp()
     entropy = -torch.where(p == 0, 0, p * log_p).sum(classes)
-    lse = torch.logsumexp(logits, classes)
-    lse = torch.where(lse == math.inf, math.nan, lse)  # as the loss is
-    correct = logits.argmax(classes) == (target.argmax(classes) if soft else target.long())
-    correct = correct & valid & ~lse.isnan()
-    return Rows(loss, torch.where(valid, lse, 0), torch.where(valid, entropy, 0), correct)
+    labels = target.argmax(classes) if target.is_floating_point() else target.long()
+    correct = (logits.argmax(classes) == labels) & valid & ~lse.isnan()
+    return torch.where(valid, entropy, 0), correct
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -254,7 +260,7 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        rows = cross_entropy(logits, target, **call["options"])
+        rows = cross_entropy(logits, target, **call["options"], stats=call["stats"])
         call["constants"] = rows.entropy, rows.correct
         ctx.save_for_backward(logits, target, call["options"]["weight"])
         ctx.options = call["options"]
@@ -275,7 +281,10 @@ class CrossEntropy(torch.autograd.Function):
             wanted = F.one_hot(index, z.shape[classes]).movedim(-1, classes).to(z.dtype)
         wanted = (1 - smoothing) * wanted + smoothing / z.shape[classes]
         w = torch.ones_like(z) if weight is None else over_classes(weight.to(z.dtype), z)
-        wanted = w * wanted
+        if target.is_floating_point() or smoothing > 0:
+            wanted = w * wanted
+        else:  # a class that does not occur may have an infinite weight
+            wanted = torch.where(wanted == 0, 0, w * wanted)
         log_p = F.log_softmax(z, classes)
         of_logits = (grad * wanted.sum(classes, keepdim=True) + grad_lse) * log_p.exp() - grad * wanted
         of_target = None
@@ -305,16 +314,21 @@ def trimmed_cross_entropy(
 
     options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "weight": weight}
     valid = valid_rows(target, ignore_index)
-    losses = row_losses(logits.detach(), target, **options).detach()
     row_weight = None
     if weight is not None and not target.is_floating_point():
         row_weight = weight[torch.where(valid, target.long(), 0)]
-    kept, normalizer = select_and_normalize(losses, valid, row_weight, keep, group)
+    losses = None
+    if isinstance(keep, float) and keep == 1 and group is None:
+        kept, normalizer = valid, valid.sum() if row_weight is None else torch.where(valid, row_weight, 0).sum()
+    else:
+        losses = row_losses(logits.detach(), target, **options).detach()
+        kept, normalizer = select_and_normalize(losses, valid, row_weight, keep, group)
     # Dropped rows are replaced before the differentiable pass: their gradient is an exact zero even where a logit is
     # NaN or infinite, which a zero upstream factor alone would turn into NaN.
     kept_logits = torch.where(kept.unsqueeze(class_dim(logits)), logits, 0.0)
     kept_losses = row_losses(kept_logits, target, **options)
-    return torch.where(kept, kept_losses, 0).sum() / normalizer.to(logits.dtype), losses
+    loss = torch.where(kept, kept_losses, 0).sum() / normalizer.to(logits.dtype)
+    return loss, kept_losses.detach() if losses is None else losses
 
 
 def linear_logits(

@@ -60,4 +60,25 @@ BATCHKERN_HOST_DEVICE int64_t class_of(const ClassIndices& target, int64_t i) {
     }
 }
 
+// Calls use(pointer to the indices, of their own type): a loop over many then asks for it once.
+template <class Use>
+void with_indices(const ClassIndices& target, Use use) {
+    switch (target.type) {
+        case kInt32:
+            return use(static_cast<const int32_t*>(target.data));
+        case kInt16:
+            return use(static_cast<const int16_t*>(target.data));
+        case kInt8:
+            return use(static_cast<const int8_t*>(target.data));
+        case kUInt8:
+            return use(static_cast<const uint8_t*>(target.data));
+        case kUInt16:
+            return use(static_cast<const uint16_t*>(target.data));
+        case kUInt32:
+            return use(static_cast<const uint32_t*>(target.data));
+        default:
+            return use(static_cast<const int64_t*>(target.data));
+    }
+}
+
 }  // namespace batchkern

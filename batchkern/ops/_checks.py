@@ -38,9 +38,7 @@ def tensor(name: str, x: Tensor, *, dims: int | None = None, dtypes: tuple[torch
     """``dims`` is how many dimensions it must have; None: any number."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    kind = type(x).__name__
-    if kind in UNSERVED:
-        raise TypeError(f"{name} must be an ordinary tensor, got a {kind}: {UNSERVED[kind]}")
+    _ordinary(name, x)
     if x.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have dtype {allowed}, got {str(x.dtype).removeprefix('torch.')}")
@@ -50,6 +48,12 @@ def tensor(name: str, x: Tensor, *, dims: int | None = None, dtypes: tuple[torch
         raise TypeError(f"{name} must be an ordinary tensor, got a nested tensor: {UNSERVED['NestedTensor']}")
     if dims is not None and x.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(x.shape)}")
+
+
+def _ordinary(name: str, x: Tensor) -> None:
+    kind = type(x).__name__
+    if kind in UNSERVED:
+        raise TypeError(f"{name} must be an ordinary tensor, got a {kind}: {UNSERVED[kind]}")
 
 
 def vector(name: str, x: Tensor, *, rows: int, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -125,6 +129,7 @@ def target_values(x: Tensor, *, classes: int, ignore_index: int) -> None:
 def fraction(name: str, x: float | Tensor, like: Tensor) -> float | Tensor:
     """A float in (0, 1], or a 0-dim float tensor on the device of ``like``, which becomes float64. Returns it."""
     if isinstance(x, Tensor):
+        _ordinary(name, x)
         if x.dtype not in FLOATS or x.dim() != 0:
             raise TypeError(f"{name} as a tensor must be a 0-dim float one, got {x.dim()}-dim {x.dtype}")
         same_device(name, x, like)

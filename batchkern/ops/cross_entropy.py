@@ -92,9 +92,9 @@ def cross_entropy(
         return Rows(*results, *(x.detach() for x in call["constants"]))
     check.target_values(target, classes=logits.shape[reference.class_dim(logits)], ignore_index=ignore_index)
     if _backend.within_transform():
-        rows = reference.cross_entropy(logits, target, **options)
+        rows = reference.cross_entropy(logits, target, **options, stats=stats)
     else:
-        call = {"options": options}
+        call = {"options": options, "stats": stats}
         results = _ReferenceCrossEntropy.apply(logits, target, call)
         rows = Rows(*results, *(x.detach() for x in call["constants"]))
     return rows if stats else rows.loss if reduction == "none" else rows.loss.sum()

@@ -220,8 +220,10 @@ def each_row(
         valid = reference.valid_rows(target, options["ignore_index"])[..., None]
         logits = reference.linear_logits(torch.where(valid, boundary(hidden), 0), boundary(weight), bias, *cap)
         classes = {name: options[name] for name in ("ignore_index", "label_smoothing")}
-        of_rows = cross_entropy(logits.reshape(-1, logits.shape[-1]), target.flatten(), **classes, stats=True)
-        return Rows(*(x.view(target.shape) for x in of_rows)) if stats else of_rows.loss.view(target.shape)
+        arguments = logits.reshape(-1, logits.shape[-1]), target.flatten()
+        if not stats:
+            return cross_entropy(*arguments, **classes, reduction="none").view(target.shape)
+        return Rows(*(x.view(target.shape) for x in cross_entropy(*arguments, **classes, stats=True)))
     call: dict[str, Any] = {
         "target": target.flatten(),
         "options": tuple(options.values()),

@@ -234,6 +234,8 @@ class TrimmedCrossEntropyLoss(nn.Module):
         check.fraction("keep", keep, keep if isinstance(keep, Tensor) else torch.empty(0))
         check.number("label_smoothing", label_smoothing, 0, 1)
         check.ignored(ignore_index, group)
+        if class_weight is not None:
+            check.tensor("class_weight", class_weight, dims=1)
         self.keep = keep
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing

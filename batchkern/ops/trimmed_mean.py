@@ -145,8 +145,8 @@ def _check_selection(
     check.one_of("order", order, ("highest", "lowest"))
     check.one_of("within", within, ("all", "sample"))
     check.number("skip", skip, 0, 1, open_high=True)
-    if not isinstance(keep, Tensor) and skip and skip + keep > 1 + 1e-12:
-        raise ValueError(f"skip + keep must be at most 1, got {skip} + {keep}")
+    if skip and (not isinstance(keep, Tensor) or check.readable(keep)) and skip + float(keep) > 1 + 1e-6:
+        raise ValueError(f"skip + keep must be at most 1, got {skip} + {float(keep)}")
     if above is not None:
         check.number("above", above, -math.inf)
         if order == "lowest":

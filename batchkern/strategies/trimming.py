@@ -4,6 +4,7 @@ the training difficulty", 2021 (arXiv:2110.13058), section 2."""
 from __future__ import annotations
 
 import math
+import numbers
 import time
 import warnings
 from collections.abc import Callable
@@ -30,8 +31,14 @@ def kept_rows(keep: float, rows: int) -> int:
     return min(rows, max(round(keep * rows), 1))
 
 
+def check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+        raise UserError(f"{name} must be a number, got {value!r}")
+
+
 def check_keep(start: float, end: float) -> None:
     for name, value in (("start", start), ("end", end)):
+        check_number(name, value)
         if not 0 < value <= 1:
             raise UserError(f"{name} must be in (0, 1], got {value}")
 
@@ -74,11 +81,11 @@ class Trimming(Strategy):
             raise UserError(f"backward must be masked, compact or auto, got {self.backward!r}")
         if self.order not in ("highest", "lowest"):
             raise UserError(f"order must be highest or lowest, got {self.order!r}")
+        check_number("skip", self.skip)
         if not 0 <= self.skip < 1:
             raise UserError(f"skip must be in [0, 1), got {self.skip}")
         if self.above is not None:
-            if not isinstance(self.above, int | float) or math.isnan(self.above):
-                raise UserError(f"above must be a number, got {self.above!r}")
+            check_number("above", self.above)
             if self.order == "lowest":
                 raise UserError("above must be left out where order is lowest: it adds rows to the highest")
         if self.schedule is not None and not callable(self.schedule):

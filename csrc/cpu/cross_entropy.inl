@@ -247,7 +247,8 @@ BATCHKERN_INLINE void soft_grad_row(const RowGradient& g, const T* row, const Q*
 // The gradient at a row's target.
 BATCHKERN_INLINE float grad_at_target(const RowGradient& g, const CrossEntropyOptions& o, int64_t target,
                                       float z) {
-    const double level = static_cast<double>(g.level) * (o.class_weight ? o.class_weight[target] : 1.0f);
+    const bool weighs = o.class_weight && o.smoothing > 0;
+    const double level = static_cast<double>(g.level) * (weighs ? o.class_weight[target] : 1.0f);
     return static_cast<float>(g.total * exp_nonpositive((z - g.maximum) - g.log_sum) - level - g.peak);
 }
 

@@ -137,14 +137,15 @@ void describe_tile(const LossRows& a, const CrossEntropyOptions& o, int64_t firs
     }
 }
 
-// The type is asked for once, not for each row.
-void load_targets(const ClassIndices& target, int64_t first, int64_t rows, int64_t* to) {
-    if (target.type == kInt64)
-        for (int64_t r = 0; r < rows; ++r) to[r] = static_cast<const int64_t*>(target.data)[first + r];
-    else if (target.type == kUInt8)
-        for (int64_t r = 0; r < rows; ++r) to[r] = static_cast<const uint8_t*>(target.data)[first + r];
-    else
-        for (int64_t r = 0; r < rows; ++r) to[r] = class_of(target, first + r);
+BATCHKERN_INLINE void load_targets(const ClassIndices& target, int64_t first, int64_t rows, int64_t* to) {
+    with_indices(target, [&](auto* from) {
+        for (int64_t r = 0; r < rows; ++r) to[r] = static_cast<int64_t>(from[first + r]);
+    });
+}
+
+// Whether a row's loss is its log-sum-exp less the logit of its target.
+BATCHKERN_INLINE bool is_plain(const CrossEntropyOptions& o, bool soft) {
+    return !soft && !o.class_weight && o.smoothing == 0;
 }
 
 template <class T>
@@ -152,6 +153,7 @@ void loss_columns(const LossRows& a, const CrossEntropyOptions& o) {
     const bool soft = a.probabilities.data != nullptr;
     const auto keep = static_cast<float>(1 - o.smoothing), level = static_cast<float>(o.smooth);
     const bool sums_target = soft || o.smoothing > 0;
+    const bool plain = is_plain(o, soft) && !a.entropy;
     alignas(64) TileBlock z = {}, q = {};  // lanes without a row hold what does no harm
     alignas(64) TileSums t = {};
     for (int64_t first = a.begin; first < a.end; first += kTile) {
@@ -200,11 +202,20 @@ void loss_columns(const LossRows& a, const CrossEntropyOptions& o) {
         float loss[kTile];
         BATCHKERN_SIMD()
         for (int64_t r = 0; r < kTile; ++r) log_sum[r] = log_nonnegative(t.sum[r]);
-        if (!sums_target && !o.class_weight) {
+        if (is_plain(o, soft)) {
             BATCHKERN_SIMD()
             for (int64_t r = 0; r < kTile; ++r)
                 loss[r] =
                     static_cast<float>(log_sum[r] + (static_cast<double>(t.maximum[r]) - t.at_target[r]));
+        }
+        if (plain) {
+            for (int64_t r = 0; r < rows; ++r) {
+                const bool ignored = target[r] == o.ignore_index;
+                a.losses[first + r] = ignored ? 0.0f : loss[r];
+                a.lse[2 * (first + r)] = ignored ? 0.0f : t.maximum[r];
+                a.lse[2 * (first + r) + 1] = ignored ? 0.0f : static_cast<float>(log_sum[r]);
+            }
+            continue;
         }
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t i = first + r;
@@ -218,7 +229,7 @@ void loss_columns(const LossRows& a, const CrossEntropyOptions& o) {
             if (soft) {
                 state[2] = static_cast<float>(t.mass[r]);
                 loss[r] = static_cast<float>(soft_loss({t.mass[r], t.dot[r]}, t.maximum[r], log_sum[r]));
-            } else if (sums_target || o.class_weight) {
+            } else if (!is_plain(o, soft)) {
                 loss[r] = static_cast<float>(
                     hard_loss(o, target[r], t.maximum[r], log_sum[r], t.at_target[r], t.dot[r]));
             }
@@ -257,8 +268,9 @@ struct TileGradient {
 BATCHKERN_INLINE void block_gradient(const TileGradient& g, const CrossEntropyOptions& o, int64_t lanes,
                                      int64_t c0, int64_t classes, const TileBlock* q, TileBlock& z) {
     const auto keep = static_cast<float>(1 - o.smoothing), uniform = static_cast<float>(o.smooth);
+    const bool weighs = o.class_weight && (q || o.smoothing > 0);
     for (int64_t c = 0; c < classes; ++c) {
-        const float weight = o.class_weight ? o.class_weight[c0 + c] : 1.0f;
+        const float weight = weighs ? o.class_weight[c0 + c] : 1.0f;
         if (q) {
             BATCHKERN_SIMD()
             for (int64_t r = 0; r < lanes; ++r) {
@@ -275,27 +287,70 @@ BATCHKERN_INLINE void block_gradient(const TileGradient& g, const CrossEntropyOp
     }
 }
 
+// The rows of a tile that have a gradient.
+void find_gradients(const GradRows& a, const CrossEntropyOptions& o, int64_t first, int64_t rows,
+                    TileGradient& g) {
+    g.rows = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+        RowGradient row;
+        if (!row_gradient(a, o, first + r, &row)) continue;
+        const int64_t n = g.rows++;
+        g.place[n] = r;
+        g.target[n] = row.target;
+        g.maximum[n] = row.maximum;
+        g.log_sum[n] = row.log_sum;
+        g.total[n] = row.total;
+        g.level[n] = a.probabilities.data ? row.factor : row.level;
+        g.peak[n] = row.peak;
+    }
+}
+
+// The same, where rows are plain: no branch on a row.
+void find_plain_gradients(const GradRows& a, const CrossEntropyOptions& o, int64_t first, int64_t rows,
+                          TileGradient& g) {
+    const Upstream& u = a.upstream;
+    int64_t target[kTile];
+    float factor[kTile] = {}, lse_factor[kTile] = {};
+    load_targets(a.target, first, rows, target);
+    if (u.kept) {
+        for (int64_t r = 0; r < rows; ++r) factor[r] = u.kept[first + r] ? u.scale : 0.0f;
+    } else {
+        for (int64_t r = 0; r < rows && u.loss; ++r) factor[r] = u.loss[(first + r) * u.loss_stride];
+        for (int64_t r = 0; r < rows && u.lse; ++r) lse_factor[r] = u.lse[(first + r) * u.lse_stride];
+        for (int64_t r = 0; r < rows; ++r) {
+            const bool ignored = target[r] == o.ignore_index;
+            factor[r] = ignored ? 0.0f : factor[r];
+            lse_factor[r] = ignored ? 0.0f : lse_factor[r];
+        }
+    }
+    int64_t n = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t column = target[r] - a.first_class;
+        g.place[n] = r;
+        g.target[n] = column < a.columns ? column : -1;  // negative: not one of them either
+        g.maximum[n] = a.lse[2 * (first + r)];
+        g.log_sum[n] = a.lse[2 * (first + r) + 1];
+        g.total[n] = factor[r] + lse_factor[r];
+        g.level[n] = 0.0f;
+        g.peak[n] = factor[r];
+        n += (factor[r] != 0) | (lse_factor[r] != 0);
+    }
+    g.rows = n;
+}
+
 template <class T>
 void grad_columns(const GradRows& a, const CrossEntropyOptions& o) {
     const Probabilities& probabilities = a.probabilities;
+    const bool plain = is_plain(o, probabilities.data != nullptr);
     alignas(64) TileBlock z = {}, q = {};
     alignas(64) const TileBlock zeros = {};
     alignas(64) TileGradient g = {};
     for (int64_t first = a.begin; first < a.end; first += kTile) {
         const int64_t rows = a.end - first < kTile ? a.end - first : kTile;
-        g.rows = 0;
-        for (int64_t r = 0; r < rows; ++r) {
-            RowGradient row;
-            if (!row_gradient(a, o, first + r, &row)) continue;
-            const int64_t n = g.rows++;
-            g.place[n] = r;
-            g.target[n] = row.target;
-            g.maximum[n] = row.maximum;
-            g.log_sum[n] = row.log_sum;
-            g.total[n] = row.total;
-            g.level[n] = probabilities.data ? row.factor : row.level;
-            g.peak[n] = row.peak;
-        }
+        if (plain)
+            find_plain_gradients(a, o, first, rows, g);
+        else
+            find_gradients(a, o, first, rows, g);
         const bool all = g.rows == kTile;
         int64_t from[kTile], from_q[kTile], to[kTile];
         for (int64_t n = 0; n < g.rows && !all; ++n) {
@@ -320,18 +375,10 @@ void grad_columns(const GradRows& a, const CrossEntropyOptions& o) {
             // After the logits were read: the gradient may be written over them.
             if (!all && !a.grad_is_zero) store_block<T>(zeros, a.grad, a.grad_at, first, rows, c0, classes);
             if (g.rows == 0) continue;
-            float at_target[kTile];
-            for (int64_t n = 0; n < g.rows; ++n) {
-                const int64_t c = g.target[n] - c0;
-                if (g.target[n] < 0 || c < 0 || c >= classes) continue;
-                const RowGradient row{g.maximum[n], g.log_sum[n], g.total[n], g.level[n], g.peak[n], 0,
-                                      g.target[n]};
-                at_target[n] = grad_at_target(row, o, g.target[n], z[c][n]);
-            }
             block_gradient(g, o, lanes, c0, classes, probabilities.data ? &q : nullptr, z);
             for (int64_t n = 0; n < g.rows; ++n) {
                 const int64_t c = g.target[n] - c0;
-                if (g.target[n] >= 0 && c >= 0 && c < classes) z[c][n] = at_target[n];
+                if (g.target[n] >= 0 && c >= 0 && c < classes) z[c][n] -= g.peak[n];
             }
             if (all)
                 store_block<T>(z, a.grad, a.grad_at, first, rows, c0, classes);

@@ -4,6 +4,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <functional>
 #include <string>
@@ -26,7 +27,7 @@ struct Problem : CrossEntropyArguments {
                   smoothing,
                   smoothing / static_cast<double>(classes),
                   ignore_index} {
-        if (!options.class_weight) return;
+        if (!options.class_weight || smoothing == 0) return;  // not used, and 0 times infinity is NaN
         options.weight_sum = 0;
         for (int64_t c = 0; c < classes; ++c) options.weight_sum += options.class_weight[c];
     }
@@ -46,11 +47,19 @@ std::string place_of(int64_t row, const std::vector<int64_t>& shape) {
 void check_target(const Problem& p, const bool* kept) {
     if (p.soft) return;
     const auto first_wrong = [&](int64_t begin, int64_t end, int64_t found) {
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t target = class_of(p.indices, i);
-            if (kept ? !kept[i] : target == p.options.ignore_index) continue;
-            if (target < 0 || target >= p.classes) return std::min(i, found);
-        }
+        with_indices(p.indices, [&](auto* target) {
+            const auto is_wrong = [&](int64_t i) {
+                const auto c = static_cast<int64_t>(target[i]);
+                const bool counts = kept ? kept[i] : c != p.options.ignore_index;
+                return counts & ((c < 0) | (c >= p.classes));
+            };
+            bool any = false;  // which one is looked for where there is one: no branch in this loop
+            for (int64_t i = begin; i < end; ++i) any |= is_wrong(i);
+            if (!any) return;
+            int64_t i = begin;
+            while (!is_wrong(i)) ++i;
+            found = std::min(found, i);
+        });
         return found;
     };
     const int64_t wrong = at::parallel_reduce(0, p.rows, kGrain, p.rows, first_wrong,
@@ -62,11 +71,17 @@ void check_target(const Problem& p, const bool* kept) {
 
 // valid[i] = row i is not ignored. Returns whether all are.
 bool mark_valid(const Problem& p, bool* valid) {
+    if (p.soft) {
+        std::fill(valid, valid + p.rows, true);
+        return true;
+    }
     const auto mark = [&](int64_t begin, int64_t end, bool all) {
-        for (int64_t i = begin; i < end; ++i) {
-            valid[i] = class_of(p.indices, i) != p.options.ignore_index;
-            all &= valid[i];
-        }
+        with_indices(p.indices, [&](auto* target) {
+            for (int64_t i = begin; i < end; ++i) {
+                valid[i] = static_cast<int64_t>(target[i]) != p.options.ignore_index;
+                all &= valid[i];
+            }
+        });
         return all;
     };
     return at::parallel_reduce(0, p.rows, kGrain, true, mark, std::logical_and<>());
@@ -140,9 +155,14 @@ Forward trimmed_cross_entropy(const at::Tensor& logits, const at::Tensor& target
     write_losses(p, losses, lse);
 
     bool* const is_kept = kept.mutable_data_ptr<bool>();
-    const auto keys = order_keys(losses, kFloat32);
-    const bool all = p.soft || mark_valid(p, is_kept);
-    const int64_t k = select_rows(keys.get(), all ? nullptr : is_kept, p.rows, {fraction}, is_kept);
+    const bool all = mark_valid(p, is_kept);
+    int64_t k;
+    if (fraction == 1) {
+        k = all ? p.rows : std::count(is_kept, is_kept + p.rows, true);
+    } else {
+        const auto keys = order_keys(losses, kFloat32);
+        k = select_rows(keys.get(), all ? nullptr : is_kept, p.rows, {fraction}, is_kept);
+    }
     const double sum = kernels().sum_kept[kFloat32](losses.const_data_ptr(), is_kept, nullptr, p.rows);
     double normalizer = static_cast<double>(k);
     if (p.options.class_weight && !p.soft) {

@@ -52,7 +52,7 @@ __device__ __forceinline__ bool row_gradient(const BackwardCall& a, int64_t row,
          upstream.x * smooth,
          upstream.x * peak,
          upstream.x,
-         rows.class_weight,
+         smooth > 0.0f ? rows.class_weight : nullptr,
          column >= 0 && column < rows.classes ? static_cast<int>(column) : -1};
     return true;
 }

@@ -316,6 +316,25 @@ def test_composed_and_fused_keep_the_same_rows(
     assert torch.equal(ours.isnan() | (ours != 0), theirs.isnan() | (theirs != 0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_class_that_does_not_occur_may_have_an_infinite_weight(dtype: torch.dtype, dense: bool) -> None:
+    # As 1 / count makes it.
+    shape = (5, 4, 3) if dense else (5, 4)
+    logits, target = torch.randn(shape).to(dtype).requires_grad_(), torch.randint(3, shape[:1] + shape[2:])
+    weight = torch.tensor([1.0, 2.0, 0.5, math.inf])
+    for reduction in ("mean", "sum", "none"):
+        loss = cross_entropy(logits, target, weight=weight, reduction=reduction).sum()
+        wide = logits.detach().double().requires_grad_()
+        expected = F.cross_entropy(wide, target, weight=weight.double(), reduction=reduction).sum()
+        step = torch.finfo(dtype).eps
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        ours, theirs = gradients(loss, logits)[0].double(), torch.autograd.grad(expected, wide)[0]
+        torch.testing.assert_close(ours, theirs, rtol=4 * step, atol=4 * step)
+    loss = trimmed_cross_entropy(logits, target, 0.5, class_weight=weight)
+    assert gradients(loss, logits)[0].isfinite().all()
+
+
 def test_a_row_of_minus_infinity_predicts_the_first_class() -> None:
     for logits in (torch.full((1, 3), -math.inf), torch.full((1, 3, 1), -math.inf)):
         for label in (0, 1):

@@ -290,6 +290,7 @@ LOSSES = torch.zeros(4)
         ({"skip": math.nan}, ValueError, ["skip", "nan", "[0, 1)"]),
         ({"skip": "some"}, TypeError, ["skip", "str"]),
         ({"skip": 0.6}, ValueError, ["skip + keep", "0.6 + 0.5", "1"]),
+        ({"skip": 0.6, "keep": torch.tensor(0.5)}, ValueError, ["skip + keep", "0.6 + 0.5", "1"]),
         ({"above": math.nan}, ValueError, ["above", "nan"]),
         ({"above": "0.7"}, TypeError, ["above", "str"]),
         ({"above": 0.7, "order": "lowest"}, ValueError, ["above", "None", "'lowest'"]),

@@ -120,7 +120,10 @@ def test_each_update_is_that_of_the_selection(backward, options):
         ({"order": "both"}, ["order", "highest or lowest", "both"]),
         ({"skip": 1.0}, ["skip", "[0, 1)", "1.0"]),
         ({"skip": -0.1}, ["skip", "[0, 1)", "-0.1"]),
+        ({"skip": "a"}, ["skip", "number", "'a'"]),
+        ({"start": "x"}, ["start", "number", "'x'"]),
         ({"above": math.nan}, ["above", "nan"]),
+        ({"above": True}, ["above", "number", "True"]),
         ({"above": 1.0, "order": "lowest"}, ["above", "order", "lowest"]),
     ],
 )
