@@ -38,8 +38,8 @@ def patch_causal_lm(
 
     Args:
         model: a causal language model of ``transformers``, which calls its ``loss_function`` on what its output layer,
-            an ``nn.Linear``, returned. Models that scale, cap or cast their logits in between are refused in the first
-            call.
+            an ``nn.Linear``, returned; or on that with a softcap or a scale of its configuration (Gemma 2 and 3,
+            Cohere, Granite). Models that change their logits in another way are refused in the first call.
         keep: fraction of the tokens kept, in (0, 1]; or a 0-dim float64 tensor on the device of the loss.
         group, chunk_rows: as in :func:`linear_trimmed_cross_entropy`.
 
@@ -71,6 +71,8 @@ class CausalLMPatch:
         base, head, loss = _parts(model)
         self.keep, self._group, self._chunk_rows = keep, group, chunk_rows
         self._model, self._base, self._head, self._loss = model, base, head, loss
+        self._softcap, self._scale = _cap(base)
+        self._checked = False
         self._training = False
         self._hidden: Tensor | None = None
         self._version = 0
@@ -145,22 +147,26 @@ class CausalLMPatch:
             raise RuntimeError(
                 f"the output layer of {name} was replaced since it was patched: remove() and patch again"
             )
-        if logits is not self._hidden or _version(logits) != self._version:
+        hidden = self._hidden
+        if not self._is_known(logits, hidden):
             raise RuntimeError(
-                f"{name} cannot be patched: between the output layer and the loss it changes its logits, by a scale, a "
-                "cap or a cast"
+                f"{name} cannot be patched: between the output layer and the loss it changes its logits, by a cast, or "
+                "by a scale or a cap that its configuration does not name"
             )
         self._training = False
+        self._hidden = logits  # which the output has in place of logits
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        target = shift_labels.reshape(-1).to(logits.device)
+        target = shift_labels.reshape(-1).to(hidden.device)
         mean, losses = linear_trimmed_cross_entropy(
-            logits.reshape(-1, logits.shape[-1]),
+            hidden.reshape(-1, hidden.shape[-1]),
             self._head.weight,
             target,
             self.keep,
             bias=self._head.bias,
             ignore_index=ignore_index,
+            softcap=self._softcap,
+            logit_scale=self._scale,
             per_sample=True,
             group=self._group,
             chunk_rows=self._chunk_rows,
@@ -174,6 +180,24 @@ class CausalLMPatch:
         # A batch without labels is a part of nothing.
         return torch.where(count > 0, mean, 0.0) * count / num_items_in_batch
 
+    def _is_known(self, logits: Tensor, hidden: Tensor) -> bool:
+        """Whether ``logits`` are the hidden state that was handed on, capped and scaled as the configuration says. That
+        is looked at once, which makes the host wait."""
+        if _version(hidden) != self._version:
+            return False
+        if self._softcap is None and self._scale == 1:
+            return logits is hidden
+        if self._checked or torch.compiler.is_compiling():
+            return True
+        expected = hidden.detach()
+        if self._softcap is not None:
+            expected = torch.tanh(expected / self._softcap) * self._softcap
+        expected = expected * self._scale
+        self._checked = logits.dtype == hidden.dtype and logits.shape == hidden.shape
+        # They may divide where this multiplies.
+        self._checked &= torch.allclose(logits, expected, rtol=4 * torch.finfo(logits.dtype).eps, equal_nan=True)
+        return self._checked
+
 
 def _version(x: Tensor) -> int:
     """How often ``x`` was changed in place; the compiler cannot look at that."""
@@ -186,6 +210,23 @@ def _base(model: nn.Module) -> Any:
     return get()
 
 
+def _cap(base: Any) -> tuple[float | None, float]:
+    """The softcap and the scale of the logits, where the model's forward pass reads one."""
+    names = {name for forward in _forwards(base) for name in getattr(forward, "__code__", forward).co_names}
+    softcap, scale = None, 1.0
+    if "final_logit_softcapping" in names:
+        softcap = base.config.final_logit_softcapping
+    if "logit_scale" in names:
+        scale *= base.logit_scale
+    if "logits_scaling" in names:
+        scale /= base.config.logits_scaling
+    return softcap, scale
+
+
+def _forwards(base: Any) -> list[Any]:
+    return [inspect.unwrap(c.__dict__["forward"]) for c in type(base).__mro__ if "forward" in c.__dict__]
+
+
 def _parts(model: nn.Module) -> tuple[Any, Any, Any]:
     """The model of transformers, its output layer and its loss function."""
     base = _base(model)
@@ -195,8 +236,7 @@ def _parts(model: nn.Module) -> tuple[Any, Any, Any]:
             "model is patched already: assign to the keep of CausalLMPatch.of(model), or remove() it first"
         )
     name = type(base).__name__
-    forwards = [inspect.unwrap(c.__dict__["forward"]) for c in type(base).__mro__ if "forward" in c.__dict__]
-    calls_it = any("loss_function" in getattr(forward, "__code__", forward).co_names for forward in forwards)
+    calls_it = any("loss_function" in getattr(forward, "__code__", forward).co_names for forward in _forwards(base))
     if getattr(loss, "__name__", "") != "ForCausalLMLoss" or not calls_it:
         raise TypeError(
             f"model must be a causal language model of transformers that calls its loss_function, got {name}"

@@ -28,8 +28,11 @@ def make(kind: str) -> Any:
         "tied": lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
         "bias": lambda: transformers.PhiConfig(**{**SIZES, "intermediate_size": 64}, resid_pdrop=0.0),
         "experts": lambda: transformers.MixtralConfig(**LLAMA, num_local_experts=2, output_router_logits=True),
-        "scaled": lambda: transformers.CohereConfig(**LLAMA, logit_scale=0.25),
-        "capped": lambda: transformers.Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=30.0),
+        "cohere": lambda: transformers.CohereConfig(**LLAMA, logit_scale=0.25),
+        "granite": lambda: transformers.GraniteConfig(**LLAMA, logits_scaling=3.0),
+        "gemma2": lambda: transformers.Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=0.5),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**LLAMA, head_dim=8, final_logit_softcapping=0.5),
+        "uncapped": lambda: transformers.Gemma2Config(**LLAMA, head_dim=8, final_logit_softcapping=None),
     }[kind]()
     return transformers.AutoModelForCausalLM.from_config(config).train()
 
@@ -56,11 +59,15 @@ def assert_same_step(
     torch.testing.assert_close(ours[1], theirs[1], **tolerance)
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied", "bias", "experts"])
+CAPPED = ["cohere", "granite", "gemma2", "gemma3"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "bias", "experts", *CAPPED, "uncapped"])
 @pytest.mark.parametrize("chunk_rows", [None, 10])
 def test_keep_1_is_the_unpatched_model(kind: str, chunk_rows: int | None) -> None:
     model, arguments = make(kind), batch()
-    assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (kind == "tied")
+    if kind in ("llama", "tied"):
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == (kind == "tied")
     expected = step(model, **arguments)
     patch = batchkern.patch_causal_lm(model, 1.0, chunk_rows=chunk_rows)
     assert_same_step(step(model, **arguments), expected, rtol=1e-5, atol=1e-7)
@@ -257,11 +264,41 @@ def test_compiled() -> None:
     assert_same_step((loss.detach(), grads), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kind", "words"), [("scaled", "changes its logits"), ("capped", "changes its logits")])
-def test_models_that_change_their_logits_are_refused(kind: str, words: str) -> None:
-    model = make(kind)
+@pytest.mark.parametrize("kind", CAPPED)
+def test_a_cap_or_scale_in_bfloat16_and_compiled(kind: str) -> None:
+    model, arguments = make(kind), batch()
+    expected = step(model.bfloat16(), **arguments)
+    batchkern.patch_causal_lm(model, 1.0, chunk_rows=10)
+    loss, grads = step(model, **arguments)
+    torch.testing.assert_close(loss.float(), expected[0].float(), rtol=1e-2, atol=1e-2)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected[1][name], rtol=0.1, atol=0.05 * float(expected[1][name].abs().max()))
+    if kind != "gemma2":
+        return
+    expected = step(model, **arguments)
+    torch._dynamo.reset()
+    model.zero_grad()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(**arguments).loss.backward()
+    for name, x in model.named_parameters():
+        torch.testing.assert_close(x.grad, expected[1][name], rtol=0.05, atol=0.05 * float(x.grad.abs().max()))
+
+
+def test_a_capped_model_selects_the_tokens_of_its_own_losses() -> None:
+    model, arguments = make("gemma2"), batch()
+    logits = model(input_ids=arguments["input_ids"]).logits[:, :-1].reshape(-1, WORDS)
+    expected = batchkern.trimmed_cross_entropy(logits, arguments["labels"][:, 1:].flatten(), 0.3)
+    batchkern.patch_causal_lm(model, 0.3)
+    output = model(**arguments)
+    torch.testing.assert_close(output.loss, expected)
+    assert output.logits is None
+    assert len(model(**arguments, return_dict=False)) == 2  # the loss and the cache
+
+
+def test_models_that_change_their_logits_in_another_way_are_refused() -> None:
+    model = make("cohere")
     patch = batchkern.patch_causal_lm(model, 0.5)
-    with pytest.raises(RuntimeError, match=f"{type(model).__name__} cannot be patched.*{words}"):
+    model.logit_scale = 0.5
+    with pytest.raises(RuntimeError, match="CohereForCausalLM cannot be patched.*changes its logits"):
         model(**batch())
     patch.remove()
     assert model(**batch()).logits.shape == (3, 17, WORDS)
@@ -279,7 +316,7 @@ def test_a_cast_of_the_logits_is_refused() -> None:
     config = transformers.MambaConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=1, state_size=4)
     model = transformers.AutoModelForCausalLM.from_config(config).bfloat16().train()
     # Up to transformers 4 it does not call its loss_function either.
-    with pytest.raises((RuntimeError, TypeError), match="a scale, a cap or a cast|calls its loss_function"):
+    with pytest.raises((RuntimeError, TypeError), match="by a cast|calls its loss_function"):
         patched(model)(**batch())
 
 
