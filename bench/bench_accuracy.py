@@ -1,4 +1,5 @@
-"""How exact the mean KL of virtual rows next to their reference is, here and with F.kl_div.
+"""How exact the mean KL of virtual rows next to their reference is, here and with F.kl_div; and what gradient a
+confident token of bfloat16 logits has.
 
 Float32 logits, virtual rows reference + perturbation * N(0, 1); errors are relative to the mean in float64 on the same
 float32 logits. F.kl_div takes log_softmax of both, summed in float32.
@@ -44,3 +45,24 @@ def test_accuracy(session: Any, classes: int) -> None:
             error = abs(float(rows.double().mean()) / exact - 1)
             entry = {"op": "soft_label_kl", "classes": classes, "perturbation": perturbation, "variant": variant}
             session.add("accuracy", {**entry, "error": error, "lowest_row": float(rows.min())})
+
+
+def test_confident_tokens_and_10_classes(session: Any) -> None:
+    """The gradient of a target's weight where there are one feature, which is 1, and two words."""
+    session.begin()
+    target = torch.tensor([0], device=session.device.device)
+    for probability in (0.9, 0.99, 0.999, 0.9999):
+        z = torch.tensor([[probability], [1 - probability]], dtype=torch.float64).log()
+        weight = (z - z[1]).to(session.device.device, torch.bfloat16)
+        hidden = torch.ones(1, 1, dtype=torch.bfloat16, device=weight.device)
+        found = {}
+        for name, dtype, loss in (
+            ("exact", torch.float64, lambda h, w: F.cross_entropy(F.linear(h, w), target)),
+            ("ours", torch.bfloat16, lambda h, w: batchkern.linear_cross_entropy(h, w, target)),
+            ("eager", torch.bfloat16, lambda h, w: F.cross_entropy(F.linear(h, w), target)),
+        ):
+            leaf = weight.to(dtype).requires_grad_()
+            loss(hidden.to(dtype), leaf).backward()
+            found[name] = float(leaf.grad[0])
+        exact = torch.softmax(weight.double(), 0)[0].item()
+        session.add("confident", {"op": "linear_cross_entropy", "probability": exact, **found})

@@ -36,6 +36,8 @@ def test_a_quick_run_measures_every_row(tmp_path: Path) -> None:
         assert row["floor"]["seconds"] > 0
     assert {(sweep["op"], sweep["variant"]) for sweep in written["growth"]} >= {("rank_batches", "ours")}
     assert {entry["variant"] for entry in written["accuracy"]} == {"ours", "F.kl_div"}
+    for entry in written["confident"]:
+        assert entry["ours"] == pytest.approx(entry["exact"], rel=2**-8)
     assert written["machine"]["quick"]
     assert written["failed"] == written["left_out"] == []
     assert written["complete"] is True

@@ -17,7 +17,7 @@ from pathlib import Path
 from batchkern.bench.comparisons import strategies
 from batchkern.bench.operations import linear, operations, planned
 from batchkern.bench.results import Results, facts, load, rendering
-from batchkern.bench.tables import accuracy, growth_table, language, training
+from batchkern.bench.tables import accuracy, confident, growth_table, language, training
 from batchkern.errors import UserError
 from batchkern.rundir import write_file
 
@@ -28,6 +28,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "growth": growth_table,
     "training": training,
     "accuracy": accuracy,
+    "confident": confident,
     "strategies": strategies,
     "language": language,
 }

@@ -10,7 +10,7 @@ from batchkern.bench.comparisons import findings, strategies
 from batchkern.bench.markdown import paragraphs
 from batchkern.bench.operations import detail, name
 from batchkern.bench.results import COMPARISON, Results, facts, rendering
-from batchkern.bench.tables import about, accuracy, growth_table, language, sweeps, training
+from batchkern.bench.tables import about, accuracy, confident, growth_table, language, sweeps, training
 from batchkern.compare.arms import BUDGETS, slug
 from batchkern.errors import UserError
 from batchkern.plots import plot_fractions
@@ -48,7 +48,7 @@ def _section(results: Results, plots: bool) -> str:
         "Growth": growth_table(results),
         "Fraction of the floor": _images(results) if plots else "",
         "Training": training(results),
-        "Accuracy": accuracy(results),
+        "Accuracy": paragraphs(accuracy(results), confident(results)),
         "Language model": language(results),
     }
     written = [paragraphs(f"### {part}", text) for part, text in parts.items() if text]

@@ -20,6 +20,7 @@ REQUIRED = {
     "growth": ("op", "along", "variant", "sizes"),
     "training": ("strategy",),
     "accuracy": ("op", "classes", "perturbation", "variant", "error"),
+    "confident": ("op", "probability", "exact", "ours", "eager"),
     "arms": (
         *("arm", "seconds", "tokens_per_s", "peak_bytes", "loss", "updates"),
         *("loss_at_equal_seconds", "updates_at_equal_seconds"),

@@ -107,6 +107,19 @@ def accuracy(results: Results) -> str:
     return paragraphs(*tables)
 
 
+def confident(results: Results) -> str:
+    """Gradients of confident tokens."""
+    rows = results.rows("confident")
+    if not rows:
+        return ""
+    gradients = ("exact", "ours", "eager")
+    lines = [[f"{row['probability']:.5f}", *(f"{row[name]:.4e}" for name in gradients)] for row in rows]
+    return paragraphs(
+        f"`{rows[0]['op']}`, gradient by the logit of a target in bfloat16:",
+        table(["probability of the target", *gradients], lines),
+    )
+
+
 def _power(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+")
 

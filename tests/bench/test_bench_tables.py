@@ -15,7 +15,7 @@ pytest.importorskip("jinja2")
 from batchkern.bench.markdown import quantity
 from batchkern.bench.operations import detail, linear, operations, planned
 from batchkern.bench.results import load
-from batchkern.bench.tables import BRACKETS, accuracy, growth_table, language, training
+from batchkern.bench.tables import BRACKETS, accuracy, confident, growth_table, language, training
 
 OP = "trimmed_cross_entropy"
 LINEAR = {"rows": 2048, "hidden": 512, "words": 32000}
@@ -226,6 +226,19 @@ def test_accuracy(results):
     )
 
 
+def test_confident_tokens(results):
+    row = {"op": "linear_cross_entropy", "probability": 0.999, "exact": -1.001e-3, "ours": -9.995e-4, "eager": 0.0}
+    assert confident(results(confident=[row])) == told(
+        """
+        `linear_cross_entropy`, gradient by the logit of a target in bfloat16:
+
+        | probability of the target | exact | ours | eager |
+        | --- | --- | --- | --- |
+        | 0.99900 | -1.0010e-03 | -9.9950e-04 | 0.0000e+00 |
+        """
+    )
+
+
 def test_the_language_model(tmp_path):
     arm = {"arm": "keep 1", "seconds": 81.8, "tokens_per_s": 5005, "peak_bytes": 128e6, "loss": 5.323, "updates": 400}
     other = arm | {"arm": "random 0.2", "seconds": 64.0, "loss_at_equal_seconds": 5.4, "updates_at_equal_seconds": 1588}
@@ -244,7 +257,9 @@ def test_the_language_model(tmp_path):
 
 def test_a_file_without_rows_gives_no_table(results):
     empty = results(operations=[], growth=None)
-    assert not any(kind(empty) for kind in (operations, linear, planned, growth_table, training, accuracy, language))
+    assert not any(
+        kind(empty) for kind in (operations, linear, planned, growth_table, training, accuracy, confident, language)
+    )
 
 
 def test_batches_are_ranked_by_a_fraction(results):
