@@ -185,6 +185,7 @@ CPU = [
             "if (!all && !a.grad_is_zero)",
             "if (g.rows == 0 && !a.grad_is_zero)",
         ),
+        ("the target takes off the log-sum-exp's gradient", "g.peak[n] = factor[r];", "g.peak[n] = g.total[n];"),
         (
             "each row that is gathered is the first",
             "to[n] = row_offset(a.grad_at, first + g.place[n]);",
@@ -217,7 +218,7 @@ CPU = [
         ),
         (
             "an ignored row is kept",
-            "valid[i] = class_of(p.indices, i) != p.options.ignore_index;",
+            "valid[i] = static_cast<int64_t>(target[i]) != p.options.ignore_index;",
             "valid[i] = true;",
         ),
     ),
@@ -664,7 +665,7 @@ WRAPPERS = [
             "taken_off = (1 - keep) * (1 + needs[1]) if",
             "taken_off = (1 - keep) * needs[1] if",
         ),
-        ("dropped rows are added, not taken off", "dropped.gradients(-one,", "dropped.gradients(one,"),
+        ("dropped rows are added, not taken off", "~kept, -1 / normalizer, 0.0)", "~kept, 1 / normalizer, 0.0)"),
         ("sums of many chunks in bfloat16", "dtype=x.dtype if terms == 1 else torch.float32", "dtype=x.dtype"),
         ("room for one row too few", "math.floor(share * len(mask)) + 1)", "math.floor(share * len(mask)))"),
     ),
@@ -672,7 +673,25 @@ WRAPPERS = [
         "wrappers",
         "batchkern/ops/_linear.py",
         ("tests/ops/test_linear_trimmed_cross_entropy.py", *UNCOMPILED),
-        ("NaN of an ignored row spreads", "narrow.masked_fill(~valid[part, None], 0)", "narrow"),
+        ("NaN of an ignored row spreads", "narrow.masked_fill(ignored, 0)", "narrow"),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/ops/_linear.py",
+        ("tests/ops/test_linear_cross_entropy.py", *UNCOMPILED),
+        ("a cap has no derivative", "gradient.mul_(u.cosh_().reciprocal_().square_())", "u.cosh_()"),
+        ("a scale has no derivative", "(x[self.index] * layer.scale)", "x[self.index]"),
+        ("nor in the mean of all", "(logit_scale / normalizer)", "(1 / normalizer)"),
+        ("words that are masked come back", "capped.masked_fill_(masked, -math.inf)", "capped"),
+        ("rows need both gradients", "if x is not None]).any(0)", "if x is not None]).all(0)"),
+        ("a promise is not looked at", "if promised is not None and count > promised:", "if False:"),
+        ("an ignored row has the gradient of its cap", "logits.masked_fill_(ignored, 0)", "pass"),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/ops/_sharded.py",
+        ("tests/ops/test_sharded.py",),
+        ("a gradient is the sum over processes", "/ ctx.mesh.size()", "/ 1"),
     ),
     *within(
         "wrappers",
@@ -694,6 +713,12 @@ WRAPPERS = [
         ("tests/test_causal_lm.py", *UNCOMPILED),
         ("a token predicts itself", "F.pad(labels, (0, 1), value=ignore_index)[..., 1:]", "labels"),
         ("the untrimmed loss counts ignored tokens", "losses.sum() / count", "losses.mean()"),
+        (
+            "a scale that divides multiplies",
+            "scale /= base.config.logits_scaling",
+            "scale *= base.config.logits_scaling",
+        ),
+        ("any change of the logits is taken for a scale", "return self._checked\n\n\n", "return True\n\n\n"),
     ),
 ]
 
