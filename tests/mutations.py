@@ -695,6 +695,20 @@ WRAPPERS = [
     ),
     *within(
         "wrappers",
+        "batchkern/ops/_linear.py",
+        ("tests/ops/test_sharded.py",),
+        ("hidden has the gradient of one part", "dist.all_reduce(to_rows, group=shard.group)", "pass"),
+        ("the last of equal words predicts", "dist.ReduceOp.MIN", "dist.ReduceOp.MAX"),
+        ("a part is counted from the first word", "sum(sizes[: dist.get_rank(group)])", "0"),
+        (
+            "smoothing over one part",
+            "label_smoothing * (lse - total / shard.words)",
+            "label_smoothing * (lse - total / 5)",
+        ),
+        ("a masked part has a sum", "part = torch.where(empty, 0, torch.exp", "part = torch.where(False, 0, torch.exp"),
+    ),
+    *within(
+        "wrappers",
         "batchkern/basis.py",
         ("tests/test_basis.py",),
         ("rows of unit norm, not columns", "columns.norm(dim=0, keepdim=True)", "columns.norm(dim=1, keepdim=True)"),

@@ -168,9 +168,9 @@ def ignored(x: int, group: dist.ProcessGroup | None) -> None:
     process_group(group)
 
 
-def process_group(group: dist.ProcessGroup | None) -> None:
+def process_group(group: dist.ProcessGroup | None, name: str = "group") -> None:
     if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be a torch.distributed process group or None, got {type(group).__name__}")
+        raise TypeError(f"{name} must be a torch.distributed process group or None, got {type(group).__name__}")
 
 
 def split_keep(x: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:

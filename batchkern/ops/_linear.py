@@ -19,9 +19,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -291,6 +292,92 @@ def losses_and_gradients(
     return loss, losses, lse, kept, [*([] if to_hidden is None else [to_hidden]), *sums.results()]
 
 
+# --- a part of the vocabulary ----------------------------------------------------------------------------------
+
+
+class Shard(NamedTuple):
+    """The words of one process, of those of a group whose processes all have the same rows."""
+
+    group: dist.ProcessGroup
+    first: int
+    words: int
+    """Of the whole vocabulary."""
+
+
+def shard_of(weight: Tensor, group: dist.ProcessGroup) -> Shard:
+    """Parts follow one another in the order of the ranks. The host learns how long they are."""
+    counts = [torch.zeros(1, dtype=torch.int64, device=weight.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.full_like(counts[0], len(weight)), group=group)
+    sizes = torch.cat(counts).tolist()
+    return Shard(group, sum(sizes[: dist.get_rank(group)]), sum(sizes))
+
+
+@_without_autocast
+def losses_of_shard(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    dtype: torch.dtype,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int | None,
+    stats: bool,
+    shard: Shard,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, lse, entropy and correct over the whole vocabulary: each process looks at its words, and what it found
+    is reduced, the maxima first."""
+    target = target.long()
+    valid = target != ignore_index
+    check.target_values(target, classes=shard.words, ignore_index=ignore_index)
+    if target.is_cuda:
+        torch._assert_async((~valid | ((target >= 0) & (target < shard.words))).all(), "a target is not in [0, V)")
+    place = target - shard.first
+    mine = valid & (place >= 0) & (place < len(weight))
+    highest, part = hidden.new_full(valid.shape, -math.inf, dtype=torch.float64), hidden.new_zeros(1).double()
+    at_target = total = moment = torch.zeros_like(highest)
+    correct = mine
+    if len(weight) > 0:
+        # The loss of any word tells that word's logit.
+        inner = torch.where(valid, torch.where(mine, place, 0), -100)
+        options = dtype, -100, 0.0, softcap, logit_scale, chunk_rows
+        chunks = _Pass(hidden, weight, bias, inner, *options, stats=stats)
+        total = torch.zeros_like(highest)
+        for rows, _, logits, _ in chunks:
+            if label_smoothing > 0:
+                total[rows] = logits.sum(1, dtype=torch.float32).double()
+        highest, part = chunks.lse.double().unbind(1)
+        at_target = torch.where(mine, highest + part - chunks.losses, 0)
+        if chunks.entropy is not None and chunks.correct is not None:
+            moment, correct = highest + part - chunks.entropy, mine & chunks.correct
+
+    whole = highest.clone()
+    dist.all_reduce(whole, dist.ReduceOp.MAX, group=shard.group)
+    # A part that is masked has neither a sum nor a moment.
+    empty = highest == -math.inf
+    part = torch.where(empty, 0, torch.exp(highest - whole + part))
+    sums = [part, at_target, total, torch.where(empty, 0, part * moment)]
+    reduced = torch.stack(sums)
+    dist.all_reduce(reduced, group=shard.group)
+    part, at_target, total, moment = reduced
+    log_sum = torch.where(whole == -math.inf, math.nan, part.log())
+    lse = whole + log_sum
+    losses = (1 - label_smoothing) * (lse - at_target) + label_smoothing * (lse - total / shard.words)
+    state = torch.stack([whole, log_sum], dim=1).float().masked_fill_(~valid[:, None], 0)
+    losses = losses.float().masked_fill_(~valid, 0)
+    if not stats:
+        return losses, state, losses.new_empty(0), mine.new_empty(0)
+    # Of equal highest logits the first one is the prediction.
+    first = torch.where(highest == whole, shard.first, shard.words)
+    dist.all_reduce(first, dist.ReduceOp.MIN, group=shard.group)
+    right = (correct & (highest == whole) & (first == shard.first) & ~lse.isnan()).byte()
+    dist.all_reduce(right, group=shard.group)
+    entropy = (lse - moment / part).float().masked_fill_(~valid, 0)
+    return losses, state, entropy, right.bool()
+
+
 # --- backward --------------------------------------------------------------------------------------------------
 
 Limits = tuple[int | None, float | None]
@@ -339,10 +426,11 @@ class _Rows:
         self.upstream = [None if x is None else (x[self.index] * layer.scale).masked_fill_(others, 0) for x in upstream]
 
     def gradients(
-        self, label_smoothing: float, chunk: int, logits: Tensor | None = None
+        self, label_smoothing: float, chunk: int, logits: Tensor | None = None, shard: Shard | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         """For each slice of the vocabulary the gradient ``(rows, words)`` by its products, whose logits are taken from
         ``logits (N, V)`` or computed again. The next one uses the same memory, a chunk at most."""
+        first, every = (0, len(self.layer.weight)) if shard is None else shard[1:]
         weight, dtype = self.layer.weight, self.layer.dtype
         rows, words = len(self.index), len(weight)
         most = min(chunk * words, SLICE_BYTES[weight.device.type] // dtype.itemsize)
@@ -358,7 +446,7 @@ class _Rows:
             else:
                 out = logits[:, part].index_select(0, self.index)
             saved = self.target, self.lse, self.ignore_index, label_smoothing
-            _backend.call("cross_entropy_backward_")(*self.upstream, out, *saved, part.start, words)
+            _backend.call("cross_entropy_backward_")(*self.upstream, out, *saved, first + part.start, every)
             self.layer.through_cap(out, buffer[:, :size])
             yield part, out
 
@@ -382,6 +470,7 @@ def gradients(
     needs: Sequence[bool],
     backward_rows: int | None,
     keep: float | Tensor | None,
+    shard: Shard | None = None,
 ) -> list[Tensor]:
     """The gradients by those of (hidden, weight, bias) that need one, of the rows that the upstream gradients, ``grad``
     and ``grad_lse (N,)``, reach: ``backward_rows`` at most, and no more than ``keep`` of all."""
@@ -390,12 +479,15 @@ def gradients(
     rows = _Rows(hidden, target, lse, grad, grad_lse, ignore_index, layer, limits)
     sums = _Sums(weight, bias, needs, terms=1)
     to_rows = torch.zeros(rows.hidden.shape, device=hidden.device) if needs[0] else None
-    for words, gradient in rows.gradients(label_smoothing, _chunk_rows(hidden, weight, dtype, chunk_rows), logits):
+    chunk = _chunk_rows(hidden, weight, dtype, chunk_rows)
+    for words, gradient in rows.gradients(label_smoothing, chunk, logits, shard):
         sums.add(gradient, rows.hidden, words=words, first=True)
         if to_rows is not None:
             _add_product(to_rows, gradient, weight[words].to(dtype), first=False)
     if to_rows is None:
         return sums.results()
+    if shard is not None:
+        dist.all_reduce(to_rows, group=shard.group)
     return [torch.zeros_like(hidden).index_copy_(0, rows.index, to_rows.to(hidden.dtype)), *sums.results()]
 
 

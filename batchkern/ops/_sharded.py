@@ -17,6 +17,19 @@ def whole(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if type(x).__name__ != "DTensor" else _Whole.apply(x, dtype)
 
 
+def local(name: str, x: Any) -> Tensor:
+    """``x`` itself, or the local part of a DTensor that one dimension of a mesh shards by words."""
+    if type(x).__name__ != "DTensor":
+        return x
+    if x.device_mesh.ndim != 1 or not x.placements[0].is_shard(0):
+        raise ValueError(
+            f"{name} must be sharded by words over one dimension of a mesh, Shard(0), where vocab_group is given, got "
+            f"{x.placements} over {x.device_mesh.ndim} dimension(s)"
+        )
+    part: Tensor = x.to_local()
+    return part
+
+
 class _Whole(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 from batchkern.ops import _linear
 from batchkern.ops._autograd import boundary, once_differentiable
-from batchkern.ops._sharded import whole
+from batchkern.ops._sharded import local, whole
 from batchkern.ops.cross_entropy import Reduction, cross_entropy
 from batchkern.ops.trimmed_mean import trimmed_mean
 from batchkern.reference import Rows
@@ -33,6 +33,7 @@ def linear_cross_entropy(
     stats: Literal[False] = ...,
     chunk_rows: int | None = ...,
     backward_rows: int | None = ...,
+    vocab_group: dist.ProcessGroup | None = ...,
 ) -> Tensor: ...
 @overload
 def linear_cross_entropy(
@@ -49,6 +50,7 @@ def linear_cross_entropy(
     stats: Literal[True],
     chunk_rows: int | None = ...,
     backward_rows: int | None = ...,
+    vocab_group: dist.ProcessGroup | None = ...,
 ) -> Rows: ...
 def linear_cross_entropy(
     hidden: Tensor,
@@ -64,6 +66,7 @@ def linear_cross_entropy(
     stats: bool = False,
     chunk_rows: int | None = None,
     backward_rows: int | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Tensor | Rows:
     """``cross_entropy`` of ``F.linear(hidden, weight, bias)`` without all logits, paid for where a gradient arrives.
 
@@ -94,6 +97,10 @@ def linear_cross_entropy(
         backward_rows: the most tokens that a gradient will reach, where losses are returned for each. The backward pass
             then does not wait for a GPU, and can be captured in a CUDA graph; a graph that is captured without it does
             the work of all tokens.
+        vocab_group: the vocabulary is sharded over the processes of this group: weight (and bias) are this one's words,
+            in the order of the ranks, any number of them, or DTensors of ``Shard(0)``, of which the local part is
+            taken. Hidden and target are the same on all; the target counts words of the whole vocabulary. The gradient
+            of hidden is summed over the group. Reductions cost 4 F; not within ``torch.compile``.
 
     Returns:
         The losses ``(...)``, or 0-dim. Or ``Rows(loss, lse, entropy, correct)``, all ``(...)``, of which loss and lse
@@ -118,10 +125,12 @@ def linear_cross_entropy(
         softcap=softcap,
         logit_scale=logit_scale,
         chunk_rows=chunk_rows,
+        vocab_group=vocab_group,
     )
     if reduction == "none" or stats:
-        return each_row(hidden, weight, bias, target, options, stats=stats, backward_rows=backward_rows)
-    mean, _ = trimmed(hidden, weight, bias, target, 1.0, options)
+        rows: dict[str, Any] = {"stats": stats, "backward_rows": backward_rows, "vocab_group": vocab_group}
+        return each_row(hidden, weight, bias, target, options, **rows)
+    mean, _ = trimmed(hidden, weight, bias, target, 1.0, options, vocab_group=vocab_group)
     if reduction == "mean":
         return mean
     count = reference.valid_rows(target, ignore_index).sum()
@@ -139,6 +148,7 @@ def checked(
     softcap: float | None,
     logit_scale: float,
     chunk_rows: int | None,
+    vocab_group: dist.ProcessGroup | None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     """Raises where an argument is wrong. Returns weight and bias, gathered where they were sharded, and the options, in
@@ -147,12 +157,20 @@ def checked(
     if hidden.dim() == 0:
         raise ValueError("hidden must have shape (..., H), got no dimension")
     dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype
-    weight, bias = whole(weight, dtype), None if bias is None else whole(bias, dtype)
+    check.process_group(vocab_group, "vocab_group")
+    if vocab_group is None:
+        weight, bias = whole(weight, dtype), None if bias is None else whole(bias, dtype)
+    else:
+        weight, bias = local("weight", weight), None if bias is None else local("bias", bias)
+        if torch.compiler.is_compiling():
+            raise RuntimeError("vocab_group must be None within torch.compile: its collectives are not traced")
+        if hidden.dtype == torch.float64 or not _backend.has_kernel("linear_cross_entropy", hidden):
+            raise TypeError(f"hidden must be served by a kernel where vocab_group is given, got {hidden.dtype}")
     _check_parameter("weight", weight, 2, hidden)
     words, width = weight.shape
     if hidden.shape[-1] != width:
         raise ValueError(f"weight must have shape (V, {hidden.shape[-1]}) to match hidden, got {tuple(weight.shape)}")
-    if words == 0:
+    if words == 0 and vocab_group is None:
         raise ValueError(f"weight must have at least one word, got shape {tuple(weight.shape)}")
     if bias is not None:
         _check_parameter("bias", bias, 1, hidden)
@@ -191,7 +209,7 @@ def _autocasts(hidden: Tensor) -> bool:
 
 
 def _check_parameter(name: str, x: Tensor, dims: int, hidden: Tensor) -> None:
-    if isinstance(x, Tensor) and x.shape == (0,):
+    if isinstance(x, Tensor) and x.shape == (0,) and dims == 2:
         raise ValueError(
             f"{name} is empty: its trainer keeps it sharded outside its module, as DeepSpeed ZeRO-3 and FSDP1 do. Call "
             "within deepspeed.zero.GatheredParameters([...]) or FSDP.summon_full_params(...), or use FSDP2"
@@ -210,6 +228,7 @@ def each_row(
     stats: bool = False,
     backward_rows: int | None = None,
     share: float | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Any:
     """The losses, or with ``stats`` ``Rows``, of arguments that have been checked. ``share``: a gradient reaches no
     larger share of the rows, as the caller knows."""
@@ -230,6 +249,7 @@ def each_row(
         "stats": stats,
         "grad": torch.is_grad_enabled(),
         "limits": (backward_rows, share),
+        "shard": None if vocab_group is None else _linear.shard_of(weight, vocab_group),
     }
     results: Any = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, call)
     if not stats:
@@ -246,12 +266,13 @@ def trimmed(
     keep: float | Tensor,
     options: dict[str, Any],
     group: dist.ProcessGroup | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The mean of the kept rows and the losses of all, of arguments that have been checked."""
     if isinstance(keep, Tensor) and check.readable(keep):
         keep = float(keep)
     known = keep if group is None and isinstance(keep, float) else None
-    if known is not None and _backend.has_kernel("linear_trimmed_cross_entropy", hidden):
+    if known is not None and vocab_group is None and _backend.has_kernel("linear_trimmed_cross_entropy", hidden):
         requires = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
         may_keep = _may_keep_logits(hidden.reshape(-1, hidden.shape[-1]), weight, options.values())
         if _linear.choose(known, requires, may_keep_logits=may_keep, dtype=options["dtype"]) == "gradient of all":
@@ -260,7 +281,7 @@ def trimmed(
             return loss, call["losses"].view(target.shape)
     # A tensor on a GPU, which the host does not look at, may keep all rows.
     share = None if group is not None else 1.0 if known is None else known
-    losses = each_row(hidden, weight, bias, target, options, share=share)
+    losses = each_row(hidden, weight, bias, target, options, share=share, vocab_group=vocab_group)
     valid = reference.valid_rows(target, options["ignore_index"])
     return trimmed_mean(losses, keep, mask=valid, group=group), losses
 
@@ -278,10 +299,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: dict[str, Any]) -> Any:
         target, options, stats = call["target"], call["options"], call["stats"]
         ctx.needs = [call["grad"] and needed for needed in ctx.needs_input_grad[:3]]
-        keep_logits = any(ctx.needs) and _may_keep_logits(hidden, weight, options)
-        losses, state, *constants, logits = _linear.call(
-            _linear.losses, hidden, weight, bias, target, *options, stats, keep_logits
-        )
+        ctx.shard = call["shard"]
+        keep_logits = any(ctx.needs) and ctx.shard is None and _may_keep_logits(hidden, weight, options)
+        arguments = hidden, weight, bias, target, *options, stats
+        logits: list[Tensor] = []
+        if ctx.shard is None:
+            losses, state, *constants, logits = _linear.call(_linear.losses, *arguments, keep_logits)
+        else:
+            losses, state, *constants = _linear.losses_of_shard(*arguments, ctx.shard)
         ctx.save_for_backward(hidden, weight, bias, target, state, logits[0] if keep_logits else None)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.limits = options, call["limits"]
@@ -294,7 +319,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad is None and grad_lse is None:
             return None, None, None, None
         layer, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        grads = _linear.call(_linear.gradients, *layer, grad, grad_lse, *saved, *ctx.options, ctx.needs, *ctx.limits)
+        arguments = *layer, grad, grad_lse, *saved, *ctx.options, ctx.needs, *ctx.limits
+        if ctx.shard is None:
+            grads = _linear.call(_linear.gradients, *arguments)
+        else:
+            grads = _linear.gradients(*arguments, ctx.shard)
         results = iter(grads)
         return *(next(results) if needed else None for needed in ctx.needs), None
 

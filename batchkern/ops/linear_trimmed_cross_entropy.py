@@ -24,6 +24,7 @@ def linear_trimmed_cross_entropy(
     per_sample: bool = False,
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
+    vocab_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``trimmed_cross_entropy(F.linear(hidden, weight, bias), target, keep, ...)`` without all logits.
 
@@ -36,8 +37,9 @@ def linear_trimmed_cross_entropy(
     with its settings (TF32, reductions in bfloat16).
 
     Args:
-        hidden, weight, target, bias, softcap, logit_scale, chunk_rows: as in :func:`linear_cross_entropy`. Where the
-            logits of all tokens fit into a chunk they are kept for the backward pass, but for capped ones.
+        hidden, weight, target, bias, softcap, logit_scale, chunk_rows, vocab_group: as in
+            :func:`linear_cross_entropy`. Where the logits of all tokens fit into a chunk they are kept for the backward
+            pass, but for capped ones.
         keep: fraction of the tokens kept, in (0, 1]; or a 0-dim float tensor on the same device, read when the
             operation runs. A GPU's tensor is not looked at by the host, and saves nothing: the step then costs 4 F.
         ignore_index, label_smoothing, group: as in :func:`batchkern.trimmed_cross_entropy`. With a group on a GPU the
@@ -60,10 +62,11 @@ def linear_trimmed_cross_entropy(
         softcap=softcap,
         logit_scale=logit_scale,
         chunk_rows=chunk_rows,
+        vocab_group=vocab_group,
         group=group,
     )
     keep = check.fraction("keep", keep, hidden)
-    loss, losses = trimmed(hidden, weight, bias, target, keep, options, group)
+    loss, losses = trimmed(hidden, weight, bias, target, keep, options, group, vocab_group)
     return (loss, losses.detach()) if per_sample else loss
 
 
@@ -73,7 +76,8 @@ class LinearTrimmedCrossEntropyLoss(nn.Module):
     It has no parameters: the last layer's weight is given in each call, so that it may be tied to the embedding.
 
     Args:
-        keep, ignore_index, label_smoothing, softcap, logit_scale, per_sample, group, chunk_rows: as in the function.
+        keep, ignore_index, label_smoothing, softcap, logit_scale, per_sample, group, chunk_rows,
+            vocab_group: as in the function.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class LinearTrimmedCrossEntropyLoss(nn.Module):
         per_sample: bool = False,
         group: dist.ProcessGroup | None = None,
         chunk_rows: int | None = None,
+        vocab_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         check.fraction("keep", keep, keep if isinstance(keep, Tensor) else torch.empty(0))
@@ -100,6 +105,7 @@ class LinearTrimmedCrossEntropyLoss(nn.Module):
         self.per_sample = per_sample
         self.group = group
         self.chunk_rows = chunk_rows
+        self.vocab_group = vocab_group
 
     def forward(
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
@@ -117,6 +123,7 @@ class LinearTrimmedCrossEntropyLoss(nn.Module):
             per_sample=self.per_sample,
             group=self.group,
             chunk_rows=self.chunk_rows,
+            vocab_group=self.vocab_group,
         )
 
     def extra_repr(self) -> str:
