@@ -332,13 +332,68 @@ def trimmed_cross_entropy(
 
 
 def linear_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
 ) -> Tensor:
-    """``(..., V)``; what a bias of -inf masks stays masked."""
-    logits = F.linear(hidden, weight, bias)
+    """``(N, V)``. An ignored row may hold NaN, which would spread; what a bias of -inf masks stays masked."""
+    valid = valid_rows(target, ignore_index)[..., None]
+    logits = F.linear(torch.where(valid, hidden, 0), weight, bias).reshape(-1, weight.shape[0])
     if softcap is not None:
         logits = torch.where(logits == -math.inf, -math.inf, softcap * torch.tanh(logits / softcap))
     return logits * logit_scale
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    stats: bool = True,
+) -> Rows:
+    """The unfused definition: it does hold all logits."""
+    cap: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
+    logits = linear_logits(hidden, weight, target, bias=bias, **cap)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "weight": None}
+    if torch._C._are_functorch_transforms_active():
+        rows = cross_entropy(logits, target.flatten(), **options, stats=stats)
+    else:
+        call: dict[str, Any] = {"options": options, "stats": stats}
+        loss, lse = CrossEntropy.apply(logits, target.flatten(), call)
+        rows = Rows(loss, lse, *call["constants"])
+    return Rows(*(x.view(target.shape) for x in rows))
+
+
+def linear_trimmed_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    keep: float | Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The unfused definition: it does hold all logits."""
+    cap: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
+    logits = linear_logits(hidden, weight, target, bias=bias, **cap)
+    loss, losses = trimmed_cross_entropy(
+        logits, target.flatten(), keep, ignore_index=ignore_index, label_smoothing=label_smoothing, group=group
+    )
+    return loss, losses.view(target.shape)
 
 
 def rank_batches(losses: Tensor, count: int) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -104,10 +103,20 @@ def linear_losses(device: str, dtype: torch.dtype) -> Iterator[Pair]:
     for keep in (0.2, 0.9, 1.0):
         wide = hidden.detach().double().requires_grad_()
         loss = batchkern.linear_trimmed_cross_entropy(hidden, weight, target, keep, chunk_rows=64)
-        exact, _ = reference.trimmed_cross_entropy(F.linear(wide, weight.double()), target, keep)
+        exact, _ = reference.linear_trimmed_cross_entropy(wide, weight.double(), target, keep)
         yield f"linear_trimmed_cross_entropy, keep {keep}", loss, exact
         gradients = [torch.autograd.grad(y, x)[0] for y, x in ((loss, hidden), (exact, wide))]
         yield f"its gradient, keep {keep}", *gradients
+    upstream = torch.randn(200, device=device) * (torch.rand(200, device=device) < 0.2)
+    for softcap in (None, 2.0):
+        wide = hidden.detach().double().requires_grad_()
+        rows = batchkern.linear_cross_entropy(hidden, weight, target, softcap=softcap, stats=True, chunk_rows=64)
+        exact_rows = reference.linear_cross_entropy(wide, weight.double(), target, softcap=softcap)
+        pairs = zip(rows._fields[:3], rows[:3], exact_rows[:3], strict=True)
+        yield from ((f"linear_cross_entropy, {name}, softcap {softcap}", x, y) for name, x, y in pairs)
+        sums = (((r.loss + r.lse) * upstream).sum() for r in (rows, exact_rows))
+        gradients = [torch.autograd.grad(y, x)[0] for y, x in zip(sums, (hidden, wide), strict=True)]
+        yield f"its gradient, softcap {softcap}", *gradients
 
 
 def virtual_samples(device: str, dtype: torch.dtype) -> Iterator[Pair]:

@@ -29,6 +29,9 @@ CALLS = {
     "select_rows": lambda: batchkern.select_rows(torch.randn(4), 0.5),
     "trimmed_cross_entropy": lambda: batchkern.trimmed_cross_entropy(torch.randn(4, 3), torch.arange(4) % 3, 0.5),
     "trimmed_mean": lambda: batchkern.trimmed_mean(torch.randn(4), 0.5),
+    "linear_cross_entropy": lambda: batchkern.linear_cross_entropy(
+        torch.randn(4, 2), torch.randn(3, 2), torch.arange(4) % 3, reduction="none"
+    ),
     "linear_trimmed_cross_entropy": lambda: batchkern.linear_trimmed_cross_entropy(
         torch.randn(4, 2), torch.randn(3, 2), torch.arange(4) % 3, 0.5
     ),

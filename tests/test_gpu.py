@@ -259,6 +259,48 @@ def test_no_linear_step_waits_for_the_device() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("cap", [{}, {"softcap": 2.0, "logit_scale": 0.5}], ids=str)
+@pytest.mark.parametrize("chunk_rows", [64, None])
+def test_losses_of_tokens(cap: dict[str, float], chunk_rows: int | None) -> None:
+    hidden, weight, bias, target = layer(700, 64, 5003, torch.float32)
+    upstream = torch.randn(700, device="cuda") * (torch.rand(700, device="cuda") < 0.3)
+    results = []
+    for op, dtype in ((batchkern.linear_cross_entropy, torch.float32), (reference.linear_cross_entropy, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+        options = {"chunk_rows": chunk_rows} if dtype == torch.float32 else {}
+        rows = op(*leaves[:2], target, bias=leaves[2], stats=True, **cap, **options)
+        total = ((rows.loss + 0.1 * rows.lse) * upstream).sum()
+        results.append([*rows[:3], *torch.autograd.grad(total, leaves)])
+    assert torch.equal(results[0][3].any(1), (upstream != 0) & (target != -100))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_a_promise_spares_the_host_and_may_be_captured() -> None:
+    hidden, weight, _, target = layer(500, 32, 2000, torch.bfloat16)
+    upstream = torch.zeros(500, device="cuda")
+    upstream[:100] = 1
+    leaf = hidden.detach().requires_grad_()
+
+    def step() -> Tensor:
+        losses = batchkern.linear_cross_entropy(
+            leaf, weight, target, reduction="none", chunk_rows=100, backward_rows=120
+        )
+        return torch.autograd.grad(losses, leaf, upstream)[0]
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.testing.assert_close(captured, expected, rtol=1e-2, atol=1e-4)
+
+
 def test_all_logits_never_exist() -> None:
     hidden, weight, bias, target = layer(8192, 64, 64_000, torch.bfloat16)  # logits of 1 GB
     for keep in (0.2, 1.0):

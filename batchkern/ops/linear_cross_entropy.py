@@ -13,7 +13,7 @@ from batchkern.ops import _checks as check
 from batchkern.ops import _linear
 from batchkern.ops._autograd import boundary, once_differentiable
 from batchkern.ops._sharded import local, whole
-from batchkern.ops.cross_entropy import Reduction, cross_entropy
+from batchkern.ops.cross_entropy import Reduction
 from batchkern.ops.trimmed_mean import trimmed_mean
 from batchkern.reference import Rows
 
@@ -233,16 +233,9 @@ def each_row(
     """The losses, or with ``stats`` ``Rows``, of arguments that have been checked. ``share``: a gradient reaches no
     larger share of the rows, as the caller knows."""
     if not _backend.has_kernel("linear_cross_entropy", hidden):
-        bias = None if bias is None else boundary(bias)
-        cap = options["softcap"], options["logit_scale"]
-        # An ignored row may hold NaN, which times zero would spread.
-        valid = reference.valid_rows(target, options["ignore_index"])[..., None]
-        logits = reference.linear_logits(torch.where(valid, boundary(hidden), 0), boundary(weight), bias, *cap)
-        classes = {name: options[name] for name in ("ignore_index", "label_smoothing")}
-        arguments = logits.reshape(-1, logits.shape[-1]), target.flatten()
-        if not stats:
-            return cross_entropy(*arguments, **classes, reduction="none").view(target.shape)
-        return Rows(*(x.view(target.shape) for x in cross_entropy(*arguments, **classes, stats=True)))
+        layer, options = _for_the_reference(hidden, weight, bias, options)
+        found = reference.linear_cross_entropy(*layer, target, **options, stats=stats)
+        return found if stats else found.loss
     call: dict[str, Any] = {
         "target": target.flatten(),
         "options": tuple(options.values()),
@@ -258,6 +251,15 @@ def each_row(
     return Rows(*(x.view(target.shape) for x in rows))
 
 
+def _for_the_reference(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]
+) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    """It knows neither types of a computation nor chunks."""
+    own = {name: value for name, value in options.items() if name not in ("dtype", "chunk_rows")}
+    own["bias"] = None if bias is None else boundary(bias)
+    return (boundary(hidden), boundary(weight)), own
+
+
 def trimmed(
     hidden: Tensor,
     weight: Tensor,
@@ -271,8 +273,11 @@ def trimmed(
     """The mean of the kept rows and the losses of all, of arguments that have been checked."""
     if isinstance(keep, Tensor) and check.readable(keep):
         keep = float(keep)
+    if not _backend.has_kernel("linear_trimmed_cross_entropy", hidden):
+        layer, options = _for_the_reference(hidden, weight, bias, options)
+        return reference.linear_trimmed_cross_entropy(*layer, target, keep, **options, group=group)
     known = keep if group is None and isinstance(keep, float) else None
-    if known is not None and vocab_group is None and _backend.has_kernel("linear_trimmed_cross_entropy", hidden):
+    if known is not None and vocab_group is None:
         requires = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
         may_keep = _may_keep_logits(hidden.reshape(-1, hidden.shape[-1]), weight, options.values())
         if _linear.choose(known, requires, may_keep_logits=may_keep, dtype=options["dtype"]) == "gradient of all":
