@@ -138,7 +138,7 @@ def _vocabulary_worker(rank: int, folder: Path, world: int) -> None:
 @pytest.mark.cpu
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-def test_a_vocabulary_over_processes_is_one_vocabulary(tmp_path: Path) -> None:
+def test_a_group_that_shares_a_vocabulary_out_is_one_process(tmp_path: Path) -> None:
     words, rows, world = 13, 20, 3
     problems = {}
     for name in PARTS:
