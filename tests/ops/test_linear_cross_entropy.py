@@ -83,7 +83,7 @@ def test_rows_and_any_weighting_of_them(cap: dict[str, float], chunk_rows: int |
     expected, expected_grads = exact(layer, target, *upstream, **options)
     step = 1e-6 if dtype == torch.float32 else 1e-12
     for value, wanted in zip(rows[:3], expected[:3], strict=True):
-        torch.testing.assert_close(value.double(), wanted, rtol=2 * step, atol=2 * step)
+        torch.testing.assert_close(value.double(), wanted, rtol=step, atol=step)
     assert torch.equal(rows[3], expected[3])
     for value, wanted in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(value.double(), wanted, rtol=2e-5, atol=5 * step * float(wanted.abs().max()))
