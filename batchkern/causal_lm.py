@@ -241,6 +241,8 @@ def _parts(model: nn.Module) -> tuple[Any, Any, Any]:
         raise TypeError(
             f"model must be a causal language model of transformers that calls its loss_function, got {name}"
         )
+    if getattr(base.config, "z_loss_coefficient", 0):
+        raise TypeError(f"model must have no loss of its logits besides, {name} has a z_loss_coefficient")
     head = base.get_output_embeddings()
     if getattr(type(head), "forward", None) is not nn.Linear.forward:
         raise TypeError(f"model must have a plain nn.Linear as its output layer, {name} has {type(head).__name__}")

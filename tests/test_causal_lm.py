@@ -294,6 +294,13 @@ def test_a_capped_model_selects_the_tokens_of_its_own_losses() -> None:
     assert len(model(**arguments, return_dict=False)) == 2  # the loss and the cache
 
 
+def test_a_model_with_a_loss_of_its_logits_besides_is_refused() -> None:
+    model = make("llama")
+    model.config.z_loss_coefficient = 0.1  # as that of Bamba
+    with pytest.raises(TypeError, match="LlamaForCausalLM has a z_loss_coefficient"):
+        batchkern.patch_causal_lm(model, 0.5)
+
+
 def test_models_that_change_their_logits_in_another_way_are_refused() -> None:
     model = make("cohere")
     patch = batchkern.patch_causal_lm(model, 0.5)

@@ -451,6 +451,24 @@ class _Rows:
             yield part, out
 
 
+def _check_equal(group: dist.ProcessGroup, upstream: Sequence[Tensor | None]) -> None:
+    """Raises where the processes have different upstream gradients: those of different rows would be added up. Sums
+    that tell places apart stand for them."""
+    sums = []
+    for x in upstream:
+        found = torch.zeros(1) if x is None else x.double().nan_to_num()
+        sums.append(found @ torch.arange(1, len(found) + 1, dtype=found.dtype, device=found.device).sqrt())
+    device = next(x.device for x in upstream if x is not None)
+    extremes = torch.stack([factor * x.to(device) for x in sums for factor in (1.0, -1.0)]).double()
+    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+    equal = (extremes[::2] == -extremes[1::2]).all()
+    message = "the upstream gradients of the losses must be equal on all processes of vocab_group, and differ"
+    if equal.is_cuda:
+        torch._assert_async(equal, message)
+    elif not equal:
+        raise ValueError(message)
+
+
 @_without_autocast
 def gradients(
     hidden: Tensor,
@@ -474,6 +492,8 @@ def gradients(
 ) -> list[Tensor]:
     """The gradients by those of (hidden, weight, bias) that need one, of the rows that the upstream gradients, ``grad``
     and ``grad_lse (N,)``, reach: ``backward_rows`` at most, and no more than ``keep`` of all."""
+    if shard is not None:
+        _check_equal(shard.group, (grad, grad_lse))
     layer = _Layer(weight, bias, dtype, softcap, logit_scale)
     limits = backward_rows, None if keep is None else float(keep)
     rows = _Rows(hidden, target, lse, grad, grad_lse, ignore_index, layer, limits)

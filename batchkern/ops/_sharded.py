@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -17,8 +18,8 @@ def whole(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if type(x).__name__ != "DTensor" else _Whole.apply(x, dtype)
 
 
-def local(name: str, x: Any) -> Tensor:
-    """``x`` itself, or the local part of a DTensor that one dimension of a mesh shards by words."""
+def local(name: str, x: Any, group: dist.ProcessGroup) -> Tensor:
+    """``x`` itself, or the local part of a DTensor that the group shards by words."""
     if type(x).__name__ != "DTensor":
         return x
     if x.device_mesh.ndim != 1 or not x.placements[0].is_shard(0):
@@ -26,6 +27,9 @@ def local(name: str, x: Any) -> Tensor:
             f"{name} must be sharded by words over one dimension of a mesh, Shard(0), where vocab_group is given, got "
             f"{x.placements} over {x.device_mesh.ndim} dimension(s)"
         )
+    ranks, of_mesh = (dist.get_process_group_ranks(g) for g in (group, x.device_mesh.get_group()))
+    if ranks != of_mesh:
+        raise ValueError(f"vocab_group must be the group of {name}'s mesh, ranks {of_mesh}, got ranks {ranks}")
     part: Tensor = x.to_local()
     return part
 

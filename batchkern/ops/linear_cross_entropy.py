@@ -96,11 +96,12 @@ def linear_cross_entropy(
             least.
         backward_rows: the most tokens that a gradient will reach, where losses are returned for each. The backward pass
             then does not wait for a GPU, and can be captured in a CUDA graph; a graph that is captured without it does
-            the work of all tokens.
+            the work of all tokens. Not looked at in float64.
         vocab_group: the vocabulary is sharded over the processes of this group: weight (and bias) are this one's words,
             in the order of the ranks, any number of them, or DTensors of ``Shard(0)``, of which the local part is
-            taken. Hidden and target are the same on all; the target counts words of the whole vocabulary. The gradient
-            of hidden is summed over the group. Reductions cost 4 F; not within ``torch.compile``.
+            taken. Hidden, target and what is done with the losses are the same on all; the target counts words of the
+            whole vocabulary. The gradient of hidden is summed over the group. Reductions cost 4 F; not within
+            ``torch.compile``.
 
     Returns:
         The losses ``(...)``, or 0-dim. Or ``Rows(loss, lse, entropy, correct)``, all ``(...)``, of which loss and lse
@@ -108,8 +109,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
-        ValueError: in the backward pass, where a gradient reaches more than ``backward_rows`` tokens; on a GPU that is
-            a device-side assert.
+        ValueError: in the backward pass, where a gradient reaches more than ``backward_rows`` tokens, or the processes
+            of ``vocab_group`` have different ones; on a GPU that is a device-side assert.
         RuntimeError: in the backward pass, when it is differentiated again.
     """
     check.one_of("reduction", reduction, ("none", "mean", "sum"))
@@ -154,18 +155,22 @@ def checked(
     """Raises where an argument is wrong. Returns weight and bias, gathered where they were sharded, and the options, in
     the order in which the operators take them."""
     check.tensor("hidden", hidden)
-    if hidden.dim() == 0:
-        raise ValueError("hidden must have shape (..., H), got no dimension")
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"hidden must have shape (..., H) with H > 0, got {tuple(hidden.shape)}")
     dtype = torch.get_autocast_dtype(hidden.device.type) if _autocasts(hidden) else hidden.dtype
     check.process_group(vocab_group, "vocab_group")
     if vocab_group is None:
         weight, bias = whole(weight, dtype), None if bias is None else whole(bias, dtype)
     else:
-        weight, bias = local("weight", weight), None if bias is None else local("bias", bias)
+        weight = local("weight", weight, vocab_group)
+        bias = None if bias is None else local("bias", bias, vocab_group)
         if torch.compiler.is_compiling():
             raise RuntimeError("vocab_group must be None within torch.compile: its collectives are not traced")
         if hidden.dtype == torch.float64 or not _backend.has_kernel("linear_cross_entropy", hidden):
-            raise TypeError(f"hidden must be served by a kernel where vocab_group is given, got {hidden.dtype}")
+            raise TypeError(
+                "hidden must be float32, bfloat16 or float16, and not within a transform of torch.func, where "
+                f"vocab_group is given, got {str(hidden.dtype).removeprefix('torch.')}"
+            )
     _check_parameter("weight", weight, 2, hidden)
     words, width = weight.shape
     if hidden.shape[-1] != width:
@@ -196,8 +201,8 @@ def check_options(label_smoothing: float, softcap: float | None, logit_scale: fl
     """What needs no tensor to be looked at."""
     check.number("label_smoothing", label_smoothing, 0, 1)
     if softcap is not None:
-        check.number("softcap", softcap, 0, open_low=True, open_high=True)
-    check.number("logit_scale", logit_scale, 0, open_low=True, open_high=True)
+        check.number("softcap", softcap, 1e-30, 1e30)
+    check.number("logit_scale", logit_scale, 1e-30, 1e30)
     if chunk_rows is not None:
         check.count("chunk_rows", chunk_rows, low=1)
 
@@ -277,7 +282,7 @@ def trimmed(
         layer, options = _for_the_reference(hidden, weight, bias, options)
         return reference.linear_trimmed_cross_entropy(*layer, target, keep, **options, group=group)
     known = keep if group is None and isinstance(keep, float) else None
-    if known is not None and vocab_group is None:
+    if known is not None and vocab_group is None and target.numel() > 0:
         requires = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
         may_keep = _may_keep_logits(hidden.reshape(-1, hidden.shape[-1]), weight, options.values())
         if _linear.choose(known, requires, may_keep_logits=may_keep, dtype=options["dtype"]) == "gradient of all":
@@ -323,8 +328,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         if grad is None and grad_lse is None:
             return None, None, None, None
-        layer, saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
-        arguments = *layer, grad, grad_lse, *saved, *ctx.options, ctx.needs, *ctx.limits
+        hidden, weight, bias, *saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        arguments = hidden, weight, bias, grad, grad_lse, *saved, *ctx.options, ctx.needs, *ctx.limits
         if ctx.shard is None:
             grads = _linear.call(_linear.gradients, *arguments)
         else:

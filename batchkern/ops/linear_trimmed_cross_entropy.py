@@ -96,6 +96,7 @@ class LinearTrimmedCrossEntropyLoss(nn.Module):
         super().__init__()
         check.fraction("keep", keep, keep if isinstance(keep, Tensor) else torch.empty(0))
         check.ignored(ignore_index, group)
+        check.process_group(vocab_group, "vocab_group")
         check_options(label_smoothing, softcap, logit_scale, chunk_rows)
         self.keep = keep
         self.ignore_index = ignore_index

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import batchkern
@@ -315,6 +316,38 @@ def test_tokens_of_any_shape_and_integer_type() -> None:
     torch.testing.assert_close(losses, flat.loss.view(6, 7).t())
 
 
+@pytest.mark.parametrize("cap", CAPS, ids=str)
+def test_an_empty_batch(cap: dict[str, float]) -> None:
+    _, weight, bias, _ = problem()
+    for chunk_rows in (7, None):
+        for reduction in ("none", "mean", "sum"):
+            leaves = leaves_of(torch.randn(0, 12), weight, bias)
+            target = torch.zeros(0, dtype=torch.long)
+            options = {"chunk_rows": chunk_rows, "reduction": reduction, **cap}
+            loss = linear_cross_entropy(*leaves[:2], target, bias=leaves[2], **options)
+            assert loss.isnan() if reduction == "mean" else loss.sum() == 0
+            assert not any(x.any() for x in torch.autograd.grad(loss.sum(), leaves))
+
+
+@pytest.mark.parametrize("chunk_rows", [7, None], ids=["chunks", "one chunk"])
+def test_within_a_checkpoint(chunk_rows: int | None) -> None:
+    *layer, target = problem()
+
+    def loss(*leaves: Tensor) -> Tensor:
+        options = {"bias": leaves[2], "chunk_rows": chunk_rows}
+        losses = linear_cross_entropy(*leaves[:2], target, reduction="none", **options)
+        mean = linear_cross_entropy(*leaves[:2], target, **options)
+        return (
+            losses.square().mean() + mean + batchkern.linear_trimmed_cross_entropy(*leaves[:2], target, 0.4, **options)
+        )
+
+    results = []
+    for call in (loss, lambda *leaves: checkpoint(loss, *leaves, use_reentrant=False)):
+        leaves = leaves_of(*layer)
+        results.append(torch.autograd.grad(call(*leaves), leaves))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_autocast_is_that_of_a_linear_layer() -> None:
     *layer, target = problem()
     upstream, _ = upstreams(len(target))
@@ -401,13 +434,14 @@ HIDDEN, WEIGHT, TARGET = torch.zeros(4, 3), torch.zeros(6, 3), torch.tensor([0, 
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
-        ({"hidden": torch.zeros(())}, ValueError, ["hidden", "(..., H)"]),
+        ({"hidden": torch.zeros(())}, ValueError, ["hidden", "(..., H)", "()"]),
+        ({"hidden": torch.zeros(4, 0), "weight": torch.zeros(6, 0)}, ValueError, ["hidden", "H > 0", "(4, 0)"]),
         ({"weight": torch.zeros(0, 3)}, ValueError, ["weight", "at least one word", "(0, 3)"]),
         ({"weight": torch.zeros(6, 2)}, ValueError, ["weight", "(V, 3)", "(6, 2)"]),
         ({"target": TARGET[:3]}, ValueError, ["target", "(4,)", "(3,)"]),
         ({"target": torch.tensor([0, 6, 2, 0])}, ValueError, ["target[1]", "6", "[0, 6)"]),
         ({"reduction": "median"}, ValueError, ["reduction", "median", "mean"]),
-        ({"softcap": 0.0}, ValueError, ["softcap", "0.0", "(0, inf)"]),
+        ({"softcap": 0.0}, ValueError, ["softcap", "0.0", "[1e-30, 1e+30]"]),
         ({"softcap": "30"}, TypeError, ["softcap", "number", "str"]),
         ({"logit_scale": math.nan}, ValueError, ["logit_scale", "nan"]),
         ({"backward_rows": -1}, ValueError, ["backward_rows", "-1", "at least 0"]),

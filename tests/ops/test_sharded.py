@@ -125,12 +125,19 @@ def _vocabulary_worker(rank: int, folder: Path, world: int) -> None:
             found = of_the_vocabulary([hidden, *parts], target, upstream, vocab_group=dist.group.WORLD, **options)
             results[name, i] = [x.to_local() if name == "DTensor" and j > 4 else x for j, x in enumerate(found)]
     hidden[0], target[3] = torch.nan, 99
-    for wrong, words in ((hidden, "target\\[3\\] is 99; it must be in \\[0, 13\\)"), (hidden.double(), "kernel")):
+    for wrong, words in ((hidden, r"target\[3\] is 99; it must be in \[0, 13\)"), (hidden.double(), "must be float32")):
         with pytest.raises((ValueError, TypeError), match=words):
             batchkern.linear_cross_entropy(wrong, parts[0], target, vocab_group=dist.group.WORLD)
     target[3] = 0
     losses = batchkern.linear_cross_entropy(hidden, parts[0], target, reduction="none", vocab_group=dist.group.WORLD)
     assert losses.isnan().tolist() == [True, *[False] * (len(losses) - 1)]
+    leaf = hidden[1:].clone().requires_grad_()
+    losses = batchkern.linear_cross_entropy(leaf, parts[0], target[1:], reduction="none", vocab_group=dist.group.WORLD)
+    with pytest.raises(ValueError, match="must be equal on all processes of vocab_group"):
+        losses[rank].backward()
+    alone = [dist.new_group([other]) for other in range(world)][rank]
+    with pytest.raises(ValueError, match=r"the group of weight's mesh, ranks \[0, 1, 2\], got ranks"):
+        batchkern.linear_cross_entropy(leaf, distribute_tensor(weight, mesh, [Shard(0)]), target[1:], vocab_group=alone)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
