@@ -145,14 +145,20 @@ def within_graph(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def lengths(x: Tensor, group: dist.ProcessGroup) -> list[int]:
+    """The first dimension of each rank's ``x``; the host waits for it."""
+    counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.full_like(counts[0], len(x)), group=group)
+    sizes: list[int] = torch.cat(counts).tolist()
+    return sizes
+
+
 def gather(losses: Tensor, valid: Tensor, weight: Tensor | None, group: dist.ProcessGroup) -> Gathered:
     """Losses, valid and weight ``(B,)`` of all ranks, whose B may differ; in a graph they are taken to be equal."""
     world = dist.get_world_size(group)
     rows = [len(losses)] * world
     if not within_graph(losses):
-        counts = [torch.zeros(1, dtype=torch.int64, device=losses.device) for _ in rows]
-        dist.all_gather(counts, torch.full_like(counts[0], len(losses)), group=group)
-        rows = torch.cat(counts).tolist()
+        rows = lengths(losses, group)
     mine = losses.new_zeros(3, max(rows))
     ones = torch.ones_like(losses) if weight is None else weight
     mine[:, : len(losses)] = torch.stack([losses, valid.to(losses.dtype), ones.to(losses.dtype)])

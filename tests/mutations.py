@@ -698,6 +698,11 @@ WRAPPERS = [
         "batchkern/ops/_linear.py",
         ("tests/ops/test_sharded.py",),
         ("hidden has the gradient of one part", "dist.all_reduce(to_rows, group=shard.group)", "pass"),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/ops/_sharded.py",
+        ("tests/ops/test_sharded.py",),
         ("the last of equal words predicts", "dist.ReduceOp.MIN", "dist.ReduceOp.MAX"),
         ("a part is counted from the first word", "sum(sizes[: dist.get_rank(group)])", "0"),
         (

@@ -78,7 +78,7 @@ def choose(keep: float | None, needs: Sequence[bool], *, may_keep_logits: bool, 
     return "gradient of all" if 1 + products + taken_off < again else "logits again"
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     """Types were chosen before; autocast would narrow what is summed in float32."""
 
     @functools.wraps(function)
@@ -183,7 +183,7 @@ class _Sums:
 # --- forward ---------------------------------------------------------------------------------------------------
 
 
-class _Pass:
+class Pass:
     """One pass over all rows, by chunks: writes losses and log-sum-exps, and yields each chunk with its logits, and
     with u."""
 
@@ -228,12 +228,12 @@ class _Pass:
             yield part, hidden, logits, u
 
 
-@_without_autocast
+@without_autocast
 def losses(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Losses ``(N,)``, lse ``(N, 2)``, entropy and correct ``(N,)`` (empty unless ``stats``) and, if asked for, the
-    logits ``(N, V)`` of the only chunk. The arguments are those of ``_Pass``, ``stats`` and ``keep_logits``."""
+    logits ``(N, V)`` of the only chunk. The arguments are those of ``Pass``, ``stats`` and ``keep_logits``."""
     *options, stats, keep_logits = args
-    chunks = _Pass(hidden, *options, stats=stats)
+    chunks = Pass(hidden, *options, stats=stats)
     for _ in chunks:
         pass
     entropy = chunks.losses.new_empty(0) if chunks.entropy is None else chunks.entropy
@@ -241,7 +241,7 @@ def losses(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return chunks.losses, chunks.lse, entropy, correct, [chunks.buffer] if keep_logits else []
 
 
-@_without_autocast
+@without_autocast
 def losses_and_gradients(
     hidden: Tensor,
     weight: Tensor,
@@ -262,7 +262,7 @@ def losses_and_gradients(
     valid = target != ignore_index
     normalizer = kept_count(valid.sum(), keep).float()
     options = dtype, ignore_index, label_smoothing, softcap, logit_scale, chunk_rows
-    chunks = _Pass(hidden, weight, bias, target, *options, keep_u=True)
+    chunks = Pass(hidden, weight, bias, target, *options, keep_u=True)
     sums = _Sums(weight, bias, needs, terms=_divide(len(hidden), chunks.rows) + (keep < 1))
     to_hidden = torch.empty_like(hidden) if needs[0] else None
     upstream = (logit_scale / normalizer).expand(len(hidden))
@@ -292,7 +292,7 @@ def losses_and_gradients(
     return loss, losses, lse, kept, [*([] if to_hidden is None else [to_hidden]), *sums.results()]
 
 
-# --- a part of the vocabulary ----------------------------------------------------------------------------------
+# --- backward --------------------------------------------------------------------------------------------------
 
 
 class Shard(NamedTuple):
@@ -303,82 +303,6 @@ class Shard(NamedTuple):
     words: int
     """Of the whole vocabulary."""
 
-
-def shard_of(weight: Tensor, group: dist.ProcessGroup) -> Shard:
-    """Parts follow one another in the order of the ranks. The host learns how long they are."""
-    counts = [torch.zeros(1, dtype=torch.int64, device=weight.device) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, torch.full_like(counts[0], len(weight)), group=group)
-    sizes = torch.cat(counts).tolist()
-    return Shard(group, sum(sizes[: dist.get_rank(group)]), sum(sizes))
-
-
-@_without_autocast
-def losses_of_shard(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    dtype: torch.dtype,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float | None,
-    logit_scale: float,
-    chunk_rows: int | None,
-    stats: bool,
-    shard: Shard,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, lse, entropy and correct over the whole vocabulary: each process looks at its words, and what it found
-    is reduced, the maxima first."""
-    target = target.long()
-    valid = target != ignore_index
-    check.target_values(target, classes=shard.words, ignore_index=ignore_index)
-    if target.is_cuda:
-        torch._assert_async((~valid | ((target >= 0) & (target < shard.words))).all(), "a target is not in [0, V)")
-    place = target - shard.first
-    mine = valid & (place >= 0) & (place < len(weight))
-    highest, part = hidden.new_full(valid.shape, -math.inf, dtype=torch.float64), hidden.new_zeros(1).double()
-    at_target = total = moment = torch.zeros_like(highest)
-    correct = mine
-    if len(weight) > 0:
-        # The loss of any word tells that word's logit.
-        inner = torch.where(valid, torch.where(mine, place, 0), -100)
-        options = dtype, -100, 0.0, softcap, logit_scale, chunk_rows
-        chunks = _Pass(hidden, weight, bias, inner, *options, stats=stats)
-        total = torch.zeros_like(highest)
-        for rows, _, logits, _ in chunks:
-            if label_smoothing > 0:
-                total[rows] = logits.sum(1, dtype=torch.float32).double()
-        highest, part = chunks.lse.double().unbind(1)
-        at_target = torch.where(mine, highest + part - chunks.losses, 0)
-        if chunks.entropy is not None and chunks.correct is not None:
-            moment, correct = highest + part - chunks.entropy, mine & chunks.correct
-
-    whole = highest.clone()
-    dist.all_reduce(whole, dist.ReduceOp.MAX, group=shard.group)
-    # A part that is masked has neither a sum nor a moment.
-    empty = highest == -math.inf
-    part = torch.where(empty, 0, torch.exp(highest - whole + part))
-    sums = [part, at_target, total, torch.where(empty, 0, part * moment)]
-    reduced = torch.stack(sums)
-    dist.all_reduce(reduced, group=shard.group)
-    part, at_target, total, moment = reduced
-    log_sum = torch.where(whole == -math.inf, math.nan, part.log())
-    lse = whole + log_sum
-    losses = (1 - label_smoothing) * (lse - at_target) + label_smoothing * (lse - total / shard.words)
-    state = torch.stack([whole, log_sum], dim=1).float().masked_fill_(~valid[:, None], 0)
-    losses = losses.float().masked_fill_(~valid, 0)
-    if not stats:
-        return losses, state, losses.new_empty(0), mine.new_empty(0)
-    # Of equal highest logits the first one is the prediction.
-    first = torch.where(highest == whole, shard.first, shard.words)
-    dist.all_reduce(first, dist.ReduceOp.MIN, group=shard.group)
-    right = (correct & (highest == whole) & (first == shard.first) & ~lse.isnan()).byte()
-    dist.all_reduce(right, group=shard.group)
-    entropy = (lse - moment / part).float().masked_fill_(~valid, 0)
-    return losses, state, entropy, right.bool()
-
-
-# --- backward --------------------------------------------------------------------------------------------------
 
 Limits = tuple[int | None, float | None]
 """The most rows that have a gradient: what the caller promised, and a share of all that is known to be enough."""
@@ -451,25 +375,7 @@ class _Rows:
             yield part, out
 
 
-def _check_equal(group: dist.ProcessGroup, upstream: Sequence[Tensor | None]) -> None:
-    """Raises where the processes have different upstream gradients: those of different rows would be added up. Sums
-    that tell places apart stand for them."""
-    sums = []
-    for x in upstream:
-        found = torch.zeros(1) if x is None else x.double().nan_to_num()
-        sums.append(found @ torch.arange(1, len(found) + 1, dtype=found.dtype, device=found.device).sqrt())
-    device = next(x.device for x in upstream if x is not None)
-    extremes = torch.stack([factor * x.to(device) for x in sums for factor in (1.0, -1.0)]).double()
-    dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-    equal = (extremes[::2] == -extremes[1::2]).all()
-    message = "the upstream gradients of the losses must be equal on all processes of vocab_group, and differ"
-    if equal.is_cuda:
-        torch._assert_async(equal, message)
-    elif not equal:
-        raise ValueError(message)
-
-
-@_without_autocast
+@without_autocast
 def gradients(
     hidden: Tensor,
     weight: Tensor,
@@ -492,8 +398,6 @@ def gradients(
 ) -> list[Tensor]:
     """The gradients by those of (hidden, weight, bias) that need one, of the rows that the upstream gradients, ``grad``
     and ``grad_lse (N,)``, reach: ``backward_rows`` at most, and no more than ``keep`` of all."""
-    if shard is not None:
-        _check_equal(shard.group, (grad, grad_lse))
     layer = _Layer(weight, bias, dtype, softcap, logit_scale)
     limits = backward_rows, None if keep is None else float(keep)
     rows = _Rows(hidden, target, lse, grad, grad_lse, ignore_index, layer, limits)

@@ -12,7 +12,7 @@ from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 from batchkern.ops import _linear
 from batchkern.ops._autograd import boundary, once_differentiable
-from batchkern.ops._sharded import local, whole
+from batchkern.ops._sharded import check_equal, local, losses_of_shard, shard_of, whole
 from batchkern.ops.cross_entropy import Reduction
 from batchkern.ops.trimmed_mean import trimmed_mean
 from batchkern.reference import Rows
@@ -247,7 +247,7 @@ def each_row(
         "stats": stats,
         "grad": torch.is_grad_enabled(),
         "limits": (backward_rows, share),
-        "shard": None if vocab_group is None else _linear.shard_of(weight, vocab_group),
+        "shard": None if vocab_group is None else shard_of(weight, vocab_group),
     }
     results: Any = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, call)
     if not stats:
@@ -316,7 +316,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.shard is None:
             losses, state, *constants, logits = _linear.call(_linear.losses, *arguments, keep_logits)
         else:
-            losses, state, *constants = _linear.losses_of_shard(*arguments, ctx.shard)
+            losses, state, *constants = losses_of_shard(*arguments, ctx.shard)
         ctx.save_for_backward(hidden, weight, bias, target, state, logits[0] if keep_logits else None)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.limits = options, call["limits"]
@@ -333,6 +333,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.shard is None:
             grads = _linear.call(_linear.gradients, *arguments)
         else:
+            check_equal(ctx.shard.group, (grad, grad_lse))
             grads = _linear.gradients(*arguments, ctx.shard)
         results = iter(grads)
         return *(next(results) if needed else None for needed in ctx.needs), None
