@@ -193,9 +193,10 @@ class CausalLMPatch:
         if self._softcap is not None:
             expected = torch.tanh(expected / self._softcap) * self._softcap
         expected = expected * self._scale
-        self._checked = logits.dtype == hidden.dtype and logits.shape == hidden.shape
+        if logits.dtype != hidden.dtype or logits.shape != hidden.shape:
+            return False
         # They may divide where this multiplies.
-        self._checked &= torch.allclose(logits, expected, rtol=4 * torch.finfo(logits.dtype).eps, equal_nan=True)
+        self._checked = torch.allclose(logits, expected, rtol=4 * torch.finfo(logits.dtype).eps, equal_nan=True)
         return self._checked
 
 

@@ -301,10 +301,11 @@ def test_a_model_with_a_loss_of_its_logits_besides_is_refused() -> None:
         batchkern.patch_causal_lm(model, 0.5)
 
 
-def test_models_that_change_their_logits_in_another_way_are_refused() -> None:
+@pytest.mark.parametrize("scale", [0.5, torch.tensor([0.25], dtype=torch.float64)], ids=["another", "a cast"])
+def test_models_that_change_their_logits_in_another_way_are_refused(scale: Any) -> None:
     model = make("cohere")
     patch = batchkern.patch_causal_lm(model, 0.5)
-    model.logit_scale = 0.5
+    model.logit_scale = scale
     with pytest.raises(RuntimeError, match="CohereForCausalLM cannot be patched.*changes its logits"):
         model(**batch())
     patch.remove()
