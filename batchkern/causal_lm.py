@@ -1,14 +1,18 @@
-"""Trimmed losses for the causal language models of Hugging Face ``transformers``, without a change of their code.
+"""Losses of selected tokens for the causal language models of Hugging Face ``transformers``, without a change of their
+code.
 
 Two places that such a model has are used: its output layer, ``get_output_embeddings()``, and its ``loss_function``.
 While the model trains on labels the layer hands its input on as it is, and the loss function gets the last hidden state
 where it expected logits. All that is put into the model is bound methods of one object, so that a copy of the model has
-its own. ``transformers`` itself is not imported.
+its own. Training that goes past the loss function is an error. ``transformers`` itself is not imported.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -16,22 +20,42 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from batchkern.ops import Rows, linear_cross_entropy, trimmed_mean
 from batchkern.ops import _checks as check
 from batchkern.ops.linear_trimmed_cross_entropy import linear_trimmed_cross_entropy
+
+Objective = Callable[[Rows, Tensor], Tensor]
+
+ADVICE = (
+    "pass labels and train on the loss that the model returns (docs/integrations.md has trainers that do not), call it "
+    "under torch.no_grad() or in eval mode, or remove() the patch"
+)
+HAND_ON = ("accelerate", "batchkern", "peft", "torch")
+OF_THE_MODEL_ALONE = (
+    "num_items_in_batch",
+    "past_key_values",
+    "use_cache",
+    "cache",
+    "return_dict",
+    "output_attentions",
+    "output_hidden_states",
+)
 
 
 def patch_causal_lm(
     model: nn.Module,
     keep: float | Tensor,
+    objective: Objective | ExcessLoss | None = None,
     *,
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
 ) -> CausalLMPatch:
     """Makes ``model(input_ids, labels=...)`` train on the tokens of highest loss, and never hold all logits.
 
-    In training mode (``model.train()``) and with ``labels``, the loss is :func:`linear_trimmed_cross_entropy` over the
-    tokens of the batch, and ``output.logits`` is None. At ``keep=1`` loss and gradients are the unpatched model's. In
-    every other call, evaluation and generation among them, the model does what it did before. With
+    In training mode (``model.train()``) and with ``labels`` or ``shift_labels``, the loss is
+    :func:`linear_trimmed_cross_entropy` over the tokens of the batch, and ``output.logits`` is None. At ``keep=1`` loss
+    and gradients are the unpatched model's. In evaluation mode the loss is that of all tokens, and the logits are there
+    unless the call has ``skip_logits=True``. Every other call, such as those of ``generate``, is the model's own. With
     ``num_items_in_batch`` (gradient accumulation in ``transformers.Trainer``) the mean over the kept tokens counts as
     many items as the batch has labels. Patch a model after adapters are added, and before it is compiled or wrapped for
     distributed training. A copy of the model is patched too: ``CausalLMPatch.of(copy)``.
@@ -41,6 +65,11 @@ def patch_causal_lm(
             an ``nn.Linear``, returned; or on that with a softcap or a scale of its configuration (Gemma 2 and 3,
             Cohere, Granite). Models that change their logits in another way are refused in the first call.
         keep: fraction of the tokens kept, in (0, 1]; or a 0-dim float64 tensor on the device of the loss.
+        objective: what to train on in place of the hardest tokens: an :class:`ExcessLoss`; or a function of one's own,
+            ``objective(rows, labels)``, that gives the loss, 0-dim. ``rows`` has loss, lse, entropy and correctness of
+            each token, as :func:`linear_cross_entropy` gives them; ``labels``, of the same shape, are shifted: each is
+            what its token predicts, and -100 where there is nothing to predict. Tokens to which it gives no gradient
+            cost no backward pass. It does not get ``keep``.
         group, chunk_rows: as in :func:`linear_trimmed_cross_entropy`.
 
     Returns:
@@ -48,9 +77,11 @@ def patch_causal_lm(
 
     Raises:
         TypeError, ValueError: ``model`` is not such a model, or is patched already; an argument is out of range.
-        RuntimeError: in the first call, where the model does not hand the output layer's result to its loss function.
+        RuntimeError: in a training step with gradients whose loss is made without the patch, by a trainer that takes
+            the logits for example; the sentence names who made it. And in the first call, where the model does not hand
+            the output layer's result to its loss function.
     """
-    return CausalLMPatch(model, keep, group=group, chunk_rows=chunk_rows)
+    return CausalLMPatch(model, keep, objective, group=group, chunk_rows=chunk_rows)
 
 
 class CausalLMPatch:
@@ -62,34 +93,47 @@ class CausalLMPatch:
     """Mean loss of all tokens of the latest training batch, 0-dim, detached."""
 
     def __init__(
-        self, model: nn.Module, keep: float | Tensor, *, group: dist.ProcessGroup | None, chunk_rows: int | None
+        self,
+        model: nn.Module,
+        keep: float | Tensor,
+        objective: Objective | ExcessLoss | None = None,
+        *,
+        group: dist.ProcessGroup | None = None,
+        chunk_rows: int | None = None,
     ) -> None:
         check.fraction("keep", keep, keep if isinstance(keep, Tensor) else torch.empty(0))
         check.process_group(group)
+        if objective is not None and not callable(objective):
+            raise TypeError(f"objective must be a function of rows and labels, or an ExcessLoss, got {objective!r}")
         if chunk_rows is not None:
             check.count("chunk_rows", chunk_rows, low=1)
         base, head, loss = _parts(model)
-        self.keep, self._group, self._chunk_rows = keep, group, chunk_rows
+        if isinstance(objective, ExcessLoss):
+            objective.check(head)
+        self.keep, self._objective, self._group, self._chunk_rows = keep, objective, group, chunk_rows
         self._model, self._base, self._head, self._loss = model, base, head, loss
         self._softcap, self._scale = _cap(base)
         self._checked = False
-        self._training = False
-        self._hidden: Tensor | None = None
-        self._version = 0
+        self._each_token = False
+        self._reference: Tensor | None = None
         self._own_forward = head.__dict__.get("forward")
-        self._head_forward = head.forward
-        head.forward = self._hand_on
+        self._call = head.forward = _Call(type(base).__name__, head.forward)
         base.loss_function = self._loss_function
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
+        if base.base_model is not base:
+            self._hooks.append(base.base_model.register_forward_pre_hook(self._call.refuse_around))
 
     @staticmethod
     def of(model: nn.Module) -> CausalLMPatch | None:
-        """The patch of a model, or of a copy of a patched one; None where there is none."""
-        patch = getattr(getattr(_base(model), "loss_function", None), "__self__", None)
-        return patch if isinstance(patch, CausalLMPatch) else None
+        """The patch of a model, of a copy of a patched one, or of one in ``model``; None where there is none."""
+        for module in model.modules():
+            patch = getattr(module.__dict__.get("_loss_function"), "__self__", None)
+            if isinstance(patch, CausalLMPatch):
+                return patch
+        return None
 
     def remove(self) -> None:
         """Gives the model its own output layer and loss function back, where that has not been done."""
@@ -104,30 +148,63 @@ class CausalLMPatch:
             self._head.forward = self._own_forward
         self._base.loss_function = self._loss
 
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @torch.no_grad()
+    def token_losses(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss of each token, of the labels' shape, 0 where there is nothing to predict: without gradient, without
+        logits, and in whichever mode the model is. The arguments are the model's, ``labels`` among them."""
+        self._each_token = True
+        try:
+            return cast(Tensor, self._model(*args, **kwargs).loss)
+        finally:
+            self._each_token = False
+
+    def _before(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if model is not self._model:
             raise RuntimeError("a patched model cannot be replicated by DataParallel: use DistributedDataParallel")
-        labels = inspect.signature(model.forward).bind(*args, **kwargs).arguments.get("labels")
-        self._training = labels is not None and model.training
-        self._hidden = None
+        skip_logits = kwargs.pop("skip_logits", False)
+        arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        if arguments.get("labels") is None and kwargs.get("shift_labels") is not None and model.training:
+            # Sequence parallelism leaves the labels out, without which the model makes no loss.
+            arguments["labels"] = kwargs["labels"] = kwargs["shift_labels"]
+        call, labelled = self._call, arguments.get("labels") is not None
+        if not labelled and _learns(model):
+            raise RuntimeError(
+                f"{call.name} was called in training without labels, by {_caller()}, so that its loss would be that of "
+                f"all tokens: {ADVICE}"
+            )
+        call.inside, call.hidden = True, None
+        call.active = labelled and (model.training or self._each_token or bool(skip_logits))
+        layer = _output_layer(self._base)
+        if call.active and layer is not self._head:
+            raise RuntimeError(
+                f"the output layer of {call.name} was replaced since it was patched, by one of {type(layer)}: remove() "
+                "and patch again, after adapters are added"
+            )
+        if call.active and model.training and not self._each_token and isinstance(self._objective, ExcessLoss):
+            self._reference = self._objective.reference_losses({**kwargs, **arguments})
+        return args, kwargs
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Also where the forward pass raised, and there is no output."""
-        unused, hidden = self._training, self._hidden
-        self._training, self._hidden = False, None
-        if hidden is None or output is None:
+        call, self._reference = self._call, None
+        unused, hidden = call.active, call.hidden
+        call.inside, call.active, call.hidden = False, False, None
+        if output is None:
+            return output
+        if hidden is None:
+            if unused and _learns(model):
+                raise RuntimeError(
+                    f"the loss of {call.name} was made without the patch, by its forward pass, which is now "
+                    f"{_place(self._base.forward)}: {ADVICE}"
+                )
             return output
         if unused:
-            raise RuntimeError(f"{type(self._base).__name__} cannot be patched: it has not called its loss_function")
+            raise RuntimeError(f"{call.name} cannot be patched: it has not called its loss_function")
         if isinstance(output, tuple):
             return tuple(x for x in output if x is not hidden)
         return type(output)(**{**output, "logits": None})
-
-    def _hand_on(self, hidden: Tensor) -> Tensor:
-        if not self._training:
-            return cast(Tensor, self._head_forward(hidden))
-        self._hidden, self._version = hidden, _version(hidden)
-        return hidden
 
     def _loss_function(
         self,
@@ -137,53 +214,79 @@ class CausalLMPatch:
         num_items_in_batch: Tensor | int | None = None,
         ignore_index: int = -100,
         shift_labels: Tensor | None = None,
-        **options: Any,
+        **others: Any,
     ) -> Tensor:
-        if not self._training:
+        call = self._call
+        if not call.active:
             items = num_items_in_batch, ignore_index, shift_labels
-            return cast(Tensor, self._loss(logits, labels, vocab_size, *items, **options))
-        name = type(self._base).__name__
-        if self._hidden is None:
+            return cast(Tensor, self._loss(logits, labels, vocab_size, *items, **others))
+        hidden = call.hidden
+        if hidden is None or not self._is_known(logits, hidden):
             raise RuntimeError(
-                f"the output layer of {name} was replaced since it was patched: remove() and patch again"
+                f"{call.name} cannot be patched: between the output layer and the loss it changes its logits, by a "
+                "cast, or by a scale or a cap that its configuration does not name"
             )
-        hidden = self._hidden
-        if not self._is_known(logits, hidden):
-            raise RuntimeError(
-                f"{name} cannot be patched: between the output layer and the loss it changes its logits, by a cast, or "
-                "by a scale or a cap that its configuration does not name"
-            )
-        self._training = False
-        self._hidden = logits  # which the output has in place of logits
+        call.active = False
+        call.hidden = logits  # which the output has in place of logits
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        target = shift_labels.reshape(-1).to(hidden.device)
-        mean, losses = linear_trimmed_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
-            self._head.weight,
-            target,
-            self.keep,
-            bias=self._head.bias,
-            ignore_index=ignore_index,
-            softcap=self._softcap,
-            logit_scale=self._scale,
-            per_sample=True,
-            group=self._group,
-            chunk_rows=self._chunk_rows,
-        )
-        count = (target != ignore_index).sum()
-        self.untrimmed_loss = losses.sum() / count
+        if shift_labels.numel() != hidden.shape[:-1].numel():
+            raise ValueError(
+                f"labels must have one of each of the {hidden.shape[:-1].numel()} tokens that have logits, got "
+                f"{shift_labels.numel()}: with logits_to_keep, pass shift_labels of those tokens"
+            )
+        target = shift_labels.reshape(hidden.shape[:-1]).to(hidden.device)
+        options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "chunk_rows": self._chunk_rows,
+            "bias": self._head.bias,
+        }
+        options |= {"softcap": self._softcap, "logit_scale": self._scale}
+        if self._each_token:
+            return linear_cross_entropy(hidden, self._head.weight, target, reduction="none", **options)
+        counted = target != ignore_index
+        if self._model.training:
+            loss = self._selected(hidden, target, counted, options)
+        else:
+            loss = linear_cross_entropy(hidden, self._head.weight, target, **options)
         if num_items_in_batch is None:
-            return mean
+            return loss
+        count = counted.sum()
+        if self._group is not None:
+            # Then the mean is that of all processes.
+            dist.all_reduce(count, group=self._group)
+            count = count / dist.get_world_size(self._group)
         if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(mean.device)
+            num_items_in_batch = num_items_in_batch.to(loss.device)
         # A batch without labels is a part of nothing.
-        return torch.where(count > 0, mean, 0.0) * count / num_items_in_batch
+        return torch.where(count > 0, loss, 0.0) * count / num_items_in_batch
+
+    def _selected(self, hidden: Tensor, target: Tensor, counted: Tensor, options: dict[str, Any]) -> Tensor:
+        """The loss to train on."""
+        weight = self._head.weight
+        if self._objective is None:
+            flat, of_each = hidden.flatten(0, -2), target.flatten()
+            loss, losses = linear_trimmed_cross_entropy(
+                flat, weight, of_each, self.keep, per_sample=True, group=self._group, **options
+            )
+        elif isinstance(self._objective, ExcessLoss):
+            if not isinstance(self.keep, Tensor) and self._group is None:
+                options["backward_rows"] = max(1, round(self.keep * target.numel()))
+            losses = linear_cross_entropy(hidden, weight, target, reduction="none", **options)
+            excess = losses.detach() - cast(Tensor, self._reference)
+            loss = trimmed_mean(losses, self.keep, score=excess, mask=counted, group=self._group)
+        else:
+            rows = linear_cross_entropy(hidden, weight, target, stats=True, **options)
+            losses, loss = rows.loss, self._objective(rows, target)
+            if not isinstance(loss, Tensor) or loss.ndim:
+                raise TypeError(f"objective must return the loss, a 0-dim tensor, got {loss!r}")
+        self.untrimmed_loss = losses.detach().sum() / counted.sum()
+        return loss
 
     def _is_known(self, logits: Tensor, hidden: Tensor) -> bool:
         """Whether ``logits`` are the hidden state that was handed on, capped and scaled as the configuration says. That
         is looked at once, which makes the host wait."""
-        if _version(hidden) != self._version:
+        if _version(hidden) != self._call.version:
             return False
         if self._softcap is None and self._scale == 1:
             return logits is hidden
@@ -200,6 +303,91 @@ class CausalLMPatch:
         return self._checked
 
 
+class ExcessLoss:
+    """The objective of Rho-1: the tokens whose loss exceeds that of a reference model most, ``keep`` of them.
+
+        patch_causal_lm(model, 0.6, ExcessLoss(reference_model))
+
+    The loss is the mean over these tokens. The reference model, trained on text of the kind that is wanted, costs a
+    forward pass of each batch; its losses are those of :func:`linear_cross_entropy`, without gradient and logits. It is
+    put into evaluation mode. It is no part of the model: neither its ``state_dict`` nor a copy has one.
+
+    Args:
+        reference_model: a causal language model that :func:`patch_causal_lm` takes, with the vocabulary of the model,
+            on the same device. It is patched, where it is not yet.
+
+    Raises:
+        TypeError: as :func:`patch_causal_lm`.
+        ValueError: when a model is patched whose vocabulary has another size.
+
+    Source: Lin et al., 2024, section 2.2, `arXiv:2404.07965 <https://arxiv.org/abs/2404.07965>`_.
+    """
+
+    def __init__(self, reference_model: nn.Module) -> None:
+        self._patch = CausalLMPatch.of(reference_model) or CausalLMPatch(reference_model, 1.0)
+        reference_model.eval()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExcessLoss:
+        return self
+
+    def reference_losses(self, arguments: dict[str, Any]) -> Tensor:
+        """The reference model's losses of the tokens, by the arguments of the call of the model."""
+        if arguments.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds must be None with an ExcessLoss, whose reference model needs input_ids")
+        inputs = {name: x for name, x in arguments.items() if name not in OF_THE_MODEL_ALONE}
+        return self._patch.token_losses(**inputs, use_cache=False)
+
+    def check(self, head: nn.Linear) -> None:
+        """That the vocabulary of a model is the reference model's, as far as its size tells."""
+        words, theirs = head.weight.shape[0], self._patch._head.weight.shape[0]
+        if words != theirs:
+            raise ValueError(f"reference_model must have the {words} words of the model, it has {theirs}")
+
+
+class _Call:
+    """The call that a patched model is in. In place of the output layer's ``forward``: while a loss is to be made, its
+    input is handed on. It knows nothing of the model, so that a copy of a layer is not one of the model."""
+
+    def __init__(self, name: str, forward: Callable[[Tensor], Tensor]) -> None:
+        self.name, self._forward = name, forward
+        self.inside = self.active = False
+        self.hidden: Tensor | None = None
+        self.version = 0
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if not self.active:
+            return self._forward(hidden)
+        self.hidden, self.version = hidden, _version(hidden)
+        return hidden
+
+    def refuse_around(self, layers: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before the layers below the output layer are called."""
+        if not self.inside and _learns(layers):
+            raise RuntimeError(
+                f"the layers of {self.name} were called in training by {_caller()}, around the model, so that its loss "
+                f"would be that of all tokens: {ADVICE}"
+            )
+
+
+def _learns(model: nn.Module) -> bool:
+    """Whether what it returns may be trained on."""
+    return model.training and torch.is_grad_enabled() and any(x.requires_grad for x in model.parameters())
+
+
+def _caller() -> str:
+    """Who called the model, in words, past what hands calls on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals["__name__"].partition(".")[0] in HAND_ON:
+        frame = frame.f_back
+    return "Python" if frame is None else f"{frame.f_code.co_name} of {frame.f_globals['__name__']}"
+
+
+def _place(function: Any) -> str:
+    """The name of a function and its module, whatever it says that it wraps."""
+    function = getattr(function, "__func__", function)
+    return f"{function.__code__.co_name} of {function.__globals__['__name__']}"
+
+
 def _version(x: Tensor) -> int:
     """How often ``x`` was changed in place; the compiler cannot look at that."""
     return 0 if torch.compiler.is_compiling() else x._version
@@ -209,6 +397,15 @@ def _base(model: nn.Module) -> Any:
     """The model itself, or that in a PEFT model, whose forward pass leads to it."""
     get: Any = getattr(model, "get_base_model", lambda: model)
     return get()
+
+
+def _output_layer(base: Any) -> Any:
+    """The layer itself, or that which PEFT trains in its place (``modules_to_save``)."""
+    layer = base.get_output_embeddings()
+    trained = getattr(layer, "modules_to_save", None)
+    if trained is None or layer.disable_adapters or not layer.active_adapters:
+        return layer
+    return trained[layer.active_adapters[0]]
 
 
 def _cap(base: Any) -> tuple[float | None, float]:
@@ -244,7 +441,7 @@ def _parts(model: nn.Module) -> tuple[Any, Any, Any]:
         )
     if getattr(base.config, "z_loss_coefficient", 0):
         raise TypeError(f"model must have no loss of its logits besides, {name} has a z_loss_coefficient")
-    head = base.get_output_embeddings()
+    head = _output_layer(base)
     if getattr(type(head), "forward", None) is not nn.Linear.forward:
         raise TypeError(f"model must have a plain nn.Linear as its output layer, {name} has {type(head).__name__}")
     return base, head, loss
