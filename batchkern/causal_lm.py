@@ -443,5 +443,5 @@ def _parts(model: nn.Module) -> tuple[Any, Any, Any]:
         raise TypeError(f"model must have no loss of its logits besides, {name} has a z_loss_coefficient")
     head = _output_layer(base)
     if getattr(type(head), "forward", None) is not nn.Linear.forward:
-        raise TypeError(f"model must have a plain nn.Linear as its output layer, {name} has {type(head).__name__}")
+        raise TypeError(f"model must have a plain nn.Linear as its output layer, {name} has {type(head)}")
     return base, head, loss

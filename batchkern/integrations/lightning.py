@@ -1,4 +1,4 @@
-"""For Lightning: a schedule of keep. A ``training_step`` that returns ``self.model(**batch).loss`` needs nothing else."""
+"""For Lightning: a schedule of keep. A ``training_step`` that returns ``self.model(**batch).loss`` needs no more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For torchtitan: a loss in place of its ``ChunkedLossWrapper`` (tried with 0.3, its loss alone)."""
+"""For torchtitan: a loss in place of its ``ChunkedLossWrapper`` (tried with 0.3)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torchtitan.components.loss import IGNORE_INDEX, ChunkedLossWrapper
 
 from batchkern.ops import linear_trimmed_cross_entropy
@@ -14,10 +15,12 @@ from batchkern.ops import linear_trimmed_cross_entropy
 class TrimmedLossWrapper(ChunkedLossWrapper):
     """The mean over the tokens of highest loss, times the tokens that have a label: ``Config(keep=0.5)``.
 
-    As that of the base class, it is called with the last hidden state, does the output layer itself and returns the sum
-    over a process's tokens divided by ``global_valid_tokens``; the gradient is made in one backward pass, in which a
-    weight that FSDP2 has sharded is gathered once. Tokens are ranked within a process. ``num_chunks`` and ``loss_fn``
-    are not used.
+    As that of the base class, it is called with the last hidden state, does the work of the output layer ``lm_head``
+    and returns the sum over a process's tokens, divided by ``global_valid_tokens``. Tokens are ranked within a process;
+    validation counts all. ``num_chunks`` and ``loss_fn`` are not used.
+
+    Raises:
+        TypeError: when called, where ``lm_head`` is no ``nn.Linear``, or its words are sharded (tensor parallelism).
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -32,17 +35,24 @@ class TrimmedLossWrapper(ChunkedLossWrapper):
     def __call__(
         self, pred: Tensor, labels: Tensor, global_valid_tokens: Tensor | None = None, **loss_inputs: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        if not isinstance(self.lm_head, nn.Linear):
-            raise TypeError(f"lm_head must be an nn.Linear, got {type(self.lm_head).__name__}")
-        keep = self.keep if pred.requires_grad else 1.0  # validation is of all tokens
-        mean = linear_trimmed_cross_entropy(
-            pred.flatten(0, 1),
-            self.lm_head.weight,
-            labels.flatten(),
-            keep,
-            bias=self.lm_head.bias,
-            ignore_index=IGNORE_INDEX,
-        )
+        head = self.lm_head
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"lm_head must be an nn.Linear, got {type(head).__name__}")
+        keep = self.keep if pred.requires_grad else 1.0
+
+        def mean(hidden: Tensor) -> Tensor:
+            if isinstance(head.weight, DTensor):
+                raise TypeError("lm_head must have all words in each process, its weight is a DTensor")
+            target = labels.flatten()
+            options: dict[str, Any] = {"bias": head.bias, "ignore_index": IGNORE_INDEX}
+            return linear_trimmed_cross_entropy(hidden.flatten(0, 1), head.weight, target, keep, **options)
+
+        # Within a call of the layer, so that FSDP2 gathers its weight and reduces the gradient.
+        head.forward = mean  # type: ignore[method-assign]
+        try:
+            loss = head(pred)
+        finally:
+            del head.forward
         count = (labels != IGNORE_INDEX).sum()
-        loss = mean.where(count > 0, 0.0) * count
+        loss = loss.where(count > 0, 0.0) * count
         return loss if global_valid_tokens is None else loss / global_valid_tokens, {}

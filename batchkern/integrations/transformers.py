@@ -1,4 +1,4 @@
-"""For ``transformers.Trainer``: a schedule of keep, and evaluation that holds no logits where only the loss is wanted."""
+"""For ``transformers.Trainer``: a schedule of keep, and evaluation without logits where only the loss is wanted."""
 
 from __future__ import annotations
 
@@ -39,13 +39,15 @@ class PatchedModelMixin:
 
     model: Any
 
-    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *rest: Any) -> Any:
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
         if prediction_loss_only and CausalLMPatch.of(model) is not None:
             inputs = {**inputs, "skip_logits": True}
-        return super().prediction_step(model, inputs, prediction_loss_only, *rest)  # type: ignore[misc]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)  # type: ignore[misc]
 
-    def log(self, logs: dict[str, float], *rest: Any) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         patch = CausalLMPatch.of(self.model)
         if patch is not None and patch.untrimmed_loss is not None and "loss" in logs:
             logs = {**logs, "untrimmed_loss": float(patch.untrimmed_loss), "keep": float(patch.keep)}
-        super().log(logs, *rest)  # type: ignore[misc]
+        super().log(logs, start_time)  # type: ignore[misc]

@@ -18,7 +18,8 @@ class PatchedModelMixin(_PatchedModelMixin):
     ``mean_token_accuracy`` are not made. In evaluation everything is SFTTrainer's, which holds no logits either.
 
     Raises:
-        ValueError: when made with a ``loss_type`` other than "nll", or with a ``compute_loss_func``.
+        ValueError: when made with a ``loss_type`` other than "nll".
+        RuntimeError: in the first step, with label smoothing or a ``compute_loss_func``, which take the logits.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

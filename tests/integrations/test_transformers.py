@@ -1,0 +1,121 @@
+"""A patched model in transformers.Trainer: three steps equal those of a plain loop, and what would go past the patch is
+refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import plain_loop as plain
+import pytest
+import torch
+
+import batchkern
+from batchkern.schedules import linear
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+import transformers
+
+from batchkern.integrations.transformers import KeepSchedule, PatchedModelMixin
+
+
+class Trainer(PatchedModelMixin, transformers.Trainer):
+    pass
+
+
+def trainer(
+    model: Any, examples: list[Any], folder: Path, *, kind: type = Trainer, callbacks: Any = None, **options: Any
+) -> Any:
+    arguments: dict[str, Any] = {
+        "optim": "sgd",
+        "learning_rate": plain.RATE,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "data_seed": 3,
+        "train_sampling_strategy": "sequential",
+        **options,
+    }
+    made = transformers.TrainingArguments(str(folder), **arguments)
+    return kind(
+        model, made, data_collator=plain.collate, train_dataset=examples, eval_dataset=examples[:8], callbacks=callbacks
+    )
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.3])
+def test_three_steps_equal_a_plain_loop(keep: float, tmp_path: Path) -> None:
+    model, expected, examples = plain.model(), plain.model(), plain.rows(12)
+    losses = plain.train(expected, plain.batches(examples), [keep] * 3)
+    batchkern.patch_causal_lm(model, keep)
+    trained = trainer(model, examples, tmp_path)
+    trained.train()
+    assert plain.logged(trained) == pytest.approx(losses, abs=1e-5)
+    plain.assert_same_weights(model, expected)
+
+
+def test_keep_1_is_the_unpatched_trainer(tmp_path: Path) -> None:
+    model, unpatched, examples = plain.model(), plain.model(), plain.rows(12)
+    trainer(unpatched, examples, tmp_path, kind=transformers.Trainer, gradient_accumulation_steps=3).train()
+    batchkern.patch_causal_lm(model, 1.0)
+    trainer(model, examples, tmp_path, kind=transformers.Trainer, gradient_accumulation_steps=3).train()
+    plain.assert_same_weights(model, unpatched)
+
+
+def test_accumulation_with_a_micro_batch_without_labels(tmp_path: Path) -> None:
+    model, expected, examples = plain.model(), plain.model(), plain.rows(24)
+    for example in examples[8:12]:
+        example["labels"] = [-100] * 12
+    examples[0]["labels"] = [-100] * 8 + examples[0]["labels"][8:]
+    losses = plain.train(expected, plain.batches(examples, 2), [0.4] * 3)
+    batchkern.patch_causal_lm(model, 0.4)
+    trained = trainer(model, examples, tmp_path, gradient_accumulation_steps=2)
+    trained.train()
+    assert plain.logged(trained) == pytest.approx(losses, abs=1e-5)
+    plain.assert_same_weights(model, expected)
+
+
+def test_a_schedule_of_keep_and_what_is_logged(tmp_path: Path) -> None:
+    model, expected, examples = plain.model(), plain.model(), plain.rows(12)
+    first = float(plain.token_losses(model, plain.batches(examples)[0][0]).mean().detach())
+    plain.train(expected, plain.batches(examples), [1.0, 0.6, 0.2])
+    batchkern.patch_causal_lm(model, 1.0)
+    trained = trainer(model, examples, tmp_path, callbacks=[KeepSchedule(linear(1.0, 0.2))])
+    trained.train()
+    plain.assert_same_weights(model, expected)
+    assert plain.logged(trained, "keep") == pytest.approx([1.0, 0.6, 0.2])
+    assert plain.logged(trained, "untrimmed_loss")[0] == pytest.approx(first, abs=1e-5)
+    assert plain.logged(trained, "loss")[2] > plain.logged(trained, "untrimmed_loss")[2] + 0.1
+
+
+def test_a_schedule_wants_a_patched_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="model must be patched by patch_causal_lm"):
+        trainer(plain.model(), plain.rows(4), tmp_path, callbacks=[KeepSchedule(linear(1.0, 0.2))]).train()
+
+
+def test_label_smoothing_is_refused(tmp_path: Path) -> None:
+    model = plain.model()
+    batchkern.patch_causal_lm(model, 0.5)
+    with pytest.raises(RuntimeError, match="without labels, by compute_loss of transformers.trainer"):
+        trainer(model, plain.rows(4), tmp_path, label_smoothing_factor=0.1).train()
+
+
+def test_evaluation_holds_logits_only_where_they_are_wanted(tmp_path: Path) -> None:
+    model, examples = plain.model(), plain.rows(8)
+    each = [plain.token_losses(model.eval(), batch).detach() for (batch,) in plain.batches(examples)]
+    batchkern.patch_causal_lm(model, 0.5)
+    trained = trainer(model, examples, tmp_path)
+    held: list[bool] = []
+    model.register_forward_hook(lambda module, args, output: held.append(output.logits is not None))
+    assert trained.evaluate()["eval_loss"] == pytest.approx(float(torch.cat(each).mean()), abs=1e-5)
+    assert held == [False, False]
+    assert trained.predict(examples).predictions.shape == (8, 12, plain.WORDS)
+    assert held == [False, False, True, True]
