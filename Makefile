@@ -49,13 +49,19 @@ $(BUILT): $(READY) $(SOURCES)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
+# Not a part of setup, since nothing but tests needs them.
+$(READY)-trainers: $(READY)
+	@echo "installing the trainers that batchkern plugs into, for their tests"
+	@$(PIP) 'batchkern[trainers]' torch==$(TORCH)
+	@touch $@
+
 test: style ## check the style, then the types beside every test
 	@$(MAKE) --no-print-directory -j 2 types every-test
 
-every-test: setup
+every-test: setup $(READY)-trainers
 	$(BIN)/python -m pytest -n 2
 
-check: lint ## style, types and the tests of what changed since BASE (where this branch left origin/main, or the last commit)
+check: lint $(READY)-trainers ## style, types and the tests of what changed since BASE (where this branch left origin/main, or the last commit)
 	@tests=$$($(BIN)/python tests/touched.py $(BASE)) && if [ -n "$$tests" ]; then $(BIN)/python -m pytest -n 2 -m "not slow" $$tests; fi
 
 lint: style types ## ruff, clang-format and mypy

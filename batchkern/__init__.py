@@ -2,7 +2,7 @@
 
 from batchkern._version import __version__
 from batchkern.basis import Hadamard, random_basis
-from batchkern.causal_lm import CausalLMPatch, patch_causal_lm
+from batchkern.causal_lm import CausalLMPatch, ExcessLoss, patch_causal_lm
 from batchkern.ops import (
     BatchLedger,
     LinearTrimmedCrossEntropyLoss,
@@ -22,6 +22,7 @@ from batchkern.ops import (
 __all__ = [
     "BatchLedger",
     "CausalLMPatch",
+    "ExcessLoss",
     "Hadamard",
     "LinearTrimmedCrossEntropyLoss",
     "Rows",

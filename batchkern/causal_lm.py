@@ -103,7 +103,7 @@ class CausalLMPatch:
     ) -> None:
         check.fraction("keep", keep, keep if isinstance(keep, Tensor) else torch.empty(0))
         check.process_group(group)
-        if objective is not None and not callable(objective):
+        if not (objective is None or callable(objective) or isinstance(objective, ExcessLoss)):
             raise TypeError(f"objective must be a function of rows and labels, or an ExcessLoss, got {objective!r}")
         if chunk_rows is not None:
             check.count("chunk_rows", chunk_rows, low=1)
@@ -191,17 +191,13 @@ class CausalLMPatch:
         call, self._reference = self._call, None
         unused, hidden = call.active, call.hidden
         call.inside, call.active, call.hidden = False, False, None
-        if output is None:
+        if output is not None and unused and (hidden is not None or _learns(model)):
+            raise RuntimeError(
+                f"the loss of {call.name} was made without the patch: its forward pass, {_place(self._base.forward)}, "
+                f"has not called its loss_function: {ADVICE}"
+            )
+        if output is None or hidden is None:
             return output
-        if hidden is None:
-            if unused and _learns(model):
-                raise RuntimeError(
-                    f"the loss of {call.name} was made without the patch, by its forward pass, which is now "
-                    f"{_place(self._base.forward)}: {ADVICE}"
-                )
-            return output
-        if unused:
-            raise RuntimeError(f"{call.name} cannot be patched: it has not called its loss_function")
         if isinstance(output, tuple):
             return tuple(x for x in output if x is not hidden)
         return type(output)(**{**output, "logits": None})

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import batchkern
 from batchkern.ops import _linear
@@ -26,6 +27,7 @@ def make(kind: str) -> Any:
     config = {
         "llama": lambda: transformers.LlamaConfig(**LLAMA),
         "tied": lambda: transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True),
+        "wide": lambda: transformers.LlamaConfig(**{**LLAMA, "vocab_size": 5000}),
         "bias": lambda: transformers.PhiConfig(**{**SIZES, "intermediate_size": 64}, resid_pdrop=0.0),
         "experts": lambda: transformers.MixtralConfig(**LLAMA, num_local_experts=2, output_router_logits=True),
         "cohere": lambda: transformers.CohereConfig(**LLAMA, logit_scale=0.25),
@@ -133,6 +135,173 @@ def test_shift_labels_are_taken_as_they_are() -> None:
     assert_same_step(step(model, **arguments, shift_labels=shifted), expected, rtol=1e-5, atol=1e-7)
 
 
+def test_shift_labels_alone_are_labels() -> None:
+    """As in sequence parallelism, where a token's label lies on another process."""
+    model, arguments = make("llama"), batch()
+    shifted = nn.functional.pad(arguments.pop("labels"), (0, 1), value=-100)[:, 1:]
+    logits = model(**arguments).logits.flatten(0, 1)
+    expected = batchkern.trimmed_cross_entropy(logits, shifted.flatten(), 0.3)
+    batchkern.patch_causal_lm(model, 0.3)
+    output = model(**arguments, shift_labels=shifted)
+    torch.testing.assert_close(output.loss, expected)
+    assert output.logits is None
+
+
+def test_logits_to_keep() -> None:
+    model, arguments = make("llama"), batch()
+    ids, labels = arguments["input_ids"], arguments["labels"]
+    last = {"labels": labels, "shift_labels": labels[:, -5:].contiguous(), "logits_to_keep": 5}
+    expected = step(model, input_ids=ids, **last)
+    batchkern.patch_causal_lm(model, 1.0)
+    found = step(model, input_ids=ids, **last)
+    assert_same_step(found, expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match=r"one of each of the 15 tokens that have logits, got 51: with logits_to_keep"):
+        model(**arguments, logits_to_keep=5)
+
+
+def test_training_past_the_loss_is_refused() -> None:
+    model, arguments = make("llama"), batch()
+    without_labels = {"input_ids": arguments["input_ids"]}
+    patch = batchkern.patch_causal_lm(model, 0.3)
+    here = "by test_training_past_the_loss_is_refused of test_causal_lm"
+    with pytest.raises(RuntimeError, match=f"LlamaForCausalLM was called in training without labels, {here}, so"):
+        model(**without_labels)
+    with pytest.raises(RuntimeError, match=f"the layers of LlamaForCausalLM were called in training {here}, around"):
+        model.model(**without_labels)
+    own = transformers.modeling_outputs.CausalLMOutput
+    model.forward = lambda input_ids, labels: own(loss=model.model(input_ids).last_hidden_state.sum())
+    with pytest.raises(RuntimeError, match="without the patch: its forward pass, <lambda> of test_causal_lm, has not"):
+        model(**arguments)
+    with torch.no_grad():  # of which nothing is learnt
+        assert model(**arguments).loss != 0
+        model.model(**without_labels)
+    del model.forward
+    model.eval()
+    assert model(**without_labels).logits.requires_grad
+    model.train().requires_grad_(False)
+    model(**without_labels)
+    model.requires_grad_(True)
+    assert model(**arguments).logits is None
+    patch.remove()
+    model(**without_labels).logits.sum().backward()
+    model.model(**without_labels)
+
+
+def test_a_copy_of_a_layer_is_no_copy_of_the_model() -> None:
+    model, arguments = make("llama"), batch()
+    expected = model(**arguments).logits
+    batchkern.patch_causal_lm(model, 0.3)
+    hidden = torch.randn(2, 32)
+    head, body = copy.deepcopy(model.lm_head), copy.deepcopy(model.model)
+    assert len(pickle.dumps(head)) < 2 * head.weight.nbytes
+    assert batchkern.CausalLMPatch.of(head) is None
+    torch.testing.assert_close(head(hidden), hidden @ head.weight.T)
+    with torch.no_grad():
+        torch.testing.assert_close(head(body(arguments["input_ids"]).last_hidden_state), expected)
+
+
+def test_evaluation_without_logits() -> None:
+    """Of all tokens; at most a tenth more than the largest tensor of training."""
+    model, ids = make("wide"), torch.randint(WORDS, (8, 64))
+    arguments = {"input_ids": ids, "labels": ids}
+    model.eval()
+    expected = model(**arguments).loss
+    with_items = model(**arguments, num_items_in_batch=100).loss
+    model.train()
+    batchkern.patch_causal_lm(model, 0.3, chunk_rows=8)
+    trained = largest(lambda: model(**arguments).loss.backward())
+    model.eval()
+    with torch.no_grad():
+        output = model(**arguments, skip_logits=True)
+        torch.testing.assert_close(output.loss, expected)
+        torch.testing.assert_close(model(**arguments, skip_logits=True, num_items_in_batch=100).loss, with_items)
+        assert output.logits is None
+        assert largest(lambda: model(**arguments, skip_logits=True)) <= 1.1 * trained
+        assert largest(lambda: model(**arguments)) > 4 * trained
+
+
+def largest(action: Any) -> int:
+    """Bytes of the largest tensor that it makes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        action()
+    return max(e.nbytes() for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]")
+
+
+def test_an_objective_of_ones_own() -> None:
+    model, arguments = make("llama"), batch()
+    logits = model(input_ids=arguments["input_ids"]).logits
+    target = nn.functional.pad(arguments["labels"], (0, 1), value=-100)[:, 1:]
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(3, 17)
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    middle = float(entropy.median())
+    chosen = (target != -100) & (entropy > middle)
+    expected = (losses * chosen).sum() / chosen.sum()
+    model.zero_grad()
+    expected.backward()
+    grads = {name: x.grad.clone() for name, x in model.named_parameters()}
+    seen = []
+
+    def objective(rows: batchkern.Rows, labels: Tensor) -> Tensor:
+        seen.append(labels)
+        weights = (labels != -100) & (rows.entropy > middle)
+        return (rows.loss * weights).sum() / weights.sum()
+
+    patch = batchkern.patch_causal_lm(model, 1.0, objective)
+    assert_same_step(step(model, **arguments), (expected.detach(), grads), rtol=1e-5, atol=1e-7)
+    assert torch.equal(seen[0], target)
+    torch.testing.assert_close(patch.untrimmed_loss, (losses.sum() / (target != -100).sum()).detach())
+    count = int((target != -100).sum())
+    torch.testing.assert_close(model(**arguments, num_items_in_batch=100).loss, expected.detach() * count / 100)
+    patch.remove()
+    batchkern.patch_causal_lm(model, 1.0, lambda rows, labels: rows.loss)
+    with pytest.raises(TypeError, match="objective must return the loss, a 0-dim tensor, got tensor"):
+        model(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_the_excess_over_a_reference_model(kind: str) -> None:
+    model, reference, arguments = make(kind), make("bias"), batch()
+    target = arguments["labels"][:, 1:].flatten()
+    counted = target != -100
+
+    def losses(of: Any) -> Tensor:
+        logits = of(input_ids=arguments["input_ids"]).logits[:, :-1].flatten(0, 1)
+        return nn.functional.cross_entropy(logits, target, reduction="none")[counted]
+
+    excess = losses(model) - losses(reference.eval())
+    expected = losses(model)[excess.topk(round(0.3 * len(excess))).indices].mean()
+    model.zero_grad()
+    expected.backward()
+    grads = {name: x.grad.clone() for name, x in model.named_parameters()}
+    objective = batchkern.ExcessLoss(reference.train())
+    patch = batchkern.patch_causal_lm(model, 0.3, objective)
+    for repeated in (model, copy.deepcopy(model)):
+        assert_same_step(step(repeated, **arguments), (expected.detach(), grads), rtol=1e-5, atol=1e-7)
+    assert all(x.grad is None for x in reference.parameters())
+    assert not reference.training
+    torch.testing.assert_close(patch.untrimmed_loss, losses(model.eval()).mean().detach())
+    model.train()
+    patch.keep = 1.0
+    unpatched = losses(make(kind)).mean()
+    torch.testing.assert_close(model(**arguments).loss, unpatched)
+    torch.testing.assert_close(objective.reference_losses(arguments).flatten().sum(), losses(reference).sum())
+
+
+def test_what_an_excess_loss_refuses() -> None:
+    model, arguments = make("llama"), batch()
+    reference = make("llama")
+    reference.resize_token_embeddings(WORDS + 8)
+    with pytest.raises(ValueError, match="reference_model must have the 300 words of the model, it has 308"):
+        batchkern.patch_causal_lm(model, 0.3, batchkern.ExcessLoss(reference))
+    assert batchkern.CausalLMPatch.of(model) is None
+    with pytest.raises(TypeError, match="must be a causal language model of transformers"):
+        batchkern.ExcessLoss(nn.Linear(3, 3))
+    batchkern.patch_causal_lm(model, 0.3, batchkern.ExcessLoss(make("bias")))
+    embedded = model.get_input_embeddings()(arguments["input_ids"])
+    with pytest.raises(ValueError, match="inputs_embeds must be None with an ExcessLoss"):
+        model(inputs_embeds=embedded, labels=arguments["labels"])
+
+
 def test_logits_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
     write = _linear._Layer.write_logits
@@ -163,7 +332,9 @@ def test_every_other_call_is_the_models_own() -> None:
     torch.testing.assert_close(model(**arguments).loss, evaluated.loss)  # of all tokens
     assert torch.equal(model.generate(arguments["input_ids"][:1, :4], max_new_tokens=5, do_sample=False), generated)
     model.train()
-    torch.testing.assert_close(model(**without_labels).logits, trained)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**without_labels).logits, trained)
+        assert torch.equal(model.generate(arguments["input_ids"][:1, :4], max_new_tokens=5, do_sample=False), generated)
 
 
 def test_a_tuple_has_no_logits_either() -> None:
@@ -379,6 +550,7 @@ def patched(model: nn.Module) -> nn.Module:
         (lambda: patched(make("llama")), {}, ValueError, "patched already"),
         (lambda: make("llama"), {"keep": 0.0}, ValueError, r"keep must be in \(0, 1\], got 0.0"),
         (lambda: make("llama"), {"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1, got 0"),
+        (lambda: make("llama"), {"objective": 0.3}, TypeError, "objective must be a function of rows and labels"),
         (lambda: make("llama"), {"group": "all"}, TypeError, "group must be a torch.distributed process group"),
     ],
 )

@@ -26,8 +26,8 @@ class KeepSchedule(TrainerCallback):
     def __init__(self, schedule: EpochSchedule) -> None:
         self.schedule = schedule
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        set_keep(model, self.schedule, state.global_step, state.max_steps)
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        set_keep(kwargs["model"], self.schedule, state.global_step, state.max_steps)
 
 
 class PatchedModelMixin:

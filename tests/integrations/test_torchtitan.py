@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import warm
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 pytest.importorskip("torchtitan.components.loss")
 
@@ -75,3 +80,29 @@ def test_another_output_layer_is_refused() -> None:
     loss.set_lm_head(nn.Identity())
     with pytest.raises(TypeError, match="lm_head must be an nn.Linear, got Identity"):
         loss(layers()[0](tokens), labels)
+
+
+def _worker(rank: int, folder: Path) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=2)
+    torch.manual_seed(3)
+    tokens, labels = [batch() for _ in range(2)][rank]
+    body, head = layers()
+    for part in (body, head):
+        fully_shard(part)
+        part.set_force_sum_reduction_for_comms(True)  # for gloo
+        part.set_gradient_divide_factor(1.0)  # as torchtitan does, whose losses are sums
+    loss = TrimmedLossWrapper.Config(keep=0.3).build()
+    loss.set_lm_head(head)
+    loss(body(tokens), labels, torch.tensor(20.0))[0].backward()
+    torch.save([x.grad.full_tensor() for x in (*body.parameters(), *head.parameters())], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_a_sharded_output_layer(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    each = [step(TrimmedLossWrapper.Config(keep=0.3).build(), *problem)[1] for problem in [batch() for _ in range(2)]]
+    warm.spawn(_worker, 2, tmp_path)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), [sum(grads) for grads in zip(*each)])

@@ -3,12 +3,18 @@ refused."""
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
 import plain_loop as plain
 import pytest
 import torch
+import torch.distributed as dist
+import warm
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import batchkern
 from batchkern.schedules import linear
@@ -119,3 +125,69 @@ def test_evaluation_holds_logits_only_where_they_are_wanted(tmp_path: Path) -> N
     assert held == [False, False]
     assert trained.predict(examples).predictions.shape == (8, 12, plain.WORDS)
     assert held == [False, False, True, True]
+
+
+def _worker(rank: int, folder: Path, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    model = plain.model()
+    batchkern.patch_causal_lm(model, 0.4)
+    trained = trainer(model, uneven(), folder, ddp_backend="gloo")
+    trained.train()
+    assert isinstance(trained.model_wrapped, nn.parallel.DistributedDataParallel)
+    results = {"DDP": (plain.logged(trained), {name: x.detach() for name, x in model.named_parameters()})}
+    for kind, group in (("FSDP2", None), ("FSDP2, ranked over both", dist.group.WORLD)):
+        model = plain.model()
+        batchkern.patch_causal_lm(model, 0.4, group=group)
+        results[kind] = fsdp_steps(model, rank)
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def fsdp_steps(model: Any, rank: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """As Trainer does them on GPUs: on a CPU, accelerate takes DDP in place of FSDP."""
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=plain.RATE)
+    losses = []
+    for batches in plain.batches(uneven(), 2):
+        count = sum((batch["labels"] != -100).sum() for batch in batches)
+        loss = model(**batches[rank], num_items_in_batch=count).loss * 2
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach() / 2
+        dist.all_reduce(loss)
+        losses.append(float(loss))
+    return losses, {name: x.full_tensor().detach() for name, x in model.named_parameters()}
+
+
+def uneven() -> list[Any]:
+    """Examples for two processes, of which the first has fewer labels."""
+    examples = plain.rows(24)
+    for example in examples[:4]:
+        example["labels"] = [-100] * 8 + example["labels"][8:]
+    return examples
+
+
+@pytest.mark.slow
+def test_two_processes_equal_a_plain_loop(tmp_path: Path) -> None:
+    expected = {}
+    pairs = plain.batches(uneven(), 2)
+    both = [[{key: torch.cat([batch[key] for batch in pair]) for key in pair[0]}] for pair in pairs]
+    for name, batches in (("each", pairs), ("both", both)):
+        model = plain.model()
+        losses = plain.train(model, batches, [0.4] * 3)
+        expected[name] = losses, {name: x.detach() for name, x in model.named_parameters()}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    warm.spawn(_worker, 2, tmp_path, port)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert set(found) == {"DDP", "FSDP2", "FSDP2, ranked over both"}
+        for kind, (logged, weights) in found.items():
+            losses, theirs = expected["both" if "both" in kind else "each"]
+            assert logged == pytest.approx(losses, abs=1e-5), kind
+            torch.testing.assert_close(weights, theirs, rtol=0, atol=1e-6)
