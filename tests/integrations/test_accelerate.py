@@ -31,19 +31,22 @@ def prepared(accelerator: Any, model: Any) -> tuple[Any, Any]:
     return accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=plain.RATE))
 
 
-def test_three_steps_of_two_batches_equal_a_plain_loop_through_a_checkpoint(accelerator: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [1.0, 0.2])
+def test_three_steps_equal_a_plain_loop_through_a_checkpoint(last: float, accelerator: Any, tmp_path: Path) -> None:
     model, expected, batches = plain.model(), plain.model(), plain.batches(plain.rows(24), 2)
-    plain.train(expected, batches, [1.0, 0.6, 0.2])
+    first, *_ = plain.train(expected, batches, [1.0, (1 + last) / 2, last])
     patch = batchkern.patch_causal_lm(model, 1.0)
     wrapped, optimizer = prepared(accelerator, model)
-    keep = KeepSchedule(accelerator, wrapped, linear(1.0, 0.2), steps=3)
-    keeps = []
+    keep = KeepSchedule(accelerator, wrapped, linear(1.0, last), steps=3)
+    keeps, losses = [], []
 
     def step(index: int) -> None:
         for batch in batches[index]:
             with accelerator.accumulate(wrapped):
                 keeps.append(patch.keep)
-                accelerator.backward(wrapped(**batch).loss)
+                loss = wrapped(**batch).loss
+                losses.append(float(loss.detach()))
+                accelerator.backward(loss)
                 optimizer.step()
                 keep.step()
                 optimizer.zero_grad()
@@ -54,7 +57,9 @@ def test_three_steps_of_two_batches_equal_a_plain_loop_through_a_checkpoint(acce
     accelerator.load_state(str(tmp_path / "state"))
     step(1)
     step(2)
-    assert keeps == pytest.approx([1.0, 1.0, 0.6, 0.6, 0.6, 0.6, 0.2, 0.2])
+    middle = (1 + last) / 2
+    assert keeps == pytest.approx([1.0, 1.0, middle, middle, middle, middle, last, last])
+    assert sum(losses[:2]) / 2 == pytest.approx(first, abs=1e-5)
     plain.assert_same_weights(model, expected)
 
 

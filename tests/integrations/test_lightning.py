@@ -56,10 +56,11 @@ def fit(module: Any, examples: list[Any], folder: Path, *callbacks: Any, **optio
     return trainer
 
 
-def test_three_steps_equal_a_plain_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep", [1.0, 0.3])
+def test_three_steps_equal_a_plain_loop(keep: float, tmp_path: Path) -> None:
     model, expected, examples, logged = plain.model(), plain.model(), plain.rows(12), Logged()
-    losses = plain.train(expected, plain.batches(examples), [0.3] * 3)
-    batchkern.patch_causal_lm(model, 0.3)
+    losses = plain.train(expected, plain.batches(examples), [keep] * 3)
+    batchkern.patch_causal_lm(model, keep)
     fit(Module(model), examples, tmp_path, logged)
     assert [row["loss"] for row in logged.rows] == pytest.approx(losses, abs=1e-5)
     plain.assert_same_weights(model, expected)

@@ -23,21 +23,21 @@ def adapted(model: Any, targets: list[str] | str = "all-linear", **options: Any)
 
 
 @pytest.mark.parametrize(
-    ("after", "saved"),
-    [(False, None), (True, None), (True, ["lm_head"])],
-    ids=["patched first", "adapted first", "with an output layer"],
+    ("after", "saved", "keep"),
+    [(False, None, 0.3), (True, None, 0.3), (True, ["lm_head"], 0.3), (True, ["lm_head"], 1.0)],
+    ids=["patched first", "adapted first", "with an output layer", "keep 1"],
 )
-def test_three_steps_equal_a_plain_loop(after: bool, saved: list[str] | None) -> None:
+def test_three_steps_equal_a_plain_loop(after: bool, saved: list[str] | None, keep: float) -> None:
     batches = plain.batches(plain.rows(12))
     expected = adapted(plain.model(), modules_to_save=saved)
     first = {name: x.detach().clone() for name, x in expected.named_parameters() if x.requires_grad}
-    losses = plain.train(expected, batches, [0.3] * 3)
+    losses = plain.train(expected, batches, [keep] * 3)
     model = plain.model()
     if after:
         model = adapted(model, modules_to_save=saved)
-        batchkern.patch_causal_lm(model, 0.3)
+        batchkern.patch_causal_lm(model, keep)
     else:
-        batchkern.patch_causal_lm(model, 0.3)
+        batchkern.patch_causal_lm(model, keep)
         model = adapted(model, modules_to_save=saved)
     for (batch,), loss in zip(batches, losses, strict=True):
         model.zero_grad()

@@ -3,6 +3,7 @@ refused."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 from pathlib import Path
@@ -130,16 +131,19 @@ def test_evaluation_holds_logits_only_where_they_are_wanted(tmp_path: Path) -> N
 def _worker(rank: int, folder: Path, port: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    model = plain.model()
-    batchkern.patch_causal_lm(model, 0.4)
-    trained = trainer(model, uneven(), folder, ddp_backend="gloo")
-    trained.train()
-    assert isinstance(trained.model_wrapped, nn.parallel.DistributedDataParallel)
-    results = {"DDP": (plain.logged(trained), {name: x.detach() for name, x in model.named_parameters()})}
-    for kind, group in (("FSDP2", None), ("FSDP2, ranked over both", dist.group.WORLD)):
+    results = {}
+    for keep in (0.4, 1.0):
         model = plain.model()
-        batchkern.patch_causal_lm(model, 0.4, group=group)
-        results[kind] = fsdp_steps(model, rank)
+        batchkern.patch_causal_lm(model, keep)
+        trained = trainer(model, uneven(), folder, ddp_backend="gloo")
+        trained.train()
+        assert isinstance(trained.model_wrapped, nn.parallel.DistributedDataParallel)
+        weights = {name: x.detach() for name, x in model.named_parameters()}
+        results["DDP", keep, False] = plain.logged(trained), weights
+        for both in (False, True):
+            model = plain.model()
+            batchkern.patch_causal_lm(model, keep, group=dist.group.WORLD if both else None)
+            results["FSDP2", keep, both] = fsdp_steps(model, rank)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -173,21 +177,22 @@ def uneven() -> list[Any]:
 
 @pytest.mark.slow
 def test_two_processes_equal_a_plain_loop(tmp_path: Path) -> None:
-    expected = {}
+    """Where they rank their tokens together, too."""
     pairs = plain.batches(uneven(), 2)
-    both = [[{key: torch.cat([batch[key] for batch in pair]) for key in pair[0]}] for pair in pairs]
-    for name, batches in (("each", pairs), ("both", both)):
+    joined = [[{key: torch.cat([batch[key] for batch in pair]) for key in pair[0]}] for pair in pairs]
+    expected = {}
+    for keep, both in itertools.product((0.4, 1.0), (False, True)):
         model = plain.model()
-        losses = plain.train(model, batches, [0.4] * 3)
-        expected[name] = losses, {name: x.detach() for name, x in model.named_parameters()}
+        losses = plain.train(model, joined if both else pairs, [keep] * 3)
+        expected[keep, both] = losses, {name: x.detach() for name, x in model.named_parameters()}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     warm.spawn(_worker, 2, tmp_path, port)
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
-        assert set(found) == {"DDP", "FSDP2", "FSDP2, ranked over both"}
-        for kind, (logged, weights) in found.items():
-            losses, theirs = expected["both" if "both" in kind else "each"]
+        assert len(found) == 6
+        for (kind, *which), (logged, weights) in found.items():
+            losses, theirs = expected[tuple(which)]
             assert logged == pytest.approx(losses, abs=1e-5), kind
             torch.testing.assert_close(weights, theirs, rtol=0, atol=1e-6)
