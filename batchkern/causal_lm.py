@@ -30,7 +30,7 @@ ADVICE = (
     "pass labels and train on the loss that the model returns (docs/integrations.md has trainers that do not), call it "
     "under torch.no_grad() or in eval mode, or remove() the patch"
 )
-HAND_ON = ("accelerate", "batchkern", "peft", "torch")
+HAND_ON = ("accelerate.", "batchkern.", "peft.", "torch.", "transformers.models.")
 OF_THE_MODEL_ALONE = (
     "num_items_in_batch",
     "past_key_values",
@@ -373,7 +373,7 @@ def _learns(model: nn.Module) -> bool:
 def _caller() -> str:
     """Who called the model, in words, past what hands calls on."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals["__name__"].partition(".")[0] in HAND_ON:
+    while frame is not None and f"{frame.f_globals['__name__']}.".startswith(HAND_ON):
         frame = frame.f_back
     return "Python" if frame is None else f"{frame.f_code.co_name} of {frame.f_globals['__name__']}"
 

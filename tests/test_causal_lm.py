@@ -424,10 +424,12 @@ def test_a_micro_batch_without_labels() -> None:
     assert_same_step(step(model, **arguments, num_items_in_batch=7), expected)
 
 
-def test_compiled() -> None:
+@pytest.mark.parametrize("over", [False, True], ids=["hardest", "excess"])
+def test_compiled(over: bool) -> None:
     model, arguments = make("llama"), batch()
-    batchkern.patch_causal_lm(model, 0.4, chunk_rows=10)
+    batchkern.patch_causal_lm(model, 0.4, batchkern.ExcessLoss(make("bias")) if over else None, chunk_rows=10)
     expected = step(model, **arguments)
+    torch._dynamo.reset()
     model.zero_grad()
     loss = torch.compile(model, backend="aot_eager", fullgraph=True)(**arguments).loss
     loss.backward()

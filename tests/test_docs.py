@@ -197,6 +197,13 @@ def test_there_is_a_card_for_everything():
     assert [name for name in batchkern.__all__ if not re.search(rf"\b{name}\b", everything)] == ["__version__"]
 
 
+def test_what_was_tried_in_trainers_is_a_test():
+    named = re.findall(r"\| *`(test_\w+)::(test_\w+)` *\|$", PAGES["integrations.md"], re.MULTILINE)
+    assert len(named) > 10
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / "integrations" / f"{file}.py").read_text(), test
+
+
 @pytest.mark.parametrize("page", CARDS)
 def test_cards_have_the_same_sections(page):
     assert re.findall(r"^## (.*)$", prose(page), re.MULTILINE) == SECTIONS
