@@ -744,11 +744,6 @@ WRAPPERS = [
         ("skip_logits is not heeded", " or bool(skip_logits)", ""),
         ("shift_labels alone are no labels", 'kwargs["labels"] = kwargs["shift_labels"]', 'kwargs["shift_labels"]'),
         (
-            "a copy of a reference model is made",
-            "        return self\n",
-            "        return ExcessLoss(copy.deepcopy(self._patch._model))\n",
-        ),
-        (
             "a scale that divides multiplies",
             "scale /= base.config.logits_scaling",
             "scale *= base.config.logits_scaling",

@@ -277,6 +277,7 @@ def test_the_excess_over_a_reference_model(kind: str) -> None:
     patch = batchkern.patch_causal_lm(model, 0.3, objective)
     for repeated in (model, copy.deepcopy(model)):
         assert_same_step(step(repeated, **arguments), (expected.detach(), grads), rtol=1e-5, atol=1e-7)
+    assert batchkern.CausalLMPatch.of(repeated)._objective is objective  # no copy of the reference model
     assert all(x.grad is None for x in reference.parameters())
     assert not reference.training
     torch.testing.assert_close(patch.untrimmed_loss, losses(model.eval()).mean().detach())
