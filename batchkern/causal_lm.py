@@ -3,8 +3,8 @@ code.
 
 Two places that such a model has are used: its output layer, ``get_output_embeddings()``, and its ``loss_function``.
 While the model trains on labels the layer hands its input on as it is, and the loss function gets the last hidden state
-where it expected logits. All that is put into the model is bound methods of one object, so that a copy of the model has
-its own. Training that goes past the loss function is an error. ``transformers`` itself is not imported.
+where it expected logits. All that is put into the model belongs to one object, so that a copy of the model has its own.
+Training that goes past the loss function is an error. ``transformers`` itself is not imported.
 """
 
 from __future__ import annotations
@@ -164,11 +164,11 @@ class CausalLMPatch:
         if model is not self._model:
             raise RuntimeError("a patched model cannot be replicated by DataParallel: use DistributedDataParallel")
         skip_logits = kwargs.pop("skip_logits", False)
-        arguments = inspect.signature(model.forward).bind(*args, **kwargs).arguments
-        if arguments.get("labels") is None and kwargs.get("shift_labels") is not None and model.training:
+        given = {**dict(zip(inspect.signature(model.forward).parameters, args)), **kwargs}
+        if given.get("labels") is None and given.get("shift_labels") is not None and model.training:
             # Sequence parallelism leaves the labels out, without which the model makes no loss.
-            arguments["labels"] = kwargs["labels"] = kwargs["shift_labels"]
-        call, labelled = self._call, arguments.get("labels") is not None
+            given["labels"] = kwargs["labels"] = given["shift_labels"]
+        call, labelled = self._call, given.get("labels") is not None
         if not labelled and _learns(model):
             raise RuntimeError(
                 f"{call.name} was called in training without labels, by {_caller()}, so that its loss would be that of "
@@ -183,7 +183,7 @@ class CausalLMPatch:
                 "and patch again, after adapters are added"
             )
         if call.active and model.training and not self._each_token and isinstance(self._objective, ExcessLoss):
-            self._reference = self._objective.reference_losses({**kwargs, **arguments})
+            self._reference = self._objective.reference_losses(given)
         return args, kwargs
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -232,12 +232,8 @@ class CausalLMPatch:
                 f"{shift_labels.numel()}: with logits_to_keep, pass shift_labels of those tokens"
             )
         target = shift_labels.reshape(hidden.shape[:-1]).to(hidden.device)
-        options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "chunk_rows": self._chunk_rows,
-            "bias": self._head.bias,
-        }
-        options |= {"softcap": self._softcap, "logit_scale": self._scale}
+        options: dict[str, Any] = {"bias": self._head.bias, "softcap": self._softcap, "logit_scale": self._scale}
+        options |= {"ignore_index": ignore_index, "chunk_rows": self._chunk_rows}
         if self._each_token:
             return linear_cross_entropy(hidden, self._head.weight, target, reduction="none", **options)
         counted = target != ignore_index

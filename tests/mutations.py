@@ -742,7 +742,7 @@ WRAPPERS = [
             "if True:\n            loss =",
         ),
         ("skip_logits is not heeded", " or bool(skip_logits)", ""),
-        ("shift_labels alone are no labels", 'kwargs["labels"] = kwargs["shift_labels"]', 'kwargs["shift_labels"]'),
+        ("shift_labels alone are no labels", 'given["labels"] = kwargs["labels"] = given["shift_labels"]', "pass"),
         (
             "a scale that divides multiplies",
             "scale /= base.config.logits_scaling",

@@ -5,6 +5,7 @@ None of them is imported with batchkern. What works in which library, and what i
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from batchkern.causal_lm import CausalLMPatch
@@ -22,7 +23,7 @@ def set_keep(model: nn.Module, schedule: EpochSchedule, step: int, steps: int) -
     if patch is None:
         raise ValueError("model must be patched by patch_causal_lm for a schedule of keep, it is not")
     keep = schedule(min(step, steps - 1), steps)
-    check.fraction("keep", keep, nn.Parameter())
+    check.fraction("keep", keep, torch.empty(0))
     if isinstance(patch.keep, Tensor):
         patch.keep.fill_(keep)
     else:
