@@ -9,6 +9,7 @@ Training that goes past the loss function is an error. ``transformers`` itself i
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from batchkern.ops import Rows, linear_cross_entropy, trimmed_mean
 from batchkern.ops import _checks as check
@@ -30,7 +32,7 @@ ADVICE = (
     "pass labels and train on the loss that the model returns (docs/integrations.md has trainers that do not), call it "
     "under torch.no_grad() or in eval mode, or remove() the patch"
 )
-HAND_ON = ("accelerate.", "batchkern.", "peft.", "torch.", "transformers.models.")
+HAND_ON = ("accelerate.", "batchkern.", "peft.", "torch.", "transformers.models.", "transformers.utils.")
 OF_THE_MODEL_ALONE = (
     "num_items_in_batch",
     "past_key_values",
@@ -67,9 +69,10 @@ def patch_causal_lm(
         keep: fraction of the tokens kept, in (0, 1]; or a 0-dim float64 tensor on the device of the loss.
         objective: what to train on in place of the hardest tokens: an :class:`ExcessLoss`; or a function of one's own,
             ``objective(rows, labels)``, that gives the loss, 0-dim. ``rows`` has loss, lse, entropy and correctness of
-            each token, as :func:`linear_cross_entropy` gives them; ``labels``, of the same shape, are shifted: each is
-            what its token predicts, and -100 where there is nothing to predict. Tokens to which it gives no gradient
-            cost no backward pass. It does not get ``keep``.
+            each token, as :func:`linear_cross_entropy` gives them: loss and lse are differentiable. ``labels``, of the
+            same shape, are shifted: each is what its token predicts, and -100 where there is nothing to predict. Tokens
+            to which it gives no gradient cost no backward pass. It does not get ``keep``. With ``num_items_in_batch``
+            what it returns counts as a mean.
         group, chunk_rows: as in :func:`linear_trimmed_cross_entropy`.
 
     Returns:
@@ -103,45 +106,57 @@ class CausalLMPatch:
     ) -> None:
         check.fraction("keep", keep, keep if isinstance(keep, Tensor) else torch.empty(0))
         check.process_group(group)
-        if not (objective is None or callable(objective) or isinstance(objective, ExcessLoss)):
+        own = callable(objective) and not isinstance(objective, type)
+        if not (objective is None or own or isinstance(objective, ExcessLoss)):
             raise TypeError(f"objective must be a function of rows and labels, or an ExcessLoss, got {objective!r}")
         if chunk_rows is not None:
             check.count("chunk_rows", chunk_rows, low=1)
         base, head, loss = _parts(model)
         if isinstance(objective, ExcessLoss):
-            objective.check(head)
+            objective.prepare(head, chunk_rows)
         self.keep, self._objective, self._group, self._chunk_rows = keep, objective, group, chunk_rows
         self._model, self._base, self._head, self._loss = model, base, head, loss
         self._softcap, self._scale = _cap(base)
         self._checked = False
+        self._removed = self._is_reference = False
         self._each_token = False
         self._reference: Tensor | None = None
+        self._losses: Tensor | None = None
         self._own_forward = head.__dict__.get("forward")
-        self._call = head.forward = _Call(type(base).__name__, head.forward)
+        self._call = head.forward = _Call(base, head.forward)
         base.loss_function = self._loss_function
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),
         ]
         if base.base_model is not base:
-            self._hooks.append(base.base_model.register_forward_pre_hook(self._call.refuse_around))
+            self._hooks.append(base.base_model.register_forward_hook(self._call.refuse_around))
 
     @staticmethod
     def of(model: nn.Module) -> CausalLMPatch | None:
-        """The patch of a model, of a copy of a patched one, or of one in ``model``; None where there is none."""
-        for module in model.modules():
-            patch = getattr(module.__dict__.get("_loss_function"), "__self__", None)
-            if isinstance(patch, CausalLMPatch):
-                return patch
-        return None
+        """The patch of a model, of a copy of a patched one, or of one in ``model``; None where there is none.
+
+        That of a reference model only where there is no other.
+
+        Raises:
+            ValueError: where there are several.
+        """
+        _check_module("model", model)
+        functions = (module.__dict__.get("_loss_function") for module in model.modules())
+        found = [getattr(function, "__self__", None) for function in functions]
+        patches = [patch for patch in dict.fromkeys(found) if isinstance(patch, CausalLMPatch)]
+        patches = [patch for patch in patches if not patch._is_reference] or patches
+        if len(patches) > 1:
+            raise ValueError(f"model must have one patched model in it, it has {len(patches)}")
+        return patches[0] if patches else None
 
     def remove(self) -> None:
         """Gives the model its own output layer and loss function back, where that has not been done."""
-        if not self._hooks:
+        if self._removed:
             return
+        self._removed = True
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
         if self._own_forward is None:
             del self._head.forward
         else:
@@ -152,35 +167,37 @@ class CausalLMPatch:
     def token_losses(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of each token, of the labels' shape, 0 where there is nothing to predict: without gradient, without
         logits, and in whichever mode the model is. The arguments are the model's, ``labels`` among them."""
-        self._each_token = True
+        self._each_token, self._losses = True, None
         try:
-            return cast(Tensor, self._model(*args, **kwargs).loss)
+            self._model(*args, **kwargs)
+            if self._losses is None:
+                raise ValueError("labels must be given for the losses of tokens, got None")
+            return self._losses
         finally:
-            self._each_token = False
+            self._each_token, self._losses = False, None
 
     def _before(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if model is not self._model:
-            raise RuntimeError("a patched model cannot be replicated by DataParallel: use DistributedDataParallel")
+            raise RuntimeError(
+                "a shallow copy of a patched model, or its replica in DataParallel, cannot be called: use "
+                "copy.deepcopy, or DistributedDataParallel"
+            )
         skip_logits = kwargs.pop("skip_logits", False)
+        makes_loss = model.training or self._each_token or bool(skip_logits)
         given = {**dict(zip(inspect.signature(model.forward).parameters, args)), **kwargs}
-        if given.get("labels") is None and given.get("shift_labels") is not None and model.training:
+        if given.get("labels") is None and given.get("shift_labels") is not None and makes_loss:
             # Sequence parallelism leaves the labels out, without which the model makes no loss.
             given["labels"] = kwargs["labels"] = given["shift_labels"]
-        call, labelled = self._call, given.get("labels") is not None
-        if not labelled and _learns(model):
+        call = self._call
+        call.inside, call.hidden, call.labelled = True, None, given.get("labels") is not None
+        call.active = call.labelled and makes_loss
+        known = torch.compiler.is_compiling() or self._base.loss_function == self._loss_function
+        if call.active and not (known and _output_layer(self._base) is self._head):
             raise RuntimeError(
-                f"{call.name} was called in training without labels, by {_caller()}, so that its loss would be that of "
-                f"all tokens: {ADVICE}"
-            )
-        call.inside, call.hidden = True, None
-        call.active = labelled and (model.training or self._each_token or bool(skip_logits))
-        layer = _output_layer(self._base)
-        if call.active and layer is not self._head:
-            raise RuntimeError(
-                f"the output layer of {call.name} was replaced since it was patched, by one of {type(layer)}: remove() "
-                "and patch again, after adapters are added"
+                f"{call.name} has another output layer or loss_function than when it was patched (it was replaced, or "
+                "an adapter was added or disabled): remove() and patch again"
             )
         if call.active and model.training and not self._each_token and isinstance(self._objective, ExcessLoss):
             self._reference = self._objective.reference_losses(given)
@@ -191,12 +208,21 @@ class CausalLMPatch:
         call, self._reference = self._call, None
         unused, hidden = call.active, call.hidden
         call.inside, call.active, call.hidden = False, False, None
-        if output is not None and unused and (hidden is not None or _learns(model)):
+        if output is None:
+            return output
+        if not call.labelled and _learns(model, output):
             raise RuntimeError(
-                f"the loss of {call.name} was made without the patch: its forward pass, {_place(self._base.forward)}, "
-                f"has not called its loss_function: {ADVICE}"
+                f"{call.name} was called in training without labels, by {_caller()}, so that its loss would be that of "
+                f"all tokens: {ADVICE}"
             )
-        if output is None or hidden is None:
+        if unused and (hidden is not None or _learns(model, output)):
+            base = self._base
+            forward = _place(base.forward) if "forward" in base.__dict__ else f"{call.name}.forward"
+            raise RuntimeError(
+                f"the loss of {call.name} was made without the patch, as its forward pass, {forward}, has not called "
+                f"its loss_function: {ADVICE}"
+            )
+        if hidden is None:
             return output
         if isinstance(output, tuple):
             return tuple(x for x in output if x is not hidden)
@@ -215,32 +241,48 @@ class CausalLMPatch:
         call = self._call
         if not call.active:
             items = num_items_in_batch, ignore_index, shift_labels
-            return cast(Tensor, self._loss(logits, labels, vocab_size, *items, **others))
+            loss = cast(Tensor, self._loss(logits, labels, vocab_size, *items, **others))
+            call.refuse_backward_of(loss)
+            return loss
         hidden = call.hidden
         if hidden is None or not self._is_known(logits, hidden):
             raise RuntimeError(
                 f"{call.name} cannot be patched: between the output layer and the loss it changes its logits, by a "
-                "cast, or by a scale or a cap that its configuration does not name"
+                "hook, a cast, or a scale or cap that its configuration does not name"
             )
-        call.active = False
-        call.hidden = logits  # which the output has in place of logits
+        loss = self._loss_of(hidden, labels, num_items_in_batch, ignore_index, shift_labels)
+        # The output has them in place of logits. That is said last: an objective may have called the model.
+        call.active, call.hidden = False, logits
+        return loss
+
+    def _loss_of(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None,
+        ignore_index: int,
+        shift_labels: Tensor | None,
+    ) -> Tensor:
         if shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        if shift_labels.numel() != hidden.shape[:-1].numel():
+        tokens = hidden.shape[:-1]
+        if shift_labels.numel() != tokens.numel():
             raise ValueError(
-                f"labels must have one of each of the {hidden.shape[:-1].numel()} tokens that have logits, got "
+                f"labels must have one for each of the {tokens.numel()} tokens that have logits, got "
                 f"{shift_labels.numel()}: with logits_to_keep, pass shift_labels of those tokens"
             )
-        target = shift_labels.reshape(hidden.shape[:-1]).to(hidden.device)
+        target = shift_labels.reshape(tokens).to(hidden.device)
         options: dict[str, Any] = {"bias": self._head.bias, "softcap": self._softcap, "logit_scale": self._scale}
         options |= {"ignore_index": ignore_index, "chunk_rows": self._chunk_rows}
         if self._each_token:
-            return linear_cross_entropy(hidden, self._head.weight, target, reduction="none", **options)
+            self._losses = linear_cross_entropy(hidden, self._head.weight, target, reduction="none", **options)
+            return self._losses.sum()
         counted = target != ignore_index
         if self._model.training:
             loss = self._selected(hidden, target, counted, options)
         else:
             loss = linear_cross_entropy(hidden, self._head.weight, target, **options)
+            self._call.refuse_backward_of(loss)
         if num_items_in_batch is None:
             return loss
         count = counted.sum()
@@ -262,11 +304,17 @@ class CausalLMPatch:
                 flat, weight, of_each, self.keep, per_sample=True, group=self._group, **options
             )
         elif isinstance(self._objective, ExcessLoss):
-            if not isinstance(self.keep, Tensor) and self._group is None:
-                options["backward_rows"] = max(1, round(self.keep * target.numel()))
+            reference = cast(Tensor, self._reference)
+            if reference.shape != target.shape:
+                raise ValueError(
+                    f"reference_model must give a loss for each of the {tuple(target.shape)} tokens of the model, got "
+                    f"{tuple(reference.shape)}: a learnt prompt has no part in it"
+                )
+            keep = check.fraction("keep", self.keep, hidden)
+            if not isinstance(keep, Tensor) and self._group is None:
+                options["backward_rows"] = max(1, round(keep * target.numel()))
             losses = linear_cross_entropy(hidden, weight, target, reduction="none", **options)
-            excess = losses.detach() - cast(Tensor, self._reference)
-            loss = trimmed_mean(losses, self.keep, score=excess, mask=counted, group=self._group)
+            loss = trimmed_mean(losses, keep, score=losses.detach() - reference, mask=counted, group=self._group)
         else:
             rows = linear_cross_entropy(hidden, weight, target, stats=True, **options)
             losses, loss = rows.loss, self._objective(rows, target)
@@ -301,69 +349,114 @@ class ExcessLoss:
         patch_causal_lm(model, 0.6, ExcessLoss(reference_model))
 
     The loss is the mean over these tokens. The reference model, trained on text of the kind that is wanted, costs a
-    forward pass of each batch; its losses are those of :func:`linear_cross_entropy`, without gradient and logits. It is
-    put into evaluation mode. It is no part of the model: neither its ``state_dict`` nor a copy has one.
+    forward pass of each batch; its losses are those of :func:`linear_cross_entropy`, without gradient and logits. The
+    model's ``state_dict`` does not have it, and copies of the model share it.
 
     Args:
         reference_model: a causal language model that :func:`patch_causal_lm` takes, with the vocabulary of the model,
-            on the same device. It is patched, where it is not yet.
+            on the same device. It is put into evaluation mode, and patched, where it is not, and stays so.
 
     Raises:
         TypeError: as :func:`patch_causal_lm`.
-        ValueError: when a model is patched whose vocabulary has another size.
+        ValueError: when a model is patched whose vocabulary has another size, or which shares the output layer; when it
+            is trained on ``inputs_embeds``, or on a learnt prompt, which the reference model cannot be given.
 
     Source: Lin et al., 2024, section 2.2, `arXiv:2404.07965 <https://arxiv.org/abs/2404.07965>`_.
     """
 
     def __init__(self, reference_model: nn.Module) -> None:
+        self._model = reference_model.eval() if isinstance(reference_model, nn.Module) else reference_model
         self._patch = CausalLMPatch.of(reference_model) or CausalLMPatch(reference_model, 1.0)
-        reference_model.eval()
+        self._patch._is_reference = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExcessLoss:
         return self
 
-    def reference_losses(self, arguments: dict[str, Any]) -> Tensor:
-        """The reference model's losses of the tokens, by the arguments of the call of the model."""
-        if arguments.get("inputs_embeds") is not None:
-            raise ValueError("inputs_embeds must be None with an ExcessLoss, whose reference model needs input_ids")
-        inputs = {name: x for name, x in arguments.items() if name not in OF_THE_MODEL_ALONE}
-        return self._patch.token_losses(**inputs, use_cache=False)
+    def prepare(self, head: nn.Linear, chunk_rows: int | None) -> None:
+        """For a model of this output layer, of whose vocabulary the size is looked at."""
+        patch, words = self._patch, head.weight.shape[0]
+        if patch._head is head:
+            raise ValueError("reference_model must have an output layer of its own, it has that of the model")
+        if patch._head.weight.shape[0] != words:
+            raise ValueError(
+                f"reference_model must have the {words} words of the model, it has {patch._head.weight.shape[0]}"
+            )
+        patch._chunk_rows = chunk_rows
 
-    def check(self, head: nn.Linear) -> None:
-        """That the vocabulary of a model is the reference model's, as far as its size tells."""
-        words, theirs = head.weight.shape[0], self._patch._head.weight.shape[0]
-        if words != theirs:
-            raise ValueError(f"reference_model must have the {words} words of the model, it has {theirs}")
+    def reference_losses(self, given: dict[str, Any]) -> Tensor:
+        """The reference model's losses of the tokens, by the arguments of the call of the model."""
+        for name in ("inputs_embeds", "past_key_values"):
+            if given.get(name) is not None:
+                raise ValueError(f"{name} must be None with an ExcessLoss, whose reference model needs whole input_ids")
+        if self._patch._removed:
+            raise RuntimeError("the patch of reference_model was removed: make the ExcessLoss anew")
+        if self._model.training:  # as part of a module that is trained
+            self._model.eval()
+        inputs = {name: x for name, x in given.items() if name not in OF_THE_MODEL_ALONE}
+        return self._patch.token_losses(**inputs, use_cache=False)
 
 
 class _Call:
     """The call that a patched model is in. In place of the output layer's ``forward``: while a loss is to be made, its
     input is handed on. It knows nothing of the model, so that a copy of a layer is not one of the model."""
 
-    def __init__(self, name: str, forward: Callable[[Tensor], Tensor]) -> None:
-        self.name, self._forward = name, forward
-        self.inside = self.active = False
+    def __init__(self, base: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        self.name, self._base, self._forward = type(base).__name__, id(base), forward
+        self.inside = self.active = self.labelled = False
         self.hidden: Tensor | None = None
         self.version = 0
 
-    def __call__(self, hidden: Tensor) -> Tensor:
-        if not self.active:
-            return self._forward(hidden)
-        self.hidden, self.version = hidden, _version(hidden)
-        return hidden
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Call:
+        """That in a copy of a layer alone refuses nothing."""
+        copied = memo[id(self)] = object.__new__(_Call)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        if self._base in memo:
+            copied._base = id(memo[self._base])
+        else:
+            copied.inside = True
+        return copied
 
-    def refuse_around(self, layers: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before the layers below the output layer are called."""
-        if not self.inside and _learns(layers):
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if self.active:
+            self.hidden, self.version = hidden, _version(hidden)
+            return hidden
+        logits = self._forward(hidden)
+        layer: Any = getattr(self._forward, "__self__", None)
+        if not self.inside and isinstance(layer, nn.Module):
+            self.refuse_around(layer, (), logits)
+        return logits
+
+    def refuse_around(self, layers: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a part of the model was called."""
+        if not self.inside and _learns(layers, output):
             raise RuntimeError(
-                f"the layers of {self.name} were called in training by {_caller()}, around the model, so that its loss "
-                f"would be that of all tokens: {ADVICE}"
+                f"the layers of {self.name} were called in training by {_caller()}, around the model that was patched "
+                f"(after an adapter is merged, patch again), so that its loss would be that of all tokens: {ADVICE}"
             )
 
+    def refuse_backward_of(self, loss: Tensor) -> None:
+        """Of a model in evaluation mode, such as ``from_pretrained`` returns."""
 
-def _learns(model: nn.Module) -> bool:
-    """Whether what it returns may be trained on."""
-    return model.training and torch.is_grad_enabled() and any(x.requires_grad for x in model.parameters())
+        def refuse(grad: Tensor) -> None:
+            raise RuntimeError(
+                f"{self.name} is trained in evaluation mode, where its loss is that of all tokens: call train() first, "
+                "or remove() the patch"
+            )
+
+        if loss.requires_grad and not torch.compiler.is_compiling():
+            loss.register_hook(refuse)
+
+
+def _learns(model: nn.Module, output: Any) -> bool:
+    """Whether what a model returned may be trained on."""
+    if not (model.training and torch.is_grad_enabled()):
+        return False
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(output))
+
+
+def _check_module(name: str, model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} must be a causal language model of transformers, got {type(model).__name__}")
 
 
 def _caller() -> str:
@@ -419,9 +512,10 @@ def _forwards(base: Any) -> list[Any]:
 
 def _parts(model: nn.Module) -> tuple[Any, Any, Any]:
     """The model of transformers, its output layer and its loss function."""
+    _check_module("model", model)
     base = _base(model)
     loss = getattr(base, "loss_function", None)
-    if CausalLMPatch.of(model) is not None:
+    if isinstance(getattr(loss, "__self__", None), CausalLMPatch):
         raise ValueError(
             "model is patched already: assign to the keep of CausalLMPatch.of(model), or remove() it first"
         )

@@ -732,10 +732,14 @@ WRAPPERS = [
         ("tests/test_causal_lm.py", *UNCOMPILED),
         ("a token predicts itself", "F.pad(labels, (0, 1), value=ignore_index)[..., 1:]", "labels"),
         ("the untrimmed loss counts ignored tokens", "losses.detach().sum() / counted.sum()", "losses.detach().mean()"),
-        ("training without labels is let pass", "if not labelled and _learns(model):", "if not labelled and False:"),
-        ("a loss made elsewhere is let pass", "unused and (hidden is not None or _learns(model))", "unused and hidden"),
-        ("layers called around the model are let pass", "if not self.inside and _learns(layers):", "if False:"),
-        ("the excess is the loss", "score=excess", "score=losses.detach()"),
+        ("training without labels is let pass", "if not call.labelled and _learns(model, output):", "if False:"),
+        (
+            "a loss made elsewhere is let pass",
+            "unused and (hidden is not None or _learns(model, output))",
+            "unused and hidden",
+        ),
+        ("layers called around the model are let pass", "if not self.inside and _learns(layers, output):", "if False:"),
+        ("the excess is the loss", "score=losses.detach() - reference", "score=losses.detach()"),
         (
             "evaluation is of the hardest tokens",
             "if self._model.training:\n            loss =",

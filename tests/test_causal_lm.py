@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 from typing import Any
 
@@ -155,7 +156,9 @@ def test_logits_to_keep() -> None:
     batchkern.patch_causal_lm(model, 1.0)
     found = step(model, input_ids=ids, **last)
     assert_same_step(found, expected, rtol=1e-5, atol=1e-7)
-    with pytest.raises(ValueError, match=r"one of each of the 15 tokens that have logits, got 51: with logits_to_keep"):
+    with pytest.raises(
+        ValueError, match=r"one for each of the 15 tokens that have logits, got 51: with logits_to_keep"
+    ):
         model(**arguments, logits_to_keep=5)
 
 
@@ -170,7 +173,7 @@ def test_training_past_the_loss_is_refused() -> None:
         model.model(**without_labels)
     own = transformers.modeling_outputs.CausalLMOutput
     model.forward = lambda input_ids, labels: own(loss=model.model(input_ids).last_hidden_state.sum())
-    with pytest.raises(RuntimeError, match="without the patch: its forward pass, <lambda> of test_causal_lm, has not"):
+    with pytest.raises(RuntimeError, match="without the patch, as its forward pass, <lambda> of test_causal_lm, has"):
         model(**arguments)
     with torch.no_grad():  # of which nothing is learnt
         assert model(**arguments).loss != 0
@@ -180,11 +183,65 @@ def test_training_past_the_loss_is_refused() -> None:
     assert model(**without_labels).logits.requires_grad
     model.train().requires_grad_(False)
     model(**without_labels)
+    learnt = torch.randn(3, 17, 32, requires_grad=True)
+    with pytest.raises(RuntimeError, match="was called in training without labels"):
+        model(inputs_embeds=learnt)
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=f"the layers of LlamaForCausalLM were called in training {here}, around"):
+        model.lm_head(model.model(**without_labels).last_hidden_state)
+    with pytest.raises(RuntimeError, match=f"the layers of LlamaForCausalLM were called in training {here}, around"):
+        model.forward(**arguments)  # past the hooks
+    model.loss_function = patch._loss
+    with pytest.raises(RuntimeError, match="another output layer or loss_function than when it was patched"):
+        model(**arguments)
+    model.loss_function = patch._loss_function
     model.requires_grad_(True)
     assert model(**arguments).logits is None
     patch.remove()
     model(**without_labels).logits.sum().backward()
     model.model(**without_labels)
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_logits": True}])
+def test_training_in_evaluation_mode_is_refused(options: Any) -> None:
+    """In which from_pretrained returns a model."""
+    model, arguments = make("llama").eval(), batch()
+    patch = batchkern.patch_causal_lm(model, 0.3)
+    loss = model(**arguments, **options).loss
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM is trained in evaluation mode, .* call train"):
+        loss.backward()
+    patch.remove()
+    model(**arguments).loss.backward()
+
+
+def test_a_patch_is_found_in_what_holds_the_model() -> None:
+    model, reference = make("llama"), make("llama")
+    patch = batchkern.patch_causal_lm(model, 0.3, batchkern.ExcessLoss(reference))
+    of = batchkern.CausalLMPatch.of
+    assert of(nn.ModuleList([reference, model])) is patch
+    assert of(reference) is not patch
+    assert of(nn.Linear(3, 3)) is None
+    batchkern.patch_causal_lm(other := make("llama"), 0.3)
+    with pytest.raises(ValueError, match="model must have one patched model in it, it has 2"):
+        of(nn.ModuleList([reference, model, other]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "experts"])
+def test_the_losses_of_tokens(kind: str) -> None:
+    model, arguments = make(kind), batch()
+    target = nn.functional.pad(arguments["labels"], (0, 1), value=-100)[:, 1:]
+    logits = model(input_ids=arguments["input_ids"]).logits
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(3, 17)
+    patch = batchkern.patch_causal_lm(model, 0.3)
+    for _ in range(2):
+        found = patch.token_losses(**arguments)
+        torch.testing.assert_close(found, expected.detach())
+        assert not found.requires_grad
+        shifted = patch.token_losses(arguments["input_ids"], shift_labels=target, return_dict=False)
+        torch.testing.assert_close(shifted, found)
+        with pytest.raises(ValueError, match="labels must be given for the losses of tokens, got None"):
+            patch.token_losses(arguments["input_ids"])
+        model.eval()
 
 
 def test_a_copy_of_a_layer_is_no_copy_of_the_model() -> None:
@@ -256,6 +313,14 @@ def test_an_objective_of_ones_own() -> None:
     batchkern.patch_causal_lm(model, 1.0, lambda rows, labels: rows.loss)
     with pytest.raises(TypeError, match="objective must return the loss, a 0-dim tensor, got tensor"):
         model(**arguments)
+    batchkern.CausalLMPatch.of(model).remove()
+
+    @torch.no_grad()
+    def calls_the_model(rows: batchkern.Rows, labels: Tensor) -> Tensor:
+        return model(**arguments).loss if len(seen) > 2 else rows.loss.sum()
+
+    batchkern.patch_causal_lm(model, 1.0, calls_the_model)
+    assert model(**arguments).logits is None
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
@@ -295,12 +360,32 @@ def test_what_an_excess_loss_refuses() -> None:
     with pytest.raises(ValueError, match="reference_model must have the 300 words of the model, it has 308"):
         batchkern.patch_causal_lm(model, 0.3, batchkern.ExcessLoss(reference))
     assert batchkern.CausalLMPatch.of(model) is None
-    with pytest.raises(TypeError, match="must be a causal language model of transformers"):
-        batchkern.ExcessLoss(nn.Linear(3, 3))
-    batchkern.patch_causal_lm(model, 0.3, batchkern.ExcessLoss(make("bias")))
+    for wrong in (nn.Linear(3, 3), "a model"):
+        with pytest.raises(TypeError, match="must be a causal language model of transformers"):
+            batchkern.ExcessLoss(wrong)
+    sharing = make("llama")
+    sharing.lm_head = model.lm_head
+    objective = batchkern.ExcessLoss(sharing)
+    with pytest.raises(ValueError, match="reference_model must have an output layer of its own"):
+        batchkern.patch_causal_lm(model, 0.3, objective)
+    batchkern.CausalLMPatch.of(sharing).remove()
+    reference = make("bias")
+    patch = batchkern.patch_causal_lm(model, 0.3, batchkern.ExcessLoss(reference), chunk_rows=7)
+    its = batchkern.CausalLMPatch.of(reference)
+    assert its._chunk_rows == 7
+    patch.keep = math.nan
+    with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got nan"):
+        model(**arguments)
+    patch.keep = 0.3
+    reference.train()
+    assert model(**arguments).loss > 0
+    assert not reference.training
     embedded = model.get_input_embeddings()(arguments["input_ids"])
     with pytest.raises(ValueError, match="inputs_embeds must be None with an ExcessLoss"):
         model(inputs_embeds=embedded, labels=arguments["labels"])
+    its.remove()
+    with pytest.raises(RuntimeError, match="the patch of reference_model was removed"):
+        model(**arguments)
 
 
 def test_logits_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +469,8 @@ def test_an_error_in_the_model_leaves_it_in_order() -> None:
     wrong = {**arguments, "labels": arguments["labels"] + WORDS}
     with pytest.raises(ValueError, match=r"target\[5\] is .* must be in \[0, 300\)"):
         model(**wrong)
-    assert model.lm_head(torch.zeros(1, 32)).shape == (1, WORDS)
+    with torch.no_grad():
+        assert model.lm_head(torch.zeros(1, 32)).shape == (1, WORDS)
     model.eval()
     torch.testing.assert_close(model(**arguments).logits, logits)
 
@@ -412,7 +498,7 @@ def test_a_copy_has_a_patch_of_its_own() -> None:
 def test_a_replica_is_refused() -> None:
     model = make("llama")
     batchkern.patch_causal_lm(model, 0.3)
-    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+    with pytest.raises(RuntimeError, match="or its replica in DataParallel, cannot be called"):
         model._replicate_for_data_parallel()(**batch())
 
 
@@ -498,7 +584,7 @@ def test_a_cast_of_the_logits_is_refused() -> None:
     config = transformers.MambaConfig(vocab_size=WORDS, hidden_size=32, num_hidden_layers=1, state_size=4)
     model = transformers.AutoModelForCausalLM.from_config(config).bfloat16().train()
     # Up to transformers 4 it does not call its loss_function either.
-    with pytest.raises((RuntimeError, TypeError), match="by a cast|calls its loss_function"):
+    with pytest.raises((RuntimeError, TypeError), match="a cast|calls its loss_function"):
         patched(model)(**batch())
 
 
@@ -506,7 +592,7 @@ def test_another_output_layer_is_noticed() -> None:
     model = make("llama")
     patch = batchkern.patch_causal_lm(model, 0.5)
     model.resize_token_embeddings(WORDS + 8)
-    with pytest.raises(RuntimeError, match="was replaced since it was patched"):
+    with pytest.raises(RuntimeError, match="has another output layer or loss_function than when it was patched"):
         model(**batch())
     patch.remove()
     batchkern.patch_causal_lm(model, 0.5)
@@ -554,6 +640,8 @@ def patched(model: nn.Module) -> nn.Module:
         (lambda: make("llama"), {"keep": 0.0}, ValueError, r"keep must be in \(0, 1\], got 0.0"),
         (lambda: make("llama"), {"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1, got 0"),
         (lambda: make("llama"), {"objective": 0.3}, TypeError, "objective must be a function of rows and labels"),
+        (lambda: make("llama"), {"objective": nn.CrossEntropyLoss}, TypeError, "objective must be a function of rows"),
+        (lambda: None, {}, TypeError, "model must be a causal language model of transformers, got NoneType"),
         (lambda: make("llama"), {"group": "all"}, TypeError, "group must be a torch.distributed process group"),
     ],
 )

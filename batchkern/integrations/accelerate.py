@@ -9,6 +9,7 @@ import accelerate
 from torch import nn
 
 from batchkern.integrations import set_keep
+from batchkern.ops import _checks as check
 from batchkern.schedules import EpochSchedule
 
 
@@ -33,6 +34,7 @@ class KeepSchedule:
     def __init__(
         self, accelerator: accelerate.Accelerator, model: nn.Module, schedule: EpochSchedule, steps: int
     ) -> None:
+        check.count("steps", steps, low=1)
         self._accelerator, self._model, self._schedule, self._steps = accelerator, model, schedule, steps
         self._done = 0
         self._set()

@@ -85,6 +85,8 @@ def test_what_is_refused(accelerator: Any) -> None:
     with pytest.raises(ValueError, match="model must be patched by patch_causal_lm"):
         KeepSchedule(accelerator, model, linear(1.0, 0.2), steps=3)
     batchkern.patch_causal_lm(model, 0.5)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        KeepSchedule(accelerator, model, linear(1.0, 0.2), steps=0)
     with pytest.raises(ValueError, match=r"keep must be in \(0, 1\], got 2"):
         KeepSchedule(accelerator, model, linear(2.0, 0.2), steps=3)
     with pytest.raises(RuntimeError, match="without labels, by test_what_is_refused of test_accelerate"):

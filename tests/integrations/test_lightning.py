@@ -52,7 +52,7 @@ def fit(module: Any, examples: list[Any], folder: Path, *callbacks: Any, **optio
     options = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, **options}
     quiet = {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = lightning.Trainer(default_root_dir=folder, callbacks=list(callbacks), **quiet, **options)
-    trainer.fit(module.train(), loader)
+    trainer.fit(module, loader)
     return trainer
 
 
@@ -84,5 +84,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     batchkern.patch_causal_lm(model, 0.5)
     with pytest.raises(RuntimeError, match="without labels, by training_step of test_lightning"):
         fit(FromLogits(model), examples, tmp_path)
+    with pytest.raises(RuntimeError, match="is trained in evaluation mode, .* call train"):  # which Lightning leaves on
+        fit(Module(model.eval()), examples, tmp_path)
     with pytest.raises(ValueError, match="max_steps or max_epochs must be set"):
         fit(Module(model), examples, tmp_path, KeepSchedule(linear(1.0, 0.2)), max_epochs=-1)

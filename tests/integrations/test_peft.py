@@ -16,9 +16,9 @@ pytest.importorskip("transformers")
 import peft
 
 
-def adapted(model: Any, targets: list[str] | str = "all-linear", **options: Any) -> Any:
+def adapted(model: Any, targets: list[str] | str = "all-linear", kind: str | None = "CAUSAL_LM", **options: Any) -> Any:
     torch.manual_seed(5)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, init_lora_weights=False, **options)
+    config = peft.LoraConfig(task_type=kind, r=4, target_modules=targets, init_lora_weights=False, **options)
     return peft.get_peft_model(model, config).train()
 
 
@@ -60,13 +60,39 @@ def test_three_steps_equal_a_plain_loop(after: bool, saved: list[str] | None, ke
 def test_an_output_layer_adapted_after_the_patch_is_refused(options: Any) -> None:
     model = plain.model()
     batchkern.patch_causal_lm(model, 0.3)
-    with pytest.raises(RuntimeError, match="the output layer of LlamaForCausalLM was replaced .* after adapters are"):
+    with pytest.raises(
+        RuntimeError, match="another output layer or loss_function than when .* an adapter was added or disabled"
+    ):
         adapted(model, **options)(**plain.batches(plain.rows(4))[0][0])
 
 
 def test_an_adapter_of_the_output_layer_is_refused() -> None:
     with pytest.raises(TypeError, match="plain nn.Linear as its output layer, LlamaForCausalLM has .*peft"):
         batchkern.patch_causal_lm(adapted(plain.model(), ["q_proj", "lm_head"]), 0.3)
+
+
+def test_adapters_of_no_task() -> None:
+    """Whose forward pass has no name for its arguments."""
+    batch = plain.batches(plain.rows(4))[0][0]
+    model, reference = adapted(plain.model(), kind=None), adapted(plain.model(7), kind=None)
+    losses = plain.token_losses(model, batch)
+    excess = losses - plain.token_losses(reference.eval(), batch)
+    expected = losses[excess.topk(round(0.3 * len(losses))).indices].mean()
+    batchkern.patch_causal_lm(model, 0.3, batchkern.ExcessLoss(reference))
+    torch.testing.assert_close(model(**batch).loss, expected)
+
+
+def test_a_merged_adapter_wants_the_patch_anew() -> None:
+    batch = plain.batches(plain.rows(4))[0][0]
+    model = adapted(plain.model(), modules_to_save=["lm_head"])
+    batchkern.patch_causal_lm(model, 0.3)
+    merged = model.merge_and_unload().train()
+    with pytest.raises(RuntimeError, match="after an adapter is merged, patch again"):
+        merged(**batch)
+    batchkern.CausalLMPatch.of(merged).remove()
+    expected = plain.hardest(plain.token_losses(merged, batch), 0.3)
+    batchkern.patch_causal_lm(merged, 0.3)
+    torch.testing.assert_close(merged(**batch).loss, expected)
 
 
 def test_a_prompt_that_is_learnt() -> None:
@@ -81,3 +107,7 @@ def test_a_prompt_that_is_learnt() -> None:
     output = model(**batch)
     torch.testing.assert_close(output.loss, expected)
     assert output.logits is None
+    batchkern.CausalLMPatch.of(model).remove()
+    batchkern.patch_causal_lm(model, 0.3, batchkern.ExcessLoss(plain.model()))
+    with pytest.raises(ValueError, match=r"each of the \(4, 15\) tokens of the model, got \(4, 12\): a learnt prompt"):
+        model(**batch)

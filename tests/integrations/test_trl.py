@@ -29,7 +29,7 @@ class SFTTrainer(PatchedModelMixin, trl.SFTTrainer):
 def trainer(model: Any, examples: list[Any], folder: Path, *, kind: type = SFTTrainer, **options: Any) -> Any:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(plain.WORDS)}, unk_token="1"))
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="2")
-    callbacks = options.pop("callbacks", None)
+    callbacks, peft_config = options.pop("callbacks", None), options.pop("peft_config", None)
     arguments: dict[str, Any] = {
         "optim": "sgd",
         "learning_rate": plain.RATE,
@@ -48,7 +48,8 @@ def trainer(model: Any, examples: list[Any], folder: Path, *, kind: type = SFTTr
     }
     made = trl.SFTConfig(str(folder), **arguments)
     data = datasets.Dataset.from_list(examples)
-    return kind(model, made, train_dataset=data, eval_dataset=data, processing_class=tokenizer, callbacks=callbacks)
+    data_of = {"train_dataset": data, "eval_dataset": data, "processing_class": tokenizer}
+    return kind(model, made, callbacks=callbacks, peft_config=peft_config, **data_of)
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.3])
@@ -89,7 +90,7 @@ def test_without_the_mixin_the_first_step_is_refused(tmp_path: Path) -> None:
     batchkern.patch_causal_lm(model, 0.5)
     trained = trainer(model, plain.rows(4), tmp_path, kind=trl.SFTTrainer)
     with pytest.raises(
-        RuntimeError, match="without the patch: its forward pass, _fused_forward of trl.trainer.utils, has"
+        RuntimeError, match="without the patch, as its forward pass, _fused_forward of trl.trainer.utils, has"
     ):
         trained.train()
     model = plain.model()
@@ -97,6 +98,16 @@ def test_without_the_mixin_the_first_step_is_refused(tmp_path: Path) -> None:
     trained = trainer(model, plain.rows(4), tmp_path, kind=trl.SFTTrainer, label_smoothing_factor=0.1)
     with pytest.raises(RuntimeError, match="without labels, by compute_loss of trl.trainer.sft_trainer"):
         trained.train()
+
+
+def test_a_learnt_prompt_is_no_way_around(tmp_path: Path) -> None:
+    """Nothing of the model itself has a gradient then."""
+    peft = pytest.importorskip("peft")
+    model = plain.model()
+    batchkern.patch_causal_lm(model, 0.5)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM were called in training by|was made without the patch"):
+        trainer(model, plain.rows(4), tmp_path, kind=trl.SFTTrainer, peft_config=config).train()
 
 
 def test_what_the_mixin_refuses(tmp_path: Path) -> None:
