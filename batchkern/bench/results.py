@@ -21,12 +21,12 @@ REQUIRED = {
     "training": ("strategy",),
     "accuracy": ("op", "classes", "perturbation", "variant", "error"),
     "confident": ("op", "probability", "exact", "ours", "eager"),
-    "arms": (
-        *("arm", "seconds", "tokens_per_s", "peak_bytes", "loss", "updates"),
-        *("loss_at_equal_seconds", "updates_at_equal_seconds"),
-    ),
+    "arms": ("noise", "arm", "flops", "seconds", "updates", "loss", "difference"),
+    "references": ("noise", "share", "updates", "loss", "best", "difference"),
 }
 """The lists of a file of results, and what no row of them can do without."""
+LANGUAGE_KIND = "batchkern token selection"
+"""What a file of examples/selective_lm.py says that it is."""
 QUANTITIES = ("time", "graph", "ratio")
 """What has a median where it is given."""
 STAMP = re.compile(r"^(\d{4}-\d\d-\d\d)-([0-9a-f]{7,40})\b")
@@ -106,7 +106,7 @@ def _sort(content: Any) -> str | None:
         return None
     if content.get("kind") == "batchkern comparison" and "summary" in content:
         return COMPARISON
-    if isinstance(content.get("arms"), list) and "equal_seconds" in content:
+    if content.get("kind") == LANGUAGE_KIND and "settings" in content:
         return LANGUAGE
     machine = content.get("machine")
     return BENCHMARK if isinstance(machine, dict) and "device" in machine else None

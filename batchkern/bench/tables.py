@@ -1,4 +1,4 @@
-"""Tables of what is no single call of an operation: sweeps, trainings, accuracy, an example."""
+"""Tables of what is no single call of an operation: sweeps, trainings, accuracy, selections of tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from batchkern.bench.fit import Growth, growth
-from batchkern.bench.markdown import Footnotes, dimensions, labels, paragraphs, seconds, size, table
+from batchkern.bench.markdown import Footnotes, dimensions, labels, paragraphs, quantity, seconds, table
 from batchkern.bench.operations import name, spread
 from batchkern.bench.results import LANGUAGE, Results
 
@@ -125,22 +125,74 @@ def _power(value: float) -> str:
 
 
 def language(results: Results) -> str:
-    """The arms of examples/selective_lm.py at equal updates and at equal seconds."""
-    arms = results.rows("arms") if results.sort == LANGUAGE else []
-    if not arms:
+    """The arms of examples/selective_lm.py at equal updates, cost and seconds; and where its clean part alone does."""
+    if results.sort != LANGUAGE:
         return ""
-    budget, updates = results.content["equal_seconds"], arms[0]["updates"]
-    headings = ["arm", "time", "tokens/s", "peak memory of an update", f"held-out loss after {updates:,} updates"]
-    headings.append(f"after {seconds(budget)} (updates)")
+    settings = results.content["settings"]
+    tables = []
+    for noise in dict.fromkeys(row["noise"] for row in results.rows("arms")):
+        arms, references = ([row for row in results.rows(name) if row["noise"] == noise] for name in TOKEN_TABLES)
+        tables += [_about_text(noise, settings), _arms(arms), _about_references(settings), _references(references)]
+    return paragraphs(*tables)
+
+
+TOKEN_TABLES = ("arms", "references")
+TOKEN_BUDGETS = {"updates": "equal updates", "cost": "equal cost", "seconds": "equal seconds"}
+
+
+def _about_text(noise: float, settings: dict[str, Any]) -> str:
+    seeds = settings["seeds"]
+    text = f"half of the tokens overwritten in {noise:.0%} of the sequences" if noise else "nothing overwritten"
+    return (
+        f"**Training text with {text}**, keep {settings['keep']:g}, {seeds} seed{'s' * (seeds > 1)}. "
+        "Loss on held-out text, in brackets the updates made; its difference to that of `all`, in brackets p:"
+    )
+
+
+def _about_references(settings: dict[str, Any]) -> str:
+    return (
+        "Loss of `excess` less that of `clean` of the same share (below 0: the selection is worth more than the clean "
+        f"part that it needs). The reference made {settings['reference_updates']:,} updates; the best point of `clean` "
+        "is the one of lowest loss on the held-out text itself:"
+    )
+
+
+def _arms(arms: list[dict[str, Any]]) -> str:
+    headings = ["arm", "operations of an update", "time of an update"]
+    headings += [heading for budget in TOKEN_BUDGETS.values() for heading in (budget, "- `all`")]
+    lines = []
+    for arm in arms:
+        cells = [f"`{arm['arm']}`", quantity(arm["flops"], "flop"), seconds(arm["seconds"])]
+        for budget in TOKEN_BUDGETS:
+            cells.append(f"{_loss(arm['loss'][budget])} ({arm['updates'][budget]:,})")
+            cells.append(_difference(arm["difference"].get(budget)))
+        lines.append(cells)
+    return table(headings, lines)
+
+
+def _references(references: list[dict[str, Any]]) -> str:
+    headings = ["clean part", "loss of the reference", "best point of `clean`", *TOKEN_BUDGETS.values()]
+    headings.append("equal updates, - best point")
     lines = [
         [
-            arm["arm"],
-            seconds(arm["seconds"]),
-            f"{arm['tokens_per_s']:,.0f}",
-            size(arm["peak_bytes"]),
-            f"{arm['loss']:.3f}",
-            f"{arm['loss_at_equal_seconds']:.3f} ({arm['updates_at_equal_seconds']:,})",
+            f"{row['share']:.3%}".rstrip("%").rstrip("0").rstrip(".") + " %",
+            _loss(row["loss"]),
+            f"{_loss(row['best']['loss'])} ({row['best']['updates']:,})",
+            *(_difference(row["difference"][budget]) for budget in (*TOKEN_BUDGETS, "best")),
         ]
-        for arm in arms
+        for row in references
     ]
     return table(headings, lines)
+
+
+def _loss(value: dict[str, Any]) -> str:
+    half = value["half_width"]
+    return f"{value['mean']:.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+def _difference(test: dict[str, Any] | None) -> str:
+    if test is None:
+        return ""
+    half, p = test["half_width"], test["p_corrected"]
+    told = f"{test['mean']:+.3f}" + ("" if half is None else f" ± {half:.3f}")
+    return told if p is None else told + (" (<0.001)" if p < 0.001 else f" ({p:.3f})")
