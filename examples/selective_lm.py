@@ -324,7 +324,7 @@ class Bench:
     def jobs(self) -> list[Job]:
         """The longest first, so that no worker waits long for the last."""
         seeds = range(self.options.seeds)
-        jobs: list[Job] = [(seed, None, f"{share:g}") for share in self.options.clean for seed in seeds]
+        jobs: list[Job] = [(seed, None, str(share)) for share in self.options.clean for seed in seeds]
         arms = ("all", *SELECTIONS)
         return jobs + [(seed, noise, arm) for noise in self.options.noise for arm in arms for seed in seeds]
 
@@ -383,7 +383,8 @@ def work(job: Job) -> list[tuple[float | None, str, int, dict[int, float]]]:
 
 # --- what was found --------------------------------------------------------------------------------------------
 
-Difference = dict[str, Any]
+At = dict[str, dict[str, dict[int, float]]]
+"""By arm and budget, by seed: the loss on held-out text."""
 
 
 def loss_at(by_seed: dict[int, dict[int, float]], updates: int) -> dict[int, float]:
@@ -405,10 +406,10 @@ def summarise(found: Found, costs: Costs, options: argparse.Namespace) -> dict[s
     references: list[dict[str, Any]] = []
     for noise in options.noise:
         own = {arm: losses for (seen, arm), losses in found.items() if seen in (noise, None)}
-        shares = [f"{share:g}" for share in options.clean]
+        shares = [str(share) for share in options.clean]
         order = ["all", *SELECTIONS, *(f"{name} {share}" for name in ("excess", "clean") for share in shares)]
         updates = {arm: plan(arm, costs, options) for arm in order}
-        at = {arm: {budget: loss_at(own[arm], n) for budget, n in updates[arm].items()} for arm in order}
+        at: At = {arm: {budget: loss_at(own[arm], n) for budget, n in updates[arm].items()} for arm in order}
         arms_of_text = [arm_entry(noise, arm, own[arm], updates[arm], at, costs) for arm in order]
         references_of_text = [reference_entry(noise, share, own[f"clean {share}"], at, options) for share in shares]
         for budget in (*updates["all"], "best"):
@@ -420,7 +421,7 @@ def summarise(found: Found, costs: Costs, options: argparse.Namespace) -> dict[s
 
 
 def arm_entry(
-    noise: float, arm: str, losses: dict[int, dict[int, float]], updates: dict[str, int], at: Any, costs: Costs
+    noise: float, arm: str, losses: dict[int, dict[int, float]], updates: dict[str, int], at: At, costs: Costs
 ) -> dict[str, Any]:
     points = sorted(next(iter(losses.values())))
     return {
@@ -437,7 +438,7 @@ def arm_entry(
 
 
 def reference_entry(
-    noise: float, share: str, clean: dict[int, dict[int, float]], at: Any, options: argparse.Namespace
+    noise: float, share: str, clean: dict[int, dict[int, float]], at: At, options: argparse.Namespace
 ) -> dict[str, Any]:
     """``best``: the point of lowest mean loss that ``clean`` had on its way. Who picks it has looked at the held-out
     text, so it flatters; ``excess`` is held against it after all its updates."""
@@ -515,7 +516,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--keep", type=fraction(), default=0.6, help="share of the tokens that count")
     parser.add_argument("--seeds", type=whole(1, 1000), default=5, help="how many")
-    parser.add_argument("--updates", type=whole(2), default=600)
+    parser.add_argument("--updates", type=whole(2), default=500)
     parser.add_argument("--reference-updates", type=whole(1), help="of the reference model; default: half of them")
     parser.add_argument("--vocabulary", type=whole(300), default=2048)
     parser.add_argument("--width", type=whole(32, 8192), default=128)

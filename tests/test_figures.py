@@ -65,8 +65,10 @@ def unsourced(text: str, tables: bool) -> list[str]:
     return found
 
 
-def test_blocks_are_those_of_their_files():
-    assert check(README) == []
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "token-selection.md"], ids=lambda page: page.name)
+def test_blocks_are_those_of_their_files(page):
+    assert blocks(page, page.read_text())
+    assert check(page) == []
 
 
 def test_tables_with_figures_have_a_source():
@@ -120,6 +122,13 @@ def test_readme_has_every_budget_of_every_comparison():
     shown = {(block.path.resolve(), *block.arguments) for block in blocks(README, README.read_text())}
     budgets = {path: json.loads(path.read_text())["settings"]["budgets"] for path in COMPARISONS}
     assert {(path, budget) for path, named in budgets.items() for budget in named} <= shown
+
+
+def test_readme_has_the_selections_of_tokens_on_noisy_and_on_clean_text():
+    (block,) = (block for block in blocks(README, README.read_text()) if block.kind == "language")
+    settings = json.loads(block.path.read_text())["settings"]
+    assert 0 in settings["noise"]
+    assert len(settings["noise"]) > 1
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)

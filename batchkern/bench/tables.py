@@ -10,6 +10,7 @@ from batchkern.bench.markdown import Footnotes, dimensions, labels, paragraphs, 
 from batchkern.bench.operations import name, spread
 from batchkern.bench.results import LANGUAGE, Results
 
+LANGUAGE_BUDGETS = {"updates": "equal updates", "cost": "equal cost", "seconds": "equal seconds"}
 BRACKETS = (
     "Exponents are slopes of log cost over log size where a cost is at least ten times the sweep's lowest; in brackets "
     "those of the three largest sizes, where it is not, and what is paid at any size may still count."
@@ -131,18 +132,17 @@ def language(results: Results) -> str:
     settings = results.content["settings"]
     tables = []
     for noise in dict.fromkeys(row["noise"] for row in results.rows("arms")):
-        arms, references = ([row for row in results.rows(name) if row["noise"] == noise] for name in TOKEN_TABLES)
-        tables += [_about_text(noise, settings), _arms(arms), _about_references(settings), _references(references)]
+        arms, references = (
+            [row for row in results.rows(name) if row["noise"] == noise] for name in ("arms", "references")
+        )
+        tables += [_about_text(noise, settings), _arms(arms)]
+        tables += [_about_references(settings), _references(references)] if references else []
     return paragraphs(*tables)
-
-
-TOKEN_TABLES = ("arms", "references")
-TOKEN_BUDGETS = {"updates": "equal updates", "cost": "equal cost", "seconds": "equal seconds"}
 
 
 def _about_text(noise: float, settings: dict[str, Any]) -> str:
     seeds = settings["seeds"]
-    text = f"half of the tokens overwritten in {noise:.0%} of the sequences" if noise else "nothing overwritten"
+    text = f"half of the tokens overwritten in {_share(noise)} of the sequences" if noise else "nothing overwritten"
     return (
         f"**Training text with {text}**, keep {settings['keep']:g}, {seeds} seed{'s' * (seeds > 1)}. "
         "Loss on held-out text, in brackets the updates made; its difference to that of `all`, in brackets p:"
@@ -159,11 +159,11 @@ def _about_references(settings: dict[str, Any]) -> str:
 
 def _arms(arms: list[dict[str, Any]]) -> str:
     headings = ["arm", "operations of an update", "time of an update"]
-    headings += [heading for budget in TOKEN_BUDGETS.values() for heading in (budget, "- `all`")]
+    headings += [heading for budget in LANGUAGE_BUDGETS.values() for heading in (budget, "- `all`")]
     lines = []
     for arm in arms:
         cells = [f"`{arm['arm']}`", quantity(arm["flops"], "flop"), seconds(arm["seconds"])]
-        for budget in TOKEN_BUDGETS:
+        for budget in LANGUAGE_BUDGETS:
             cells.append(f"{_loss(arm['loss'][budget])} ({arm['updates'][budget]:,})")
             cells.append(_difference(arm["difference"].get(budget)))
         lines.append(cells)
@@ -171,18 +171,22 @@ def _arms(arms: list[dict[str, Any]]) -> str:
 
 
 def _references(references: list[dict[str, Any]]) -> str:
-    headings = ["clean part", "loss of the reference", "best point of `clean`", *TOKEN_BUDGETS.values()]
+    headings = ["clean part", "loss of the reference", "best point of `clean`", *LANGUAGE_BUDGETS.values()]
     headings.append("equal updates, - best point")
     lines = [
         [
-            f"{row['share']:.3%}".rstrip("%").rstrip("0").rstrip(".") + " %",
+            _share(row["share"]),
             _loss(row["loss"]),
             f"{_loss(row['best']['loss'])} ({row['best']['updates']:,})",
-            *(_difference(row["difference"][budget]) for budget in (*TOKEN_BUDGETS, "best")),
+            *(_difference(row["difference"][budget]) for budget in (*LANGUAGE_BUDGETS, "best")),
         ]
         for row in references
     ]
     return table(headings, lines)
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g} %"
 
 
 def _loss(value: dict[str, Any]) -> str:

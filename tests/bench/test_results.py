@@ -62,7 +62,10 @@ def test_facts_of_a_gpu_and_of_a_plan(tmp_path):
             '{"machine": {"device": "cpu"}, "operations": [{"op": "f", "shape": {}, "variant": "ours", "time": {}}]}',
             "time of row 0 of operations has no median",
         ),
-        ('{"arms": [{"arm": "keep 1"}], "equal_seconds": 3}', "row 0 of arms has no 'seconds'"),
+        (
+            '{"kind": "batchkern token selection", "settings": {}, "arms": [{"noise": 0, "arm": "all"}]}',
+            "row 0 of arms has no 'flops'",
+        ),
     ],
 )
 def test_what_is_no_file_of_results(tmp_path, content, words):
