@@ -396,7 +396,7 @@ def mean(by_seed: dict[int, float]) -> dict[str, Any]:
     return {"mean": middle, "half_width": half, "values": list(by_seed.values())}
 
 
-def summarise(found: Found, costs: Costs, options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+def summarise(found: Found, costs: Costs, options: argparse.Namespace, text: Text) -> dict[str, list[dict[str, Any]]]:
     """An entry for each noise and arm, and one for each noise and share of ``--clean``.
 
     Differences are paired by seed: an arm less ``all``, and ``excess`` less ``clean``. Their p-values are corrected for
@@ -411,7 +411,11 @@ def summarise(found: Found, costs: Costs, options: argparse.Namespace) -> dict[s
         updates = {arm: plan(arm, costs, options) for arm in order}
         at: At = {arm: {budget: loss_at(own[arm], n) for budget, n in updates[arm].items()} for arm in order}
         arms_of_text = [arm_entry(noise, arm, own[arm], updates[arm], at, costs) for arm in order]
-        references_of_text = [reference_entry(noise, share, own[f"clean {share}"], at, options) for share in shares]
+        references_of_text = [
+            reference_entry(noise, share, own[f"clean {share}"], at, options)
+            | {"tokens": len(text.clean(float(share), 0))}
+            for share in shares
+        ]
         for budget in (*updates["all"], "best"):
             entries = (*arms_of_text, *references_of_text)
             correct([entry["difference"][budget] for entry in entries if budget in entry["difference"]])
@@ -560,8 +564,8 @@ def main() -> int:
             "kind": LANGUAGE_KIND,
             "machine": machine(),
             "settings": {**vars(options), "text": options.text and options.text.name, "json": None},
-            "tokens": {"train": len(text.train), "clean": [len(text.clean(share, 0)) for share in options.clean]},
-            **summarise(found, costs, options),
+            "tokens": len(text.train),
+            **summarise(found, costs, options, text),
         }
         print("\n" + language(Results(options.json or Path(), LANGUAGE, content)))
         if options.json:

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import warm
 from torch import Tensor
 
 pytest.importorskip("tokenizers")
@@ -234,7 +233,7 @@ def test_a_training_is_tested_on_all_tokens_held_out() -> None:
     tested = training.advance({0, 4})
     hidden = training.model(text.held_out[:, :-1]).flatten(0, 1)
     losses, _ = losses_of(hidden.detach(), training.model.embedding.weight, text.held_out[:, 1:].flatten())
-    assert tested[4] == pytest.approx(float(losses.mean()), abs=1e-5)
+    assert tested[4] == pytest.approx(losses.mean().item(), abs=1e-5)
     assert tested[0] == pytest.approx(math.log(400), abs=0.3)  # before the first update
     assert list(tested) == [0, 4]
 
@@ -294,8 +293,14 @@ def text(tmp_path: Path) -> Path:
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def selective_lm(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return warm.run(str(SCRIPT), *arguments, cwd=cwd, env=ENVIRONMENT, timeout=200)
+def selective_lm(monkeypatch: pytest.MonkeyPatch, cwd: Path, *arguments: str) -> int:
+    """In this process; its exit status."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments])
+    try:
+        return int(lm.main())
+    except SystemExit as ended:
+        return int(ended.code or 0)
 
 
 def test_the_benchmark_in_two_processes(text: Path, tmp_path: Path) -> None:
@@ -364,18 +369,21 @@ def check_best(written: dict[str, Any]) -> None:
     means = dict(zip(clean["curve"]["updates"], map(statistics.fmean, zip(*clean["curve"]["loss"])), strict=True))
     assert reference["best"]["loss"]["mean"] == pytest.approx(min(means.values()))
     assert means[reference["best"]["updates"]] == min(means.values())
+    assert reference["tokens"] == 16 * 8 * round(0.1 * (written["tokens"] // (16 * 8)))
     assert reference["loss"]["mean"] == pytest.approx(means[5])
     wanted = excess["loss"]["updates"]["mean"] - min(means.values())
     assert reference["difference"]["best"]["mean"] == pytest.approx(wanted)
 
 
-def test_one_seed_has_no_intervals(text: Path, tmp_path: Path) -> None:
+def test_one_seed_has_no_intervals(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--updates", "4", "--clean", "0.1", "--noise", "0.5", "--seeds", "1"]
-    run = selective_lm("--text", str(text), *words, *SMALL, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "| `clean 0.1` | " in run.stdout
-    assert "±" not in run.stdout
-    assert sorted(tmp_path.iterdir()) == [text]
+    assert selective_lm(monkeypatch, tmp_path, "--text", str(text), *words, *SMALL) == 0
+    told = capsys.readouterr().out
+    assert "| `clean 0.1` | " in told
+    assert "±" not in told
+    assert list(tmp_path.iterdir()) == [text]
 
 
 @pytest.mark.parametrize(
@@ -401,10 +409,18 @@ def test_one_seed_has_no_intervals(text: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_selective_lm_refuses(arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_selective_lm_refuses(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     (tmp_path / "short.txt").write_text("a few words")
     (tmp_path / "long.txt").write_text("".join(f"{i * i} words, " for i in range(2000)))
-    run = selective_lm(*arguments, cwd=tmp_path)
-    assert run.returncode == 2
-    assert words in run.stderr
-    assert "Traceback" not in run.stderr
+    monkeypatch.setattr(lm, "measure", None)  # nothing is trained
+    assert selective_lm(monkeypatch, tmp_path, *arguments) == 2
+    told = capsys.readouterr()
+    assert words in told.err
+    assert "Traceback" not in told.err
+    assert told.out == ""

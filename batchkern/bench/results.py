@@ -22,7 +22,7 @@ REQUIRED = {
     "accuracy": ("op", "classes", "perturbation", "variant", "error"),
     "confident": ("op", "probability", "exact", "ours", "eager"),
     "arms": ("noise", "arm", "flops", "seconds", "updates", "loss", "difference"),
-    "references": ("noise", "share", "updates", "loss", "best", "difference"),
+    "references": ("noise", "share", "tokens", "updates", "loss", "best", "difference"),
 }
 """The lists of a file of results, and what no row of them can do without."""
 LANGUAGE_KIND = "batchkern token selection"

@@ -136,7 +136,7 @@ def language(results: Results) -> str:
             [row for row in results.rows(name) if row["noise"] == noise] for name in ("arms", "references")
         )
         tables += [_about_text(noise, settings), _arms(arms)]
-        tables += [_about_references(settings), _references(references)] if references else []
+        tables += [_about_references(settings), _references(references, settings)] if references else []
     return paragraphs(*tables)
 
 
@@ -170,12 +170,18 @@ def _arms(arms: list[dict[str, Any]]) -> str:
     return table(headings, lines)
 
 
-def _references(references: list[dict[str, Any]]) -> str:
-    headings = ["clean part", "loss of the reference", "best point of `clean`", *LANGUAGE_BUDGETS.values()]
+def _references(references: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    read = settings["updates"] * settings["batch"] * settings["length"]  # tokens, by the end of `clean`
+    headings = [
+        "clean part (tokens, times read)",
+        "loss of the reference",
+        "best point of `clean`",
+        *LANGUAGE_BUDGETS.values(),
+    ]
     headings.append("equal updates, - best point")
     lines = [
         [
-            _share(row["share"]),
+            f"{_share(row['share'])} ({row['tokens']:,}, {read / row['tokens']:.1f})",
             _loss(row["loss"]),
             f"{_loss(row['best']['loss'])} ({row['best']['updates']:,})",
             *(_difference(row["difference"][budget]) for budget in (*LANGUAGE_BUDGETS, "best")),

@@ -256,13 +256,13 @@ def test_selections_of_tokens(tmp_path):
     other |= {"difference": budgets(less(-0.0834, 0.0004), less(0.32, 0.0123), less(0.37, 1.0))}
     single = {"noise": 0, "arm": "all", "flops": 4.3e9, "seconds": 0.0421, "difference": {}}
     single |= {"updates": budgets(600, 600, 600), "loss": budgets(*[loss(4.683, None)] * 3)}
-    part = {"noise": 0.5, "share": 0.005, "updates": 300, "loss": loss(5.311)}
+    part = {"noise": 0.5, "share": 0.005, "tokens": 15_872, "updates": 300, "loss": loss(5.311)}
     part |= {"best": {"updates": 525, "loss": loss(5.062)}}
     names = ("updates", "cost", "seconds", "best")
     part["difference"] = budgets(
         less(-0.067, 0.02), less(0.34, 0.5, None), less(0.39, 0.5), less(-0.06, 0.1), names=names
     )
-    settings = {"keep": 0.6, "seeds": 5, "reference_updates": 300}
+    settings = {"keep": 0.6, "seeds": 5, "reference_updates": 300, "updates": 600, "batch": 8, "length": 64}
     content = {"kind": "batchkern token selection", "settings": settings, "arms": [plain, other, single]}
     path = tmp_path / "some.json"
     path.write_text(json.dumps(content | {"references": [part]}))
@@ -277,9 +277,9 @@ def test_selections_of_tokens(tmp_path):
 
         Loss of `excess` less that of `clean` of the same share (below 0: the selection is worth more than the clean part that it needs). The reference made 300 updates; the best point of `clean` is the one of lowest loss on the held-out text itself:
 
-        | clean part | loss of the reference | best point of `clean` | equal updates | equal cost | equal seconds | equal updates, - best point |
+        | clean part (tokens, times read) | loss of the reference | best point of `clean` | equal updates | equal cost | equal seconds | equal updates, - best point |
         | --- | --- | --- | --- | --- | --- | --- |
-        | 0.5 % | 5.311 ± 0.010 | 5.062 ± 0.010 (525) | -0.067 ± 0.200 (0.020) | +0.340 (0.500) | +0.390 ± 0.200 (0.500) | -0.060 ± 0.200 (0.100) |
+        | 0.5 % (15,872, 19.4) | 5.311 ± 0.010 | 5.062 ± 0.010 (525) | -0.067 ± 0.200 (0.020) | +0.340 (0.500) | +0.390 ± 0.200 (0.500) | -0.060 ± 0.200 (0.100) |
 
         **Training text with nothing overwritten**, keep 0.6, 5 seeds. Loss on held-out text, in brackets the updates made; its difference to that of `all`, in brackets p:
 
