@@ -1,6 +1,6 @@
 """Train a small GPT on a selection of the tokens of each batch, and find out which selections help, if any.
 
-    python examples/selective_lm.py [--text FILE] [--noise 0.5 0] [--clean 0.005 0.02 0.05] [--json FILE]
+    python examples/selective_lm.py [--text FILE] [--noise 0.5 0] [--clean 0.005 0.01 0.02 0.05] [--json FILE]
 
 Every arm is the same model from the same initial weights, on the same batches. ``--noise`` is the share of their
 sequences of which half of the tokens, at random places, are overwritten with random ones. The arms: ``all`` tokens;
@@ -516,14 +516,14 @@ def parse() -> argparse.Namespace:
         "--noise", type=fraction(zero=True), nargs="+", default=[0.5, 0.0], help="a benchmark for each share"
     )
     parser.add_argument(
-        "--clean", type=fraction(), nargs="+", default=[0.005, 0.02, 0.05], help="two arms for each share"
+        "--clean", type=fraction(), nargs="+", default=[0.005, 0.01, 0.02, 0.05], help="two arms for each share"
     )
     parser.add_argument("--keep", type=fraction(), default=0.6, help="share of the tokens that count")
     parser.add_argument("--seeds", type=whole(1, 1000), default=5, help="how many")
-    parser.add_argument("--updates", type=whole(2), default=500)
+    parser.add_argument("--updates", type=whole(2), default=600)
     parser.add_argument("--reference-updates", type=whole(1), help="of the reference model; default: half of them")
     parser.add_argument("--vocabulary", type=whole(300), default=2048)
-    parser.add_argument("--width", type=whole(32, 8192), default=128)
+    parser.add_argument("--width", type=whole(32, 8192), default=96)
     parser.add_argument("--layers", type=whole(1), default=2)
     parser.add_argument("--length", type=whole(2, 65536), default=64, help="tokens of a sequence")
     parser.add_argument("--batch", type=whole(1), default=8, help="sequences")

@@ -305,7 +305,7 @@ def selective_lm(monkeypatch: pytest.MonkeyPatch, cwd: Path, *arguments: str) ->
 
 def test_the_benchmark_in_two_processes(text: Path, tmp_path: Path) -> None:
     """Started cold: its workers start as the script does."""
-    words = ["--updates", "10", "--clean", "0.1", "--noise", "0.5", "0", "--seeds", "3", "--workers", "2"]
+    words = ["--updates", "21", "--clean", "0.1", "--noise", "0.5", "0", "--seeds", "3", "--workers", "2"]
     words += ["--json", "found.json"]
     run = subprocess.run(
         [sys.executable, str(SCRIPT), "--text", str(text), *words, *SMALL],
@@ -314,15 +314,15 @@ def test_the_benchmark_in_two_processes(text: Path, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     written = json.loads((tmp_path / "found.json").read_text())
     assert run.stdout.endswith("\n" + language(load(tmp_path / "found.json")) + "\n")
-    assert (written["settings"]["reference_updates"], written["settings"]["text"]) == (5, "text.txt")
+    assert (written["settings"]["reference_updates"], written["settings"]["text"]) == (10, "text.txt")
     names = [*ARMS, "excess 0.1", "clean 0.1"]
     assert [(row["noise"], row["arm"]) for row in written["arms"]] == [(n, arm) for n in (0.5, 0.0) for arm in names]
     check_statistics(written)
     check_best(written)
     # One training of them, in this process, where no other came before.
-    settings = options(text=text, updates=10, reference_updates=5)
+    settings = options(text=text, updates=21, reference_updates=10)
     here = lm.prepare(settings)
-    random = lm.Training("random", 1, settings, here, here.train, 0.5).advance({10})[10]
+    random = lm.Training("random", 1, settings, here, here.train, 0.5).advance({21})[21]
     assert written["arms"][1]["loss"]["updates"]["values"][1] == pytest.approx(random, abs=2e-4)
 
 
@@ -370,7 +370,7 @@ def check_best(written: dict[str, Any]) -> None:
     assert reference["best"]["loss"]["mean"] == pytest.approx(min(means.values()))
     assert means[reference["best"]["updates"]] == min(means.values())
     assert reference["tokens"] == 16 * 8 * round(0.1 * (written["tokens"] // (16 * 8)))
-    assert reference["loss"]["mean"] == pytest.approx(means[5])
+    assert reference["loss"]["mean"] == pytest.approx(means[10])
     wanted = excess["loss"]["updates"]["mean"] - min(means.values())
     assert reference["difference"]["best"]["mean"] == pytest.approx(wanted)
 
