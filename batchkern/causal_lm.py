@@ -81,8 +81,8 @@ def patch_causal_lm(
     Raises:
         TypeError, ValueError: ``model`` is not such a model, or is patched already; an argument is out of range.
         RuntimeError: in a training step with gradients whose loss is made without the patch, by a trainer that takes
-            the logits for example; the sentence names who made it. And in the first call, where the model does not hand
-            the output layer's result to its loss function.
+            the logits for example: the sentence names who made it. In a backward pass in evaluation mode. And in the
+            first call, where the model does not hand the output layer's result to its loss function.
     """
     return CausalLMPatch(model, keep, objective, group=group, chunk_rows=chunk_rows)
 

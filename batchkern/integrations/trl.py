@@ -14,8 +14,9 @@ from batchkern.integrations.transformers import PatchedModelMixin as _PatchedMod
 class PatchedModelMixin(_PatchedModelMixin):
     """For an SFTTrainer of a patched model: ``class MyTrainer(PatchedModelMixin, SFTTrainer)``.
 
-    In training the loss is the model's own, as in ``transformers.Trainer``; the metrics ``entropy`` and
-    ``mean_token_accuracy`` are not made. In evaluation everything is SFTTrainer's, which holds no logits either.
+    In training the loss is the model's own, as in ``transformers.Trainer``, which adds a router's loss in each
+    micro-batch; the metrics ``entropy``, ``mean_token_accuracy`` and ``num_tokens`` are not made. In evaluation
+    everything is SFTTrainer's, which holds no logits either.
 
     Raises:
         ValueError: when made with a ``loss_type`` other than "nll".
