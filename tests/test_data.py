@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -210,6 +211,35 @@ def test_folder_with_splits(tmp_path, test_folder):
     assert test.labels.tolist() == [0, 2, 2]
     assert torch.equal(test.images, as_tensor(pixels[5:]))
     assert torch.equal(train.images, as_tensor(pixels[[0, 4, 1, 3, 2]]))
+
+
+def test_folder_is_walked_as_torchvision_does(tmp_path):
+    pixels = random_pixels(7)
+    places = ["a/0.png", "a/x/1.PNG", "a/x/y/2.png", "b/3.png", "b/test/4.png"]
+    for image, place in zip(pixels, places):
+        (tmp_path / "images" / place).parent.mkdir(parents=True, exist_ok=True)
+        PIL_Image.fromarray(image).save(tmp_path / "images" / place, "PNG")
+    write_folder(tmp_path / "elsewhere", pixels[5:], [0, 0], "c")
+    (tmp_path / "images" / "c").symlink_to(tmp_path / "elsewhere" / "c")
+    (tmp_path / "images" / "a" / "x" / "round").symlink_to(tmp_path / "images" / "a")
+    # None of these is an image, nor a class.
+    (tmp_path / "images" / "metadata.jsonl").write_text('{"file_name": "a/0.png", "label": 7}')
+    (tmp_path / "images" / ".cache").mkdir()
+    (tmp_path / "images" / "b" / ".hidden.png").write_bytes(b"")
+    (tmp_path / "images" / "b" / "more.zip").write_bytes(b"PK")
+    (tmp_path / "images" / "b" / "metadata.csv").write_text("file_name,label\n3.png,7\n")
+    data = load(str(tmp_path / "images"))
+    assert data.classes == ("a", "b", "c")
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert torch.equal(data.images, as_tensor(pixels))
+
+
+def test_folder_of_a_training_split_alone(tmp_path):
+    pixels = random_pixels(20)
+    write_folder(tmp_path / "train", pixels, [0, 1] * 10, "ab")
+    train, test = load_pair(str(tmp_path))
+    assert train.classes == ("a", "b")
+    assert len(train.labels) + len(test.labels) == 20
 
 
 def test_digits_are_lossless_and_split_once_for_all():
@@ -527,6 +557,61 @@ def test_unusable_folders(tmp_path):
     (tmp_path / "half" / "test").mkdir()
     with pytest.raises(UserError, match=r"half/test: no images in one sub-folder per class"):
         load_pair(str(tmp_path / "half"))
+    write_folder(tmp_path / "half" / "test", random_pixels(3), [0, 1, 2], ["b", "cats", "dogs"])
+    with pytest.raises(UserError, match=r"half/test: its sub-folder 'cats' is no class of .*half/train: a, b$"):
+        load_pair(str(tmp_path / "half"))
+    (tmp_path / "half" / "train" / "none").mkdir()
+    with pytest.raises(UserError, match=r"half/train: the sub-folder 'none' has no image"):
+        load_pair(str(tmp_path / "half"))
+    for name in ("train", "val", "validation"):
+        write_folder(tmp_path / "three" / name, random_pixels(2), [0, 1], "ab")
+    with pytest.raises(UserError, match="three: it has both 'validation' and 'val'"):
+        load(str(tmp_path / "three"))
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "folder", random_pixels(4), [0, 0, 1, 1], "ab")
+    scandir = os.scandir
+
+    def refusing(path):  # to root nothing is forbidden
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="folder: the folder '.*folder/b' cannot be read: Permission denied"):
+        load(root)
+
+
+@pytest.mark.parametrize("where", ["image.png", "pipe", "https://example.org/image.png"])
+def test_a_parquet_file_opens_no_other(tmp_path, where):
+    os.mkfifo(tmp_path / "pipe")
+    PIL_Image.fromarray(random_pixels(1)[0]).save(tmp_path / "image.png")
+    path = where if ":" in where else str(tmp_path / where)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    cells = [*map(encoded, random_pixels(2)), {"bytes": None, "path": path}, None]
+    dataset = datasets.Dataset.from_dict({"image": cells, "label": [0, 1, 0, 1]}, features=features)
+    metadata = features.arrow_schema.metadata
+    # Its own to_parquet would read the file.
+    pyarrow.parquet.write_table(dataset.data.table.replace_schema_metadata(metadata), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=f"row 2 has no bytes in its column 'image', but the path '.*{where}'"):
+        load(str(tmp_path / "a.parquet"))
+
+
+def test_another_file_of_the_same_name_and_time_is_not_the_old_one(tmp_path):
+    pixels = random_pixels(6)
+    for rows in (pixels[:3], pixels[3:]):
+        path = write_parquet(tmp_path / "a.parquet", rows, [0, 1, 0])
+        os.utime(path, (1e9, 1e9))
+        assert torch.equal(load(path).images, as_tensor(rows))
+
+
+@pytest.mark.parametrize("name", ["imagefolder", "json", "csv", "webdataset", "folder:default"])
+def test_names_that_would_read_the_current_folder(tmp_path, monkeypatch, name):
+    write_folder(tmp_path / "folder", random_pixels(4), [0, 0, 1, 1], "ab")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is a reader of files|'folder' is a local file or folder, which has no"):
+        load(name)
 
 
 def test_bad_arguments(tmp_path):

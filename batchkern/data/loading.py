@@ -9,7 +9,7 @@ from typing import Any
 
 from batchkern.data.decode import decode_all, large
 from batchkern.data.images import ImageData, StreamedImages, TensorImages, match_shape, sample_rows
-from batchkern.data.sources import Table, UnlabelledError, held_out, open_source, read_table
+from batchkern.data.sources import Table, UnlabelledError, held_out, open_source, read_table, shortened
 from batchkern.errors import UserError
 
 MEMORY_LIMIT = 4 << 30
@@ -26,8 +26,8 @@ def load(
             - "photo-patches": 520 32x32 colour patches of scikit-learn's two photographs, the class being
               which one, to inject into the training on another set; with a fixed train and test split;
             - a parquet file in the image layout of Hugging Face `datasets`; its one split is "train";
-            - a folder with one sub-folder of images per class; or with sub-folders train and test (or
-              validation, val) that are like this; else its one split is "train";
+            - a folder with one sub-folder of images per class, or of folders of them; or with sub-folders
+              train and test (or validation, val) that are like this; else its one split is "train";
             - a name on the Hugging Face hub, `owner/name`, `name`, or either with `:config`.
             Images are the first column of type `datasets.Image`; labels the column "label", "labels" or
             "fine_label", else the only one of classes, else the only one of integers.
@@ -180,7 +180,7 @@ def _check_test_classes(test: TensorImages | Table, train: TensorImages | Table,
                 raise UserError(
                     f"{test.name}: class {index} is {_quoted(name)}, but {_quoted(expected)} in the training "
                     f"set {train.name}; both must have the same classes in the same order: "
-                    f"{_shortened(classes)}"
+                    f"{shortened(classes)}"
                 )
     wrong = (test.labels >= len(classes)).nonzero().flatten()
     if len(wrong):
@@ -193,7 +193,3 @@ def _check_test_classes(test: TensorImages | Table, train: TensorImages | Table,
 
 def _quoted(name: str | None) -> str:
     return "missing" if name is None else repr(name)
-
-
-def _shortened(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -54,6 +55,10 @@ class Table:
         cells = replace(self.cells, index=self.cells.index[positions])
         clean = None if self.clean is None else self.clean[positions]
         return replace(self, cells=cells, labels=self.labels[positions], clean=clean)
+
+
+def shortened(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
 
 
 def held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,46 +212,126 @@ def _open_parquet(source: str, path: str) -> Mapping[str, Any]:
     try:
         if parquet.read_metadata(path).num_rows == 0:
             raise UserError(f"{source}: the file has no rows")
-        return _load_dataset("parquet", data_files={"train": glob.escape(path)}, cache_dir=_cache_dir())
+        # Among what datasets knows its cache by is the name of a configuration.
+        options = {"name": _digest(path), "cache_dir": _cache_dir()}
+        splits = _load_dataset("parquet", data_files={"train": glob.escape(path)}, **options)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{source}: not a readable parquet file: {_cause(error)}") from error
+    for dataset in splits.values():
+        _check_embedded(source, dataset)
+    return splits
+
+
+def _digest(path: str) -> str:
+    """Of a parquet file's size, of its first and its last mebibyte and its footer: by its time of change alone another
+    file in its place may be taken for it."""
+    size, piece = os.path.getsize(path), 1 << 20
+    with open(path, "rb") as file:
+        digest = hashlib.blake2b(size.to_bytes(8, "little") + file.read(piece), digest_size=8)
+        file.seek(size - 8)
+        footer = 8 + int.from_bytes(file.read(4), "little")
+        file.seek(max(0, size - max(piece, footer)))
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _check_embedded(source: str, dataset: Any) -> None:
+    """That images lie in the file: what a cell names instead, a file of this machine or an address, is never opened."""
+    datasets = require("datasets", "train")
+    compute = require("pyarrow.compute", "train")
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            cells = dataset.select_columns([name]).with_format("arrow")[:].column(name)
+            named = compute.and_(cells.is_valid(), compute.struct_field(cells, "bytes").is_null())
+            if (row := compute.index(named, True).as_py()) >= 0:
+                raise UserError(
+                    f"{source}: row {row} has no bytes in its column {name!r}, but the path "
+                    f"{cells[row].as_py()['path']!r}; in a parquet file the images themselves must be in it"
+                )
 
 
 def _open_folder(source: str, path: str) -> Mapping[str, Any]:
-    """Splits are the sub-folders train and test (or validation, val) where there are such; else "train" only.
+    """Splits are the sub-folders train and test (or validation, val) where there are such, or train where there is
+    nothing else; else "train" only. Classes are those of the split "train".
 
-    `datasets` is told the files of each split, because by itself it would take any file or class with "test"
-    in its name for a part of a test split, and drop the labels where it finds a metadata file.
+    Files are found here, and not by `datasets`, which would take any file or class with "test" in its name for a part
+    of a test split, the innermost folder for the class, and the labels from a metadata file.
     """
-    folders = {name: split for name, split in _SPLIT_FOLDERS.items() if os.path.isdir(os.path.join(path, name))}
-    if "train" not in folders or len(folders) == 1:
+    datasets = require("datasets", "train")
+    inside = _sub_folders(source, path)
+    folders = {name: split for name, split in _SPLIT_FOLDERS.items() if name in inside}
+    if "train" not in folders or (len(folders) == 1 and len(inside) > 1):
         folders = {"": "train"}
-    files = {
-        split: os.path.join(glob.escape(os.path.join(os.path.abspath(path), name)), "*", "*.*")
-        for name, split in folders.items()
-    }
-    extensions = require("PIL.Image", "train").registered_extensions()
+    if len(set(folders.values())) < len(folders):
+        raise UserError(f"{source}: it has both 'validation' and 'val', which are names of the same split")
+    splits: dict[str, Any] = {}
+    classes: tuple[str, ...] = ()
+    training = ""
     for name, split in folders.items():
-        if not any(os.path.splitext(file)[1].lower() in extensions for file in glob.iglob(files[split])):
-            raise UserError(
-                f"{os.path.join(source, name).rstrip(os.sep)}: no images in one sub-folder per class, "
-                f"as in class/image.png"
-            )
+        where = os.path.join(source, name).rstrip(os.sep)
+        images = _images_of_classes(where, os.path.join(os.path.abspath(path), name))
+        if split == "train":
+            classes, training = tuple(images), where
+        for of_class in images:
+            if of_class not in classes:
+                raise UserError(f"{where}: its sub-folder {of_class!r} is no class of {training}: {shortened(classes)}")
+        columns = {
+            "image": [file for files in images.values() for file in files],
+            "label": [classes.index(of_class) for of_class, files in images.items() for _ in files],
+        }
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(classes))})
+        splits[split] = datasets.Dataset.from_dict(columns, features=features)
+    return splits
+
+
+def _images_of_classes(where: str, path: str) -> dict[str, list[str]]:
+    """The files of each class, sorted: all images in its folder and those below it, as in torchvision's ImageFolder."""
+    pillow = require("PIL.Image", "train")
+    extensions = {extension for extension, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
+    images = {name: [*_images_below(where, os.path.join(path, name), extensions)] for name in _sub_folders(where, path)}
+    if not any(images.values()):
+        raise UserError(f"{where}: no images in one sub-folder per class, as in class/image.png")
+    for name, files in images.items():
+        if not files:
+            raise UserError(f"{where}: the sub-folder {name!r} has no image; each must be a class with one at least")
+    return images
+
+
+def _images_below(where: str, path: str, extensions: set[str]) -> Iterator[str]:
+    seen = set()
+    for folder, below, files in os.walk(path, onerror=partial(_refuse_folder, where), followlinks=True):
+        # A link to a folder above would lead round for ever.
+        below[:] = [] if os.path.realpath(folder) in seen else sorted(name for name in below if name[0] != ".")
+        if os.path.realpath(folder) not in seen:
+            yield from (os.path.join(folder, file) for file in sorted(files) if _extension(file) in extensions)
+        seen.add(os.path.realpath(folder))
+
+
+def _extension(file: str) -> str:
+    return "" if file.startswith(".") else os.path.splitext(file)[1].lower()
+
+
+def _sub_folders(where: str, path: str) -> list[str]:
     try:
-        return _load_dataset(
-            "imagefolder", data_files=files, drop_labels=False, drop_metadata=True, cache_dir=_cache_dir()
-        )
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{source}: not a readable folder of images: {_cause(error)}") from error
+        with os.scandir(path) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        _refuse_folder(where, error)
+
+
+def _refuse_folder(where: str, error: OSError) -> NoReturn:
+    raise UserError(f"{where}: the folder {error.filename!r} cannot be read: {error.strerror}") from error
 
 
 def _open_hub(source: str) -> Mapping[str, Any]:
     match = _HUB_NAME.fullmatch(source)
     assert match is not None
+    if os.path.exists(match["path"]):
+        raise UserError(f"{source!r}: {match['path']!r} is a local file or folder, which has no configurations")
+    if match["path"] in require("datasets.packaged_modules", "train")._PACKAGED_DATASETS_MODULES:
+        raise UserError(f"{source!r} is a reader of files in `datasets`, no data set: name the file or the folder")
     try:
         return _load_dataset(match["path"], match["config"])
     except UserError:
