@@ -9,30 +9,22 @@ Training that goes past the loss function is an error. ``transformers`` itself i
 
 from __future__ import annotations
 
-import copy
 import inspect
-import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from batchkern._past_the_loss import ADVICE, Call, caller, learns, place, version
 from batchkern.ops import Rows, linear_cross_entropy, trimmed_mean
 from batchkern.ops import _checks as check
 from batchkern.ops.linear_trimmed_cross_entropy import linear_trimmed_cross_entropy
 
 Objective = Callable[[Rows, Tensor], Tensor]
 
-ADVICE = (
-    "pass labels and train on the loss that the model returns (docs/integrations.md has trainers that do not), call it "
-    "under torch.no_grad() or in eval mode, or remove() the patch"
-)
-HAND_ON = ("accelerate.", "batchkern.", "peft.", "torch.", "transformers.models.", "transformers.utils.")
 OF_THE_MODEL_ALONE = (
     "num_items_in_batch",
     "past_key_values",
@@ -123,7 +115,7 @@ class CausalLMPatch:
         self._reference: Tensor | None = None
         self._losses: Tensor | None = None
         self._own_forward = head.__dict__.get("forward")
-        self._call = head.forward = _Call(base, head.forward)
+        self._call = head.forward = Call(base, head.forward)
         base.loss_function = self._loss_function
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -210,14 +202,14 @@ class CausalLMPatch:
         call.inside, call.active, call.hidden = False, False, None
         if output is None:
             return output
-        if not call.labelled and _learns(model, output):
+        if not call.labelled and learns(model, output):
             raise RuntimeError(
-                f"{call.name} was called in training without labels, by {_caller()}, so that its loss would be that of "
+                f"{call.name} was called in training without labels, by {caller()}, so that its loss would be that of "
                 f"all tokens: {ADVICE}"
             )
-        if unused and (hidden is not None or _learns(model, output)):
+        if unused and (hidden is not None or learns(model, output)):
             base = self._base
-            forward = _place(base.forward) if "forward" in base.__dict__ else f"{call.name}.forward"
+            forward = place(base.forward) if "forward" in base.__dict__ else f"{call.name}.forward"
             raise RuntimeError(
                 f"the loss of {call.name} was made without the patch, as its forward pass, {forward}, has not called "
                 f"its loss_function: {ADVICE}"
@@ -326,7 +318,7 @@ class CausalLMPatch:
     def _is_known(self, logits: Tensor, hidden: Tensor) -> bool:
         """Whether ``logits`` are the hidden state that was handed on, capped and scaled as the configuration says. That
         is looked at once, which makes the host wait."""
-        if _version(hidden) != self._call.version:
+        if version(hidden) != self._call.version:
             return False
         if self._softcap is None and self._scale == 1:
             return logits is hidden
@@ -396,86 +388,9 @@ class ExcessLoss:
         return self._patch.token_losses(**inputs, use_cache=False)
 
 
-class _Call:
-    """The call that a patched model is in. In place of the output layer's ``forward``: while a loss is to be made, its
-    input is handed on. It knows nothing of the model, so that a copy of a layer is not one of the model."""
-
-    def __init__(self, base: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
-        self.name, self._base, self._forward = type(base).__name__, id(base), forward
-        self.inside = self.active = self.labelled = False
-        self.hidden: Tensor | None = None
-        self.version = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Call:
-        """That in a copy of a layer alone refuses nothing."""
-        copied = memo[id(self)] = object.__new__(_Call)
-        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
-        if self._base in memo:
-            copied._base = id(memo[self._base])
-        else:
-            copied.inside = True
-        return copied
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        if self.active:
-            self.hidden, self.version = hidden, _version(hidden)
-            return hidden
-        logits = self._forward(hidden)
-        layer: Any = getattr(self._forward, "__self__", None)
-        if not self.inside and isinstance(layer, nn.Module):
-            self.refuse_around(layer, (), logits)
-        return logits
-
-    def refuse_around(self, layers: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After a part of the model was called."""
-        if not self.inside and _learns(layers, output):
-            raise RuntimeError(
-                f"the layers of {self.name} were called in training by {_caller()}, around the model that was patched "
-                f"(after an adapter is merged, patch again), so that its loss would be that of all tokens: {ADVICE}"
-            )
-
-    def refuse_backward_of(self, loss: Tensor) -> None:
-        """Of a model in evaluation mode, such as ``from_pretrained`` returns."""
-
-        def refuse(grad: Tensor) -> None:
-            raise RuntimeError(
-                f"{self.name} is trained in evaluation mode, where its loss is that of all tokens: call train() first, "
-                "or remove() the patch"
-            )
-
-        if loss.requires_grad and not torch.compiler.is_compiling():
-            loss.register_hook(refuse)
-
-
-def _learns(model: nn.Module, output: Any) -> bool:
-    """Whether what a model returned may be trained on."""
-    if not (model.training and torch.is_grad_enabled()):
-        return False
-    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(output))
-
-
 def _check_module(name: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{name} must be a causal language model of transformers, got {type(model).__name__}")
-
-
-def _caller() -> str:
-    """Who called the model, in words, past what hands calls on."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and f"{frame.f_globals['__name__']}.".startswith(HAND_ON):
-        frame = frame.f_back
-    return "Python" if frame is None else f"{frame.f_code.co_name} of {frame.f_globals['__name__']}"
-
-
-def _place(function: Any) -> str:
-    """The name of a function and its module, whatever it says that it wraps."""
-    function = getattr(function, "__func__", function)
-    return f"{function.__code__.co_name} of {function.__globals__['__name__']}"
-
-
-def _version(x: Tensor) -> int:
-    """How often ``x`` was changed in place; the compiler cannot look at that."""
-    return 0 if torch.compiler.is_compiling() else x._version
 
 
 def _base(model: nn.Module) -> Any:

@@ -728,17 +728,24 @@ WRAPPERS = [
     ),
     *within(
         "wrappers",
+        "batchkern/_past_the_loss.py",
+        ("tests/test_causal_lm.py", *UNCOMPILED),
+        ("layers called around the model are let pass", "if not self.inside and learns(layers, output):", "if False:"),
+        ("training in evaluation mode is let pass", "loss.register_hook(refuse)", "pass"),
+        ("a copy of a layer refuses too", 'state["inside"] = True', "pass"),
+    ),
+    *within(
+        "wrappers",
         "batchkern/causal_lm.py",
         ("tests/test_causal_lm.py", *UNCOMPILED),
         ("a token predicts itself", "F.pad(labels, (0, 1), value=ignore_index)[..., 1:]", "labels"),
         ("the untrimmed loss counts ignored tokens", "losses.detach().sum() / counted.sum()", "losses.detach().mean()"),
-        ("training without labels is let pass", "if not call.labelled and _learns(model, output):", "if False:"),
+        ("training without labels is let pass", "if not call.labelled and learns(model, output):", "if False:"),
         (
             "a loss made elsewhere is let pass",
-            "unused and (hidden is not None or _learns(model, output))",
+            "unused and (hidden is not None or learns(model, output))",
             "unused and hidden",
         ),
-        ("layers called around the model are let pass", "if not self.inside and _learns(layers, output):", "if False:"),
         ("the excess is the loss", "score=losses.detach() - reference", "score=losses.detach()"),
         (
             "evaluation is of the hardest tokens",

@@ -251,6 +251,8 @@ def test_a_copy_of_a_layer_is_no_copy_of_the_model() -> None:
     hidden = torch.randn(2, 32)
     head, body = copy.deepcopy(model.lm_head), copy.deepcopy(model.model)
     assert len(pickle.dumps(head)) < 2 * head.weight.nbytes
+    (call,) = (hook.__self__ for hook in body._forward_hooks.values())
+    assert "_forward" not in call.__dict__  # which has the output layer
     assert batchkern.CausalLMPatch.of(head) is None
     torch.testing.assert_close(head(hidden), hidden @ head.weight.T)
     with torch.no_grad():

@@ -1,0 +1,98 @@
+"""Training that goes past a patched model's loss: the call that such a model is in, and who made the loss instead."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+ADVICE = (
+    "pass labels and train on the loss that the model returns (docs/integrations.md has trainers that do not), call it "
+    "under torch.no_grad() or in eval mode, or remove() the patch"
+)
+HAND_ON = ("accelerate.", "batchkern.", "peft.", "torch.", "transformers.models.", "transformers.utils.")
+
+
+class Call:
+    """The call that a patched model is in. In place of the output layer's ``forward``: while a loss is to be made, its
+    input is handed on. It knows nothing of the model, so that a copy of a layer is not one of the model."""
+
+    def __init__(self, base: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+        self.name, self._base, self._forward = type(base).__name__, id(base), forward
+        self.inside = self.active = self.labelled = False
+        self.hidden: Tensor | None = None
+        self.version = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+        """That in a copy of a layer alone refuses nothing, and has no other layer with it."""
+        copied = memo[id(self)] = object.__new__(Call)
+        state = dict(self.__dict__)
+        if self._base not in memo:
+            state["inside"] = True
+            if id(getattr(self._forward, "__self__", None)) not in memo:
+                del state["_forward"]
+        copied.__dict__ = copy.deepcopy(state, memo)
+        copied._base = id(memo.get(self._base))
+        return copied
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if self.active:
+            self.hidden, self.version = hidden, version(hidden)
+            return hidden
+        logits = self._forward(hidden)
+        layer: Any = getattr(self._forward, "__self__", None)
+        if not self.inside and isinstance(layer, nn.Module):
+            self.refuse_around(layer, (), logits)
+        return logits
+
+    def refuse_around(self, layers: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a part of the model was called."""
+        if not self.inside and learns(layers, output):
+            raise RuntimeError(
+                f"the layers of {self.name} were called in training by {caller()}, around the model that was patched "
+                f"(after an adapter is merged, patch again), so that its loss would be that of all tokens: {ADVICE}"
+            )
+
+    def refuse_backward_of(self, loss: Tensor) -> None:
+        """Of a model in evaluation mode, such as ``from_pretrained`` returns."""
+
+        def refuse(grad: Tensor) -> None:
+            raise RuntimeError(
+                f"{self.name} is trained in evaluation mode, where its loss is that of all tokens: call train() first, "
+                "or remove() the patch"
+            )
+
+        if loss.requires_grad and not torch.compiler.is_compiling():
+            loss.register_hook(refuse)
+
+
+def learns(model: nn.Module, output: Any) -> bool:
+    """Whether what a model returned may be trained on."""
+    if not (model.training and torch.is_grad_enabled()):
+        return False
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(output))
+
+
+def caller() -> str:
+    """Who called the model, in words, past what hands calls on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and f"{frame.f_globals['__name__']}.".startswith(HAND_ON):
+        frame = frame.f_back
+    return "Python" if frame is None else f"{frame.f_code.co_name} of {frame.f_globals['__name__']}"
+
+
+def place(function: Any) -> str:
+    """The name of a function and its module, whatever it says that it wraps."""
+    function = getattr(function, "__func__", function)
+    return f"{function.__code__.co_name} of {function.__globals__['__name__']}"
+
+
+def version(x: Tensor) -> int:
+    """How often ``x`` was changed in place; the compiler cannot look at that."""
+    return 0 if torch.compiler.is_compiling() else x._version
