@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 ADVICE = (
     "pass labels and train on the loss that the model returns (docs/integrations.md has trainers that do not), call it "
-    "under torch.no_grad() or in eval mode, or remove() the patch"
+    "under torch.no_grad() or in eval mode, or remove the patch by CausalLMPatch.of(model).remove()"
 )
 HAND_ON = ("accelerate.", "batchkern.", "peft.", "torch.", "transformers.models.", "transformers.utils.")
 
@@ -24,7 +24,8 @@ class Call:
     input is handed on. It knows nothing of the model, so that a copy of a layer is not one of the model."""
 
     def __init__(self, base: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
-        self.name, self._base, self._forward = type(base).__name__, id(base), forward
+        self.name, self._base = type(base).__name__, id(base)
+        self._forward: Callable[[Tensor], Tensor] | None = forward
         self.inside = self.active = self.labelled = False
         self.hidden: Tensor | None = None
         self.version = 0
@@ -36,15 +37,23 @@ class Call:
         if self._base not in memo:
             state["inside"] = True
             if id(getattr(self._forward, "__self__", None)) not in memo:
-                del state["_forward"]
+                state["_forward"] = None
         copied.__dict__ = copy.deepcopy(state, memo)
-        copied._base = id(memo.get(self._base))
         return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in a copy of a layer alone, unless :meth:`belong` follows."""
+        self.__dict__ = {**state, "inside": True}
+
+    def belong(self, base: nn.Module) -> None:
+        """To a model whose patch was copied or unpickled."""
+        self._base, self.inside = id(base), False
 
     def __call__(self, hidden: Tensor) -> Tensor:
         if self.active:
             self.hidden, self.version = hidden, version(hidden)
             return hidden
+        assert self._forward is not None, "it stands for no layer"
         logits = self._forward(hidden)
         layer: Any = getattr(self._forward, "__self__", None)
         if not self.inside and isinstance(layer, nn.Module):

@@ -124,6 +124,10 @@ class CausalLMPatch:
         if base.base_model is not base:
             self._hooks.append(base.base_model.register_forward_hook(self._call.refuse_around))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._call.belong(self._base)
+
     @staticmethod
     def of(model: nn.Module) -> CausalLMPatch | None:
         """The patch of a model, of a copy of a patched one, or of one in ``model``; None where there is none.

@@ -733,6 +733,8 @@ WRAPPERS = [
         ("layers called around the model are let pass", "if not self.inside and learns(layers, output):", "if False:"),
         ("training in evaluation mode is let pass", "loss.register_hook(refuse)", "pass"),
         ("a copy of a layer refuses too", 'state["inside"] = True', "pass"),
+        ("an unpickled layer refuses too", '{**state, "inside": True}', "state"),
+        ("a copy of a model refuses nothing", "self._base, self.inside = id(base), False", "pass"),
     ),
     *within(
         "wrappers",

@@ -252,7 +252,11 @@ def test_a_copy_of_a_layer_is_no_copy_of_the_model() -> None:
     head, body = copy.deepcopy(model.lm_head), copy.deepcopy(model.model)
     assert len(pickle.dumps(head)) < 2 * head.weight.nbytes
     (call,) = (hook.__self__ for hook in body._forward_hooks.values())
-    assert "_forward" not in call.__dict__  # which has the output layer
+    assert call._forward is None  # which has the output layer
+    for again in (copy.deepcopy(head), pickle.loads(pickle.dumps(model.lm_head))):
+        torch.testing.assert_close(again(hidden), hidden @ head.weight.T)
+    for again in (copy.deepcopy(body), pickle.loads(pickle.dumps(model.model))):
+        assert again(arguments["input_ids"]).last_hidden_state.requires_grad
     assert batchkern.CausalLMPatch.of(head) is None
     torch.testing.assert_close(head(hidden), hidden @ head.weight.T)
     with torch.no_grad():
@@ -481,7 +485,10 @@ def test_a_copy_has_a_patch_of_its_own() -> None:
     model, arguments = make("llama"), batch()
     patch = batchkern.patch_causal_lm(model, 0.3)
     expected = step(model, **arguments)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    pickled = pickle.loads(pickle.dumps(model))
+    for other in (copy.deepcopy(model), pickled, copy.deepcopy(pickled)):
+        with pytest.raises(RuntimeError, match="were called in training by test_a_copy_has_a_patch_of_its_own"):
+            other.model(arguments["input_ids"])
         its = batchkern.CausalLMPatch.of(other)
         assert isinstance(its, batchkern.CausalLMPatch)
         assert its is not patch
