@@ -21,7 +21,7 @@ REQUIRED = {
     "training": ("strategy",),
     "accuracy": ("op", "classes", "perturbation", "variant", "error"),
     "confident": ("op", "probability", "exact", "ours", "eager"),
-    "arms": ("noise", "arm", "flops", "seconds", "updates", "loss", "difference"),
+    "arms": ("noise", "arm", "flops", "seconds", "updates", "loss", "difference", "curve"),
     "references": ("noise", "share", "tokens", "updates", "loss", "best", "difference"),
 }
 """The lists of a file of results, and what no row of them can do without."""

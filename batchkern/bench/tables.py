@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from statistics import fmean
 from typing import Any
 
 from batchkern.bench.fit import Growth, growth
@@ -11,6 +12,7 @@ from batchkern.bench.operations import name, spread
 from batchkern.bench.results import LANGUAGE, Results
 
 LANGUAGE_BUDGETS = {"updates": "equal updates", "cost": "equal cost", "seconds": "equal seconds"}
+ON_THE_WAY = "Mean difference to `all` after fewer updates of the same trainings:"
 BRACKETS = (
     "Exponents are slopes of log cost over log size where a cost is at least ten times the sweep's lowest; in brackets "
     "those of the three largest sizes, where it is not, and what is paid at any size may still count."
@@ -136,6 +138,7 @@ def language(results: Results) -> str:
             [row for row in results.rows(name) if row["noise"] == noise] for name in ("arms", "references")
         )
         tables += [_about_text(noise, settings), _arms(arms)]
+        tables += [ON_THE_WAY, _on_the_way(arms, settings)] if len(arms) > 1 else []
         tables += [_about_references(settings), _references(references, settings)] if references else []
     return paragraphs(*tables)
 
@@ -168,6 +171,18 @@ def _arms(arms: list[dict[str, Any]]) -> str:
             cells.append(_difference(arm["difference"].get(budget)))
         lines.append(cells)
     return table(headings, lines)
+
+
+def _on_the_way(arms: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    """Differences to the first arm, ``all``, at some of the points where every training was tested."""
+    courses = [dict(zip(arm["curve"]["updates"], zip(*arm["curve"]["loss"], strict=True), strict=True)) for arm in arms]
+    common = sorted(set.intersection(*(set(course) for course in courses)) - {settings["updates"]})
+    points = [*common[1::2], settings["updates"]]
+    lines = []
+    for arm, course in zip(arms[1:], courses[1:], strict=True):
+        pairs = [zip(course[point], courses[0][point], strict=True) for point in points]
+        lines.append([f"`{arm['arm']}`", *(f"{fmean(x - plain for x, plain in pair):+.3f}" for pair in pairs)])
+    return table(["arm", *(f"{point:,}" for point in points)], lines)
 
 
 def _references(references: list[dict[str, Any]], settings: dict[str, Any]) -> str:

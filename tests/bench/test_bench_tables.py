@@ -254,7 +254,20 @@ def test_selections_of_tokens(tmp_path):
     other = {"noise": 0.5, "arm": "excess 0.02", "flops": 5.1e9, "seconds": 0.05}
     other |= {"updates": budgets(600, 1250, 248), "loss": budgets(loss(4.995), loss(5.4), loss(5.45))}
     other |= {"difference": budgets(less(-0.0834, 0.0004), less(0.32, 0.0123), less(0.37, 1.0))}
-    single = {"noise": 0, "arm": "all", "flops": 4.3e9, "seconds": 0.0421, "difference": {}}
+    # Of two seeds: each point of one has its fellow in the other arm's, and 248 has none.
+    plain["curve"] = {"updates": [60, 120, 180, 240, 600], "loss": [[9, 8.0, 7, 6.0, 5], [9, 8.5, 7, 6.5, 5]]}
+    other["curve"] = {
+        "updates": [60, 120, 180, 240, 248, 600],
+        "loss": [[9, 7.9, 7, 6.2, 6, 4.9], [9, 8.3, 7, 6.6, 6, 5]],
+    }
+    single = {
+        "noise": 0,
+        "arm": "all",
+        "curve": {"updates": [600], "loss": [[4.683]]},
+        "flops": 4.3e9,
+        "seconds": 0.0421,
+        "difference": {},
+    }
     single |= {"updates": budgets(600, 600, 600), "loss": budgets(*[loss(4.683, None)] * 3)}
     part = {"noise": 0.5, "share": 0.005, "tokens": 15_872, "updates": 300, "loss": loss(5.311)}
     part |= {"best": {"updates": 525, "loss": loss(5.062)}}
@@ -274,6 +287,12 @@ def test_selections_of_tokens(tmp_path):
         | --- | --- | --- | --- | --- | --- | --- | --- | --- |
         | `all` | 4.30 Gflop | 42.1 ms | 5.078 ± 0.010 (600) |  | 5.078 ± 0.010 (600) |  | 5.078 ± 0.010 (600) |  |
         | `excess 0.02` | 5.10 Gflop | 50.0 ms | 4.995 ± 0.010 (600) | -0.083 ± 0.200 (<0.001) | 5.400 ± 0.010 (1,250) | +0.320 ± 0.200 (0.012) | 5.450 ± 0.010 (248) | +0.370 ± 0.200 (1.000) |
+
+        Mean difference to `all` after fewer updates of the same trainings:
+
+        | arm | 120 | 240 | 600 |
+        | --- | --- | --- | --- |
+        | `excess 0.02` | -0.150 | +0.150 | -0.050 |
 
         Loss of `excess` less that of `clean` of the same share (below 0: the selection is worth more than the clean part that it needs). The reference made 300 updates; the best point of `clean` is the one of lowest loss on the held-out text itself:
 
