@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 import os
 import re
 import zlib
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from batchkern import schedules
 from batchkern.data import ImageData, TensorImages
 from batchkern.errors import UserError
+from batchkern.models import frozen_statistics, has_batch_norm
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 AMP_TYPES: dict[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,15 +26,30 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 
 def check_counts(**values: int | None) -> None:
     for name, value in values.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if value is not None:
+            count(name, value)
 
 
-def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    if not (isinstance(value, int | float) and math.isfinite(value)) or not low <= value <= high:
+def count(name: str, value: int, least: int | None = 1) -> int:
+    """``value``, which may be NumPy's, as Python's."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool | Tensor) or (least is not None and not least <= number < 2**63):
+        limit = "" if least is None else f" of at least {least}"
+        raise UserError(f"{name} must be a whole number{limit}, got {value!r}")
+    return number
+
+
+def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> float:
+    """``value``, which may be NumPy's, as Python's."""
+    number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    if not (math.isfinite(number) and low <= number <= high):
         raise UserError(f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}")
-    if open_low and value == low:
+    if open_low and number == low:
         raise UserError(f"{name} must be above {low:g}, got {value!r}")
+    return number
 
 
 def check_one_process() -> None:
@@ -44,6 +62,8 @@ def check_one_process() -> None:
 
 
 def check_data(train: ImageData, test: ImageData, batch_size: int) -> None:
+    if len(test) == 0:
+        raise UserError(f"{test.name}: the test set has no images; at least one is needed")
     if test.shape != train.shape:
         raise UserError(f"test images are of shape {test.shape}, training images of shape {train.shape}")
     if test.classes != train.classes:
@@ -78,12 +98,15 @@ def build_optimizer(
     weight_decay: float,
 ) -> torch.optim.Optimizer:
     if callable(optimizer):
-        return optimizer(parameters)
+        built = optimizer(parameters)
+        if not isinstance(built, torch.optim.Optimizer):
+            raise UserError(f"optimizer must return a torch.optim.Optimizer, got a {type(built).__name__}")
+        return built
     if optimizer not in OPTIMIZERS:
         raise UserError(f"optimizer must be one of {', '.join(OPTIMIZERS)} or a function, got {optimizer!r}")
-    check_range("lr", lr, 0, torch.finfo(torch.float32).max, open_low=True)
-    check_range("momentum", momentum, 0, 1)
-    check_range("weight_decay", weight_decay, 0, math.inf)
+    lr = check_range("lr", lr, 0, torch.finfo(torch.float32).max, open_low=True)
+    momentum = check_range("momentum", momentum, 0, 1)
+    weight_decay = check_range("weight_decay", weight_decay, 0, math.inf)
     if optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if momentum == 1:
@@ -106,7 +129,7 @@ def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, dev
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(torch.zeros(2, *shape, device=device))
+            logits = model(torch.zeros(2, *shape, device=device, dtype=torch.float32))
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"the model cannot take images of shape {shape}: {reason}") from error
@@ -117,13 +140,41 @@ def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, dev
         raise UserError(f"the model must give logits of shape (batch, {classes}), got {got} for a batch of 2")
 
 
+def least_rows(model: nn.Module, shape: tuple[int, int, int], device: torch.device, world: int, batch_size: int) -> int:
+    """The fewest rows that a batch of all ``world`` ranks may have in training: such that none has one alone, where
+    batch norm cannot do with one.
+
+    Raises:
+        UserError: a batch has fewer.
+    """
+    if not has_batch_norm(model):
+        return 1
+    training = model.training
+    model.train()
+    try:
+        drawn_from = [device] if device.type == "cuda" else []
+        with torch.no_grad(), frozen_statistics(model), torch.random.fork_rng(drawn_from):
+            model(torch.zeros(1, *shape, device=device, dtype=torch.float32))
+        return 1
+    except ValueError:  # of torch.nn.functional.batch_norm
+        least = world + 1
+    finally:
+        model.train(training)
+    if batch_size < least:
+        raise UserError(
+            f"batch_size is {batch_size}, but the model's batch norm needs {least} rows for these images: "
+            "more than one in each process"
+        )
+    return least
+
+
 def uses_all_parameters(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> bool:
     """Whether every parameter that trains has a part in the logits."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = model.training
     model.eval()
     try:
-        logits = model(torch.zeros(2, *shape, device=device))
+        logits = model(torch.zeros(2, *shape, device=device, dtype=torch.float32))
         return None not in torch.autograd.grad(logits.sum(), trained, allow_unused=True)
     finally:
         model.train(training)

@@ -81,7 +81,12 @@ class SampleLog:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = self.last_loss.device
+        device, rows = self.last_loss.device, self.last_loss.shape
+        for name, value in state.items():
+            if value is None and name == "kept_before":
+                continue
+            if not isinstance(value, Tensor) or value.shape != rows:
+                raise ValueError(f"{name} is not of the {len(self.last_loss)} samples of the training set")
         self.times_kept, self.last_loss = state["times_kept"].to(device), state["last_loss"].to(device)
         self._times_before = state["times_before"].to(device)
         before = state["kept_before"]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -26,3 +29,13 @@ def require(module: str, extra: str) -> Any:
         raise UserError(
             f"this needs the library {library!r}, which cannot be imported ({error}): pip install 'batchkern[{extra}]'"
         ) from error
+
+
+@contextlib.contextmanager
+def only_warned(what: str) -> Iterator[None]:
+    """For what is done after results are safe, such as drawing them: where it fails there is a warning."""
+    try:
+        yield
+    except Exception as error:
+        reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        warnings.warn(f"{what}: {reason}", stacklevel=3)

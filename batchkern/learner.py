@@ -100,6 +100,12 @@ class Learner:
         """The strategy that decides ``thing``, else the plain baseline."""
         return next((s for s in self.strategies if thing in s.owns), Strategy())
 
+    def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
+        """Positions in the batch of the rows worth a full pass; ``None``: all, also where these are too few for batch
+        norm. The loss then counts the same rows in a pass over all."""
+        rows = self.owner("the loss").narrow(step, score)
+        return None if rows is not None and len(rows) < self.run.least_rows else rows
+
     def _update(self, batch: Batch) -> None:
         step = Step(self.run, batch, self.counts.updates)
         factor = self.schedule(batch.progress) if batch.rate is None else batch.rate
@@ -137,7 +143,7 @@ class Learner:
             return scored[0][0]
 
         owner = self.owner("the loss")
-        rows = owner.narrow(step, score)
+        rows = self.narrow(step, score)
         images, target = whole() if rows is None else self._narrowed(step, rows, whole() if scored else None)
         perturbation = self.owner("the virtual samples").perturb(step)
         outcome: list[Tensor] = []

@@ -153,6 +153,10 @@ def build(name: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
         raise UserError(f"shape must be (C, H, W) with C >= 1 and H, W >= 4, not {tuple(shape)}")
     if classes < 2:
         raise UserError(f"classes must be at least 2, not {classes}")
+    return _build(name, shape, classes).float()  # as images are, whatever torch's default type
+
+
+def _build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
     if name == "cnn":
         return SmallCNN(shape[0], classes)
     if name in _RESNETS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,18 +36,47 @@ class Batch:
     """Computes this batch's loss in place of the trainer, for a batch that is not of the training set."""
 
 
+def cut(order: Tensor, size: int, least: int = 1) -> tuple[Tensor, ...]:
+    """``order`` in batches of ``size``. The last one may be smaller; with fewer than ``least`` rows it is joined to the
+    one before."""
+    batches = order.split(size)
+    if len(batches) > 1 and len(batches[-1]) < least:
+        return *batches[:-2], order[size * (len(batches) - 2) :]
+    return batches
+
+
+def count_batches(rows: int, size: int, least: int = 1) -> int:
+    """How many :func:`cut` makes."""
+    return max(1, -(-rows // size) - (0 < rows % size < least))
+
+
+def saved_number(state: Mapping[str, Any], name: str, most: int | None = None) -> int:
+    """A count in a saved state.
+
+    Raises:
+        ValueError: it is not a whole number of at least 0, or above ``most``.
+    """
+    value = state[name]
+    if type(value) is not int or value < 0 or (most is not None and value > most):
+        raise ValueError(
+            f"{name} is {value!r}, which must be a whole number from 0{'' if most is None else f' to {most}'}"
+        )
+    return value
+
+
 class EpochBatches:
-    """Every epoch a fresh permutation of all rows, cut into batches; the last one of an epoch may be smaller.
+    """Every epoch a fresh permutation of all rows, cut into batches by :func:`cut`.
 
     A pure function of (seed, epoch), so its only state is how many batches were taken.
     """
 
-    def __init__(self, rows: int, batch_size: int, epochs: int, seed: int) -> None:
+    def __init__(self, rows: int, batch_size: int, epochs: int, seed: int, least: int = 1) -> None:
         self.rows = rows
         self.batch_size = batch_size
         self.epochs = epochs
         self.seed = seed
-        self.per_epoch = -(-rows // batch_size)
+        self.least = least
+        self.per_epoch = count_batches(rows, batch_size, least)
         self.taken = 0
         self._cached: tuple[int, tuple[Tensor, ...]] = (-1, ())
 
@@ -55,7 +84,7 @@ class EpochBatches:
         """The index batches of one epoch."""
         if self._cached[0] != epoch:
             order = torch.randperm(self.rows, generator=generator(self.seed, "epoch", epoch))
-            self._cached = epoch, order.split(self.batch_size)
+            self._cached = epoch, cut(order, self.batch_size, self.least)
         return self._cached[1]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -70,7 +99,7 @@ class EpochBatches:
         return {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.taken = state["taken"]
+        self.taken = saved_number(state, "taken", self.epochs * self.per_epoch)
 
 
 class Replay:
@@ -106,4 +135,8 @@ class Replay:
         return dict(vars(self), order=list(self.order))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        order = list(state["order"])
+        if not all(type(number) is int and number >= 0 for number in order):
+            raise ValueError(f"order is {order!r:.40}, which must be numbers of batches")
+        self.updates, self.round = saved_number(state, "updates"), saved_number(state, "round")
+        self.order, self.place = order, saved_number(state, "place", len(order))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchkern.errors import require
-from batchkern.rundir import CONFIG, CURVES, METRICS, write_file
+from batchkern.files import write_file
+from batchkern.rundir import CONFIG, CURVES, METRICS
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers too; grey in place of yellow, which is
 # hardly seen on white.
@@ -30,8 +30,10 @@ def plot_run(directory: Path) -> None:
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
     """
-    rows = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
-    settings = json.loads((directory / CONFIG).read_text())["settings"]
+    from batchkern import records
+
+    rows = records.read_metrics(directory / METRICS)
+    settings = records.read_json(directory / CONFIG, records.Config)["settings"]
     strategies = " + ".join(strategy["name"] for strategy in settings["strategies"]) or "baseline"
     told = _told(rows)
     lines = 2 + -(-len(told) // 2)
@@ -39,7 +41,8 @@ def plot_run(directory: Path) -> None:
     # matplotlib would find room for each label too, in twice the time of all the rest; these labels are known.
     room = {"left": 0.07, "right": 0.98, "bottom": 0.26 / lines * 0.62, "top": 1 - 0.22 / lines}
     room |= {"wspace": 0.16, "hspace": 0.24}
-    figure.suptitle(f"{strategies}: {settings['model']} on {settings['train']['name']}, seed {settings['seed']}")
+    title = f"{strategies}: {settings['model']} on {settings['train']['name']}, seed {settings['seed']}"
+    figure.suptitle(_literal(title))
     panels = figure.subplots(lines, 2, sharex=True, gridspec_kw=room).flat
     loss, accuracy, kept, rate, *others = panels
     _curves(
@@ -123,7 +126,7 @@ def plot_accuracy(path: Path, arms: Mapping[str, Sequence[Rows]], key: str, labe
         span = max(max(ends) - min(ends), 1.0)
         axes.set_ylim(max(0.0, min(ends) - span), max(ends) + 0.1 * span)
         _legend(figure, list(arms), 120)
-    axes.set(title=title, xlabel=label, ylabel="test accuracy (%)")
+    axes.set(title=_literal(title), xlabel=label, ylabel="test accuracy (%)")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     _save(figure, path)
@@ -150,7 +153,7 @@ def plot_differences(path: Path, groups: Mapping[str, Sequence[tuple[str, Mappin
                 capsize=3,
             )
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks([-place for place in range(len(group))], [name for name, _ in group])
+        axes.set_yticks([-place for place in range(len(group))], [_literal(name) for name, _ in group])
         axes.set_ylim(-len(group) + 0.4, 0.6)
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("difference in test accuracy (points)")
@@ -176,7 +179,7 @@ def plot_fractions(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]
     axes.axhline(100, color="black", linewidth=0.8, linestyle=":")
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
-    axes.set(title=title, xlabel=along, ylabel="fraction of the floor (%)")
+    axes.set(title=_literal(title), xlabel=_literal(along), ylabel="fraction of the floor (%)")
     axes.grid(alpha=0.25)
     _legend(figure, list(lines), 110)
     _save(figure, path)
@@ -275,7 +278,7 @@ def _legend(figure: Any, names: Sequence[str], room: int, handles: Mapping[str, 
 
 def _look(arm: str, place: int) -> dict[str, Any]:
     dashes = "--" if arm.startswith("random") or place >= len(COLOURS) else "-"
-    return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes, "label": arm}
+    return {"color": COLOURS[place % len(COLOURS)], "linestyle": dashes, "label": _literal(arm)}
 
 
 def _curves(axes: Any, rows: Rows, title: str, **labels: str) -> None:
@@ -291,6 +294,11 @@ def _curves(axes: Any, rows: Rows, title: str, **labels: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     if any(labels.values()):
         axes.legend(frameon=False, fontsize="small")
+
+
+def _literal(text: str) -> str:
+    """``text`` as matplotlib shows it: a pair of dollar signs would begin mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _figure(width: float, height: float, **options: Any) -> Any:

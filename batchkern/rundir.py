@@ -4,40 +4,36 @@ be written at all."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from batchkern._version import __version__
 from batchkern.errors import UserError, require
+from batchkern.files import append_line, contents, lock, read_file, remove_parts, write_file
 
-CONFIG, METRICS, CHECKPOINT, WEIGHTS, SAMPLES, CURVES = (
+CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES = (
     "config.json",
     "metrics.jsonl",
     "checkpoint.pt",
+    "checkpoint.previous.pt",
     "model.safetensors",
     "samples.safetensors",
     "curves.png",
 )
-RUN_FILES = (CONFIG, METRICS, CHECKPOINT, WEIGHTS, SAMPLES, CURVES)
+RUN_FILES = (CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES)
 
-
-def write_file(path: Path, content: bytes) -> None:
-    """All of ``content`` or, after a kill, the old file: never a part."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+FORMAT = 1
+"""Of checkpoints; raised when what they hold is no longer read by what was written before."""
+_SEAL = re.compile(rb"batchkern (\S{1,40}) checkpoint ([0-9]{1,9}) blake2b ([0-9a-f]{32})")
 
 
 class RunDirectory:
@@ -59,42 +55,106 @@ class RunDirectory:
         self, path: Path, settings: dict[str, Any], environment: dict[str, Any], *, overwrite: bool, resume: bool
     ) -> None:
         self.path = path
+        self._lock: int | None = None
+        self._left: list[Any] | None = None
+        """What the files were when this process last had the lock."""
         if overwrite and resume:
             raise UserError("overwrite and resume exclude each other; give one of them")
-        if resume:
-            self._check_same(settings)
-            return
-        self._claim(overwrite)
-        self._write(CONFIG, json.dumps({"settings": settings, "environment": environment}, indent=2).encode())
-        self._write(METRICS, b"")
+        for module in ("matplotlib.figure", "msgspec", "safetensors.torch"):
+            require(module, "train")  # now, and not after the training
+        if not resume:
+            self._make()
+        elif not path.is_dir():
+            raise self._nothing_to_resume()
+        with self.held():
+            if resume:
+                self._check_same(settings)
+                return
+            self._claim(overwrite)
+            self._write(CONFIG, json.dumps({"settings": settings, "environment": environment}, indent=2).encode())
+            self._write(METRICS, b"")
+
+    # --- whose it is -------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        self.lock()
+        try:
+            yield
+        finally:
+            self.unlock()
+
+    def lock(self) -> None:
+        """Keeps all others from writing here, until :meth:`unlock`. Between a trainer's making and its training the
+        directory is free, since nobody knows whether it will ever train.
+
+        Raises:
+            UserError: it is in use, or its files are no longer those that this process left.
+        """
+        self._lock = lock(self.path)
+        if self._left is not None and self._left != self._files():
+            os.close(self._lock)
+            self._lock = None
+            raise UserError(
+                f"{self.path} was written by another training since this one was begun; resume it, or give another "
+                "directory"
+            )
+
+    def unlock(self) -> None:
+        """Does nothing on the ranks that write nothing."""
+        if self._lock is not None:
+            self._left = self._files()
+            os.close(self._lock)
+            self._lock = None
+
+    def _files(self) -> list[Any]:
+        """What tells that a file was written anew."""
+        found: list[Any] = []
+        for name in (CONFIG, METRICS, CHECKPOINT):
+            with contextlib.suppress(OSError):
+                status = (self.path / name).stat()
+                found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
+        return found
+
+    def _make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def _claim(self, overwrite: bool) -> None:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             # A kill during the first write of all leaves a part of it, which is no more than an empty directory.
-            contents = {entry.name for entry in self.path.iterdir()} - {CONFIG + ".part"}
-            if contents and not self._is_run():
+            found = contents(self.path, RUN_FILES)
+            if found and not self._is_run():
                 raise UserError(f"{self.path} exists and is not a batchkern run; give another output directory")
-            if contents and not overwrite:
+            if found and not overwrite:
                 raise UserError(f"{self.path} holds a run already; resume it, overwrite it, or give another directory")
-            for name in (CHECKPOINT, WEIGHTS, SAMPLES, CURVES):
+            remove_parts(self.path, RUN_FILES)
+            for name in (CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES):
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def _is_run(self) -> bool:
         """Whether config.json is ours: a model of the Hugging Face hub has a file of that name, beside its weights."""
+        from batchkern.records import read_json
+
         try:
-            return "batchkern" in json.loads((self.path / CONFIG).read_text())["environment"]
+            return "batchkern" in read_json(self.path / CONFIG)["environment"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
+    def _nothing_to_resume(self) -> UserError:
+        return UserError(f"{self.path} holds no run to resume: {CONFIG} is missing or unreadable")
+
     def _check_same(self, settings: dict[str, Any]) -> None:
+        from batchkern.records import read_json
+
         try:
-            recorded = json.loads((self.path / CONFIG).read_text())["settings"]
-            recorded.keys()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{self.path} holds no run to resume: {CONFIG} is missing or unreadable") from None
+            recorded = read_json(self.path / CONFIG, dict[str, dict[str, Any]])["settings"]
+        except (OSError, ValueError, KeyError):
+            raise self._nothing_to_resume() from None
         if "ranks" in settings:
             recorded.setdefault("ranks", 1)  # runs of before there were more
         asked = json.loads(json.dumps(settings))
@@ -109,47 +169,110 @@ class RunDirectory:
     def _write(self, name: str, content: bytes) -> None:
         write_file(self.path / name, content)
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        try:
-            with open(self.path / METRICS, "a") as file:
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                os.fsync(file.fileno())  # before the checkpoint that counts on this row
-        except OSError as error:
-            raise UserError(f"{self.path / METRICS} cannot be written: {error.strerror}") from None
+    # --- metrics and checkpoints -------------------------------------------------------------------------------
 
-    def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.path / METRICS).read_text().splitlines()]
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        append_line(self.path / METRICS, json.dumps(row))  # before the checkpoint that counts on this row
+
+    def metrics(self, rows: int | None = None) -> list[dict[str, Any]]:
+        """All rows, or the first ``rows``: what follows them was written after the checkpoint, and a kill may have cut
+        it short."""
+        from batchkern.records import read_metrics
+
+        file = self.path / METRICS
+        try:
+            return read_metrics(file, rows)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise UserError(f"{file} is damaged: {error}") from None
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """The one before it is kept beside it: a disk may lose what it had written whole."""
         # By way of memory: on a full disk torch's own writer fails with an error that hides the reason.
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        self._write(CHECKPOINT, buffer.getvalue())
+        write_file(self.path / CHECKPOINT, sealed(buffer.getvalue()), previous=self.path / PREVIOUS)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, and the metrics cut back to it; ``None`` where the run was killed before the first."""
-        file = self.path / CHECKPOINT
-        rows: list[dict[str, Any]] = []
-        state: dict[str, Any] | None = None
-        if file.exists():
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True)
-                assert state is not None
-                # What follows these lines was written after the checkpoint; a kill may have cut it short.
-                lines = (self.path / METRICS).read_text().splitlines()[: state["epochs_done"]]
-                rows = [json.loads(line) for line in lines]
-            except OSError as error:
-                raise UserError(f"{file} cannot be read: {error.strerror}") from None
-            except Exception:  # torch would say that it should be loaded with its code executed
-                raise UserError(f"{file} cannot be read: it or {METRICS} beside it is damaged") from None
-            if len(rows) < state["epochs_done"]:
-                done = state["epochs_done"]
-                raise UserError(f"{self.path / METRICS} has {len(rows)} rows, but {file} was saved after {done} epochs")
-        self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        return state
+        with self.held():
+            state, rows = self._read(CHECKPOINT) if (self.path / CHECKPOINT).exists() else (None, [])
+            remove_parts(self.path, RUN_FILES)
+            self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            return state
+
+    def _read(self, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """A checkpoint, and the metrics of its epochs."""
+        file = self.path / name
+        try:
+            state = torch.load(io.BytesIO(unsealed(read_file(file))), map_location="cpu", weights_only=True)
+            done = state["epochs_done"]
+            if not isinstance(done, int) or done < 0:
+                raise ValueError(f"epochs_done is {done!r}")
+        except OSError as error:
+            raise UserError(f"{file} cannot be read: {error.strerror}{self._whole_one(name)}") from None
+        except Exception as error:
+            # torch would say that it should be loaded with its code executed
+            reason = error if type(error) is ValueError else "it is no checkpoint"
+            raise UserError(f"{file} cannot be read: {reason}{self._whole_one(name)}") from None
+        return state, self.metrics(done)
+
+    def _whole_one(self, name: str) -> str:
+        """What to do where the last checkpoint is lost."""
+        if name == PREVIOUS or not (self.path / PREVIOUS).exists():
+            return ""
+        try:
+            state, _ = self._read(PREVIOUS)
+        except UserError:
+            return ""
+        return f"; {PREVIOUS} beside it, of epoch {state['epochs_done']}, is whole: rename it to go on from there"
 
     def save_tensors(self, file: str, tensors: dict[str, torch.Tensor]) -> None:
         save = require("safetensors.torch", "train").save
         # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
         self._write(file, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
+
+
+def check_saved(model: nn.Module) -> None:
+    """
+    Raises:
+        UserError: the weights could not be saved at the end of the training.
+    """
+    save = require("safetensors.torch", "train").save
+    for name, value in model.state_dict().items():
+        try:
+            save({name: value.detach().flatten()[:0].contiguous().clone()})
+        except Exception as error:
+            kind = f"{value.layout} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise UserError(
+                f"the model's state holds {name!r} ({kind}), and {WEIGHTS} takes dense tensors alone; keep it out of "
+                "the state, as by persistent=False, or train without an output directory"
+            ) from error
+
+
+def sealed(checkpoint: bytes) -> bytes:
+    """With its checksum, as the comment of the zip archive that it is: torch reads it as before.
+
+    The archive's own checksums, of each tensor, are not looked at by torch.
+    """
+    digest = hashlib.blake2b(checkpoint[:-2], digest_size=16).hexdigest()
+    seal = f"batchkern {__version__} checkpoint {FORMAT} blake2b {digest}".encode()
+    return checkpoint[:-2] + len(seal).to_bytes(2, "little") + seal
+
+
+def unsealed(checkpoint: bytes) -> bytes:
+    """``checkpoint``, unless it is damaged.
+
+    Raises:
+        ValueError: it has no checksum or another one, or is of a format that is not read here.
+    """
+    found = list(_SEAL.finditer(checkpoint, max(0, len(checkpoint) - 200)))
+    if not found or found[-1].end() != len(checkpoint):
+        raise ValueError("it ends without its checksum, so it was cut short or is no checkpoint of batchkern")
+    version, format, digest = (part.decode() for part in found[-1].groups())
+    if int(format) != FORMAT:
+        raise ValueError(f"batchkern {version} wrote it in format {format}, and {__version__} reads format {FORMAT}")
+    if hashlib.blake2b(checkpoint[: found[-1].start() - 2], digest_size=16).hexdigest() != digest:
+        raise ValueError("it is damaged, since its checksum is another")
+    return checkpoint

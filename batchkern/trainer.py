@@ -25,20 +25,22 @@ from batchkern.configure import (
     check_data,
     check_model,
     check_range,
+    count,
     describe_choice,
     describe_data,
     describe_model,
+    least_rows,
     pick_schedule,
 )
 from batchkern.data import Feed, ImageData
 from batchkern.diagnostics import SampleLog
 from batchkern.distributed import Ranks
-from batchkern.errors import UserError
+from batchkern.errors import UserError, only_warned
 from batchkern.interrupts import Interrupted, StopRequest
 from batchkern.learner import Counts, Learner
 from batchkern.plan import Batch, EpochBatches
 from batchkern.progress import ProgressBar
-from batchkern.rundir import CHECKPOINT, SAMPLES, WEIGHTS, RunDirectory
+from batchkern.rundir import CHECKPOINT, CURVES, SAMPLES, WEIGHTS, RunDirectory, check_saved
 from batchkern.seeding import derived_seed, set_torch_states, torch_states
 from batchkern.strategies import Run, Strategy, check_combination
 
@@ -101,8 +103,9 @@ class Trainer(Learner):
         checkpoint_every: int | None = None,
         progress: bool = True,
     ) -> None:
-        check_counts(epochs=epochs, batch_size=batch_size, checkpoint_every=checkpoint_every)
-        check_range("label_smoothing", label_smoothing, 0, 1)
+        epochs, batch_size, seed = count("epochs", epochs), count("batch_size", batch_size), count("seed", seed, None)
+        check_counts(checkpoint_every=checkpoint_every)
+        label_smoothing = check_range("label_smoothing", label_smoothing, 0, 1)
         check_data(train, test, batch_size)
         check_combination(strategies)
         if amp not in AMP_TYPES:
@@ -137,6 +140,7 @@ class Trainer(Learner):
                 model = models.build(model, shape=train.shape, classes=len(train.classes))
         model = model.to(ranks.device)
         check_model(model, train.shape, len(train.classes), ranks.device)
+        least = least_rows(model, train.shape, ranks.device, ranks.world, batch_size)
         self.statistics = train.statistics()
         self.test_feed = self._feed(test, ranks.device)
         clean = train.clean_labels
@@ -152,6 +156,7 @@ class Trainer(Learner):
                 seed=seed,
                 label_smoothing=label_smoothing,
                 classifier=classifier,
+                least_rows=least,
                 ranks=ranks,
             ),
             strategies,
@@ -162,7 +167,7 @@ class Trainer(Learner):
             samples=SampleLog(len(train), ranks.device, None if clean is None else clean != train.labels),
             last_checkpoint=self._last_checkpoint,
         )
-        self.batches = EpochBatches(len(train), batch_size, epochs, derived_seed(seed, "order"))
+        self.batches = EpochBatches(len(train), batch_size, epochs, derived_seed(seed, "order"), least)
         self.history: list[dict[str, Any]] = []
         """One row an epoch, as in metrics.jsonl."""
         self._rng: tuple[Tensor, Tensor | None] | None = None
@@ -187,6 +192,7 @@ class Trainer(Learner):
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.machine(),
         }
         path = Path(out)
+        self.ranks.first(lambda: check_saved(self.model))
         directory = self.ranks.first(
             lambda: RunDirectory(path, self.settings, environment, overwrite=overwrite, resume=resume)
         )
@@ -231,6 +237,21 @@ class Trainer(Learner):
         return f"; the last finite checkpoint is kept in {file}" if kept else ""
 
     def _load(self, state: dict[str, Any]) -> None:
+        from batchkern import records
+
+        try:
+            records.check(state, records.Checkpoint)
+            self._take(state)
+        # Of a checkpoint that is whole: another model, optimizer or strategy of the user's than the one that was saved.
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{CHECKPOINT} does not fit this training: {reason}") from error
+
+    def _take(self, state: dict[str, Any]) -> None:
+        if state["epochs_done"] > self.run.epochs or state["sums"].shape != self._sums.shape:
+            raise ValueError(
+                f"epochs_done is {state['epochs_done']}, and sums are of shape {tuple(state['sums'].shape)}"
+            )
         self.counts = Counts(**state["counts"])
         self._sums.copy_(state["sums"])
         self.model.load_state_dict(state["model"])
@@ -241,7 +262,8 @@ class Trainer(Learner):
         for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
             strategy.load_state_dict(saved)
         self.samples.load_state_dict(state["samples"])
-        self._rng = [(state["rng"], state["cuda_rng"]), *state.get("rng_of_other_ranks", [])][self.ranks.rank]
+        self._rng = [(state["rng"], state["cuda_rng"]), *state["rng_of_other_ranks"]][self.ranks.rank]
+        torch.Generator().set_state(self._rng[0])  # says now if it cannot be
 
     # --- the training ------------------------------------------------------------------------------------------
 
@@ -256,23 +278,36 @@ class Trainer(Learner):
         label = "+".join(s.name for s in self.strategies) or "baseline"
         stop = StopRequest(several=self.ranks.world > 1)
         shown = self.progress and self.ranks.rank == 0
-        with self._own_rng(), stop.heeded(), ProgressBar(label, enabled=shown) as bar:
-            for batch in self.plan():
-                started = time.perf_counter()
-                self._update(batch)
-                if batch.ends_epoch and self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)  # the time of queued work is the training's
-                self.counts.seconds += time.perf_counter() - started
-                if batch.ends_epoch:
-                    self._end_epoch(batch.epoch)
-                elif self.checkpoint_every and self.counts.updates % self.checkpoint_every == 0:
-                    self._save()
-                if bar.due():
-                    self._show(bar, batch.progress)
-                if self.ranks.agree(stop.made):
-                    stop.made = False  # a further Ctrl-C does not end the saving
-                    self._interrupt()
-        return self._finish()
+        with self._directory_held():
+            with self._own_rng(), stop.heeded(), ProgressBar(label, enabled=shown) as bar:
+                for batch in self.plan():
+                    started = time.perf_counter()
+                    self._update(batch)
+                    if batch.ends_epoch and self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)  # the time of queued work is the training's
+                    self.counts.seconds += time.perf_counter() - started
+                    if batch.ends_epoch:
+                        self._end_epoch(batch.epoch)
+                    elif self.checkpoint_every and self.counts.updates % self.checkpoint_every == 0:
+                        self._save()
+                    if bar.due():
+                        self._show(bar, batch.progress)
+                    if self.ranks.agree(stop.made):
+                        stop.made = False  # a further Ctrl-C does not end the saving
+                        self._interrupt()
+            return self._finish()
+
+    @contextlib.contextmanager
+    def _directory_held(self) -> Iterator[None]:
+        directory = self.directory
+        if directory is None:
+            yield
+            return
+        self.ranks.first(directory.lock)
+        try:
+            yield
+        finally:
+            directory.unlock()
 
     @contextlib.contextmanager
     def _own_rng(self) -> Iterator[None]:
@@ -349,7 +384,8 @@ class Trainer(Learner):
         directory.save_tensors(SAMPLES, self.samples.samples())
         from batchkern.plots import plot_run
 
-        plot_run(directory.path)
+        with only_warned(f"{directory.path / CURVES} is not drawn"):
+            plot_run(directory.path)
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 

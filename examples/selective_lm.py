@@ -47,7 +47,7 @@ from batchkern.bench.results import LANGUAGE, LANGUAGE_KIND, Results
 from batchkern.bench.tables import language
 from batchkern.compare.statistics import correct, interval, paired_difference
 from batchkern.errors import UserError, require
-from batchkern.rundir import write_file
+from batchkern.files import write_file
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PIECE = 8

@@ -46,6 +46,8 @@ def rows(epochs=4, *, seed=0, speed=1.0, vote=0.0):
             "updates": 10 * (epoch + 1),
             "seconds": speed * (epoch + 1),
             "samples_seen": 100 * (epoch + 1),
+            "samples_forward": 200 * (epoch + 1),
+            "samples_backward": 100 * (epoch + 1),
             "samples_kept": 100 + 50 * epoch,
             "lr": 0.1 / (epoch + 1),
             "train_loss": 2.0 / (epoch + 1),

@@ -9,7 +9,7 @@ import warm
 from torch import nn
 
 from batchkern.errors import UserError
-from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, WEIGHTS, RunDirectory
+from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, PREVIOUS, WEIGHTS, RunDirectory
 
 SETTINGS = {"epochs": 3, "strategies": [{"name": "trimming", "end": 0.2}], "model": "cnn"}
 ENVIRONMENT = {"batchkern": "1.0", "torch": torch.__version__}
@@ -21,6 +21,13 @@ def opened(path, settings=None, *, overwrite=False, resume=False):
 
 def state(epochs_done):
     return {"epochs_done": epochs_done, "model": {"weight": torch.arange(3.0)}}
+
+
+def row(epoch, loss=0.5):
+    counts = ("updates", "samples_seen", "samples_forward", "samples_backward", "samples_kept")
+    figures = ("lr", "train_objective", "train_accuracy", "test_accuracy", "test_accuracy_plain", "test_loss")
+    of_epoch = {"epoch": epoch, "seconds": 1.5, "train_loss": loss}
+    return of_epoch | dict.fromkeys(counts, 7 * epoch) | dict.fromkeys(figures, loss / 3)
 
 
 def names(path):
@@ -36,9 +43,9 @@ def test_a_new_run(tmp_path):
         "environment": ENVIRONMENT,
     }
     assert directory.metrics() == []
-    directory.append_metrics({"epoch": 0, "train_loss": 0.1})
-    directory.append_metrics({"epoch": 1, "train_loss": 1 / 3})
-    assert directory.metrics() == [{"epoch": 0, "train_loss": 0.1}, {"epoch": 1, "train_loss": 1 / 3}]
+    directory.append_metrics(row(0, 0.1))
+    directory.append_metrics(row(1, 1 / 3))
+    assert directory.metrics() == [row(0, 0.1), row(1, 1 / 3)]
     assert len((path / METRICS).read_text().splitlines()) == 2
 
 
@@ -48,10 +55,10 @@ def test_an_empty_directory_will_do(tmp_path):
 
 
 def test_a_run_is_not_written_over_unasked(tmp_path):
-    opened(tmp_path).append_metrics({"epoch": 0})
+    opened(tmp_path).append_metrics(row(0))
     with pytest.raises(UserError, match="holds a run already; resume it, overwrite it, or give another directory"):
         opened(tmp_path)
-    assert opened(tmp_path, resume=True).metrics() == [{"epoch": 0}]
+    assert opened(tmp_path, resume=True).metrics() == [row(0)]
 
 
 def test_what_is_not_a_run_is_never_touched(tmp_path):
@@ -73,7 +80,7 @@ def test_a_config_of_something_else_is_not_a_run(tmp_path):
 
 def test_overwrite_replaces_the_run_and_nothing_else(tmp_path):
     directory = opened(tmp_path)
-    directory.append_metrics({"epoch": 0})
+    directory.append_metrics(row(0))
     directory.save_checkpoint(state(1))
     directory.save_tensors(WEIGHTS, {"weight": torch.zeros(2)})
     (tmp_path / CURVES).write_bytes(b"png")
@@ -102,7 +109,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 def test_the_checkpoint_and_the_metrics_up_to_it(tmp_path):
     directory = opened(tmp_path)
     for epoch in range(3):
-        directory.append_metrics({"epoch": epoch, "loss": epoch / 7})
+        directory.append_metrics(row(epoch, epoch / 7))
         if epoch == 1:
             directory.save_checkpoint(state(2))
     resumed = opened(tmp_path, resume=True)
@@ -110,12 +117,12 @@ def test_the_checkpoint_and_the_metrics_up_to_it(tmp_path):
     loaded = resumed.load_checkpoint()
     assert loaded["epochs_done"] == 2
     assert torch.equal(loaded["model"]["weight"], torch.arange(3.0))
-    assert resumed.metrics() == [{"epoch": 0, "loss": 0.0}, {"epoch": 1, "loss": 1 / 7}]
+    assert resumed.metrics() == [row(0, 0.0), row(1, 1 / 7)]
 
 
 def test_killed_before_the_first_checkpoint(tmp_path):
     directory = opened(tmp_path)
-    directory.append_metrics({"epoch": 0})
+    directory.append_metrics(row(0))
     resumed = opened(tmp_path, resume=True)
     assert resumed.load_checkpoint() is None
     assert resumed.metrics() == []
@@ -127,52 +134,53 @@ def test_killed_before_the_first_checkpoint(tmp_path):
 @pytest.mark.parametrize("rest", ["{", '{"epoch": 2, "lo', "\n", "\0\0\0\0"])
 def test_killed_in_the_middle_of_a_line_of_metrics(tmp_path, rest):
     directory = opened(tmp_path)
-    directory.append_metrics({"epoch": 0})
-    directory.append_metrics({"epoch": 1})
+    directory.append_metrics(row(0))
+    directory.append_metrics(row(1))
     directory.save_checkpoint(state(2))
     with open(tmp_path / METRICS, "a") as file:
         file.write(rest)
     resumed = opened(tmp_path, resume=True)
     assert resumed.load_checkpoint()["epochs_done"] == 2
-    assert (tmp_path / METRICS).read_text() == '{"epoch": 0}\n{"epoch": 1}\n'
+    assert [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()] == [row(0), row(1)]
 
 
 def test_metrics_that_lost_rows_of_the_checkpoint(tmp_path):
     directory = opened(tmp_path)
-    directory.append_metrics({"epoch": 0})
+    directory.append_metrics(row(0))
     directory.save_checkpoint(state(2))
-    with pytest.raises(UserError, match=r"metrics.jsonl .*1 .*2"):
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged: it has 1 rows, not 2"):
         opened(tmp_path, resume=True).load_checkpoint()
 
 
 @pytest.mark.parametrize("written", [0, 100])
 def test_killed_while_writing_a_checkpoint(tmp_path, written, monkeypatch):
     directory = opened(tmp_path)
-    directory.append_metrics({"epoch": 0})
+    directory.append_metrics(row(0))
     directory.save_checkpoint(state(1))
     whole = (tmp_path / CHECKPOINT).read_bytes()
-    (tmp_path / (CHECKPOINT + ".part")).write_bytes(whole[:written])
+    (tmp_path / (CHECKPOINT + ".0123abcd.part")).write_bytes(whole[:written])
     resumed = opened(tmp_path, resume=True)
     assert resumed.load_checkpoint()["epochs_done"] == 1
     resumed.save_checkpoint(state(1))
-    assert names(tmp_path) == {CONFIG, METRICS, CHECKPOINT}
+    assert names(tmp_path) == {CONFIG, METRICS, CHECKPOINT, PREVIOUS}
 
 
 def test_killed_while_writing_the_very_first_file(tmp_path):
-    (tmp_path / (CONFIG + ".part")).write_bytes(b'{"sett')
+    (tmp_path / (CONFIG + ".0123abcd.part")).write_bytes(b'{"sett')
     with pytest.raises(UserError, match="holds no run to resume"):
         opened(tmp_path, resume=True)
     opened(tmp_path)  # which is as good as an empty directory
     assert names(tmp_path) == {CONFIG, METRICS}
 
 
+def full(descriptor):
+    raise OSError(28, "No space left on device")
+
+
 def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, monkeypatch):
     directory = opened(tmp_path)
-    directory.append_metrics({"epoch": 0})
+    directory.append_metrics(row(0))
     directory.save_checkpoint(state(1))
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"checkpoint.pt cannot be written: No space left on device"):
@@ -185,13 +193,11 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path, monkeypatc
     assert opened(tmp_path, resume=True).load_checkpoint()["epochs_done"] == 1
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_metrics_on_a_full_disk(tmp_path):
+def test_metrics_on_a_full_disk(tmp_path, monkeypatch):
     directory = opened(tmp_path)
-    (tmp_path / METRICS).unlink()
-    (tmp_path / METRICS).symlink_to("/dev/full")
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No space left on device"):
-        directory.append_metrics({"epoch": 0})
+        directory.append_metrics(row(0))
 
 
 def test_other_settings_are_named(tmp_path):
@@ -220,7 +226,7 @@ def test_no_run_to_resume(tmp_path, content):
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
 def test_a_broken_checkpoint_is_named_and_the_metrics_stay(tmp_path, content):
     directory = opened(tmp_path)
-    directory.append_metrics({"epoch": 0})
+    directory.append_metrics(row(0))
     (tmp_path / CHECKPOINT).write_bytes(content)
     with pytest.raises(UserError, match=r"checkpoint.pt cannot be read"):
         opened(tmp_path, resume=True).load_checkpoint()

@@ -19,7 +19,7 @@ from batchkern.bench.operations import linear, operations, planned
 from batchkern.bench.results import Results, facts, load, rendering
 from batchkern.bench.tables import accuracy, confident, growth_table, language, training
 from batchkern.errors import UserError
-from batchkern.rundir import write_file
+from batchkern.files import write_file
 
 KINDS: dict[str, Callable[..., str]] = {
     "operations": operations,

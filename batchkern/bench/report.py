@@ -13,8 +13,8 @@ from batchkern.bench.results import COMPARISON, Results, facts, rendering
 from batchkern.bench.tables import about, accuracy, confident, growth_table, language, sweeps, training
 from batchkern.compare.arms import BUDGETS, slug
 from batchkern.errors import UserError
+from batchkern.files import write_file
 from batchkern.plots import plot_fractions
-from batchkern.rundir import write_file
 from batchkern.strategies import STRATEGIES
 
 REPORT = "report.md"

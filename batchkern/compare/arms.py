@@ -133,7 +133,7 @@ def forecast(trainer: Trainer) -> Counts:
                 scored.append(rows)
                 return torch.zeros(rows, device=trainer.device)
 
-            kept = trainer.owner("the loss").narrow(step, score)
+            kept = trainer.narrow(step, score)
             full = rows if kept is None else len(kept)
             perturbation = trainer.owner("the virtual samples").perturb(step)
             full *= 2 if perturbation is not None and perturbation.own_update else 1

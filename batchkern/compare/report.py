@@ -6,17 +6,17 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from batchkern.compare.arms import BASELINE, BUDGETS, cost
 from batchkern.compare.statistics import LEVEL
+from batchkern.errors import only_warned, require
+from batchkern.files import write_file
 from batchkern.plots import plot_accuracy, plot_diagnostics, plot_differences
-from batchkern.rundir import METRICS, write_file
+from batchkern.rundir import METRICS
 from batchkern.strategies import parse
 
 REPORT, CSV = "report.html", "results.csv"
@@ -31,7 +31,8 @@ Results = Mapping[str, Any]
 
 def write_report(out: Path, results: Results) -> None:
     """All of :data:`REPORT_FILES` that this comparison has; results.json is written already."""
-    write_file(out / CSV, _csv(results["runs"]).encode())
+    jinja2 = require("jinja2", "train")
+    write_file(out / CSV, _csv(results["runs"]).encode(errors="backslashreplace"))
     plots = _write_plots(out, results)
     images = {name: "data:image/png;base64," + base64.b64encode((out / name).read_bytes()).decode() for name in plots}
     environment = jinja2.Environment(
@@ -48,7 +49,7 @@ def write_report(out: Path, results: Results) -> None:
                 "verdict": verdict(results, budget),
                 "effects": effects(results, budget),
                 "costs": costs(results, budget),
-                "plot": images[BUDGET_PLOTS[budget]],
+                "plot": images.get(BUDGET_PLOTS[budget]),
             }
             for budget in results["settings"]["budgets"]
         },
@@ -58,7 +59,7 @@ def write_report(out: Path, results: Results) -> None:
         failed=[outcome for outcome in results["runs"] if outcome["error"]],
         settings=json.dumps(results["settings"], indent=1),
     )
-    write_file(out / REPORT, page.encode())
+    write_file(out / REPORT, page.encode(errors="backslashreplace"))
 
 
 def title(settings: Mapping[str, Any]) -> str:
@@ -251,11 +252,18 @@ def _write_plots(out: Path, results: Results) -> list[str]:
         "updates": "updates of the model (passive ones not counted)",
         "cost": "passes of samples, backward twice",
     }
+    drawn: list[str] = []
+
+    def draw(name: str, plot: Callable[..., None], *args: Any) -> None:
+        with only_warned(f"{out / name} is not drawn"):
+            plot(out / name, *args)
+            drawn.append(name)
+
     by_budget = {budget: _rows_of_arms(out, results, budget) for budget in settings["budgets"]}
     for budget, arms in by_budget.items():
-        plot_accuracy(out / BUDGET_PLOTS[budget], arms, budget, labels[budget], heading)
+        draw(BUDGET_PLOTS[budget], plot_accuracy, arms, budget, labels[budget], heading)
     arms = next(iter(by_budget.values()))
-    plot_accuracy(out / SECONDS_PLOT, arms, "seconds", "seconds of training (without evaluation)", heading)
+    draw(SECONDS_PLOT, plot_accuracy, arms, "seconds", "seconds of training (without evaluation)", heading)
     groups = {
         f"arm less {what}, equal {budget}": [
             (entry["arm"], entry["difference"][name])
@@ -265,20 +273,21 @@ def _write_plots(out: Path, results: Results) -> list[str]:
         for budget in settings["budgets"]
         for name, what in (("baseline", "baseline"), ("control", "random control"))
     }
-    plot_differences(out / DIFFERENCES_PLOT, {name: group for name, group in groups.items() if group})
-    plot_diagnostics(out / DIAGNOSTICS_PLOT, arms)
-    return [*(BUDGET_PLOTS[budget] for budget in by_budget), SECONDS_PLOT, DIFFERENCES_PLOT, DIAGNOSTICS_PLOT]
+    draw(DIFFERENCES_PLOT, plot_differences, {name: group for name, group in groups.items() if group})
+    draw(DIAGNOSTICS_PLOT, plot_diagnostics, arms)
+    return drawn
 
 
 def _rows_of_arms(out: Path, results: Results, budget: str) -> dict[str, list[list[dict[str, Any]]]]:
     """The metrics of every run that ended, by arm, each row with what it had used of each budget."""
+    from batchkern.records import read_metrics
+
     arms: dict[str, list[list[dict[str, Any]]]] = {}
     for arm, epochs in results["settings"]["arm_epochs"].items():
         arms[arm] = []
         for outcome in results["runs"]:
             if (outcome["arm"], outcome["epochs"]) == (arm, epochs[budget]) and not outcome["error"]:
-                lines = (out / outcome["directory"] / METRICS).read_text().splitlines()
-                rows = [json.loads(line) for line in lines]
+                rows = read_metrics(out / outcome["directory"] / METRICS)
                 for row in rows:
                     row["epochs"] = row["epoch"] + 1
                     row["cost"] = cost(row["samples_forward"], row["samples_backward"])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,9 @@ from batchkern.compare.report import REPORT_FILES, write_report
 from batchkern.compare.summary import summarise
 from batchkern.compare.workers import in_processes
 from batchkern.configure import check_counts, check_one_process, pick_device
-from batchkern.errors import UserError
-from batchkern.rundir import CONFIG, METRICS, RUN_FILES, write_file
+from batchkern.errors import UserError, require
+from batchkern.files import contents, locked, remove_parts, write_file
+from batchkern.rundir import CONFIG, METRICS, RUN_FILES
 from batchkern.trainer import Interrupted, Trainer
 
 RESULTS = "results.json"
@@ -61,6 +61,8 @@ def run(
         UserError: whatever can be known to be wrong before training.
         Interrupted: Ctrl-C. Finished runs are in results.json, the others in their checkpoints.
     """
+    for module in ("jinja2", "matplotlib.figure", "msgspec", "scipy.stats", "statsmodels.stats.multitest"):
+        require(module, "train")  # now, and not after the trainings
     check_counts(jobs=jobs)
     check_one_process()
     device = pick_device(comparison.training.get("device"))
@@ -249,53 +251,73 @@ def _claimed(comparison: Comparison, settings: dict[str, Any]) -> Iterator[dict[
     out = comparison.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held = os.open(out, os.O_RDONLY)
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None
-    try:
+    with locked(out):
         try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{out} is in use by another comparison; wait for it, or give another directory") from None
-        yield _finished(comparison, settings)
-    finally:
-        os.close(held)
+            earlier = _finished(comparison, settings)
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {error.strerror}") from None
+        yield earlier
 
 
 def _finished(comparison: Comparison, settings: dict[str, Any]) -> dict[str, Any]:
     out = comparison.out
+    _check_no_links(out, _tasks(settings))
+    written = (RESULTS, *REPORT_FILES)
     # A kill during the first write of all leaves a part of it, which is no more than an empty directory.
-    if not {entry.name for entry in out.iterdir()} - {RESULTS + ".part"}:
+    if not contents(out, written):
+        remove_parts(out, written)
         return {}
     earlier = _earlier(out)
-    if earlier is None:
-        raise UserError(
-            f"{out} exists and is not a batchkern comparison ({RESULTS} is missing or damaged); "
-            "give another output directory"
-        )
     if comparison.resume:
-        return _same(out, earlier, settings)
-    if not comparison.overwrite:
-        raise UserError(f"{out} holds a comparison already; resume it, overwrite it, or give another directory")
-    try:
+        found = _same(out, earlier, settings)
+    elif comparison.overwrite:
+        found = {}
         _remove(out, earlier, _tasks(settings))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
-    return {}
+    else:
+        raise UserError(f"{out} holds a comparison already; resume it, overwrite it, or give another directory")
+    remove_parts(out, written)
+    return found
 
 
-def _earlier(out: Path) -> dict[str, Any] | None:
-    """The results of the comparison in ``out``; ``None`` where there is none."""
+def _check_no_links(out: Path, tasks: Iterable[RunOf]) -> None:
+    """A run's files lie below ``out``, not where a link in the place of a directory leads."""
+    for place in {place for task in tasks for place in (task.directory, *task.directory.parents)} - {Path()}:
+        if (out / place).is_symlink():
+            raise UserError(
+                f"{out / place} is a link, which a comparison does not follow; put a directory in its place"
+            )
+
+
+def _earlier(out: Path) -> dict[str, Any]:
+    """The results of the comparison in ``out``.
+
+    Raises:
+        UserError: there is none, or what they say is not what a comparison writes: its paths are those of files that
+            are removed.
+    """
+    from batchkern import records
+
     try:
-        results: dict[str, Any] = json.loads((out / RESULTS).read_text())
-        _tasks(results["settings"])
+        results: dict[str, Any] = records.read_json(out / RESULTS, records.Results)
+        settings = results["settings"]
+        for arm in (BASELINE, *settings["arms"], *settings["controls"], *settings["controls"].values()):
+            if arm not in settings["arms"] or set(settings["arm_epochs"].get(arm, ())) != set(settings["budgets"]):
+                raise ValueError(f"the arm {arm!r} has no epochs for each budget")
         for outcome in results["runs"]:
-            RunOf.recorded(outcome)
-            outcome["error"] or (outcome["final"]["test_accuracy"], outcome["curve"]["updates"])
-        results["environment"]["jobs"]
-        return results if results["kind"] == KIND else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+            if outcome["directory"] != str(RunOf.recorded(outcome).directory):
+                raise ValueError(f"the directory of a run is {outcome['directory']!r}")
+            if outcome["error"] is None and not (outcome["final"] and outcome["curve"]):
+                raise ValueError(f"{outcome['directory']} has neither an error nor an end")
+    except (OSError, ValueError) as error:
+        reason = f"{RESULTS} is missing" if isinstance(error, FileNotFoundError) else f"{RESULTS} is damaged: {error}"
+        raise UserError(
+            f"{out} exists and is not a batchkern comparison ({reason}); give another output directory"
+        ) from None
+    _check_no_links(out, map(RunOf.recorded, results["runs"]))
+    _check_no_links(out, _tasks(settings))
+    return results
 
 
 def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -312,8 +334,8 @@ def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[
     if changed:
         raise UserError(f"{out} was compared with other settings and cannot be resumed: {'; '.join(changed)}")
     asked = set(_tasks(settings))
-    # A run whose directory is gone is not there to be shown, and trains again.
-    finished = [o for o in earlier["runs"] if not o["error"] and (out / o["directory"] / METRICS).exists()]
+    # A run whose metrics are gone or damaged cannot be shown, and trains again.
+    finished = [o for o in earlier["runs"] if not o["error"] and _is_shown(out, o)]
     for task in map(RunOf.recorded, finished):
         if task not in asked:
             raise UserError(
@@ -323,6 +345,15 @@ def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[
     return earlier | {"runs": finished}
 
 
+def _is_shown(out: Path, outcome: dict[str, Any]) -> bool:
+    from batchkern.records import read_metrics
+
+    try:
+        return len(read_metrics(out / outcome["directory"] / METRICS)) == outcome["epochs"]
+    except (OSError, ValueError):
+        return False
+
+
 def _remove(out: Path, earlier: dict[str, Any], tasks: Sequence[RunOf]) -> None:
     """What the comparison wrote; what a user put beside it stays."""
     kept = {task.directory for task in tasks}
@@ -330,6 +361,8 @@ def _remove(out: Path, earlier: dict[str, Any], tasks: Sequence[RunOf]) -> None:
         (out / name).unlink(missing_ok=True)
     for task in _tasks(earlier["settings"]):
         directory = out / task.directory
+        if directory.is_dir():
+            remove_parts(directory, RUN_FILES)
         for name in RUN_FILES:
             # Where a run of the new comparison is to be, config.json says that the directory is a run's.
             if name != CONFIG or task.directory not in kept:

@@ -14,7 +14,7 @@ from batchkern.data import ImageData
 from batchkern.distributed import Ranks, Share
 from batchkern.errors import UserError
 from batchkern.ops import trimmed_cross_entropy
-from batchkern.plan import Batch, EpochBatches
+from batchkern.plan import Batch, EpochBatches, count_batches
 
 
 @dataclass
@@ -36,12 +36,14 @@ class Run:
     """Name of the model's last linear layer, where the user gave one."""
     extras: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     """Modules that train beside the model and are no part of it."""
+    least_rows: int = 1
+    """Fewest rows of a batch in training: batch norm may need two on each rank."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes of the training; a loss takes ``group=run.ranks.group``."""
 
     @property
     def batches_per_epoch(self) -> int:
-        return -(-self.rows // self.batch_size)
+        return count_batches(self.rows, self.batch_size, self.least_rows)
 
 
 @dataclass

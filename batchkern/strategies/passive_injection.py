@@ -17,7 +17,7 @@ from batchkern.data import Feed, ImageData, load, match_shape
 from batchkern.errors import UserError
 from batchkern.models import find_classifier, frozen_statistics
 from batchkern.ops import trimmed_cross_entropy
-from batchkern.plan import Batch, EpochBatches
+from batchkern.plan import Batch, EpochBatches, saved_number
 from batchkern.seeding import derived_seed
 from batchkern.strategies.base import Run, Step, Strategy
 
@@ -65,7 +65,12 @@ class PassiveInjection(Strategy):
         mean, std = data.statistics()
         self.feed = Feed(data, mean=mean, std=std, device=run.device)
         size = min(self.batch_size or run.batch_size, len(data))
-        self.batches = EpochBatches(len(data), size, epochs=1, seed=derived_seed(run.seed, "passive"))
+        if size < run.least_rows:
+            raise UserError(
+                f"passive batches have {size} rows, but the model's batch norm needs {run.least_rows}: "
+                "a larger passive set, or batch_size"
+            )
+        self.batches = EpochBatches(len(data), size, 1, derived_seed(run.seed, "passive"), run.least_rows)
         self.active, self.injected, self.pending = 0, 0, None
         self.seen, self.correct = 0, torch.zeros((), dtype=torch.int64, device=run.device)  # in the epoch
         _, self.classifier = find_classifier(run.model, run.classifier)
@@ -126,6 +131,10 @@ class PassiveInjection(Strategy):
         return {name: getattr(self, name) for name in names} | {"correct": int(self.correct)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        self.correct.fill_(state.pop("correct"))
-        vars(self).update(state)
+        self.active, self.injected, self.seen = (saved_number(state, name) for name in ("active", "injected", "seen"))
+        self.correct.fill_(saved_number(state, "correct", self.seen))
+        pending = state["pending"]
+        if pending is not None:
+            epoch, progress, ends_epoch, rate = pending
+            pending = int(epoch), float(progress), bool(ends_epoch), None if rate is None else float(rate)
+        self.pending = pending

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from batchkern.errors import UserError
-from batchkern.plan import Batch, EpochBatches
+from batchkern.plan import Batch, EpochBatches, cut, saved_number
 from batchkern.seeding import generator
 from batchkern.strategies.base import Run, Strategy
 
@@ -101,7 +101,7 @@ class Stepwise(Strategy):
             subset = shuffled[: round(self.fractions[step] * batches.rows)]
             order = torch.randperm(len(subset), generator=generator(seed, "epoch", self.epoch))
             size = self.batch_multiples[step] * batches.batch_size
-            index_batches = subset[order].split(size)
+            index_batches = cut(subset[order], size, batches.least)
             first, length = self.bounds[step], self.bounds[step + 1] - self.bounds[step]
             rate = self.rate(step, self.epoch - first, length, size)
             while self.place < len(index_batches):
@@ -117,4 +117,4 @@ class Stepwise(Strategy):
         return {"epoch": self.epoch, "place": self.place}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.place = state["epoch"], state["place"]
+        self.epoch, self.place = saved_number(state, "epoch"), saved_number(state, "place")

@@ -16,6 +16,7 @@ from batchkern.distributed import Share
 from batchkern.errors import UserError
 from batchkern.models import find_classifier
 from batchkern.ops import augment_latent, soft_label_kl
+from batchkern.plan import saved_number
 from batchkern.schedules import bernoulli
 from batchkern.seeding import derived_seed, generator
 from batchkern.strategies.base import Perturbation, Run, Step, Strategy, run_with_virtual
@@ -200,4 +201,6 @@ class StochasticAugmentation(Strategy):
         return {"fired": self.fired, "fired_in_epoch": self.fired_in_epoch, "kl_sum": float(self.kl_sum)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.fired, self.fired_in_epoch, self.kl_sum = state["fired"], state["fired_in_epoch"], state["kl_sum"]
+        self.fired = saved_number(state, "fired")
+        self.fired_in_epoch = saved_number(state, "fired_in_epoch", self.fired)
+        self.kl_sum = float(state["kl_sum"])

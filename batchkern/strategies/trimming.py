@@ -152,7 +152,7 @@ class Trimming(Strategy):
         return {"compact_below": self.compact_below}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.compact_below = state["compact_below"]
+        self.compact_below = float(state["compact_below"])
 
 
 def _break_even(run: Run) -> float:

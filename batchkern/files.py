@@ -1,0 +1,121 @@
+"""Files written whole or not at all, read without waiting, and directories that one process at a time writes to."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from batchkern.errors import UserError
+
+_PART = re.compile(r"(.+)\.[0-9a-f]{8}\.part")
+
+
+def write_file(path: Path, content: bytes, *, previous: Path | None = None) -> None:
+    """All of ``content`` or, after a kill, the old file: never a part. A link in its place is replaced, not followed.
+
+    Args:
+        previous: where the old file is kept; what was there before is gone.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        # Made anew: what lies under this name already, a link or a pipe say, is not opened.
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None:
+            _keep(path, previous)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _keep(path: Path, previous: Path) -> None:
+    previous.unlink(missing_ok=True)
+    if path.exists():
+        try:
+            os.link(path, previous)
+        except OSError:  # a file system without hard links
+            write_file(previous, read_file(path))
+
+
+def read_file(path: Path) -> bytes:
+    """
+    Raises:
+        OSError: it cannot be read, or is no regular file: a pipe would be waited for, a device may never end.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return file.read()
+
+
+def append_line(path: Path, line: str) -> None:
+    """To a file that is not a link; it is on the disk when this returns."""
+    try:
+        with open(
+            os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "a"
+        ) as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def contents(directory: Path, written: Iterable[str]) -> set[str]:
+    """The names in ``directory``, without those that a kill during the writing of ``written`` left there."""
+    return {entry.name for entry in directory.iterdir() if _part_of(entry) not in set(written)}
+
+
+def remove_parts(directory: Path, written: Iterable[str]) -> None:
+    """Removes what a kill during the writing of ``written`` left there."""
+    for entry in directory.iterdir():
+        if _part_of(entry) in set(written):
+            entry.unlink(missing_ok=True)
+
+
+def _part_of(entry: Path) -> str | None:
+    match = _PART.fullmatch(entry.name)
+    return match[1] if match else None
+
+
+def lock(directory: Path) -> int:
+    """A descriptor; until it is closed, no other process can lock ``directory``, and neither can this one again.
+
+    Raises:
+        UserError: it is locked already, or cannot be opened.
+    """
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(
+            f"{directory} is in use by another training or comparison; wait for it, or give another directory"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    descriptor = lock(directory)
+    try:
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,195 @@
+"""What the files of a run and of a comparison hold, and the one way in which they are read: checked against a schema.
+
+A file may be cut short, edited or of another program. What it says is used for paths, sizes and figures, so nothing of
+it is believed before it was checked.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+
+from torch import Tensor
+
+from batchkern.errors import require
+from batchkern.files import read_file
+
+if TYPE_CHECKING:
+    import msgspec
+else:
+    msgspec = require("msgspec", "train")
+
+Whole = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Json = dict[str, Any]
+
+
+class Counts(TypedDict):
+    updates: Whole
+    samples_seen: Whole
+    samples_forward: Whole
+    samples_backward: Whole
+    samples_kept: Whole
+    seconds: float
+
+
+class _Row(Counts):
+    epoch: Whole
+    lr: float
+    train_loss: float
+    train_objective: float
+    train_accuracy: float
+    test_accuracy: float
+    test_accuracy_plain: float
+    test_loss: float
+
+
+class Row(_Row, total=False):
+    """An epoch, as in metrics.jsonl. Strategies add figures of their own."""
+
+    train_set_accuracy: float
+    times_kept: list[float] | None
+    kept_loss: list[float] | None
+    dropped_loss: list[float] | None
+    never_kept: float | None
+    kept_overlap: float | None
+    kept_overlap_by_chance: float | None
+    kept_mislabelled: float | None
+    passive_updates: Whole
+    passive_accuracy: float | None
+    virtual_kl: float | None
+    noise_scale: float | None
+
+
+class _Named(TypedDict):
+    name: str
+
+
+class _RunSettings(TypedDict):
+    strategies: list[_Named]
+    model: str
+    train: _Named
+    seed: int
+
+
+class Config(TypedDict):
+    """config.json of a run, as far as plots need it."""
+
+    settings: _RunSettings
+
+
+class Checkpoint(TypedDict):
+    """checkpoint.pt. What models, optimizers and strategies put into it is for them to check."""
+
+    epochs_done: Whole
+    counts: Counts
+    sums: Tensor
+    model: dict[str, Any]
+    extras: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]
+    batches: dict[str, Any]
+    strategies: list[Json]
+    samples: dict[str, Any]
+    rng: Tensor
+    cuda_rng: Tensor | None
+    rng_of_other_ranks: list[tuple[Tensor, Tensor | None]]
+
+
+class _Final(_Row):
+    train_set_accuracy: float
+
+
+class Curve(TypedDict):
+    test_accuracy: list[float]
+    updates: list[Whole]
+    samples_forward: list[Whole]
+    samples_backward: list[Whole]
+
+
+class Outcome(TypedDict):
+    arm: str
+    epochs: Positive
+    seed: Whole
+    directory: str
+    error: str | None
+    curve: Curve | None
+    final: _Final | None
+
+
+class _Settings(TypedDict):
+    train: _Named
+    model: str
+    passive: str | None
+    noise: float
+    arms: list[str]
+    controls: dict[str, str]
+    seeds: list[Whole]
+    budgets: list[Literal["epochs", "updates", "cost"]]
+    arm_epochs: dict[str, dict[str, Positive]]
+
+
+class _Environment(TypedDict):
+    batchkern: str
+    torch: str
+    python: str
+    device: str
+    jobs: Whole
+    cores: Whole
+    threads_per_run: Whole
+
+
+class Results(TypedDict):
+    """results.json of a comparison."""
+
+    kind: Literal["batchkern comparison"]
+    settings: _Settings
+    environment: _Environment
+    runs: list[Outcome]
+    summary: list[Json]
+
+
+def check(value: Any, schema: Any) -> None:
+    """
+    Raises:
+        ValueError: what is wrong and where, as in "Expected `int` >= 0 - at `$.runs[3].seed`".
+    """
+    msgspec.convert(value, schema)
+
+
+def read_json(path: Path, schema: Any = Json) -> Any:
+    """
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or not as ``schema`` has it.
+    """
+    value = _parsed(read_file(path))
+    check(value, schema)
+    return value
+
+
+def read_metrics(path: Path, rows: int | None = None) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, one an epoch; the first ``rows``: what follows them may be cut short.
+
+    Raises:
+        OSError, ValueError: as :func:`read_json`; there is none, or one is of another epoch than its place says.
+    """
+    lines = read_file(path).removesuffix(b"\n").split(b"\n") if path.stat().st_size else []
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(lines[:rows]):
+        row = _parsed(line)
+        check(row, Row)
+        if row["epoch"] != number:
+            raise ValueError(f"row {number} is of epoch {row['epoch']}")
+        found.append(row)
+    if rows is not None and len(found) < rows:
+        raise ValueError(f"it has {len(found)} rows, not {rows}")
+    return found
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
