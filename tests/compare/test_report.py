@@ -22,6 +22,10 @@ from batchkern.rundir import METRICS
 from batchkern.strategies import Trimming
 
 SEEDS = range(6)
+COUNTS = ("updates", "samples_seen", "samples_forward", "samples_backward", "samples_kept")
+LOSSES = ("lr", "train_loss", "train_objective", "train_accuracy", "test_accuracy_plain", "test_loss")
+FIGURES = dict.fromkeys(COUNTS, 100) | dict.fromkeys(LOSSES, 0.5)
+"""What a row of metrics.jsonl has beside what these tests look at."""
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +75,8 @@ def results(tmp_path=None, **changes):
 def outcome(arm, seed, accuracy, *, epochs=2, passive_updates=0):
     made = run(arm, seed, [0.3] * (epochs - 1) + [accuracy], epochs=epochs, passive_updates=passive_updates)
     rows = [
-        made["final"]
+        FIGURES
+        | made["final"]
         | {"epoch": e, "updates": 10 * (e + 1), "seconds": e + 1.0, "test_accuracy": made["curve"]["test_accuracy"][e]}
         | {"samples_seen": 80 * (e + 1), "samples_kept": 80 * (e + 1) - (10 * e if arm == "good" else 0)}
         | {"kept_overlap": 0.5, "kept_loss": [0.1, 0.2, 0.3], "dropped_loss": None}

@@ -34,7 +34,7 @@ from batchkern.compare import ARMS, RESULTS, Comparison, run, running, slug, wit
 from batchkern.compare.comparison import RunOf
 from batchkern.compare.report import CSV, REPORT, REPORT_FILES
 from batchkern.errors import UserError
-from batchkern.rundir import CONFIG, CURVES, METRICS, RUN_FILES, WEIGHTS
+from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, PREVIOUS, RUN_FILES, WEIGHTS
 from batchkern.trainer import Trainer
 
 one_thread = single_thread()
@@ -318,7 +318,7 @@ def test_a_comparison_is_not_overwritten_unless_asked(tmp_path, monkeypatch, qui
     # Runs of the old comparison that the new one does not have are gone: they would be taken for its own.
     assert not Path("out/baseline/1-epochs/seed-1").exists()
     assert os.listdir("out/trimming/1-epochs/seed-1") == ["notes"]
-    assert sorted(os.listdir("out/baseline/1-epochs/seed-0")) == sorted([*RUN_FILES, "notes"])
+    assert set(os.listdir("out/baseline/1-epochs/seed-0")) == {*RUN_FILES, "notes"} - {PREVIOUS}
     assert json.loads(Path("out/baseline/1-epochs/seed-0", CONFIG).read_text())["settings"]["lr"] == 0.01
     assert [o["error"] for o in results_of("out")["runs"]] == [None, None]
 
@@ -397,27 +397,98 @@ def test_a_finished_run_that_is_gone_trains_again(tmp_path, monkeypatch, quick_p
     Path("out/baseline/1-epochs/seed-0", METRICS).unlink()
     again = compared(resume=True)
     assert without_seconds(again) == without_seconds(first)
-    assert sorted(os.listdir("out/trimming/1-epochs/seed-0")) == sorted(RUN_FILES)
+    assert set(os.listdir("out/trimming/1-epochs/seed-0")) == {*RUN_FILES} - {PREVIOUS}
 
 
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """A comparison that has ended, to be copied and damaged."""
+    parent = tmp_path_factory.mktemp("ended")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plots, "plot_run", lambda directory: None)
+        patched.setattr(running, "write_report", lambda directory, results: None)
+        patched.chdir(parent)
+        compared()
+    return parent / "out"
+
+
+def listing(path):
+    """All that lies below, with its content."""
+    return {p: p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))}
+
+
+ELSEWHERE = "x/../../../../elsewhere"
+
+
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "sentence"),
     [
-        lambda r: r.pop("runs"),
-        lambda r: r["runs"][0].pop("error"),
-        lambda r: r["runs"][0].update(curve=None),
-        lambda r: r.update(environment=None),
+        (lambda r: r.pop("runs"), "field `runs`"),
+        (lambda r: r["runs"][0].pop("error"), r"field `error` - at `\$.runs\[0\]`"),
+        (lambda r: r["runs"][0].update(curve=None), "neither an error nor an end"),
+        (lambda r: r["runs"][1]["final"].pop("test_accuracy"), "field `test_accuracy`"),
+        (lambda r: r.update(environment=None), "got `null` - at `.*environment"),
+        (lambda r: r["settings"].update(seeds=[ELSEWHERE]), "Expected `int`, got `str` - at `.*settings.seeds"),
+        (lambda r: r["settings"].update(seeds=[-1]), "`int` >= 0"),
+        (lambda r: r["settings"].update(seeds=[True]), "got `bool`"),
+        (lambda r: r["settings"]["arm_epochs"]["trimming"].update(updates=ELSEWHERE), "Expected `int`, got `str`"),
+        (lambda r: r["settings"]["arm_epochs"].pop("trimming"), "the arm 'trimming' has no epochs"),
+        (lambda r: r["settings"].update(arms=["trimming"]), "the arm 'baseline' has no epochs"),
+        (lambda r: r["settings"].update(budgets=["cost"]), "has no epochs for each budget"),
+        (lambda r: r["runs"][0].update(directory="../../elsewhere"), "the directory of a run is '../../elsewhere'"),
+        (lambda r: r["runs"][0].update(seed=0.0), "Expected `int`, got `float`"),
+        (lambda r: r.update(kind="mine"), "kind"),
     ],
 )
-def test_damaged_results_are_a_sentence(tmp_path, monkeypatch, quick_plots, damage):
+def test_damaged_results_are_a_sentence_and_nothing_is_removed(tmp_path, monkeypatch, ended, option, damage, sentence):
     monkeypatch.chdir(tmp_path)
-    results = compared()
+    shutil.copytree(ended, "out")
+    Path("elsewhere/seed-0").mkdir(parents=True)
+    Path("elsewhere/seed-0", CHECKPOINT).write_text("mine")
+    results = results_of("out")
     damage(results)
     Path("out", RESULTS).write_text(json.dumps(results))
-    with pytest.raises(
-        UserError, match="out exists and is not a batchkern comparison .results.json is missing or damaged"
-    ):
-        compared(resume=True)
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=f"out exists and is not a batchkern comparison .results.json .*{sentence}"):
+        compared(**{option: True})
+    assert listing(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "", "{}", "\ufeff{}", '{"kind": NaN}', None])
+def test_results_that_are_no_json_are_a_sentence(tmp_path, monkeypatch, ended, text):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ended, "out")
+    Path("out", RESULTS).unlink()
+    if text is None:
+        os.mkfifo(Path("out", RESULTS))  # which would be waited for
+    else:
+        Path("out", RESULTS).write_text(text)
+    with pytest.raises(UserError, match="out exists and is not a batchkern comparison .results.json is damaged"):
+        compared(overwrite=True)
+
+
+@pytest.mark.parametrize("place", ["trimming", "trimming/1-epochs", "trimming/1-epochs/seed-0"])
+@pytest.mark.parametrize("option", ["resume", "overwrite"])
+def test_links_in_place_of_directories_are_not_followed(tmp_path, monkeypatch, ended, place, option):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ended, "out")
+    shutil.move(Path("out", place), "elsewhere")
+    Path("out", place).symlink_to(tmp_path / "elsewhere")
+    before = listing(tmp_path)
+    with pytest.raises(UserError, match=f"out/{place} is a link, which a comparison does not follow"):
+        compared(**{option: True})
+    assert listing(tmp_path) == before
+
+
+def test_a_run_whose_metrics_are_damaged_trains_again(tmp_path, monkeypatch, ended, quick_plots):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ended, "out")
+    directory = Path("out/trimming/1-epochs/seed-0")
+    (directory / METRICS).write_text("")
+    (directory / CHECKPOINT).unlink()
+    assert without_seconds(compared(resume=True)) == without_seconds(results_of(ended))
+    assert len((directory / METRICS).read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -444,7 +515,7 @@ def test_two_comparisons_do_not_share_a_directory(tmp_path, monkeypatch, quick_p
     refused = []
 
     def second(*_):
-        with pytest.raises(UserError, match="out is in use by another comparison"):
+        with pytest.raises(UserError, match="out is in use by another training or comparison"):
             compared(resume=True)
         refused.append(True)
 
