@@ -8,11 +8,12 @@ import operator
 import os
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from batchkern import schedules
 from batchkern.data import ImageData, TensorImages
@@ -52,6 +53,17 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
     return number
 
 
+def check_choice(name: str, value: object, allowed: Iterable[str], *, function: bool = False) -> None:
+    if not (isinstance(value, str) and value in allowed):
+        raise UserError(f"{name} must be one of {', '.join(allowed)}{' or a function' * function}, got {value!r:.60}")
+
+
+def check_kind(name: str, value: object, kind: Any, what: str) -> None:
+    """``kind``: as of isinstance."""
+    if not isinstance(value, kind):
+        raise UserError(f"{name} must be {what}, got {value!r:.60}")
+
+
 def check_one_process() -> None:
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":
@@ -62,6 +74,8 @@ def check_one_process() -> None:
 
 
 def check_data(train: ImageData, test: ImageData, batch_size: int) -> None:
+    for name, data in (("train", train), ("test", test)):
+        check_kind(name, data, ImageData, "labelled images, as batchkern.data.load gives them")
     if len(test) == 0:
         raise UserError(f"{test.name}: the test set has no images; at least one is needed")
     if test.shape != train.shape:
@@ -79,8 +93,8 @@ def pick_device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device must be cpu, cuda or cuda:N, got {device!r}") from None
+    except (RuntimeError, TypeError, ValueError):
+        raise UserError(f"device must be cpu, cuda or cuda:N, got {device!r:.60}") from None
     if picked.type not in ("cpu", "cuda"):
         raise UserError(f"device must be cpu, cuda or cuda:N, got {str(device)!r}")
     if picked.type == "cuda" and not torch.cuda.is_available():
@@ -88,6 +102,16 @@ def pick_device(device: torch.device | str | None) -> torch.device:
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device is {device}, but torch sees {torch.cuda.device_count()} CUDA devices, counted from 0")
     return picked
+
+
+def check_rates(lr: float, momentum: float, weight_decay: float) -> tuple[float, float, float]:
+    """As Python's numbers."""
+    most = torch.finfo(torch.float32).max
+    return (
+        check_range("lr", lr, 0, most, open_low=True),
+        check_range("momentum", momentum, 0, 1),
+        check_range("weight_decay", weight_decay, 0, most),
+    )
 
 
 def build_optimizer(
@@ -102,11 +126,7 @@ def build_optimizer(
         if not isinstance(built, torch.optim.Optimizer):
             raise UserError(f"optimizer must return a torch.optim.Optimizer, got a {type(built).__name__}")
         return built
-    if optimizer not in OPTIMIZERS:
-        raise UserError(f"optimizer must be one of {', '.join(OPTIMIZERS)} or a function, got {optimizer!r}")
-    lr = check_range("lr", lr, 0, torch.finfo(torch.float32).max, open_low=True)
-    momentum = check_range("momentum", momentum, 0, 1)
-    weight_decay = check_range("weight_decay", weight_decay, 0, math.inf)
+    check_choice("optimizer", optimizer, OPTIMIZERS, function=True)
     if optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if momentum == 1:
@@ -117,10 +137,23 @@ def build_optimizer(
 
 def pick_schedule(schedule: str | schedules.RateSchedule) -> schedules.RateSchedule:
     if callable(schedule):
+        factor = schedule(0.0)
+        check_kind("what schedule returns", factor, numbers.Real, "a factor on the learning rate")
         return schedule
-    if schedule not in schedules.RATES:
-        raise UserError(f"schedule must be one of {', '.join(schedules.RATES)} or a function, got {schedule!r}")
+    check_choice("schedule", schedule, schedules.RATES, function=True)
     return schedules.RATES[schedule]()
+
+
+def check_weights(model: nn.Module) -> None:
+    parameters = list(model.parameters())
+    if any(parameter.is_meta or isinstance(parameter, UninitializedParameter) for parameter in parameters):
+        raise UserError(
+            "model has weights without values, as on the meta device or of lazy modules: give them some first"
+        )
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise UserError(
+            f"model must have weights to train, got a {type(model).__name__} without any that takes a gradient"
+        )
 
 
 def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -21,10 +22,14 @@ from batchkern.configure import (
     AMP_TYPES,
     OptimizerFactory,
     build_optimizer,
+    check_choice,
     check_counts,
     check_data,
+    check_kind,
     check_model,
     check_range,
+    check_rates,
+    check_weights,
     count,
     describe_choice,
     describe_data,
@@ -32,7 +37,7 @@ from batchkern.configure import (
     least_rows,
     pick_schedule,
 )
-from batchkern.data import Feed, ImageData
+from batchkern.data import AUGMENTATIONS, Feed, ImageData
 from batchkern.diagnostics import SampleLog
 from batchkern.distributed import Ranks
 from batchkern.errors import UserError, only_warned
@@ -106,10 +111,19 @@ class Trainer(Learner):
         epochs, batch_size, seed = count("epochs", epochs), count("batch_size", batch_size), count("seed", seed, None)
         check_counts(checkpoint_every=checkpoint_every)
         label_smoothing = check_range("label_smoothing", label_smoothing, 0, 1)
+        lr, momentum, weight_decay = check_rates(lr, momentum, weight_decay)
         check_data(train, test, batch_size)
+        check_kind("model", model, nn.Module | str, "a module or the name of one")
+        if isinstance(model, nn.Module):
+            check_weights(model)
+        check_kind("strategies", strategies, list | tuple, "a list of strategies, such as [Trimming()]")
         check_combination(strategies)
-        if amp not in AMP_TYPES:
-            raise UserError(f"amp must be one of {', '.join(AMP_TYPES)}, got {amp!r}")
+        check_choice("amp", amp, AMP_TYPES)
+        check_choice("augment", augment, AUGMENTATIONS)
+        check_kind("classifier", classifier, str | None, "the name of a module")
+        check_kind("out", out, str | os.PathLike | None, "a path")
+        for name, flag in (("overwrite", overwrite), ("resume", resume), ("progress", progress)):
+            check_kind(name, flag, bool, "True or False")
         ranks = Ranks.join(device)
         self.seed = seed
         self.checkpoint_every = checkpoint_every

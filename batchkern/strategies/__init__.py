@@ -48,6 +48,8 @@ def check_combination(strategies: Sequence[Strategy]) -> None:
     """Refuses strategies of one run that decide the same thing."""
     owners: dict[str, Strategy] = {}
     for strategy in strategies:
+        if not isinstance(strategy, Strategy):
+            raise UserError(f"strategies must be objects such as Trimming(), got {strategy!r:.60}")
         for thing in sorted(strategy.owns):
             if thing in owners:
                 pair = f"{owners[thing].name} and {strategy.name}"
