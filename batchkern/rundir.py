@@ -256,9 +256,9 @@ def sealed(checkpoint: bytes) -> bytes:
 
     The archive's own checksums, of each tensor, are not looked at by torch.
     """
-    digest = hashlib.blake2b(checkpoint[:-2], digest_size=16).hexdigest()
-    seal = f"batchkern {__version__} checkpoint {FORMAT} blake2b {digest}".encode()
-    return checkpoint[:-2] + len(seal).to_bytes(2, "little") + seal
+    seal = f"batchkern {__version__} checkpoint {FORMAT} blake2b ".encode()
+    content = checkpoint[:-2] + (len(seal) + 32).to_bytes(2, "little") + seal  # the length of the comment, and it
+    return content + _digest(content)
 
 
 def unsealed(checkpoint: bytes) -> bytes:
@@ -270,9 +270,13 @@ def unsealed(checkpoint: bytes) -> bytes:
     found = list(_SEAL.finditer(checkpoint, max(0, len(checkpoint) - 200)))
     if not found or found[-1].end() != len(checkpoint):
         raise ValueError("it ends without its checksum, so it was cut short or is no checkpoint of batchkern")
-    version, format, digest = (part.decode() for part in found[-1].groups())
+    version, format, digest = found[-1][1].decode(), found[-1][2].decode(), found[-1][3]
     if int(format) != FORMAT:
         raise ValueError(f"batchkern {version} wrote it in format {format}, and {__version__} reads format {FORMAT}")
-    if hashlib.blake2b(checkpoint[: found[-1].start() - 2], digest_size=16).hexdigest() != digest:
+    if digest != _digest(checkpoint[:-32]):
         raise ValueError("it is damaged, since its checksum is another")
     return checkpoint
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).hexdigest().encode()

@@ -9,7 +9,7 @@ import warm
 from torch import nn
 
 from batchkern.errors import UserError
-from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, PREVIOUS, WEIGHTS, RunDirectory
+from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, PREVIOUS, WEIGHTS, RunDirectory, unsealed
 
 SETTINGS = {"epochs": 3, "strategies": [{"name": "trimming", "end": 0.2}], "model": "cnn"}
 ENVIRONMENT = {"batchkern": "1.0", "torch": torch.__version__}
@@ -223,14 +223,110 @@ def test_no_run_to_resume(tmp_path, content):
         opened(tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
-def test_a_broken_checkpoint_is_named_and_the_metrics_stay(tmp_path, content):
-    directory = opened(tmp_path)
-    directory.append_metrics(row(0))
-    (tmp_path / CHECKPOINT).write_bytes(content)
-    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read"):
+def with_a_checkpoint(path, epochs=1):
+    """A run of so many epochs, each with its checkpoint."""
+    directory = opened(path)
+    with directory.held():
+        for epoch in range(epochs):
+            directory.append_metrics(row(epoch))
+            directory.save_checkpoint(state(epoch + 1))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda c: b"", "it ends without its checksum"),
+        (lambda c: b"not a checkpoint", "it ends without its checksum"),
+        (lambda c: c[:-1], "it ends without its checksum"),
+        (lambda c: c + b"x", "it ends without its checksum"),
+        (lambda c: c[: len(c) // 2], "it ends without its checksum"),
+        (lambda c: c[1:], "its checksum is another"),
+        (lambda c: c.replace(b"checkpoint 1 ", b"checkpoint 2 "), "wrote it in format 2, and .* reads format 1"),
+        *((lambda c, at=at: flipped(c, at), "its checksum is another") for at in (0, 0.2, 0.4, 0.6, 0.8)),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_metrics_stay(tmp_path, damage, reason):
+    with_a_checkpoint(tmp_path)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(damage(whole))
+    with pytest.raises(UserError, match=f"checkpoint.pt cannot be read: .*{reason}[^;]*$"):
         opened(tmp_path, resume=True).load_checkpoint()
-    assert len(directory.metrics()) == 1
+    assert opened(tmp_path, resume=True).metrics() == [row(0)]
+
+
+def flipped(content, at):
+    """With one bit changed, at so large a part of it."""
+    place = int(at * len(content))
+    return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+
+def test_every_flipped_byte_is_seen(tmp_path):
+    with_a_checkpoint(tmp_path)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    assert unsealed(whole) == whole
+    for place in range(len(whole)):
+        with pytest.raises(ValueError):
+            unsealed(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+
+
+@pytest.mark.parametrize("done", [-1, 1.0, "1", None, True, 10**30])
+def test_a_whole_checkpoint_of_impossible_epochs(tmp_path, done):
+    opened(tmp_path).save_checkpoint({"epochs_done": done})
+    with pytest.raises(UserError, match=r"(checkpoint.pt cannot be read: epochs_done is|metrics.jsonl is damaged)"):
+        opened(tmp_path, resume=True).load_checkpoint()
+
+
+def test_a_checkpoint_that_is_a_pipe_is_not_waited_for(tmp_path):
+    opened(tmp_path)
+    os.mkfifo(tmp_path / CHECKPOINT)
+    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read: it is no regular file"):
+        opened(tmp_path, resume=True).load_checkpoint()
+
+
+def test_the_checkpoint_before_is_kept_and_named_where_it_helps(tmp_path):
+    with_a_checkpoint(tmp_path, epochs=3)
+    file, previous = tmp_path / CHECKPOINT, tmp_path / PREVIOUS
+    file.write_bytes(flipped(file.read_bytes(), 0.5))
+    with pytest.raises(
+        UserError, match=r"checksum is another; checkpoint.previous.pt beside it, of epoch 2, is whole: rename it"
+    ):
+        opened(tmp_path, resume=True).load_checkpoint()
+    previous.rename(file)
+    assert opened(tmp_path, resume=True).load_checkpoint()["epochs_done"] == 2
+    file.write_bytes(b"")
+    previous.write_bytes(b"damaged too")
+    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read: [^;]*$"):
+        opened(tmp_path, resume=True).load_checkpoint()
+
+
+# --- several at once ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}])
+def test_a_directory_in_use_is_left_alone(tmp_path, options):
+    directory = with_a_checkpoint(tmp_path)
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()}
+    with directory.held(), pytest.raises(UserError, match="is in use by another training or comparison"):
+        opened(tmp_path, **options)
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == before
+    opened(tmp_path, **options)
+
+
+def test_who_was_written_over_before_it_began_does_not_train(tmp_path):
+    first = opened(tmp_path)
+    second = opened(tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="was written by another training since this one was begun"):
+        first.lock()
+    with second.held():
+        second.append_metrics(row(0))
+        second.save_checkpoint(state(1))
+    with second.held():  # what it wrote itself does not disturb it
+        pass
+    resumed, other = (opened(tmp_path, resume=True) for _ in range(2))
+    assert resumed.load_checkpoint() is not None
+    with pytest.raises(UserError, match="was written by another training"):
+        other.load_checkpoint()
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
