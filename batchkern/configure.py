@@ -121,6 +121,8 @@ def build_optimizer(
     momentum: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise UserError("the model has no weights to train: none takes a gradient")
     if callable(optimizer):
         built = optimizer(parameters)
         if not isinstance(built, torch.optim.Optimizer):
@@ -149,10 +151,6 @@ def check_weights(model: nn.Module) -> None:
     if any(parameter.is_meta or isinstance(parameter, UninitializedParameter) for parameter in parameters):
         raise UserError(
             "model has weights without values, as on the meta device or of lazy modules: give them some first"
-        )
-    if not any(parameter.requires_grad for parameter in parameters):
-        raise UserError(
-            f"model must have weights to train, got a {type(model).__name__} without any that takes a gradient"
         )
 
 

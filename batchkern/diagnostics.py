@@ -25,7 +25,7 @@ class SampleLog:
 
     def __init__(self, rows: int, device: torch.device, mislabelled: Tensor | None) -> None:
         self.times_kept = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.last_loss = torch.full((rows,), torch.nan, device=device)
+        self.last_loss = torch.full((rows,), torch.nan, dtype=torch.float32, device=device)
         self.mislabelled = None if mislabelled is None else mislabelled.to(device)
         self._times_before = self.times_kept.clone()
         """``times_kept`` when the epoch began."""

@@ -37,8 +37,8 @@ class Batch:
 
 
 def cut(order: Tensor, size: int, least: int = 1) -> tuple[Tensor, ...]:
-    """``order`` in batches of ``size``. The last one may be smaller; with fewer than ``least`` rows it is joined to the
-    one before."""
+    """``order`` in batches of ``size``. The last one may be smaller: with fewer than ``least`` rows (at most ``size``)
+    it is joined to the one before."""
     batches = order.split(size)
     if len(batches) > 1 and len(batches[-1]) < least:
         return *batches[:-2], order[size * (len(batches) - 2) :]

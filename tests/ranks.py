@@ -242,9 +242,13 @@ def wrong(folder: Path) -> dict[str, str]:
         "other ranks": sentence(lambda: build([], out=folder / "one", resume=True)),
     }
     run = build([], out=folder / "unwritable")
-    if dist.get_rank() == 0:
-        (folder / "unwritable" / "metrics.jsonl").unlink()
-        (folder / "unwritable" / "metrics.jsonl").mkdir()
+
+    def block() -> None:
+        if dist.get_rank() == 0:
+            (folder / "unwritable" / "metrics.jsonl").unlink()
+            (folder / "unwritable" / "metrics.jsonl").mkdir()
+
+    at_update(run, 2, block)
     said["not writable"] = sentence(run.fit)
     run = build([], out=folder / "diverged", checkpoint_every=2)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchkern.plan import EpochBatches, Replay
+from batchkern.plan import EpochBatches, Replay, count_batches, cut
 from batchkern.seeding import derived_seed, generator
 
 
@@ -99,3 +99,29 @@ def test_derived_seeds():
     assert derived_seed(0, "epoch", 0) == 7517732205036318746
     first, second = (torch.rand(4, generator=generator(0, "x")) for _ in range(2))
     assert torch.equal(first, second)
+
+
+@given(rows=st.integers(1, 60), size=st.integers(5, 20), least=st.integers(1, 5))
+def test_a_last_batch_that_is_too_small_joins_the_one_before(rows, size, least):
+    batches = cut(torch.arange(rows), size, least)
+    assert torch.cat(batches).tolist() == list(range(rows))
+    assert len(batches) == count_batches(rows, size, least) == EpochBatches(rows, size, 1, 0, least).per_epoch
+    assert {len(batch) for batch in batches[:-1]} <= {size}
+    if rows >= least:
+        assert least <= len(batches[-1]) < size + least
+
+
+@pytest.mark.parametrize("value", [-1, 7, 1.0, "1", None, True, [1]])
+def test_saved_numbers_are_whole_and_in_range(value):
+    with pytest.raises(ValueError, match=r"taken is .*, which must be a whole number from 0 to 6"):
+        EpochBatches(4, 2, 3, 0).load_state_dict({"taken": value})
+
+
+@pytest.mark.parametrize(
+    "change", [{"updates": -1}, {"round": None}, {"place": 3}, {"order": [0, -1]}, {"order": [0.0]}, {"order": None}]
+)
+def test_a_replay_takes_no_impossible_state(change):
+    replay = Replay()
+    replay.load_state_dict({"updates": 4, "round": 1, "order": [1, 0], "place": 2})
+    with pytest.raises((TypeError, ValueError)):
+        replay.load_state_dict({"updates": 4, "round": 1, "order": [1, 0], "place": 2} | change)

@@ -12,6 +12,8 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
+from matplotlib.text import Text
+
 from batchkern import plots
 from batchkern.errors import UserError
 from batchkern.plots import (
@@ -255,6 +257,20 @@ def test_a_file_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / CURVES).mkdir()
     with pytest.raises(UserError, match=r"curves\.png cannot be written"):
         plot_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["$", "a$b", "$x_1$", "$\\frac{$", "\\$5$", "$$", "50% $\\alpha$ \n_x"])
+def test_dollar_signs_are_no_mathematics(tmp_path, figures, name):
+    write_run(tmp_path, rows(), [name])
+    plot_run(tmp_path)
+    difference = {"mean": 0.1, "half_width": 0.2, "p_corrected": 0.5}
+    plot_differences(tmp_path / "differences.png", {"arm": [(name, difference)]})
+    plot_accuracy(tmp_path / "accuracy.png", {name: [rows()]}, "updates", "updates", name)
+    plot_diagnostics(tmp_path / "diagnostics.png", {name: [rows()]})
+    shown = [text for figure in figures.values() for text in figure.findobj(Text) if "$" in text.get_text()]
+    literal = {text._preprocess_math(text.get_text()) for text in shown if "mathdefault" not in text.get_text()}
+    assert {mathematics for _, mathematics in literal} == {False}
+    assert name in {text for text, _ in literal}
 
 
 def test_no_display_and_no_global_state(tmp_path):

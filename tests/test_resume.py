@@ -122,7 +122,7 @@ def arm(run, moment: str, number: int, die=die) -> None:
         setattr(holder, method, wrapped)
 
     def half_a_checkpoint(state) -> None:
-        part = run.directory.path / (CHECKPOINT + ".part")
+        part = run.directory.path / (CHECKPOINT + ".0123abcd.part")
         torch.save(state, part)
         part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
         die()

@@ -6,7 +6,10 @@ import json
 import math
 import os
 import signal
+import sys
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -524,11 +527,223 @@ def test_looking_whether_the_model_fits_leaves_it_as_it_was():
         ({"strategies": [StochasticAugmentation()], "classifier": "head"}, "classifier 'head' is not in the model"),
         ({"test": images(20, shape=(1, 7, 7))}, "shape"),
         ({"test": images(20, classes=3)}, "classes"),
+        ({"test": images(20).select(torch.arange(0))}, "the test set has no images"),
+        ({"test": [1]}, "test must be labelled images, .*got .1."),
+        ({"train": "digits"}, "train must be labelled images, .*got 'digits'"),
+        ({"epochs": True}, "epochs must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": torch.tensor(1)}, "seed must be a whole number, got tensor"),
+        ({"lr": "0.1"}, r"lr must be in \(0, .*got '0.1'"),
+        ({"weight_decay": 1e300}, "weight_decay must be in"),
+        ({"optimizer": lambda parameters: None}, "optimizer must return a torch.optim.Optimizer, got a NoneType"),
+        ({"optimizer": [1]}, "optimizer must be one of"),
+        ({"schedule": {}}, "schedule must be one of constant, cosine, step or a function"),
+        ({"schedule": lambda progress: None}, "what schedule returns must be a factor .* got None"),
+        ({"amp": []}, "amp must be one of"),
+        ({"augment": np.ones(2)}, "augment must be one of"),
+        ({"device": 1.5}, "device must be cpu, cuda or cuda:N, got 1.5"),
+        ({"device": []}, "device must be cpu, cuda or cuda:N"),
+        ({"classifier": 3}, "classifier must be the name of a module, got 3"),
+        ({"strategies": "trimming"}, "strategies must be a list of strategies, .*got 'trimming'"),
+        ({"strategies": [Trimming]}, "strategies must be objects such as Trimming"),
+        ({"out": 3}, "out must be a path, got 3"),
+        ({"overwrite": "no"}, "overwrite must be True or False, got 'no'"),
+        ({"model": 3}, "model must be a module or the name of one, got 3"),
+        (
+            {"model": nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES).requires_grad_(False))},
+            "the model has no weights to train",
+        ),
+        ({"model": nn.Sequential(nn.Flatten(), nn.LazyLinear(CLASSES))}, "model has weights without values"),
+        ({"model": nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES, device="meta"))}, "weights without values"),
+        ({"model": net().double()}, "the model cannot take images of shape"),
     ],
 )
 def test_wrong_arguments_are_refused_before_training(options, named):
     with pytest.raises(UserError, match=named):
         trainer(**options)
+
+
+def test_numpys_numbers_are_pythons(tmp_path):
+    plain = {"seed": 3, "epochs": 1, "batch_size": 8, "checkpoint_every": 4, "lr": 0.25, "weight_decay": 0.0}
+    numpys = {name: np.float32(x) if isinstance(x, float) else np.int64(x) for name, x in plain.items()}
+    first, second = trainer(**plain), trainer(**numpys, out=tmp_path)
+    first.fit()
+    second.fit()
+    assert furthest(first.weights, second.weights) == 0
+    trainer(**plain, out=tmp_path, resume=True)
+
+
+class Extra(nn.Module):
+    """A model with something in its state that is no dense tensor."""
+
+    def __init__(self, thing):
+        super().__init__()
+        self.net, self.thing = net(), thing
+        if isinstance(thing, torch.Tensor):
+            self.register_buffer("buffer", thing)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def get_extra_state(self):
+        return self.thing
+
+    def set_extra_state(self, state):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("thing", "named"),
+    [(torch.eye(3).to_sparse(), r"'buffer' \(torch.sparse_coo"), ({"a": 1}, r"'_extra_state' \(dict\)")],
+)
+def test_a_state_that_cannot_be_saved_is_told_before_the_training(tmp_path, thing, named):
+    with pytest.raises(UserError, match=f"the model's state holds {named}.*dense tensors alone"):
+        trainer(model=Extra(thing), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    trainer(model=Extra(thing))
+
+
+def test_torchs_default_type_changes_nothing():
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = trainer(model="cnn", epochs=1)
+        other.fit()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    plain = trainer(model="cnn", epochs=1)
+    plain.fit()
+    assert other.model.fc.weight.dtype == torch.float32
+    assert other.history[-1].keys() == plain.history[-1].keys()
+
+
+def test_a_picture_that_fails_ends_no_training(tmp_path, monkeypatch):
+    def fail(directory):
+        raise ZeroDivisionError("of the picture")
+
+    monkeypatch.setattr(sys.modules["batchkern.plots"], "plot_run", fail)
+    with pytest.warns(UserWarning, match=r"curves.png is not drawn: ZeroDivisionError: of the picture"):
+        row = trainer(epochs=1, out=tmp_path).fit()
+    assert row["epoch"] == 0
+    assert (tmp_path / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize("module", ["matplotlib.figure", "safetensors.torch", "msgspec"])
+def test_a_library_that_is_missing_is_told_before_the_training(tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"needs the library '{module.partition('.')[0]}'"):
+        trainer(out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_trainings_do_not_write_to_one_directory(tmp_path):
+    refused = []
+
+    class Second(Strategy):
+        name = "second"
+
+        def observe(self, step, losses):
+            for options in ({"overwrite": True}, {"resume": True}):
+                with pytest.raises(UserError, match="is in use by another training or comparison"):
+                    trainer(out=tmp_path, **options)
+                refused.append(options)
+
+        def describe(self):
+            return {"name": self.name}
+
+    first = trainer([Second()], epochs=1, out=tmp_path)
+    first.fit()
+    assert len(refused) == 2 * first.counts.updates
+    overtaken = trainer(epochs=1, out=tmp_path, overwrite=True)
+    trainer(epochs=1, out=tmp_path, overwrite=True).fit()
+    with pytest.raises(UserError, match="was written by another training since this one was begun"):
+        overtaken.fit()
+    assert overtaken.counts.updates == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: s.pop("optimizer"), "missing required field `optimizer`"),
+        (lambda s: s.update(epochs_done=0, counts=3), "Expected `object`, got `int` - at `.*counts"),
+        (lambda s: s["counts"].update(updates=-6), "`int` >= 0"),
+        (lambda s: s["batches"].update(taken=10**9), "taken is 1000000000, which must be a whole number from 0 to 12"),
+        (lambda s: s["batches"].clear(), "'taken'"),
+        (lambda s: s.update(sums=torch.zeros(3)), r"sums are of shape \(3,\)"),
+        (lambda s: s.update(rng=torch.zeros(3)), "RNG|dtype|size|Byte"),
+        (lambda s: s.update(strategies=[]), "argument"),
+        (lambda s: s["samples"].update(last_loss=torch.zeros(7)), "last_loss is not of the 44 samples"),
+        (lambda s: s["model"].pop("fc.weight"), "Missing key"),
+        (lambda s: s["model"].update({"fc.weight": torch.zeros(2)}), "size mismatch"),
+        (lambda s: s["optimizer"].update(param_groups=[]), "parameter group"),
+        (lambda s: s["strategies"][0]["replay"].update(place=99), "place is 99"),
+        (lambda s: s["strategies"][0]["ledger"].update(losses=torch.zeros(2)), "2 batches; this ledger has 6"),
+    ],
+)
+def test_a_whole_checkpoint_that_does_not_fit_is_a_sentence(tmp_path, change, reason):
+    first = trainer([HardBatches(0.5)], out=tmp_path, epochs=2)
+    first.fit()
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    change(state)
+    first.directory.save_checkpoint(state)
+    with pytest.raises(UserError, match=f"checkpoint.pt does not fit this training: .*({reason})"):
+        trainer([HardBatches(0.5)], out=tmp_path, epochs=2, resume=True)
+
+
+# --- batch norm ------------------------------------------------------------------------------------------------------
+
+
+class Narrow(nn.Module):
+    """Batch norm over one value of each row, which one row alone has no deviation of."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.norm, self.fc = nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.hidden(x.flatten(1))))
+
+
+@pytest.mark.parametrize(
+    ("strategies", "sizes"),
+    [
+        ([], {8: 4, 9: 1}),
+        ([Trimming(0.2, 0.05, backward="compact")], {8: 4, 9: 1}),
+        ([RandomSelection("rows", start=0.1, end=0.1, backward="compact")], {8: 4, 9: 1}),
+        ([HardBatches(0.4)], {8: 4, 9: 1}),
+        ([Stepwise(fractions=(0.4, 1.0), batch_multiples=(1, 1))], {8: 6, 9: 1}),
+        ([PassiveInjection(images(9, seed=5), every=1)], {8: 4, 9: 1}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Trimming")
+def test_a_single_row_joins_the_batch_before_where_batch_norm_needs_two(strategies, sizes):
+    epochs = 2 if isinstance(next(iter(strategies), None), Stepwise) else 1
+    run = trainer(strategies, Narrow(), images(41), epochs=epochs)
+    before = run.model.norm.num_batches_tracked.clone()
+    run.fit()
+    assert before == 0  # looking at what it needs leaves the model as it was
+    assert Counter(len(batch) for batch in run.fed if len(batch) > 4) >= Counter(sizes)
+    assert min(len(batch) for batch in run.fed) > 1
+    row = run.history[-1]
+    assert row["samples_seen"] == sum(size * count for size, count in sizes.items())
+
+
+def test_a_last_batch_of_one_row_stays_where_the_model_can_do_with_it():
+    run = trainer([], net(norm=True), images(41), epochs=1)
+    run.fit()
+    assert [len(batch) for batch in run.fed] == [8] * 5 + [1]
+    assert run.run.least_rows == 1
+
+
+@pytest.mark.parametrize(
+    ("strategies", "options", "sentence"),
+    [
+        ([], {"batch_size": 1}, "batch_size is 1, but the model's batch norm needs 2 rows"),
+        ([PassiveInjection(images(20), batch_size=1)], {}, "passive batches have 1 rows, but .* needs 2"),
+    ],
+)
+def test_batches_of_one_row_are_refused_where_batch_norm_needs_two(strategies, options, sentence):
+    with pytest.raises(UserError, match=sentence):
+        trainer(strategies, Narrow(), **options)
 
 
 def test_predicting_images_of_another_shape_is_refused():
