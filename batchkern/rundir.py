@@ -155,8 +155,6 @@ class RunDirectory:
             recorded = read_json(self.path / CONFIG, dict[str, dict[str, Any]])["settings"]
         except (OSError, ValueError, KeyError):
             raise self._nothing_to_resume() from None
-        if "ranks" in settings:
-            recorded.setdefault("ranks", 1)  # runs of before there were more
         asked = json.loads(json.dumps(settings))
         changed = [
             f"{key} was {recorded.get(key)!r}, now {asked.get(key)!r}"

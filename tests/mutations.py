@@ -906,8 +906,8 @@ TRAINING = [
         ("a resume forgets the momentum", '        self.optimizer.load_state_dict(state["optimizer"])\n', ""),
         (
             "a resume forgets torch's generators",
-            '[(state["rng"], state["cuda_rng"]), *state.get("rng_of_other_ranks", [])][self.ranks.rank]',
-            "None",
+            "        torch.Generator().set_state(self._rng[0])  # says now if it cannot be\n",
+            "        self._rng = None\n",
         ),
         ("a resume forgets the sums of the epoch", '        self._sums.copy_(state["sums"])\n', ""),
     ),

@@ -248,14 +248,6 @@ def test_a_resume_on_another_number_of_ranks_is_refused(pair, folder):
         assert re.search("cannot be resumed: ranks was 1, now 2$", rank["wrong"]["other ranks"])
 
 
-def test_a_run_of_before_there_were_ranks_is_resumed_in_one_process(tmp_path):
-    trainer(out=tmp_path / "run")
-    config = json.loads((tmp_path / "run" / CONFIG).read_text())
-    assert config["settings"].pop("ranks") == 1
-    (tmp_path / "run" / CONFIG).write_text(json.dumps(config))
-    trainer(out=tmp_path / "run", resume=True)
-
-
 def test_all_ranks_stop_at_the_same_update_and_go_on_from_there(pair, folder):
     for said, made, restored in (rank["stopped"] for rank in pair):
         assert re.match(r"interrupted after update \d+; checkpoint written to .*stopped; resume it", said)
