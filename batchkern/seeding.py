@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 
 import torch
 from torch import Tensor
 
+from batchkern.errors import UserError
+
+
+def whole(value: object) -> int | None:
+    """The whole number that a value is, one of numpy's and torch's too; None: it is another thing, such as True."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return None if isinstance(value, bool) else number
+
+
+def checked_seed(seed: object) -> int:
+    number = whole(seed)
+    if number is None:
+        raise UserError(f"seed must be a whole number, got {seed!r}")
+    return number
+
 
 def derived_seed(seed: int, *place: int | str) -> int:
-    """A 63-bit seed for one place, such as ``("epoch", 3)``; different places give unrelated numbers."""
-    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
+    """A 63-bit seed for one place, such as ``("epoch", 3)``; different places give unrelated numbers.
+
+    Raises:
+        UserError: ``seed`` is no whole number.
+    """
+    plain = [part if isinstance(part, str | bool) else operator.index(part) for part in place]
+    digest = hashlib.blake2b(repr((checked_seed(seed), *plain)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
