@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from image_files import as_tensor, encoded, random_pixels, write_folder, write_parquet
 
 from batchkern.data import (
     AUGMENTATIONS,
@@ -41,44 +42,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def random_pixels(count, height=8, width=8, channels=3, seed=0):
-    shape = (count, height, width) if channels == 1 else (count, height, width, channels)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def encoded(pixels, kind="PNG"):
-    buffer = io.BytesIO()
-    PIL_Image.fromarray(pixels).save(buffer, kind)
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def write_parquet(path, images, labels, *, names=None, column="label", label_type=None, extra=None):
-    """A parquet file in datasets' image layout; `images` are arrays or ready cells."""
-    cells = [image if isinstance(image, dict) or image is None else encoded(image) for image in images]
-    kind = label_type or (datasets.ClassLabel(names=names) if names else datasets.Value("int64"))
-    features = {"image": datasets.Image(), column: kind}
-    content = {"image": cells, column: labels}
-    for key, (feature, values) in (extra or {}).items():
-        features[key], content[key] = feature, values
-    table = datasets.Dataset.from_dict(content, features=datasets.Features(features))
-    table.to_parquet(str(path))
-    return str(path)
-
-
-def write_folder(root, pixels, labels, names):
-    for index, (image, label) in enumerate(zip(pixels, labels)):
-        folder = root / names[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        PIL_Image.fromarray(image).save(folder / f"{index:04}.png")
-    return str(root)
-
-
-def as_tensor(pixels):
-    """(N, H, W[, C]) -> (N, C, H, W)."""
-    tensor = torch.from_numpy(pixels)
-    return tensor[:, None] if tensor.dim() == 3 else tensor.permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -372,7 +335,7 @@ def test_pair_refuses_other_classes(tmp_path):
         load_pair(a, b)
     with pytest.raises(UserError, match=r"c\.parquet: class 2 is 'z', but missing"):
         load_pair(a, c)
-    with pytest.raises(UserError, match=r"d\.parquet: row 2 has the label 5; .*allows 0\.\.1$"):
+    with pytest.raises(UserError, match=r"d\.parquet: row 2 has the label 5 in 'label'; .*allows 0\.\.1$"):
         load_pair(a, d)
     with pytest.raises(UserError, match=r"s\.parquet: test images are 6x6, training images 8x8; .*image_size"):
         load_pair(a, small)
@@ -480,8 +443,8 @@ def test_missing_columns_are_listed(tmp_path):
         ([], None, "the file has no rows"),
         ([0, 1, None, 0], None, r"1 of 4 rows have no label in 'label' \(null or -1\), the first is row 2"),
         ([0, -1, -1, 0], ["a", "b"], "2 of 4 rows have no label .*, the first is row 1"),
-        ([0, 1, -2, 0], None, "row 2 has the label -2; allowed are 0, 1, 2,"),
-        ([0, 1, 5000, 0], None, r"row 2 has the label 5000; .* must be 0\.\.3"),
+        ([0, 1, -2, 0], None, "row 2 has the label -2 in 'label'; allowed are 0, 1, 2,"),
+        ([0, 1, 5000, 0], None, r"row 2 has the label 5000 in 'label'; .* must be 0\.\.3"),
         ([1, 1, 1, 1], ["a", "b"], "all 4 images are of one class, 'b'; at least two are needed"),
     ],
 )
@@ -631,8 +594,8 @@ def test_bad_arguments(tmp_path):
     for bad in (labels.int(), labels[:2]):
         with pytest.raises(UserError, match="labels must be int64"):
             TensorImages(images, bad, "ab", name="x")
-    with pytest.raises(UserError, match=r"labels\[1\] is 1; it must be in 0\.\.0"):
-        TensorImages(images, labels, "a", name="x")
+    with pytest.raises(UserError, match=r"labels\[1\] is 2; it must be in 0\.\.1"):
+        TensorImages(images, labels * 2, "ab", name="x")
 
 
 def test_missing_library_names_the_extra(monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from batchkern.data.images import CHUNK
+from batchkern.data.wording import printable
 from batchkern.errors import UserError, require
 
 # Encoded images held at a time while only their headers are read.
@@ -106,8 +107,8 @@ class Cells:
         elif type(error).__name__ == "UnidentifiedImageError":  # names an object in memory, not the file
             reason = "its format is unknown"
         else:
-            reason = f"{type(error).__name__}: {error}"
-        where = f"row {row} ({path})" if path else f"row {row}"
+            reason = printable(f"{type(error).__name__}: {error}")
+        where = f"row {row} ({printable(path)})" if path else f"row {row}"
         return UserError(f"{self.name}: {where} is not a readable image: {reason}")
 
 
@@ -123,6 +124,8 @@ def to_array(image: Any, channels: int | None, size: tuple[int, int] | None) -> 
         image = pillow.fromarray((numpy.asarray(image).clip(0, 65535) >> 8).astype(numpy.uint8))
     elif image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; store 8 or 16 bits")
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # which Pillow would ask for, with a warning for each image
     grey = channels == 1 or (channels is None and image.mode in GREY_MODES)
     mode = "L" if grey else "RGB"
     if image.mode != mode:
@@ -170,3 +173,8 @@ def _threads() -> int:
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_threads(), thread_name_prefix="batchkern-decode")
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
+    # A child has none of its parent's threads: what it handed to that pool would wait for ever.
+    os.register_at_fork(after_in_child=_pool.cache_clear)

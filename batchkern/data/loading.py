@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import zip_longest
+from numbers import Real
 from typing import Any
 
 from batchkern.data.decode import decode_all, large
 from batchkern.data.images import ImageData, StreamedImages, TensorImages, match_shape, sample_rows
-from batchkern.data.sources import Table, UnlabelledError, held_out, open_source, read_table, shortened
+from batchkern.data.labels import UnlabelledError, check_clean_labels
+from batchkern.data.sources import Table, held_out, open_source, read_table
+from batchkern.data.wording import shortened
 from batchkern.errors import UserError
+from batchkern.seeding import whole
 
 MEMORY_LIMIT = 4 << 30
 
 
 def load(
-    source: str, *, split: str = "train", image_size: int | None = None, memory_limit: int = MEMORY_LIMIT
+    source: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    image_size: int | None = None,
+    memory_limit: int = MEMORY_LIMIT,
 ) -> ImageData:
     """One split of a data set of labelled images.
 
@@ -29,8 +39,10 @@ def load(
             - a folder with one sub-folder of images per class, or of folders of them; or with sub-folders
               train and test (or validation, val) that are like this; else its one split is "train";
             - a name on the Hugging Face hub, `owner/name`, `name`, or either with `:config`.
+            A path object is always a file or a folder.
             Images are the first column of type `datasets.Image`; labels the column "label", "labels" or
-            "fine_label", else the only one of classes, else the only one of integers.
+            "fine_label", else the only one of classes, else the only one of integers (where one of these three
+            is of another type: none).
         split: which split.
         image_size: resize all images to this many pixels square, bilinear with antialiasing.
         memory_limit: in bytes; where the decoded uint8 images would take more, they are streamed: decoded
@@ -46,14 +58,16 @@ def load(
             row has no label or one out of range, all rows are of one class, an image cannot be decoded, or
             sizes are mixed without `image_size` (for streamed images: when its batch is due).
     """
-    _check_size(image_size)
-    part = _part(source, open_source(source), split)
+    image_size = _checked_size(image_size)
+    _check_limit(memory_limit)
+    name, splits = open_source(source)
+    part = _part(name, splits, split)
     return _decoded(part, _classes(part), image_size, memory_limit)
 
 
 def load_pair(
-    train: str,
-    test: str | None = None,
+    train: str | os.PathLike[str],
+    test: str | os.PathLike[str] | None = None,
     *,
     image_size: int | None = None,
     clean_labels: str | None = None,
@@ -68,44 +82,51 @@ def load_pair(
             neither, a fixed fifth of each class is held out from its split "train", the same in every run
             whatever its seeds.
         image_size, memory_limit: as for `load`, the limit for each set by itself.
-        clean_labels: a column of `train` that says what its labels ought to be, where they are known to be noisy.
+        clean_labels: a column of `train` that says what its labels ought to be, where they are known to be noisy: of
+            integers, the same ones as for the labels, or of classes, which are matched by their names where the
+            labels have names too.
 
     Returns:
         (training set, test set), the second with the channels and the class names of the first.
 
     Raises:
         UserError: as `load`; or the class names differ; or, where one of the two has integers without names,
-            a test label is not a training class; or the images differ in size without `image_size`.
+            a test label is not a training class; or a clean label is not; or the images differ in size without
+            `image_size`.
     """
-    _check_size(image_size)
-    splits = open_source(train)
-    train_part = _part(train, splits, "train", clean_labels)
+    image_size = _checked_size(image_size)
+    _check_limit(memory_limit)
+    name, splits = open_source(train)
+    train_part = _part(name, splits, "train", clean_labels)
     if test is not None:
-        test_part = _test_part(test, open_source(test))
+        test_part = _test_part(*open_source(test))
     elif "test" in splits or "validation" in splits:
-        test_part = _test_part(train, splits)
+        test_part = _test_part(name, splits)
     else:
         # Only built-in sources are decoded already, and these have their own test split.
         assert isinstance(train_part, Table)
         kept, out = held_out(train_part.labels)
         if len(out) == 0:
-            raise UserError(f"{train}: no class has three images, so that one could be held out; name a test set")
+            raise UserError(f"{name}: no class has three images, so that one could be held out; name a test set")
         train_part, test_part = train_part.select(kept), train_part.select(out)
     classes = _classes(train_part)
+    if isinstance(train_part, Table) and train_part.clean is not None:
+        assert clean_labels is not None
+        check_clean_labels(name, train_part.clean, clean_labels, len(classes), train_part.cells.index)
     _check_test_classes(test_part, train_part, classes)
     train_data = _decoded(train_part, classes, image_size, memory_limit)
     test_data = _decoded(test_part, classes, image_size, memory_limit)
     if test_data.shape[1:] != train_data.shape[1:]:
         sizes = [f"{data.shape[1]}x{data.shape[2]}" for data in (test_data, train_data)]
         raise UserError(
-            f"{test or train}: test images are {sizes[0]}, training images {sizes[1]}; "
+            f"{test_part.name}: test images are {sizes[0]}, training images {sizes[1]}; "
             f"resize them all with image_size (--image-size)"
         )
     return train_data, match_shape(test_data, train_data.shape)
 
 
 def _part(source: str, splits: Mapping[str, Any], split: str, clean_labels: str | None = None) -> TensorImages | Table:
-    if split not in splits:
+    if split not in list(splits):
         raise UserError(f"{source}: no split {split!r}; it has {', '.join(splits)}")
     part = splits[split]
     if not isinstance(part, TensorImages):
@@ -149,9 +170,18 @@ def _decoded(
     return data
 
 
-def _check_size(image_size: int | None) -> None:
-    if image_size is not None and image_size < 4:
-        raise UserError(f"image_size must be at least 4 pixels, not {image_size}")
+def _checked_size(image_size: int | None) -> int | None:
+    size = whole(image_size)
+    if image_size is not None and size is None:
+        raise UserError(f"image_size must be a whole number of pixels, not {image_size!r}")
+    if size is not None and size < 4:
+        raise UserError(f"image_size must be at least 4 pixels, not {size}")
+    return size
+
+
+def _check_limit(memory_limit: float) -> None:
+    if not isinstance(memory_limit, Real) or math.isnan(memory_limit):
+        raise UserError(f"memory_limit must be a number of bytes, not {memory_limit!r}")
 
 
 def _classes(part: TensorImages | Table) -> tuple[str, ...]:
@@ -167,7 +197,7 @@ def _classes(part: TensorImages | Table) -> tuple[str, ...]:
     highest = int(present[-1])
     if highest >= len(part.labels):
         raise UserError(
-            f"{part.name}: row {int(part.labels.argmax())} has the label {highest}; without class names the "
+            f"{part.name}: {_found(part, int(part.labels.argmax()))}; without class names the "
             f"labels must be 0..{len(part.labels) - 1}, since there are not more classes than images"
         )
     return tuple(map(str, range(highest + 1)))
@@ -184,11 +214,16 @@ def _check_test_classes(test: TensorImages | Table, train: TensorImages | Table,
                 )
     wrong = (test.labels >= len(classes)).nonzero().flatten()
     if len(wrong):
-        row = int(wrong[0])
         raise UserError(
-            f"{test.name}: row {row} has the label {int(test.labels[row])}; the training set {train.name} "
-            f"allows 0..{len(classes) - 1}"
+            f"{test.name}: {_found(test, int(wrong[0]))}; the training set {train.name} allows 0..{len(classes) - 1}"
         )
+
+
+def _found(part: TensorImages | Table, position: int) -> str:
+    label = int(part.labels[position])
+    if isinstance(part, TensorImages):
+        return f"row {position} has the label {label}"
+    return f"row {int(part.cells.index[position])} has the label {label} in {part.column!r}"
 
 
 def _quoted(name: str | None) -> str:

@@ -8,9 +8,9 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any, NoReturn
 
 import torch
@@ -18,16 +18,13 @@ from torch import Tensor
 
 from batchkern.data.decode import Cells
 from batchkern.data.images import TensorImages
+from batchkern.data.labels import LABEL_COLUMNS, described, label_column, read_clean_labels, read_labels
+from batchkern.data.wording import printable, shortened
 from batchkern.errors import UserError, require
 
-LABEL_COLUMNS = ("label", "labels", "fine_label")
 # Sub-folders of a folder that are splits, and the names under which `datasets` knows them.
 _SPLIT_FOLDERS = {"train": "train", "test": "test", "validation": "validation", "val": "validation"}
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
-
-
-class UnlabelledError(UserError):
-    """Not one row of a split has a label."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +34,14 @@ class Table:
     Attributes:
         cells: the images.
         labels: (N,) int64, none negative, each below len(classes) if there are names.
+        column: the name of their column.
         classes: the names of the classes, or None: the labels are just integers.
         clean: (N,) int64, what the labels ought to be, or None: not known.
     """
 
     cells: Cells
     labels: Tensor
+    column: str
     classes: tuple[str, ...] | None
     clean: Tensor | None = None
 
@@ -55,10 +54,6 @@ class Table:
         cells = replace(self.cells, index=self.cells.index[positions])
         clean = None if self.clean is None else self.clean[positions]
         return replace(self, cells=cells, labels=self.labels[positions], clean=clean)
-
-
-def shortened(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:10]) + (f", ... ({len(names)} in all)" if len(names) > 10 else "")
 
 
 def held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,22 +74,36 @@ def held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
     return (~is_test).nonzero().flatten(), is_test.nonzero().flatten()
 
 
-def open_source(source: str) -> Mapping[str, Any]:
-    """The splits of `source` by name, each a `TensorImages` or a `datasets.Dataset`.
+def open_source(source: str | os.PathLike[str]) -> tuple[str, Mapping[str, Any]]:
+    """How `source` is called in messages; and its splits by name, each a `TensorImages` or a `datasets.Dataset`.
+
+    A path object is always a file or a folder, never the name of a data set.
 
     Raises:
         UserError: there is no such file, folder or hub data set, or it cannot be read.
     """
+    if not isinstance(source, str | os.PathLike) or not isinstance(os.fspath(source), str):
+        raise UserError(f"a data set must be given by its name or its path, not by {source!r}")
+    given = os.fspath(source)
+    name = printable(given)
     if source in _BUILT_IN:
-        return _BUILT_IN[source]()
-    path = os.path.expanduser(source)
+        return name, _BUILT_IN[given]()
+    path = os.path.expanduser(given)
     if os.path.isdir(path):
-        return _open_folder(source, path)
+        return name, _open_folder(name, path)
     if os.path.isfile(path):
-        return _open_parquet(source, path)
-    if source.endswith(".parquet") or not _HUB_NAME.fullmatch(source) or source.startswith("."):
-        raise UserError(f"{source!r} is no file or folder, and neither {_built_in_names()} nor a hub name (owner/name)")
-    return _open_hub(source)
+        return name, _open_parquet(name, path)
+    if os.path.lexists(path):
+        raise UserError(f"{given!r} is neither a file nor a folder, but {_what_it_is(path)}")
+    if not isinstance(source, str):
+        raise UserError(f"{given!r} is no file or folder, which a path must be; a name is given as a string")
+    if given.endswith(".parquet") or not _HUB_NAME.fullmatch(given) or given.startswith("."):
+        raise UserError(f"{given!r} is no file or folder, and neither {_built_in_names()} nor a hub name (owner/name)")
+    return name, _open_hub(given)
+
+
+def _what_it_is(path: str) -> str:
+    return "a link that leads to no file" if os.path.islink(path) and not os.path.exists(path) else "a device or a pipe"
 
 
 def read_table(name: str, split: str, dataset: Any, clean_labels: str | None = None) -> Table:
@@ -107,11 +116,11 @@ def read_table(name: str, split: str, dataset: Any, clean_labels: str | None = N
         UserError: no image column, no label column, no rows, an unlabelled row, or a label out of range.
     """
     datasets = require("datasets", "train")
-    columns = ", ".join(f"{key} ({_kind(feature)})" for key, feature in dataset.features.items())
+    columns = described(dataset.features)
     images = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
     if not images:
         raise UserError(f"{name}: no image column (datasets.Image) among its columns: {columns}")
-    label = _label_column(datasets, dataset.features)
+    label = label_column(dataset.features)
     if label is None:
         raise UserError(
             f"{name}: no label column ({', '.join(LABEL_COLUMNS)}, or the only one of classes or integers) "
@@ -119,58 +128,13 @@ def read_table(name: str, split: str, dataset: Any, clean_labels: str | None = N
         )
     if len(dataset) == 0:
         raise UserError(f"{name}: the split {split!r} has no rows")
-    labels = _read_labels(name, dataset, label)
+    labels = read_labels(name, dataset, label)
     names = getattr(dataset.features[label], "names", None)
-    _check_labels(name, labels, names)
-    clean = None
-    if clean_labels is not None:
-        if clean_labels not in dataset.features:
-            raise UserError(f"{name}: no column {clean_labels!r} of clean labels among its columns: {columns}")
-        clean = _read_labels(name, dataset, clean_labels)
-        _check_labels(name, clean, names)
-    feature = dataset.features[images[0]]
+    clean = None if clean_labels is None else read_clean_labels(name, dataset, clean_labels, label)
+    feature = datasets.Image(mode=dataset.features[images[0]].mode)  # one that decodes, which it may be told not to
     undecoded = dataset.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
     cells = Cells(name, undecoded, images[0], feature, torch.arange(len(labels)))
-    return Table(cells, labels, tuple(names) if names else None, clean)
-
-
-def _check_labels(name: str, labels: Tensor, names: list[str] | None) -> None:
-    wrong = ((labels < 0) | (labels >= (len(names) if names else torch.inf))).nonzero().flatten()
-    if len(wrong):
-        row = int(wrong[0])
-        allowed = f"0..{len(names) - 1}" if names else "0, 1, 2, ..."
-        raise UserError(f"{name}: row {row} has the label {int(labels[row])}; allowed are {allowed}")
-
-
-def _kind(feature: Any) -> str:
-    """A column's type for messages: "int64", "ClassLabel", "Image", ..."""
-    return feature.dtype if type(feature).__name__ == "Value" else type(feature).__name__
-
-
-def _label_column(datasets: Any, features: Mapping[str, Any]) -> str | None:
-    classes = [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    integers = [key for key, feature in features.items() if re.match(r"u?int\d", _kind(feature))]
-    for name in LABEL_COLUMNS:
-        if name in classes or name in integers:
-            return name
-    for candidates in (classes, integers):
-        if len(candidates) == 1:
-            return candidates[0]
-    return None
-
-
-def _read_labels(name: str, dataset: Any, column: str) -> Tensor:
-    """(N,) int64. A missing label is refused, whether it is null or -1 (what the hub's test sets have)."""
-    values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
-    labels = torch.tensor(values.fill_null(-1).to_numpy().astype("int64"))
-    unlabelled = (labels == -1).nonzero().flatten()
-    if len(unlabelled):
-        kind = UnlabelledError if len(unlabelled) == len(labels) else UserError
-        raise kind(
-            f"{name}: {len(unlabelled)} of {len(labels)} rows have no label in {column!r} (null or -1), "
-            f"the first is row {int(unlabelled[0])}; every row must have one"
-        )
-    return labels
+    return Table(cells, labels, label, tuple(names) if names else None, clean)
 
 
 def _open_digits() -> dict[str, TensorImages]:
@@ -270,7 +234,7 @@ def _open_folder(source: str, path: str) -> Mapping[str, Any]:
     classes: tuple[str, ...] = ()
     training = ""
     for name, split in folders.items():
-        where = os.path.join(source, name).rstrip(os.sep)
+        where = os.path.join(source, name).rstrip(os.sep) or os.sep
         images = _images_of_classes(where, os.path.join(os.path.abspath(path), name))
         if split == "train":
             classes, training = tuple(images), where
@@ -290,23 +254,44 @@ def _images_of_classes(where: str, path: str) -> dict[str, list[str]]:
     """The files of each class, sorted: all images in its folder and those below it, as in torchvision's ImageFolder."""
     pillow = require("PIL.Image", "train")
     extensions = {extension for extension, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
-    images = {name: [*_images_below(where, os.path.join(path, name), extensions)] for name in _sub_folders(where, path)}
-    if not any(images.values()):
-        raise UserError(f"{where}: no images in one sub-folder per class, as in class/image.png")
-    for name, files in images.items():
-        if not files:
+    images: dict[str, list[str]] = {}
+    for name in _sub_folders(where, path):
+        files = [*_images_below(where, os.path.join(path, name), extensions)]
+        if not files and images:
             raise UserError(f"{where}: the sub-folder {name!r} has no image; each must be a class with one at least")
+        if not files:  # said at once: of the root of a file system, to look at all folders would take for ever
+            raise UserError(f"{where}: no images in one sub-folder per class, as in class/image.png: none in {name!r}")
+        images[name] = files
+    if not images:
+        raise UserError(f"{where}: no images in one sub-folder per class, as in class/image.png")
     return images
 
 
 def _images_below(where: str, path: str, extensions: set[str]) -> Iterator[str]:
-    seen = set()
-    for folder, below, files in os.walk(path, onerror=partial(_refuse_folder, where), followlinks=True):
-        # A link to a folder above would lead round for ever.
-        below[:] = [] if os.path.realpath(folder) in seen else sorted(name for name in below if name[0] != ".")
-        if os.path.realpath(folder) not in seen:
-            yield from (os.path.join(folder, file) for file in sorted(files) if _extension(file) in extensions)
-        seen.add(os.path.realpath(folder))
+    folders, seen = [path], set()
+    while folders:
+        folder = folders.pop()
+        place = os.path.realpath(folder)
+        if place in seen:  # a link to a folder above would lead round for ever
+            continue
+        seen.add(place)
+        below = []
+        for entry in _entries(where, folder):
+            if _is(entry.is_dir):
+                below += [entry.path] if entry.name[0] != "." else []
+            elif _extension(entry.name) in extensions:
+                _check_image_file(where, entry)
+                yield entry.path
+        folders += reversed(below)
+
+
+def _check_image_file(where: str, entry: os.DirEntry[str]) -> None:
+    if not _is(entry.is_file):  # to read from a pipe would take for ever
+        raise UserError(f"{where}: {entry.path!r} is neither a file nor a folder, but {_what_it_is(entry.path)}")
+    try:
+        entry.path.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: the path {entry.path!r} is not valid UTF-8; rename it, so that it is") from None
 
 
 def _extension(file: str) -> str:
@@ -314,11 +299,23 @@ def _extension(file: str) -> str:
 
 
 def _sub_folders(where: str, path: str) -> list[str]:
+    return [entry.name for entry in _entries(where, path) if _is(entry.is_dir) and not entry.name.startswith(".")]
+
+
+def _entries(where: str, path: str) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name."""
     try:
         with os.scandir(path) as entries:
-            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         _refuse_folder(where, error)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """What an entry of a folder says of itself; no to all, where it is a link that leads round for ever."""
+    with contextlib.suppress(OSError):
+        return kind()
+    return False
 
 
 def _refuse_folder(where: str, error: OSError) -> NoReturn:
@@ -379,4 +376,4 @@ def _cause(error: BaseException) -> str:
     """The root of a chain of exceptions, in one line: datasets wraps what went wrong several times."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return printable(f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -171,6 +172,8 @@ def _plain(value: Any) -> Any:
     """``value`` as JSON can hold it."""
     if isinstance(value, ImageData):
         return value.name
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if callable(value):
         return describe_choice(value)
     return list(value) if isinstance(value, tuple) else value

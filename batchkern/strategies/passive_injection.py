@@ -4,6 +4,7 @@ Algorithm 1."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ class PassiveInjection(Strategy):
     name: ClassVar[str] = "passive"
     owns = frozenset({"the passive head"})
 
-    passive: ImageData | str
+    passive: ImageData | str | os.PathLike[str]
     every: int | Callable[[int], bool] = 100
     batch_size: int | None = None
     freeze_bn: bool = False
@@ -54,13 +55,13 @@ class PassiveInjection(Strategy):
 
     def __post_init__(self) -> None:
         self._due = self.every if callable(self.every) else schedules.every(self.every)
-        if not isinstance(self.passive, ImageData | str):
+        if not isinstance(self.passive, ImageData | str | os.PathLike):
             raise UserError(f"passive must be ImageData or the name of a data set, got {self.passive!r}")
         if self.batch_size is not None and (type(self.batch_size) is not int or self.batch_size < 1):
             raise UserError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
 
     def setup(self, run: Run) -> None:
-        data = load(self.passive) if isinstance(self.passive, str) else self.passive
+        data = self.passive if isinstance(self.passive, ImageData) else load(self.passive)
         data = match_shape(data, run.shape)
         mean, std = data.statistics()
         self.feed = Feed(data, mean=mean, std=std, device=run.device)
