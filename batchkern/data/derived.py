@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 
 from batchkern.data.images import ImageData
 from batchkern.errors import UserError
-from batchkern.seeding import generator
+from batchkern.seeding import generator, whole
 
 
 def subset(data: ImageData, rows: int) -> ImageData:
@@ -16,8 +18,11 @@ def subset(data: ImageData, rows: int) -> ImageData:
         UserError: ``rows`` is less than the classes that there are, or more than the images.
     """
     present = len(data.labels.unique())
-    if isinstance(rows, bool) or not isinstance(rows, int) or not present <= rows <= len(data):
-        raise UserError(f"{data.name}: a part of it must have {present} (its classes) to {len(data)} rows, got {rows}")
+    count = whole(rows)
+    if count is None or not present <= count <= len(data):
+        raise UserError(
+            f"{data.name}: a part of it must have {present} (its classes) to {len(data)} rows, got {rows!r}"
+        )
     # Within a class the j-th image of a fixed shuffle stands at (j + 1/2) / size: the first of all classes together.
     shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     order = shuffled[data.labels[shuffled].argsort(stable=True)]
@@ -27,7 +32,7 @@ def subset(data: ImageData, rows: int) -> ImageData:
     place = (torch.arange(len(data)) - starts[labels]).double()
     first = place == 0  # of each class at least one, however rare it is
     rank = torch.where(first, -1.0, (place + 0.5) / sizes[labels])
-    return data.select(order[rank.argsort(stable=True)[:rows]].sort().values)
+    return data.select(order[rank.argsort(stable=True)[:count]].sort().values)
 
 
 def with_label_noise(data: ImageData, fraction: float, seed: int) -> ImageData:
@@ -38,12 +43,12 @@ def with_label_noise(data: ImageData, fraction: float, seed: int) -> ImageData:
     Raises:
         UserError: ``fraction`` is not in [0, 1), or the labels are known to be noisy already.
     """
-    if not isinstance(fraction, int | float) or not 0 <= fraction < 1:
+    if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 <= fraction < 1:
         raise UserError(f"noise must be in [0, 1), got {fraction!r}")
     if data.clean_labels is not None:
         raise UserError(f"noise is {fraction}, but {data.name} has clean labels beside noisy ones already")
     numbers = generator(seed, "label noise")
-    chosen = torch.randperm(len(data), generator=numbers)[: round(fraction * len(data))]
+    chosen = torch.randperm(len(data), generator=numbers)[: round(float(fraction) * len(data))]
     classes = len(data.classes)
     labels = data.labels.clone()
     labels[chosen] = (labels[chosen] + torch.randint(1, classes, (len(chosen),), generator=numbers)) % classes

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from batchkern.data.images import ImageData, TensorImages
 from batchkern.errors import UserError
+from batchkern.seeding import checked_seed
 
 AUGMENTATIONS = ("none", "flip", "crop", "crop+flip")
 
@@ -30,7 +31,7 @@ class Feed:
         seed: of the augmentation.
 
     Raises:
-        UserError: unknown `augment`, or `mean` or `std` is not of shape (C,).
+        UserError: unknown `augment`, `seed` is no whole number, or `mean` or `std` is not of shape (C,).
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Feed:
         self.data = data
         self.device = torch.device(device)
         self.augment = augment
-        self.seed = seed
+        self.seed = checked_seed(seed)
         # (pixel / 255 - mean) / std = pixel * scale + shift
         self._scale = (1 / (255 * std.double())).float().view(-1, 1, 1).to(self.device)
         self._shift = (-mean.double() / std.double()).float().view(-1, 1, 1).to(self.device)
@@ -101,7 +102,7 @@ class Feed:
         y = torch.arange(height, device=self.device).expand(count, -1)
         x = torch.arange(width, device=self.device).expand(count, -1)
         if "flip" in self.augment:
-            flipped = torch.rand(whole, 1, generator=generator) < 0.5
+            flipped = torch.rand(whole, 1, generator=generator, dtype=torch.float32) < 0.5
             x = torch.where(own(flipped), x.flip(1), x)
         if "crop" in self.augment:
             pad_y, pad_x = max(1, height // 8), max(1, width // 8)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchkern.errors import UserError
+from batchkern.seeding import whole
 
 if TYPE_CHECKING:
     from batchkern.data.decode import Cells
@@ -36,7 +38,7 @@ class ImageData(ABC):
     Attributes:
         name: the source they came from, for messages.
         labels: (N,) int64 on the CPU, each in 0..len(classes)-1.
-        classes: the name of each class.
+        classes: the name of each class, two at least, all different.
         shape: (C, H, W) of every image; C is 1 (grey) or 3 (RGB).
         clean_labels: (N,) int64, where it is known what labels ought to be; None: not known.
     """
@@ -44,9 +46,11 @@ class ImageData(ABC):
     clean_labels: Tensor | None = None
 
     def __init__(self, labels: Tensor, classes: Sequence[str], shape: tuple[int, int, int], name: str) -> None:
+        if len(labels) == 0 or 0 in shape:
+            raise UserError(f"{name}: {len(labels)} images of shape {shape} have no pixel; at least one is needed")
         self.name = name
-        self.labels = labels
-        self.classes = tuple(classes)
+        self.labels = labels.contiguous()
+        self.classes = _checked_classes(name, classes)
         self.shape = shape
 
     def __len__(self) -> int:
@@ -78,7 +82,7 @@ class ImageData(ABC):
     def relabelled(self, labels: Tensor, *, clean: Tensor | None) -> ImageData:
         """The same images under other labels; `clean` says what they ought to be."""
         other = copy.copy(self)
-        other.labels, other.clean_labels = labels, clean
+        other.labels, other.clean_labels = labels.contiguous(), clean
         return other
 
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -115,21 +119,25 @@ class TensorImages(ImageData):
         name: the source, for messages.
 
     Raises:
-        UserError: the tensors are not of these shapes and types, or a label is not in 0..len(classes)-1.
+        UserError: the tensors are not of these shapes and types, or have no rows; there are not two classes of
+            different names; or a label is not in 0..len(classes)-1.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str], *, name: str) -> None:
+        for argument, value in (("images", images), ("labels", labels)):
+            if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+                raise UserError(f"{argument} must be a dense tensor on the CPU, not {_described(value)}")
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
             raise UserError(
                 f"images must be uint8 (N, C, H, W) with C = 1 or 3, not {images.dtype} {tuple(images.shape)}"
             )
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
             raise UserError(f"labels must be int64 ({len(images)},), not {labels.dtype} {tuple(labels.shape)}")
-        wrong = ((labels < 0) | (labels >= len(classes))).nonzero()
+        super().__init__(labels, classes, (images.shape[1], images.shape[2], images.shape[3]), name)
+        wrong = ((labels < 0) | (labels >= len(self.classes))).nonzero()
         if len(wrong):
             row = int(wrong[0])
-            raise UserError(f"labels[{row}] is {int(labels[row])}; it must be in 0..{len(classes) - 1}")
-        super().__init__(labels, classes, (images.shape[1], images.shape[2], images.shape[3]), name)
+            raise UserError(f"labels[{row}] is {int(labels[row])}; it must be in 0..{len(self.classes) - 1}")
         self.images = images
 
     def rows(self, indices: Tensor) -> Tensor:
@@ -200,16 +208,37 @@ def match_shape(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
     Raises:
         UserError: C is not 1 or 3, or H or W is not positive.
     """
-    if len(shape) != 3 or shape[0] not in (1, 3) or min(shape[1:]) < 1:
-        raise UserError(f"shape must be (C, H, W) with C = 1 or 3 and H, W >= 1, not {tuple(shape)}")
-    return data.reshaped(shape)
+    numbers = tuple(map(whole, shape)) if isinstance(shape, Iterable) else ()
+    match numbers:
+        case (1 | 3 as channels, int(height), int(width)) if min(height, width) >= 1:
+            matching = data.reshaped((channels, height, width))
+        case _:
+            raise UserError(f"shape must be (C, H, W) with C = 1 or 3 and H, W >= 1, not {shape!r}")
+    matching.clean_labels = data.clean_labels
+    return matching
+
+
+def _checked_classes(name: str, classes: Sequence[str]) -> tuple[str, ...]:
+    found = tuple(classes) if isinstance(classes, Iterable) else ()
+    if len(found) < 2 or not all(isinstance(key, str) for key in found):
+        raise UserError(f"{name}: classes must be the names of two classes at least, not {classes!r}")
+    if len(set(found)) < len(found):
+        key, times = Counter(found).most_common(1)[0]
+        raise UserError(f"{name}: classes must have different names, but {key!r} is there {times} times")
+    return found
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"one of layout {value.layout} on {value.device}"
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _reshape(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """uint8 (b, C, H, W) -> uint8 (b, *shape)."""
     channels, height, width = shape
     if channels == 1 and images.shape[1] == 3:
-        weights = torch.tensor([0.299, 0.587, 0.114])
+        weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32)
         images = torch.einsum("bchw,c->bhw", images.float(), weights).round_().to(torch.uint8)[:, None]
     if images.shape[2:] != (height, width):
         images = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
