@@ -1066,7 +1066,17 @@ TRAINING = [
         "training",
         "batchkern/seeding.py",
         ("tests/test_plan.py",),
-        ("places run into each other", "repr((seed, *place)).encode()", '"".join(map(str, (seed, *place))).encode()'),
+        (
+            "places run into each other",
+            "repr((checked_seed(seed), *plain)).encode()",
+            '"".join(map(str, (seed, *place))).encode()',
+        ),
+    ),
+    *within(
+        "training",
+        "batchkern/seeding.py",
+        ("tests/test_seeding.py",),
+        ("numpy's numbers are other seeds", "repr((checked_seed(seed), *plain))", "repr((seed, *plain))"),
     ),
     *within(
         "training",
@@ -1239,8 +1249,18 @@ DATA = [
         ("every update is augmented alike", 'f"{seed}/{step}"', 'f"{seed}"'),
         (
             "flips are drawn from torch's own generator",
-            "torch.rand(whole, 1, generator=generator) < 0.5",
+            "torch.rand(whole, 1, generator=generator, dtype=torch.float32) < 0.5",
             "torch.rand(whole, 1) < 0.5",
+        ),
+    ),
+    *within(
+        "data",
+        "batchkern/data/feed.py",
+        ("tests/data/test_images.py", "-k", "default_type"),
+        (
+            "flips are others in another default type",
+            "generator=generator, dtype=torch.float32)",
+            "generator=generator)",
         ),
     ),
     *within(
@@ -1264,6 +1284,34 @@ DATA = [
         "batchkern/data/decode.py",
         DATA_TESTS,
         ("16-bit greys keep their low byte", ".clip(0, 65535) >> 8)", ".clip(0, 65535))"),
+    ),
+    *within(
+        "data",
+        "batchkern/data/decode.py",
+        ("tests/data/test_decode.py", "-k", "forked"),
+        (
+            "a forked child hands images to threads that it does not have",
+            "    os.register_at_fork(after_in_child=_pool.cache_clear)\n",
+            "    pass\n",
+        ),
+    ),
+    *within(
+        "data",
+        "batchkern/data/labels.py",
+        ("tests/data/test_labels.py",),
+        (
+            "clean classes are matched by their places, not by their names",
+            "return torch.tensor([names.index(key) for key in own])[clean]",
+            "return clean",
+        ),
+        ("a missing label is the first class", ".fill_null(-1)", ".fill_null(0)"),
+        ("the number of a row is taken for its class", "if len(usable) == 1 and not named", "if len(usable) == 1"),
+    ),
+    *within(
+        "data",
+        "batchkern/data/sources.py",
+        ("tests/data/test_sources.py",),
+        ("a pipe is read as an image", "if not _is(entry.is_file):", "if False:"),
     ),
 ]
 
