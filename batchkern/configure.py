@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import operator
 import os
 import re
 import zlib
@@ -17,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from batchkern import schedules
 from batchkern.data import ImageData, TensorImages
-from batchkern.errors import UserError
+from batchkern.errors import UserError, whole
 from batchkern.models import frozen_statistics, has_batch_norm
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -33,11 +32,8 @@ def check_counts(**values: int | None) -> None:
 
 def count(name: str, value: int, least: int | None = 1) -> int:
     """``value``, which may be NumPy's, as Python's."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool | Tensor) or (least is not None and not least <= number < 2**63):
+    number = whole(value)
+    if number is None or (least is not None and not least <= number < 2**63):
         limit = "" if least is None else f" of at least {least}"
         raise UserError(f"{name} must be a whole number{limit}, got {value!r}")
     return number
@@ -76,8 +72,6 @@ def check_one_process() -> None:
 def check_data(train: ImageData, test: ImageData, batch_size: int) -> None:
     for name, data in (("train", train), ("test", test)):
         check_kind(name, data, ImageData, "labelled images, as batchkern.data.load gives them")
-    if len(test) == 0:
-        raise UserError(f"{test.name}: the test set has no images; at least one is needed")
     if test.shape != train.shape:
         raise UserError(f"test images are of shape {test.shape}, training images of shape {train.shape}")
     if test.classes != train.classes:
@@ -121,8 +115,6 @@ def build_optimizer(
     momentum: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    if not any(parameter.requires_grad for parameter in parameters):
-        raise UserError("the model has no weights to train: none takes a gradient")
     if callable(optimizer):
         built = optimizer(parameters)
         if not isinstance(built, torch.optim.Optimizer):
@@ -169,6 +161,8 @@ def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, dev
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"the model must give logits of shape (batch, {classes}), got {got} for a batch of 2")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("the model has no weights to train: none takes a gradient")
 
 
 def least_rows(model: nn.Module, shape: tuple[int, int, int], device: torch.device, world: int, batch_size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -29,6 +30,15 @@ def require(module: str, extra: str) -> Any:
         raise UserError(
             f"this needs the library {library!r}, which cannot be imported ({error}): pip install 'batchkern[{extra}]'"
         ) from error
+
+
+def whole(value: object) -> int | None:
+    """The whole number that a value is, one of numpy's and torch's too; None: it is another thing, such as True."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return None if isinstance(value, bool) else number
 
 
 @contextlib.contextmanager

@@ -8,16 +8,7 @@ import operator
 import torch
 from torch import Tensor
 
-from batchkern.errors import UserError
-
-
-def whole(value: object) -> int | None:
-    """The whole number that a value is, one of numpy's and torch's too; None: it is another thing, such as True."""
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-    return None if isinstance(value, bool) else number
+from batchkern.errors import UserError, whole
 
 
 def checked_seed(seed: object) -> int:

@@ -38,9 +38,9 @@ def test_a_function_makes_its_own_optimizer():
     ("call", "sentence"),
     [
         (lambda: configure.build_optimizer("lion", [], 0.1, 0.9, 0.0), "optimizer must be one of sgd, adam, adamw"),
-        (lambda: configure.build_optimizer("sgd", [], 0.0, 0.9, 0.0), "lr must be above 0, got 0"),
-        (lambda: configure.build_optimizer("sgd", [], float("nan"), 0.9, 0.0), "lr must be in"),
-        (lambda: configure.build_optimizer("sgd", [], 0.1, 1.5, 0.0), r"momentum must be in \[0, 1\], got 1.5"),
+        (lambda: configure.check_rates(0.0, 0.9, 0.0), "lr must be above 0, got 0"),
+        (lambda: configure.check_rates(float("nan"), 0.9, 0.0), "lr must be in"),
+        (lambda: configure.check_rates(0.1, 1.5, 0.0), r"momentum must be in \[0, 1\], got 1.5"),
         (lambda: configure.pick_schedule("linear"), "schedule must be one of constant, cosine, step"),
         (lambda: configure.pick_device("gpu"), "device must be cpu, cuda or cuda:N, got 'gpu'"),
         (lambda: configure.check_counts(epochs=0), "epochs must be a whole number of at least 1, got 0"),

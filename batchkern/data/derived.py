@@ -7,8 +7,8 @@ from numbers import Real
 import torch
 
 from batchkern.data.images import ImageData
-from batchkern.errors import UserError
-from batchkern.seeding import generator, whole
+from batchkern.errors import UserError, whole
+from batchkern.seeding import generator
 
 
 def subset(data: ImageData, rows: int) -> ImageData:

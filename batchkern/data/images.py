@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchkern.errors import UserError
-from batchkern.seeding import whole
+from batchkern.errors import UserError, whole
 
 if TYPE_CHECKING:
     from batchkern.data.decode import Cells

@@ -15,8 +15,7 @@ from batchkern.data.images import ImageData, StreamedImages, TensorImages, match
 from batchkern.data.labels import UnlabelledError, check_clean_labels
 from batchkern.data.sources import Table, held_out, open_source, read_table
 from batchkern.data.wording import shortened
-from batchkern.errors import UserError
-from batchkern.seeding import whole
+from batchkern.errors import UserError, whole
 
 MEMORY_LIMIT = 4 << 30
 
