@@ -195,7 +195,12 @@ class RunDirectory:
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The last checkpoint, and the metrics cut back to it; ``None`` where the run was killed before the first."""
         with self.held():
-            state, rows = self._read(CHECKPOINT) if (self.path / CHECKPOINT).exists() else (None, [])
+            if os.path.lexists(self.path / CHECKPOINT):  # or a link to a disk that is not there
+                state, rows = self._read(CHECKPOINT)
+            elif left := self._whole_one(CHECKPOINT):
+                raise UserError(f"{self.path / CHECKPOINT} is missing{left}")
+            else:
+                state, rows = None, []
             remove_parts(self.path, RUN_FILES)
             self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
             return state

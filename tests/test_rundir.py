@@ -292,6 +292,12 @@ def test_the_checkpoint_before_is_kept_and_named_where_it_helps(tmp_path):
         UserError, match=r"checksum is another; checkpoint.previous.pt beside it, of epoch 2, is whole: rename it"
     ):
         opened(tmp_path, resume=True).load_checkpoint()
+    file.unlink()
+    with pytest.raises(UserError, match=r"checkpoint.pt is missing; checkpoint.previous.pt beside it, of epoch 2"):
+        opened(tmp_path, resume=True).load_checkpoint()
+    file.symlink_to(tmp_path / "a disk that is not there")
+    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read: No such file"):
+        opened(tmp_path, resume=True).load_checkpoint()
     previous.rename(file)
     assert opened(tmp_path, resume=True).load_checkpoint()["epochs_done"] == 2
     file.write_bytes(b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -88,7 +89,7 @@ class Comparison:
         if self.noise:
             train = with_label_noise(train, self.noise, run.seed)
         directory = self.out / run.directory
-        begun = all((directory / name).exists() for name in (CONFIG, METRICS, CHECKPOINT))
+        begun = all(os.path.lexists(directory / name) for name in (CONFIG, METRICS, CHECKPOINT))
         where = {} if device is None else {"device": device}
         return Trainer(
             self.model,
