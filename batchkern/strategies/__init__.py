@@ -8,8 +8,10 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from itertools import pairwise
 from typing import Any
 
 from batchkern.errors import UserError
@@ -42,6 +44,9 @@ STRATEGIES: dict[str, type[Strategy]] = {
     cls.name: cls
     for cls in (Trimming, HardBatches, Stepwise, StochasticAugmentation, PassiveInjection, RandomSelection)
 }
+
+LONGEST = 10_000
+"""Characters of the options of one strategy."""
 
 
 def check_combination(strategies: Sequence[Strategy]) -> None:
@@ -76,54 +81,82 @@ def parse(text: str, *, passive: Any = None) -> list[Strategy]:
 
 def split_terms(text: str, separator: str) -> list[str]:
     """``text`` at each ``separator`` that no parentheses enclose, stripped."""
-    pieces, depth = [""], 0
-    for character in text:
+    cuts, depth = [-1], 0
+    for place, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)
         if character == separator and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += character
-    return [piece.strip() for piece in pieces]
+            cuts.append(place)
+    return [text[before + 1 : cut].strip() for before, cut in pairwise([*cuts, len(text)])]
 
 
 def _build(term: str, passive: Any) -> Strategy:
     match = re.fullmatch(r"([\w-]+)\s*(?:\((.*)\))?", term, re.DOTALL)
     if not match:
-        raise UserError(f"strategy {term!r} is not of the form name or name(option=value, ...)")
+        raise UserError(f"strategy {_quoted(term)} is not of the form name or name(option=value, ...)")
     name, options = match[1], _options(term, match[2] or "")
     if name not in STRATEGIES:
         near = difflib.get_close_matches(name, STRATEGIES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"unknown strategy {name!r}; there are {', '.join(STRATEGIES)}{hint}")
+        raise UserError(f"unknown strategy {_quoted(name)}; there are {', '.join(STRATEGIES)}{hint}")
     cls = STRATEGIES[name]
     known = {f.name: f for f in fields(cls) if f.init}  # type: ignore[arg-type]
     for option in options:
         if option not in known:
-            raise UserError(f"strategy {name} has no option {option!r}; it has {', '.join(known)}")
+            raise UserError(f"strategy {name} has no option {_quoted(option)}; it has {', '.join(known)}")
         if isinstance(options[option], bool) != (known[option].type == "bool"):
             allowed = "True or False" if known[option].type == "bool" else "another value than True or False"
-            raise UserError(f"strategy {name}: {option} must be {allowed}, got {options[option]!r}")
+            raise UserError(f"strategy {name}: {option} must be {allowed}, got {_quoted(options[option])}")
+        if not _fits(options[option], str(known[option].type)):
+            allowed = "a number" if str(known[option].type).startswith("float") else "a list, such as (a, b)"
+            raise UserError(f"strategy {name}: {option} must be {allowed}, got {_quoted(options[option])}")
     if "passive" in known and passive is not None:
         options.setdefault("passive", passive)
     for option, field in known.items():
         if field.default is MISSING and field.default_factory is MISSING and option not in options:
             raise UserError(f"strategy {name} needs the option {option}, such as {name}({option}=...)")
     try:
-        return cls(**options)
+        return cls(**{option: _of_64_bits(value) for option, value in options.items()})
+    except OverflowError:
+        raise UserError(f"strategy {_quoted(term)} has a number that is too large") from None
     except TypeError as error:  # a comparison of a word with a number, say
-        raise UserError(f"strategy {term!r} has an option of a wrong type ({error})") from None
+        raise UserError(f"strategy {_quoted(term)} has an option of a wrong type ({error})") from None
+
+
+def _of_64_bits(value: Any) -> Any:
+    """A whole number that torch does not take as one becomes the nearest float."""
+    return float(value) if type(value) is int and abs(value) >= 2**63 else value
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """As far as numbers and lists go; strategies look at the rest themselves."""
+    if kind.startswith("float"):
+        return isinstance(value, int | float) or (value is None and "None" in kind)
+    if kind.startswith("tuple"):
+        return isinstance(value, tuple | list) or (isinstance(value, str) and "str" in kind)
+    return True
 
 
 def _options(term: str, text: str) -> dict[str, Any]:
     try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        assert isinstance(call, ast.Call)
+        if len(text) > LONGEST:
+            raise SyntaxError("Python's parser might run out of its stack")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd spellings, such as "\\q"
+            call = ast.parse(f"f({text})", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise SyntaxError("options are name=value")
         names = [keyword.arg for keyword in call.keywords]
-        if not isinstance(call.func, ast.Name) or call.args or None in names or len(set(names)) < len(names):
+        if None in names or len(set(names)) < len(names):
             raise SyntaxError("options are name=value, each once")
         return {str(k.arg): _value(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError, TypeError, AssertionError):
-        raise UserError(f"strategy {term!r} is not of the form name(option=value, ...)") from None
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        raise UserError(f"strategy {_quoted(term)} is not of the form name(option=value, ...)") from None
+
+
+def _quoted(value: Any) -> str:
+    """As in Python's source; of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _value(node: ast.expr) -> Any:

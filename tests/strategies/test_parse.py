@@ -46,6 +46,8 @@ PASSIVE = images(20)
         ("passive(passive=digits,every=20)", [PassiveInjection("digits", 20)]),
         ("passive(passive='a+b(c)/d')", [PassiveInjection("a+b(c)/d")]),
         ("trimming(\n  end=0.3\n)\n+ augmentation", [Trimming(end=0.3), StochasticAugmentation()]),
+        ("trimming(above=99999999999999999999)", [Trimming(above=1e20)]),
+        ("trimming(backward='mask\\u0065d')", [Trimming()]),
         ("trimming+stepwise+augmentation", [Trimming(), Stepwise(), StochasticAugmentation()]),
     ],
 )
@@ -123,6 +125,23 @@ def test_all_strategies_have_a_name():
         ("stepwise(reset_optimizer=yes)", "reset_optimizer"),
         ("hard-batches(delta=0.2,ledger=3)", "hard-batches has no option 'ledger'"),
         ("random(select=columns)", "select"),
+        ("hard-batches(delta=nan)", "hard-batches: delta must be a number, got 'nan'"),
+        ("hard-batches(delta=None)", "delta must be a number, got None"),
+        ("hard-batches(delta=(0.5,))", r"delta must be a number, got \(0.5,\)"),
+        ("augmentation(eta=1j)", "eta must be a number, got 1j"),
+        (f"augmentation(eta=1{'0' * 400})", "has a number that is too large"),
+        (f"augmentation(gaussian={2**63})", "gaussian"),
+        ("stepwise(fractions=1e999)", r"fractions must be a list, such as \(a, b\), got inf"),
+        ("stepwise(batch_multiples=ab)", "batch_multiples must be a list, .*, got 'ab'"),
+        ("augmentation(layers={'a': 1})", "layers must be a list"),
+        ("trimming(end=1e999)", r"end must be in \(0, 1\], got inf"),
+        ("trimming(end=--1)", "not of the form"),
+        ("trimming(end=0x)", "not of the form"),
+        ("trimming(end=0.3) if 1 else f(end=1)", "not of the form"),
+        ("trimming(end=1) if 1 else (2)", "not of the form"),
+        ("tri\0mming", "not of the form"),
+        ("trimming(\N{SLIGHTLY SMILING FACE}=1)", "not of the form"),
+        ("\udcff", "not of the form"),
         ("trimming+trimming", "trimming and trimming both decide the loss"),
         ("hard-batches+stepwise", "hard-batches and stepwise both decide the batch plan"),
     ],
@@ -130,6 +149,35 @@ def test_all_strategies_have_a_name():
 def test_refused(text, named):
     with pytest.raises(UserError, match=named):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "(" * 100000,
+        "[" * 5000 + "]" * 5000,
+        "-" * 100000 + "1",
+        "-" * 3000 + "1",
+        "not " * 2000 + "1",
+        "1+" * 4000 + "1",
+        "a." * 4000 + "b",
+        "f(" * 2000 + ")" * 2000,
+        "9" * 5000,
+        "{1:" * 2000 + "}" * 2000,
+    ],
+    ids=lambda value: value[:4],
+)
+def test_deep_and_long_texts_are_refused_in_a_short_sentence(value):
+    for text in (f"trimming(end={value})", value, f"trimming+{value}"):
+        with pytest.raises(UserError) as refused:
+            parse(text)
+        assert len(str(refused.value)) < 500
+
+
+def test_odd_spellings_warn_of_nothing(recwarn):
+    with pytest.raises(UserError):
+        parse(r"trimming(backward='\q', end=1if 1else 2)")
+    assert not recwarn.list
 
 
 WORDS = [
