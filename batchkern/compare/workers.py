@@ -6,12 +6,17 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+
+GRACE = 5.0
+"""Seconds in which a process must end that was asked to; then it is killed."""
 
 
 def in_processes(
@@ -42,16 +47,20 @@ def in_processes(
                 worker = busy.pop(pipe)  # type: ignore[call-overload]
                 task = worker.task
                 try:
-                    outcome = worker.pipe.recv()
-                except EOFError:
+                    told, outcome = worker.pipe.recv()
+                except (EOFError, OSError):  # it died: between two messages, or in the midst of one
                     outcome = died(task, worker.dismiss())
                     worker = _Worker(run, worker.device) if waiting else worker
+                except Exception as error:  # whatever the classes of an outcome do
+                    outcome = died(task, f"gave back what cannot be read ({type(error).__name__}: {error})")
+                else:
+                    outcome = outcome if told else died(task, outcome)
                 give(worker)
                 yield outcome
     finally:
         for worker in busy.values():
             worker.process.terminate()
-            worker.dismiss()
+        _end([worker.process for worker in busy.values()])
 
 
 class _Worker:
@@ -70,15 +79,28 @@ class _Worker:
 
     def take(self, task: Any) -> None:
         self.task = task
-        with contextlib.suppress(BrokenPipeError):  # it died in its first seconds, which reading will tell
+        # It died in its first seconds, which reading will tell.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(task)
 
     def dismiss(self) -> str:
         """How it ended."""
         self.pipe.close()
-        self.process.join()
+        _end([self.process])
         code = self.process.exitcode or 0
         return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Waits for those who were asked to end. One that was stopped does not hear it, and a library may not let go."""
+    deadline = time.monotonic() + GRACE
+    try:
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+    finally:  # at once, where a second Ctrl-C says so
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _work(pipe: Connection, run: Callable[[Any, str], Any], device: str) -> None:
@@ -97,7 +119,11 @@ def _work(pipe: Connection, run: Callable[[Any, str], Any], device: str) -> None
             task = pipe.recv()
         except EOFError:
             return
-        pipe.send(run(task, device))
+        outcome = run(task, device)
+        try:
+            pipe.send((True, outcome))
+        except Exception as error:  # whatever the classes of an outcome do, before anything is sent
+            pipe.send((False, f"has what cannot be given back ({type(error).__name__}: {error})"))
 
 
 @contextlib.contextmanager
