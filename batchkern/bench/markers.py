@@ -16,7 +16,7 @@ from pathlib import Path
 
 from batchkern.bench.comparisons import strategies
 from batchkern.bench.operations import linear, operations, planned
-from batchkern.bench.results import Results, facts, load, rendering
+from batchkern.bench.results import Results, facts, load, read_text, rendering
 from batchkern.bench.tables import accuracy, confident, growth_table, language, training
 from batchkern.errors import UserError
 from batchkern.files import write_file
@@ -144,13 +144,6 @@ def _block(page: Path, line: int, words: str, inside: list[str]) -> Block:
     return Block(page, line, kind, rest[0], tuple(rest[1:]), inside)
 
 
-def read_page(page: Path) -> str:
-    try:
-        return page.read_bytes().decode()
-    except OSError as error:
-        raise UserError(f"{page} cannot be read: {error.strerror}") from None
-
-
 def check(page: Path) -> list[str]:
     """A sentence for each block that is not what its file says, or whose file is not the newest.
 
@@ -158,7 +151,7 @@ def check(page: Path) -> list[str]:
         UserError: a marker or a file is wrong.
     """
     said = []
-    for block in blocks(page, read_page(page)):
+    for block in blocks(page, read_text(page)):
         if block.inside != block.render():
             said.append(
                 f"{block.place}: the figures are not those of {block.file}; run batchkern bench report --readme {page}"
@@ -177,7 +170,7 @@ def rewrite(page: Path) -> list[str]:
     Raises:
         UserError: a marker or a file is wrong, or the page cannot be written; it is then as it was.
     """
-    text = read_page(page)
+    text = read_text(page)
     lines = text.split("\n")
     for block in reversed(blocks(page, text)):  # from the end, so that the numbers of lines before it hold
         lines[block.line : block.line + len(block.inside)] = block.render()

@@ -9,10 +9,10 @@ from typing import Any
 from batchkern.bench.comparisons import findings, strategies
 from batchkern.bench.markdown import paragraphs
 from batchkern.bench.operations import detail, name
-from batchkern.bench.results import COMPARISON, Results, facts, rendering
+from batchkern.bench.results import COMPARISON, Results, facts, read_text, rendering
 from batchkern.bench.tables import about, accuracy, confident, growth_table, language, sweeps, training
 from batchkern.compare.arms import BUDGETS, slug
-from batchkern.errors import UserError
+from batchkern.errors import UserError, require
 from batchkern.files import write_file
 from batchkern.plots import plot_fractions
 from batchkern.strategies import STRATEGIES
@@ -97,6 +97,8 @@ def write_report(found: Sequence[Results], out: Path) -> list[str]:
     """
     text = page(found, plots=True)  # first: a damaged file leaves nothing half written
     figures = {file: figure for results in found for file, figure in _figures(results).items()}
+    if figures:
+        require("matplotlib", "train")
     _claim(out, list(figures))
     for file, (title, along, lines) in figures.items():
         plot_fractions(out / file, lines, along, title)
@@ -108,9 +110,9 @@ def _claim(out: Path, figures: Sequence[str]) -> None:
     """Only what an earlier report wrote may be replaced: a page that says so, and the figures it links to."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        old = (out / REPORT).read_text() if (out / REPORT).exists() else ""
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out} cannot be written: {getattr(error, 'strerror', error)}") from None
+        old = read_text(out / REPORT) if (out / REPORT).exists() else ""
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from None
     ours = old.startswith(FIRST_LINE)
     taken = [REPORT] if old and not ours else []
     taken += [name for name in figures if (out / name).exists() and not (ours and f"({name})" in old)]

@@ -80,16 +80,31 @@ class Results:
         return (self.sort, settings["train"]["name"], settings["model"], settings["noise"])
 
 
+def read_text(path: Path) -> str:
+    """All of a file, as UTF-8, with its line ends as they are.
+
+    Raises:
+        UserError: it cannot be read, or is a device or a pipe, whose end might never come.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} cannot be read: it is no file")
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError:  # it is no UTF-8, or its name holds what none can hold
+        raise UserError(f"{path} cannot be read: it is no text in UTF-8") from None
+
+
 def load(path: Path) -> Results:
     """
     Raises:
         UserError: it cannot be read, or is no file of results.
     """
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is no JSON; files of results are those that make bench writes") from None
     sort = _sort(content)
     if sort is None:
@@ -141,6 +156,8 @@ def load_all(paths: Iterable[Path]) -> tuple[list[Results], list[str]]:
             found[path] = load(path)
             continue
         for file in sorted(path.rglob("*.json")):
+            if file.is_dir():
+                continue
             try:
                 found[file] = load(file)
             except UserError as error:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import small_results as small
 
 pytest.importorskip("jinja2")
 
-from batchkern.bench.results import facts, load, load_all
+from batchkern.bench.results import facts, load, load_all, read_text
 from batchkern.errors import UserError
 
 
@@ -49,6 +51,8 @@ def test_facts_of_a_gpu_and_of_a_plan(tmp_path):
     ("content", "words"),
     [
         ("{", "is no JSON"),
+        ("[" * 100_000, "is no JSON"),
+        ('{"machine": {"device": ' + "9" * 5_000 + "}}", "is no JSON"),
         ("[]", "is no file of results"),
         ('{"rows": []}', "is no file of results"),
         ('{"machine": {"cpu": "x"}, "rows": []}', "is no file of results"),
@@ -94,6 +98,29 @@ def test_folders_are_searched_and_the_newest_comes_first(tmp_path):
     assert [results.path for results in load_all([old, tmp_path / "n"])[0]] == [new, old]
     with pytest.raises(UserError, match="other.json is no file of results"):
         load_all([tmp_path / "m" / "other.json"])
+
+
+def test_what_might_never_end_is_not_read(tmp_path):
+    """A pipe without a writer, a device without an end."""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "device.json").symlink_to("/dev/zero")
+    good = small.write(tmp_path / "m" / "good.json")
+    found, left_out = load_all([tmp_path])
+    assert [results.path for results in found] == [good]
+    assert [sentence.rpartition("/")[2] for sentence in left_out] == [
+        f"{name}.json cannot be read: it is no file" for name in ("device", "pipe")
+    ]
+    for name in ("pipe.json", "device.json", "folder.json"):
+        with pytest.raises(UserError, match="cannot be read: it is no file"):
+            read_text(tmp_path / name)
+
+
+def test_a_page_that_is_no_text(tmp_path):
+    (tmp_path / "PAGE.md").write_bytes(b"\xff\xfe")
+    for path in (tmp_path / "PAGE.md", Path("a\0b")):
+        with pytest.raises(UserError, match="cannot be read: it is no text in UTF-8"):
+            read_text(path)
 
 
 def test_nothing_found(tmp_path):
