@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import operator
 import warnings
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 
 class UserError(ValueError):
@@ -49,3 +52,13 @@ def only_warned(what: str) -> Iterator[None]:
     except Exception as error:
         reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         warnings.warn(f"{what}: {reason}", stacklevel=3)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that there was not enough memory: torch has a type for that of a GPU alone."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "std::bad_alloc")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import Any
+
+LEAST_WIDTH = 40
+"""Columns of a terminal. With less, rich would break lines and tables to pieces, or leave nothing of them."""
 
 
 class ProgressBar:
@@ -20,8 +24,9 @@ class ProgressBar:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
         except ImportError:
             return
-        console = Console(stderr=True)
-        if console.is_terminal:
+        # The command line escapes what moves the cursor, but for those who mean it.
+        console = Console(file=getattr(sys.stderr, "styled", None), stderr=True)
+        if console.is_terminal and console.width >= LEAST_WIDTH:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
             self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
             self._task = self._bar.add_task(label, total=1.0, figures="")

@@ -6,21 +6,21 @@ What a user did wrong is one line on stderr and exit status 2, never a traceback
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
 from typing import Annotated, Any, NoReturn
-
-import torch
 
 from batchkern._version import __version__
 from batchkern.cli import _bench
 from batchkern.cli._compare import compare
 from batchkern.cli._info import info
 from batchkern.cli._reproduce import reproduce
+from batchkern.cli._streams import outputs, visible
 from batchkern.cli._train import train
 from batchkern.distributed import says
-from batchkern.errors import UserError, require
+from batchkern.errors import UserError, out_of_memory, require
 
 try:
     import typer
@@ -30,15 +30,15 @@ except ImportError:  # main() says so in a sentence
 
 def main() -> NoReturn:
     """The entry point of ``batchkern`` and ``python -m batchkern``."""
-    try:
-        require("typer", "train")
-        require("rich", "train")
-    except UserError as error:
-        _fail(f"error: {error}")
-    with warnings.catch_warnings():
+    with outputs(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
+        try:
+            require("typer", "train")
+            require("rich", "train")
+        except UserError as error:
+            _fail(f"error: {error}")
         _app()(prog_name="batchkern")
-    raise SystemExit(0)
+        raise SystemExit(0)
 
 
 def _app() -> typer.Typer:
@@ -55,7 +55,7 @@ def _app() -> typer.Typer:
 
 
 def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
-    """``command``, with what a user did wrong, and Ctrl-C, told in one line."""
+    """``command``, with what a user did wrong, what the system refuses, and Ctrl-C, told in one line."""
 
     @functools.wraps(command)
     def told(*args: Any, **options: Any) -> None:
@@ -63,12 +63,27 @@ def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **options)
         except UserError as error:
             _fail(f"error: {error}")
-        except torch.OutOfMemoryError as error:
-            _fail(f"error: out of memory; a smaller --batch-size needs less ({error})")
+        except (MemoryError, OSError, RuntimeError) as error:
+            if out_of_memory(error):
+                _fail(f"error: out of memory{_what_helps(command)} ({_first_line(error)})")
+            if isinstance(error, OSError):  # a disk that fails, files that nobody may read, a folder that is gone
+                _fail(f"error: {_first_line(error)}")
+            raise
         except KeyboardInterrupt as stop:
             _fail(str(stop) or "interrupted")
 
     return told
+
+
+def _what_helps(command: Callable[..., None]) -> str:
+    options = {"batch_size": "a smaller --batch-size", "image_size": "a smaller --image-size", "jobs": "fewer --jobs"}
+    known = inspect.signature(command).parameters
+    advice = " or ".join(text for option, text in options.items() if option in known)
+    return f"; {advice} may help" if advice else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _fail(sentence: str) -> NoReturn:
@@ -77,7 +92,7 @@ def _fail(sentence: str) -> NoReturn:
 
 
 def _say(sentence: str) -> None:
-    sentence = " ".join(sentence.split())
+    sentence = visible(" ".join(sentence.split()))
     if says(sentence):
         print("batchkern:", sentence, file=sys.stderr, flush=True)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from batchkern.bench import check, load_all, page, rewrite, write_report
 from batchkern.cli._options import argument, option
+from batchkern.cli._streams import visible
 from batchkern.errors import UserError
 
 FOLDER = Path("bench", "results")
@@ -41,16 +42,16 @@ def report(
         raise UserError(f"there is no {FOLDER} in this folder; give files of results, which make bench writes")
     found, left_out = load_all(files or [FOLDER])
     for sentence in left_out:
-        print(f"batchkern: {sentence}", file=sys.stderr)
+        print(f"batchkern: {visible(sentence)}", file=sys.stderr)
     if out is None:
         print(page(found), end="")
     else:
-        print(f"in {out}: {'  '.join(write_report(found, out))}")
+        print(f"in {visible(out)}: {'  '.join(write_report(found, out))}")
 
 
 def _renew(readme: Path, check_only: bool) -> None:
     said = check(readme) if check_only else rewrite(readme)
     for sentence in said:
-        print(f"batchkern: {sentence}", file=sys.stderr)
+        print(f"batchkern: {visible(sentence)}", file=sys.stderr)
     if said:
         raise SystemExit(1)

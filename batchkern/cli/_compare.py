@@ -30,6 +30,7 @@ from batchkern.cli._options import (
     WeightDecayOption,
     option,
 )
+from batchkern.cli._streams import visible
 from batchkern.cli._tables import make_table, print_tables
 from batchkern.compare import ARMS, BUDGETS, RESULTS, Comparison, run, slug, split_arms, wants_passive
 from batchkern.compare.report import CSV, REPORT, costs, effects, notes, verdict
@@ -121,13 +122,15 @@ def compare(
     )
     results = run(comparison, jobs=jobs, report=print_run)
     print_comparison(results)
-    print(f"in {comparison.out}: {REPORT}  {RESULTS}  {CSV}, plots, and a directory for each run")
+    print(f"in {visible(comparison.out)}: {REPORT}  {RESULTS}  {CSV}, plots, and a directory for each run")
     check_runs(results)
 
 
 def _chosen_arms(named: Sequence[str], passive: str | None, data: str) -> tuple[tuple[str, ...], str | None]:
     """The arms and their passive set, with what is to hold where nothing was said."""
-    chosen = tuple(named) or ARMS
+    if not all(map(str.strip, named)):
+        raise UserError("arm must be a strategy, such as trimming, or baseline, got ''")
+    chosen = tuple(map(str.strip, named)) or ARMS
     if passive is None and any(wants_passive(arm) for arm in chosen):
         if data == "digits":
             passive = "photo-patches"
@@ -140,7 +143,8 @@ def _chosen_arms(named: Sequence[str], passive: str | None, data: str) -> tuple[
 def print_run(outcome: dict[str, Any], ended: int, runs: int) -> None:
     """A line on stderr for a run that has ended."""
     last = outcome["final"]
-    what = outcome["error"] or f"test accuracy {last['test_accuracy']:.2%}, {last['seconds']:.1f} s"
+    error = outcome["error"] and " ".join(outcome["error"].split())
+    what = error or f"test accuracy {last['test_accuracy']:.2%}, {last['seconds']:.1f} s"
     place = f"{outcome['arm']}, {outcome['epochs']} epochs, seed {outcome['seed']}"
     print(f"{ended:{len(str(runs))}}/{runs}  {place}: {what}", file=sys.stderr, flush=True)
 

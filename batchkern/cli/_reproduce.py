@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from batchkern.cli._compare import check_runs, print_run
 from batchkern.cli._options import AmpOption, DeviceOption, OverwriteOption, argument, option
+from batchkern.cli._streams import visible
 from batchkern.cli._tables import make_table, print_tables
 from batchkern.compare import Comparison, run
 from batchkern.configure import check_range
@@ -80,7 +81,7 @@ def reproduce(
     results = run(Comparison(**arguments), jobs=jobs, report=print_run)
     print_tables(side_by_side(recipe, results))
     print("", verdict(recipe, results), *warning, sep="\n")
-    print(f"in {arguments['out']}: the results in full, and a directory for each run")
+    print(f"in {visible(arguments['out'])}: the results in full, and a directory for each run")
     check_runs(results)
 
 

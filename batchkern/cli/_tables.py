@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from batchkern.errors import require
+from batchkern.progress import LEAST_WIDTH
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,8 +25,12 @@ def make_table(*headings: str, numbers: bool = False) -> Table:
 
 def print_tables(*tables: Table) -> None:
     console = require("rich.console", "train").Console
+    # Plain text: a file name may look like rich's markup, and stdout shows its control characters as escapes.
+    plain = {"color_system": None, "markup": False, "emoji": False, "highlight": False}
+    screen = console(**plain)
+    # In a pipe nothing says how wide a line may be, and rich would guess 80 columns and break them.
+    screen.width = max(screen.width, LEAST_WIDTH) if sys.stdout.isatty() else PIPE_WIDTH
     for place, table in enumerate(tables):
         if place:
             print()
-        # In a pipe nothing says how wide a line may be, and rich would guess 80 columns and break them.
-        (console() if sys.stdout.isatty() else console(width=PIPE_WIDTH)).print(table)
+        screen.print(table)

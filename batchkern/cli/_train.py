@@ -35,6 +35,7 @@ from batchkern.cli._options import (
     WeightDecayOption,
     option,
 )
+from batchkern.cli._streams import visible
 from batchkern.compare import check_passive, slug
 from batchkern.data import load, load_pair, with_label_noise
 from batchkern.plots import kept_fractions
@@ -115,7 +116,7 @@ def train(
         said = str(stop) or f"interrupted; resume from the last checkpoint in {out}"
         raise KeyboardInterrupt(f"{said}: {_resume_command()}") from None
     if trainer.ranks.rank == 0:
-        print(f"test accuracy {row['test_accuracy']:.2%} after {trainer.counts.updates:,} updates; in {out}:")
+        print(f"test accuracy {row['test_accuracy']:.2%} after {trainer.counts.updates:,} updates; in {visible(out)}:")
         print("  " + "  ".join(RUN_FILES))
     if trainer.ranks.world > 1:
         dist.destroy_process_group()

@@ -46,14 +46,20 @@ def slug(text: str) -> str:
 
 
 def split_arms(text: str) -> list[str]:
-    """Arms joined by commas; the word ``all`` stands for :data:`ARMS`."""
+    """Arms joined by commas; the word ``all`` stands for :data:`ARMS`.
+
+    Raises:
+        UserError: there are commas and no arm.
+    """
     named = [arm for arm in split_terms(text, ",") if arm]
+    if text and not named:
+        raise UserError(f"arms must be strategies joined by commas, such as all, or baseline, got {text!r}")
     return [arm for name in named for arm in (ARMS if name == "all" else (name,))]
 
 
 def control_of(arm: str) -> str | None:
     """The arm that selects as much as ``arm`` does, at random; ``None`` where nothing is selected by loss."""
-    if arm == BASELINE:
+    if not parse(arm, passive=""):
         return None
     terms = split_terms(arm, "+")
     controls = [_control_of_term(term) for term in terms]
@@ -82,9 +88,9 @@ def described(arm: str) -> str:
 
 def with_controls(arms: Sequence[str]) -> tuple[str, ...]:
     """The arms, the baseline first, and behind them the controls that they need."""
-    by_training = {described(arm): arm for arm in (BASELINE, *arms)}
-    for control in filter(None, map(control_of, arms)):
-        by_training.setdefault(described(control), control)
+    by_training: dict[str, str] = {}
+    for arm in (BASELINE, *arms, *filter(None, map(control_of, arms))):
+        by_training.setdefault(described(arm), arm)
     return tuple(by_training.values())
 
 

@@ -38,6 +38,21 @@ def test_arms_in_one_text(text, arms):
     assert split_arms(text) == arms
 
 
+@pytest.mark.parametrize("text", [",", " , ,", " "])
+def test_commas_alone_are_no_arms(text):
+    with pytest.raises(UserError, match=f"arms must be strategies joined by commas.*got '{text}'"):
+        split_arms(text)
+
+
+def test_the_baseline_by_any_name():
+    assert _compare._chosen_arms([" baseline ", "trimming "], None, "digits") == (("baseline", "trimming"), None)
+    assert [control_of(arm) for arm in ("", " baseline ", "\n")] == [None, None, None]
+    assert with_controls((" baseline ", "stepwise")) == ("baseline", "stepwise")
+    for empty in ("", "  "):
+        with pytest.raises(UserError, match="arm must be a strategy, such as trimming, or baseline, got ''"):
+            _compare._chosen_arms(["trimming", empty], None, "digits")
+
+
 def test_a_slug_is_one_plain_name():
     assert slug("trimming(end=0.3)+passive(passive='a/../b')") == "trimming-end-0.3-passive-passive-a-..-b"
     assert slug("../..") == ""
