@@ -1167,6 +1167,18 @@ COMPARE = [
     ),
     *within(
         "compare",
+        "batchkern/compare/workers.py",
+        ("tests/compare/test_workers.py",),
+        ("who does not end is waited for", "            process.kill()\n", ""),
+        ("a task that was not read ends the comparison", "except (EOFError, OSError):", "except EOFError:"),
+        (
+            "what cannot be given back ends the worker",
+            "        except Exception as error:  # whatever the classes of an outcome do, before",
+            "        except EOFError as error:  # before",
+        ),
+    ),
+    *within(
+        "compare",
         "batchkern/compare/arms.py",
         ("tests/compare/test_arms.py",),
         (
@@ -1355,4 +1367,35 @@ BENCH = [
     ),
 ]
 
-MUTATIONS = [*CPU, *CUDA, *TRITON, *WRAPPERS, *STRATEGIES, *TRAINING, *DISTRIBUTED, *COMPARE, *DATA, *BENCH]
+CLI = [
+    *within(
+        "cli",
+        "batchkern/cli/_streams.py",
+        ("tests/cli/test_streams.py",),
+        ("a full disk ends a training", "        except OSError as error:\n", "        except EOFError as error:\n"),
+        ("unwritten output is no failure", "if out.failure is None or ended.code:", "if True:"),
+        ("arguments move the cursor", 'visible(text, keep="\\n\\t")', "text"),
+        ("letters that a terminal lacks are an error", '"backslashreplace"', '"strict"'),
+    ),
+    *within(
+        "cli",
+        "batchkern/errors.py",
+        ("tests/cli/test_environment.py",),
+        ("a CPU's memory never runs out", "return isinstance(error, RuntimeError) and any(", "return False and any("),
+    ),
+    *within(
+        "cli",
+        "batchkern/bench/results.py",
+        ("tests/bench/test_results.py",),
+        ("a pipe is waited for", "if path.exists() and not path.is_file():", "if False:"),
+    ),
+    *within(
+        "cli",
+        "batchkern/strategies/__init__.py",
+        ("tests/strategies/test_parse.py",),
+        ("a deep text is a traceback", "TypeError, RecursionError, MemoryError):", "TypeError):"),
+        ("a word passes for a number", "if not _fits(options[option], str(known[option].type)):", "if False:"),
+    ),
+]
+
+MUTATIONS = [*CPU, *CUDA, *TRITON, *WRAPPERS, *STRATEGIES, *TRAINING, *DISTRIBUTED, *COMPARE, *DATA, *BENCH, *CLI]
