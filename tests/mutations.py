@@ -1195,6 +1195,16 @@ COMPARE = [
     *within(
         "compare",
         "batchkern/compare/running.py",
+        ("tests/compare/test_running.py", "-k", "writes_to"),
+        (
+            "files of a training that is at work are removed",
+            "        with locked(directory):\n            pass\n",
+            "        pass\n",
+        ),
+    ),
+    *within(
+        "compare",
+        "batchkern/compare/running.py",
         ("tests/compare/test_running.py", "-k", "that_is_gone or damaged or links"),
         (
             "a run whose directory is gone counts as finished",

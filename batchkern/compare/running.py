@@ -356,17 +356,22 @@ def _is_shown(out: Path, outcome: dict[str, Any]) -> bool:
 
 def _remove(out: Path, earlier: dict[str, Any], tasks: Sequence[RunOf]) -> None:
     """What the comparison wrote; what a user put beside it stays."""
-    kept = {task.directory for task in tasks}
+    kept = {out / task.directory for task in tasks}
+    directories = [out / task.directory for task in _tasks(earlier["settings"])]
+    present = [directory for directory in directories if directory.is_dir()]
+    for directory in present:  # no training is at work in any, before the first is touched
+        with locked(directory):
+            pass
     for name in REPORT_FILES:
         (out / name).unlink(missing_ok=True)
-    for task in _tasks(earlier["settings"]):
-        directory = out / task.directory
-        if directory.is_dir():
+    for directory in present:
+        with locked(directory):
             remove_parts(directory, RUN_FILES)
-        for name in RUN_FILES:
-            # Where a run of the new comparison is to be, config.json says that the directory is a run's.
-            if name != CONFIG or task.directory not in kept:
-                (directory / name).unlink(missing_ok=True)
+            for name in RUN_FILES:
+                # Where a run of the new comparison is to be, config.json says that the directory is a run's.
+                if name != CONFIG or directory not in kept:
+                    (directory / name).unlink(missing_ok=True)
+    for directory in directories:
         for emptied in (directory, directory.parent, directory.parent.parent):
             with contextlib.suppress(OSError):  # holds something of the user's, or is gone
                 emptied.rmdir()

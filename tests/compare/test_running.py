@@ -33,7 +33,9 @@ from batchkern import plots
 from batchkern.compare import ARMS, RESULTS, Comparison, run, running, slug, with_controls
 from batchkern.compare.comparison import RunOf
 from batchkern.compare.report import CSV, REPORT, REPORT_FILES
+from batchkern.compare.workers import in_processes
 from batchkern.errors import UserError
+from batchkern.files import locked
 from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, PREVIOUS, RUN_FILES, WEIGHTS
 from batchkern.trainer import Trainer
 
@@ -257,6 +259,21 @@ def test_a_worker_that_dies_is_an_outcome_and_loses_no_other(tmp_path, monkeypat
     errors = [o["error"] for o in run(comparison, jobs=2)["runs"]]
     assert errors[1].startswith("its process was killed by SIGKILL, perhaps for want of memory")
     assert [errors[0], *errors[2:]] == ["no such luck"] * 3
+
+
+class EndsItsWorker:
+    """Read by a process, it ends it: before that has read its task, which its parent has sent."""
+
+    def __reduce__(self):
+        return os._exit, (3,)
+
+
+def test_a_worker_that_dies_before_it_has_read_its_task_is_an_outcome():
+    def died(task, how):
+        return task, how
+
+    outcomes = list(in_processes(EndsItsWorker(), died, ["first"], ["cpu"]))
+    assert outcomes == [("first", "ended with status 3")]
 
 
 def test_threads_are_given_back(tmp_path):
@@ -521,6 +538,20 @@ def test_two_comparisons_do_not_share_a_directory(tmp_path, monkeypatch, quick_p
 
     run(Comparison("digits", "cnn", Path("out"), arms=("baseline",), seeds=1, training=tiny()), jobs=1, report=second)
     assert refused
+
+
+def test_what_a_training_writes_to_is_not_removed(tmp_path, monkeypatch, quick_plots):
+    monkeypatch.chdir(tmp_path)
+    compared()
+    directory = Path("out", "trimming", "1-epochs", "seed-0")
+    files = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
+    with (
+        locked(directory),
+        pytest.raises(UserError, match="trimming/1-epochs/seed-0 is in use by another training or comparison"),
+    ):
+        compared(overwrite=True)
+    assert {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()} == files
+    compared(overwrite=True)
 
 
 @pytest.mark.slow
