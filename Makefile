@@ -19,7 +19,7 @@ SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 FORMATTED := $(filter-out %.py,$(SOURCES)) $(wildcard tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp $(addprefix tests/cuda_on_host/include/,*.h c10/cuda/*.h))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test every-test check lint style types format demo bench sanitize cuda-on-host interpret cross resources triton-resources gpu clean
+.PHONY: help setup test every-test check lint style types format demo bench sanitize cuda-on-host interpret cross soak resources triton-resources gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -121,6 +121,9 @@ cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetch
 
 gpu: ## with the torch of PYTHON: build for its GPU, test, measure, sanitize, in MINUTES=5 (into GPU_OUT=runs/gpu; STAGES="growth training": these alone, after the build)
 	$(PYTHON) bench/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(STAGES),--stages $(STAGES)) $(if $(DRY_RUN),--dry-run)
+
+soak: setup ## kill trainings and comparisons at KILLS=200 random moments (SEED=0), fill their disk, let two meet: is anything lost? half an hour
+	$(BIN)/python tests/soak.py
 
 resources: setup ## registers and spills of the CUDA kernels, for three architectures (bench/KERNEL_RESOURCES.md)
 	$(BIN)/python bench/kernel_resources.py $(if $(CHECK),--check)
