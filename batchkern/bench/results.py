@@ -13,6 +13,7 @@ from typing import Any
 
 from batchkern.bench.markdown import quantity
 from batchkern.errors import UserError
+from batchkern.files import read_file
 
 BENCHMARK, COMPARISON, LANGUAGE = "benchmark", "comparison", "language"
 REQUIRED = {
@@ -87,9 +88,7 @@ def read_text(path: Path) -> str:
         UserError: it cannot be read, or is a device or a pipe, whose end might never come.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise UserError(f"{path} cannot be read: it is no file")
-        return path.read_bytes().decode()
+        return read_file(path).decode()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except ValueError:  # it is no UTF-8, or its name holds what none can hold

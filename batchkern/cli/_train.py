@@ -117,7 +117,7 @@ def train(
         raise KeyboardInterrupt(f"{said}: {_resume_command()}") from None
     if trainer.ranks.rank == 0:
         print(f"test accuracy {row['test_accuracy']:.2%} after {trainer.counts.updates:,} updates; in {visible(out)}:")
-        print("  " + "  ".join(RUN_FILES))
+        print("  " + "  ".join(name for name in RUN_FILES if (out / name).exists()))
     if trainer.ranks.world > 1:
         dist.destroy_process_group()
 
