@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from batchkern import triton
+from batchkern.reference import within_transform as within_transform
 
 OPS = (
     "cross_entropy",
@@ -58,6 +59,8 @@ def _import_extension() -> tuple[ModuleType | None, str]:
 
 
 extension, extension_error = _import_extension()
+all_in_memory: Callable[[tuple[Any, ...]], bool] = (lambda _: True) if extension is None else extension.all_in_memory
+"""Whether the storages of the tensors of a tuple hold all of their elements. Without the module none is looked at."""
 
 
 def _torch_without_cuda() -> str:
@@ -94,14 +97,9 @@ _supported: dict[tuple[str, int], bool] = {}
 """By operation and index of a CUDA device: whether the kernel runs there."""
 
 
-def within_transform() -> bool:
-    """Whether this is called by a transform of ``torch.func``, in a compiled function, too."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def has_kernel(op: str, x: Tensor) -> bool:
     """Whether ``op`` has a kernel for tensors like ``x``. There are none for float64, nor within the transforms of
-    ``torch.func``: there the reference serves."""
+    ``torch.func`` and ``torch.jit.trace``: there the reference serves."""
     if x.dtype == torch.float64 or within_transform():
         return False
     # x.device.type makes two objects; this is asked in every call.
@@ -131,7 +129,7 @@ def _find_out(op: str, index: int) -> bool:
         warnings.warn(
             f"batchkern.{op} has no kernel for cuda:{index} and runs as plain PyTorch, slower and often in more "
             f"memory. {status.why}. This is said once, for all operations; `batchkern info` lists them.",
-            stacklevel=4,  # whoever called the operation
+            stacklevel=5,  # whoever called the operation
         )
     return _supported[op, index]
 

@@ -19,6 +19,13 @@ from torch.autograd.function import once_differentiable
 
 from batchkern.basis import Basis, apply_basis
 
+
+def within_transform() -> bool:
+    """Whether this is called by a transform of ``torch.func``, in a compiled function, too, or by ``torch.jit.trace``:
+    both see PyTorch's own functions alone."""
+    return torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
 # --- selection -------------------------------------------------------------------------------------------------
 
 
@@ -207,6 +214,18 @@ class Rows(NamedTuple):
     lse is NaN."""
 
 
+_of_fields = Rows.__new__
+
+
+def _of_fields_or_iterable(cls: type[Rows], *fields: Any, **named: Any) -> Rows:
+    """Where logits are of a subclass of Tensor, PyTorch makes the result anew from one iterable, and NamedTuple would
+    take that for the first field."""
+    return _of_fields(cls, *(fields[0] if len(fields) == 1 and not named else fields), **named)
+
+
+Rows.__new__ = _of_fields_or_iterable  # type: ignore[assignment, method-assign]
+
+
 def class_dim(logits: Tensor) -> int:
     return min(logits.dim() - 1, 1)
 
@@ -371,7 +390,7 @@ def linear_cross_entropy(
     cap: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
     logits = linear_logits(hidden, weight, target, bias=bias, **cap)
     options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "weight": None}
-    if torch._C._are_functorch_transforms_active():
+    if within_transform():
         rows = cross_entropy(logits, target.flatten(), **options, stats=stats)
     else:
         call: dict[str, Any] = {"options": options, "stats": stats}
@@ -536,7 +555,9 @@ class SoftLabelKL(torch.autograd.Function):
         scale = grad.reshape(-1, 1)
         to_reference = to_virtual = None
         if ctx.needs_input_grad[0]:
-            to_reference = (scale * grad_reference).unflatten(0, (copies, rows)).sum(0).to(reference_dtype)
+            to_reference = (
+                (scale * grad_reference).view(copies, rows, grad_reference.shape[1]).sum(0).to(reference_dtype)
+            )
         if ctx.needs_input_grad[1]:
             to_virtual = (scale * grad_virtual).to(virtual_dtype)
         return to_reference, to_virtual, None

@@ -2,6 +2,7 @@
 // elsewhere. The Python functions have said more, in the user's terms.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -18,7 +19,23 @@ namespace batchkern {
 // An index must fit the low half of a 64-bit key.
 constexpr int64_t kMaxRows = int64_t{1} << 32;
 
+// Whether the storage is as large as the tensor says: FSDP, for one, frees it by resizing it to zero. A
+// tensor whose values are another's, as those of a subclass or of a transform, is not looked at.
+inline bool in_memory(const at::Tensor& x) {
+    if (x.key_set().has(c10::DispatchKey::Python) || x.is_nested() || !x.has_storage() || x.is_meta())
+        return true;
+    const size_t needed = at::detail::computeStorageNbytes(x.sizes(), x.strides(), x.element_size(),
+                                                           static_cast<size_t>(x.storage_offset()));
+    return x.storage().nbytes() >= needed;
+}
+
+inline void check_memory(const at::Tensor& x, const char* name) {
+    TORCH_CHECK_VALUE(in_memory(x), name, " must have its values in memory, got ", x.sizes(),
+                      " with a storage of ", x.storage().nbytes(), " bytes");
+}
+
 inline ElementType element_type(const at::Tensor& x, const char* name) {
+    check_memory(x, name);
     switch (x.scalar_type()) {
         case at::kFloat:
             return kFloat32;
@@ -54,6 +71,7 @@ inline void check_keep(double keep, const std::optional<at::Tensor>& tensor, con
     TORCH_CHECK_VALUE(tensor->dim() == 0 && tensor->scalar_type() == at::kDouble,
                       "keep_tensor must be 0-dim float64");
     check_device(*tensor, "keep_tensor", like);
+    check_memory(*tensor, "keep_tensor");
 }
 
 // A vector of losses, (B,) or (N,).
@@ -69,6 +87,7 @@ inline void check_mask(const std::optional<at::Tensor>& mask, const at::Tensor& 
     TORCH_CHECK_VALUE(mask->sizes() == losses.sizes() && mask->scalar_type() == at::kBool,
                       "mask must be bool (", losses.size(0), ",)");
     check_device(*mask, "mask", losses);
+    check_memory(*mask, "mask");
 }
 
 // What is ranked in place of the losses, or what they are times.
@@ -77,6 +96,7 @@ inline void check_companion(const std::optional<at::Tensor>& x, const char* name
     TORCH_CHECK_VALUE(x->sizes() == losses.sizes() && x->scalar_type() == at::kFloat, name,
                       " must be float32 (", losses.size(0), ",)");
     check_device(*x, name, losses);
+    check_memory(*x, name);
 }
 
 inline void check_band(double skip, bool lowest, const std::optional<double>& above, int64_t samples,
@@ -98,6 +118,7 @@ inline void check_count(int64_t k, int64_t n) {
 
 // The type of class indices, among which uint64's are read as int64: what differs is out of range.
 inline IndexType index_type(const at::Tensor& target) {
+    check_memory(target, "target");
     switch (target.scalar_type()) {
         case at::kLong:
         case at::kUInt64:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 
 from batchkern import _backend
 
@@ -35,6 +36,11 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # there is no second derivative to trace
             return backward(ctx, *grads)
+        if is_batched(*grads):  # what comes of it could not refuse
+            raise RuntimeError(
+                "create_graph must be False where a backward pass takes a batch of gradients (is_grads_batched=True, "
+                "vectorize=True, vmap): batchkern operations cannot be differentiated twice"
+            )
         # What the first derivative depends on, so that a search for the second one comes by here.
         sources = [x for x in (*grads, *ctx.saved_tensors) if isinstance(x, Tensor) and x.requires_grad]
         with torch.no_grad():
@@ -44,6 +50,40 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return wrapper
+
+
+def is_batched(*grads: Tensor | None) -> bool:
+    """Whether these upstream gradients are a batch of them: ``torch.autograd.grad(..., is_grads_batched=True)``, which
+    has batches of its own, or ``torch.func.vmap`` around it."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(
+        x is not None and (_functorch.is_legacy_batchedtensor(x) or _functorch.is_batchedtensor(x)) for x in grads
+    )
+
+
+def one_by_one(function: Callable[..., list[Tensor]], *grads: Tensor | None) -> list[Tensor]:
+    """``function(*grads)``, and of a batch of upstream gradients that of each, as a batch again."""
+    if not is_batched(*grads):
+        return function(*grads)
+    level = max(_functorch.maybe_get_level(x) for x in grads if x is not None)
+    take: Callable[..., Tensor] = _functorch._remove_batch_dim
+    give: Callable[..., Tensor] = _functorch._add_batch_dim
+    if level < 0:  # those of is_grads_batched, whose level is the first
+        level, take, give = 1, torch._remove_batch_dim, torch._add_batch_dim
+    size = max(len(take(x, level, 1, 0)) for x in grads if is_batched(x))
+    parts = [[None] * size if x is None else take(x, level, size, 0).unbind() for x in grads]
+    results = [function(*part) for part in zip(*parts, strict=True)]
+    return [give(torch.stack(of_one), 0, level) for of_one in zip(*results, strict=True)]
+
+
+def check_one_gradient(grad: Tensor) -> None:
+    """For ``inplace_backward``."""
+    if is_batched(grad):
+        raise RuntimeError(
+            "inplace_backward must be False where a backward pass takes a batch of gradients (is_grads_batched=True, "
+            "vectorize=True, vmap): the storage of the logits has room for one"
+        )
 
 
 class _Boundary(torch.autograd.Function):
@@ -58,6 +98,7 @@ class _Boundary(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         if ctx.storage is None:
             return grad, None
+        check_one_gradient(grad)
         check_unchanged(ctx.storage, ctx.version)
         return ctx.storage.copy_(grad), None
 

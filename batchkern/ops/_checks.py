@@ -18,7 +18,7 @@ from batchkern import _backend
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
-
+PLAIN = (Tensor, torch.nn.Parameter)
 UNSERVED = {
     "DTensor": "call the operation on its to_local() where each rank holds whole rows, or on its full_tensor()",
     "MaskedTensor": "give its get_data(), and leave rows out by ignore_index or mask",
@@ -38,22 +38,24 @@ def tensor(name: str, x: Tensor, *, dims: int | None = None, dtypes: tuple[torch
     """``dims`` is how many dimensions it must have; None: any number."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    _ordinary(name, x)
+    ordinary(name, x)
     if x.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have dtype {allowed}, got {str(x.dtype).removeprefix('torch.')}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
-    if x.is_nested:
-        raise TypeError(f"{name} must be an ordinary tensor, got a nested tensor: {UNSERVED['NestedTensor']}")
     if dims is not None and x.dim() != dims:
         raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(x.shape)}")
 
 
-def _ordinary(name: str, x: Tensor) -> None:
-    kind = type(x).__name__
-    if kind in UNSERVED:
-        raise TypeError(f"{name} must be an ordinary tensor, got a {kind}: {UNSERVED[kind]}")
+def ordinary(name: str, x: Tensor) -> None:
+    """Raises for the subclasses that are ``UNSERVED``, and those of them."""
+    if type(x) not in PLAIN:
+        for kind in type(x).__mro__:
+            if kind.__name__ in UNSERVED:
+                raise TypeError(f"{name} must be an ordinary tensor, got a {kind.__name__}: {UNSERVED[kind.__name__]}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be an ordinary tensor, got a nested tensor: {UNSERVED['NestedTensor']}")
 
 
 def vector(name: str, x: Tensor, *, rows: int, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -129,7 +131,7 @@ def target_values(x: Tensor, *, classes: int, ignore_index: int) -> None:
 def fraction(name: str, x: float | Tensor, like: Tensor) -> float | Tensor:
     """A float in (0, 1], or a 0-dim float tensor on the device of ``like``, which becomes float64. Returns it."""
     if isinstance(x, Tensor):
-        _ordinary(name, x)
+        ordinary(name, x)
         if x.dtype not in FLOATS or x.dim() != 0:
             raise TypeError(f"{name} as a tensor must be a 0-dim float one, got {x.dim()}-dim {x.dtype}")
         same_device(name, x, like)

@@ -12,8 +12,10 @@ from batchkern import _backend, reference
 from batchkern.basis import Basis, Hadamard
 from batchkern.ops import _checks as check
 from batchkern.ops._autograd import boundary, once_differentiable
+from batchkern.ops._public import public
 
 
+@public
 def augment_latent(
     x: Tensor,
     *,

@@ -10,6 +10,7 @@ from torch import Tensor
 from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 from batchkern.ops._autograd import once_differentiable
+from batchkern.ops._public import public
 from batchkern.ops.trimmed_cross_entropy import kernel_target, row_shape, trimmed
 from batchkern.reference import Rows as Rows
 
@@ -38,6 +39,7 @@ def cross_entropy(
     reduction: Reduction = ...,
     stats: Literal[True],
 ) -> Rows: ...
+@public
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

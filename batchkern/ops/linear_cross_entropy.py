@@ -11,7 +11,8 @@ from torch import Tensor
 from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 from batchkern.ops import _linear
-from batchkern.ops._autograd import boundary, once_differentiable
+from batchkern.ops._autograd import boundary, is_batched, once_differentiable, one_by_one
+from batchkern.ops._public import public
 from batchkern.ops._sharded import check_equal, local, losses_of_shard, shard_of, whole
 from batchkern.ops.cross_entropy import Reduction
 from batchkern.ops.trimmed_mean import trimmed_mean
@@ -52,6 +53,7 @@ def linear_cross_entropy(
     backward_rows: int | None = ...,
     vocab_group: dist.ProcessGroup | None = ...,
 ) -> Rows: ...
+@public
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -214,11 +216,13 @@ def _autocasts(hidden: Tensor) -> bool:
 
 
 def _check_parameter(name: str, x: Tensor, dims: int, hidden: Tensor) -> None:
-    if isinstance(x, Tensor) and x.shape == (0,) and dims == 2:
-        raise ValueError(
-            f"{name} is empty: its trainer keeps it sharded outside its module, as DeepSpeed ZeRO-3 and FSDP1 do. Call "
-            "within deepspeed.zero.GatheredParameters([...]) or FSDP.summon_full_params(...), or use FSDP2"
-        )
+    if isinstance(x, Tensor):
+        check.ordinary(name, x)
+        if x.shape == (0,) and dims == 2:
+            raise ValueError(
+                f"{name} is empty: its trainer keeps it sharded outside its module, as DeepSpeed ZeRO-3 and FSDP1 do. "
+                "Call within deepspeed.zero.GatheredParameters([...]) or FSDP.summon_full_params(...), or use FSDP2"
+            )
     check.tensor(name, x, dims=dims, dtypes=check.FLOATS[:3] if _autocasts(hidden) else (hidden.dtype,))
     check.same_device(name, x, hidden)
 
@@ -329,12 +333,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad is None and grad_lse is None:
             return None, None, None, None
         hidden, weight, bias, *saved = ctx.saved_tensors  # once: a checkpoint gives them once
-        arguments = hidden, weight, bias, grad, grad_lse, *saved, *ctx.options, ctx.needs, *ctx.limits
-        if ctx.shard is None:
-            grads = _linear.call(_linear.gradients, *arguments)
-        else:
+
+        def gradients(grad: Tensor | None, grad_lse: Tensor | None) -> list[Tensor]:
+            arguments = hidden, weight, bias, grad, grad_lse, *saved, *ctx.options, ctx.needs, *ctx.limits
+            if ctx.shard is None:
+                return _linear.call(_linear.gradients, *arguments)
             check_equal(ctx.shard.group, (grad, grad_lse))
-            grads = _linear.gradients(*arguments, ctx.shard)
+            return _linear.gradients(*arguments, ctx.shard)
+
+        grads = one_by_one(gradients, grad, grad_lse)
         results = iter(grads)
         return *(next(results) if needed else None for needed in ctx.needs), None
 
@@ -361,17 +368,23 @@ class _MeanWithGradient(torch.autograd.Function):
         hidden, weight, bias, target, lse, kept, *grads = ctx.saved_tensors
         if torch.compiler.is_compiling():
             grads = [grad * x for x in grads]
-        elif not ctx.used:
-            ctx.used = True  # another backward pass computes them again
-            # Through .data, since autograd would take the scaling for a mistake of the caller.
-            grads = [x.data.mul_(grad) for x in grads]
+        elif ctx.used:
+
+            def again(grad: Tensor) -> list[Tensor]:
+                upstream = torch.where(kept, grad / kept.sum(), 0.0)
+                saved = upstream, None, target, lse, None
+                arguments = hidden, weight, bias, *saved, *ctx.options, ctx.needs, None, ctx.keep
+                return _linear.call(_linear.gradients, *arguments)
+
+            grads = one_by_one(again, grad)
+        else:
+            if is_batched(grad):
+                grads = [grad * x for x in grads]  # where they lie there is room for one
+            else:
+                ctx.used = True  # another backward pass computes them again
+                # Through .data, since autograd would take the scaling for a mistake of the caller.
+                grads = [x.data.mul_(grad) for x in grads]
             if ctx.needs[0]:
                 grads[0].masked_fill_(~kept[:, None], 0)  # even where the upstream gradient is infinite
-        else:
-            upstream = torch.where(kept, grad / kept.sum(), 0.0)
-            saved = upstream, None, target, lse, None
-            grads = _linear.call(
-                _linear.gradients, hidden, weight, bias, *saved, *ctx.options, ctx.needs, None, ctx.keep
-            )
         results = iter(grads)
         return *(next(results) if needed else None for needed in ctx.needs), None

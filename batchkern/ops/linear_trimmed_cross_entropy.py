@@ -7,9 +7,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchkern.ops import _checks as check
+from batchkern.ops._public import public
 from batchkern.ops.linear_cross_entropy import check_options, checked, trimmed
 
 
+@public
 def linear_trimmed_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from batchkern import _backend, reference
 from batchkern.ops import _checks as check
+from batchkern.ops._public import public
 
 
+@public
 def rank_batches(losses: Tensor, fraction: float) -> Tensor:
     """Indices of the highest losses, in descending order.
 

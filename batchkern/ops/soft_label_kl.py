@@ -10,9 +10,11 @@ from torch import Tensor
 from batchkern import _backend
 from batchkern import reference as plain
 from batchkern.ops import _checks as check
-from batchkern.ops._autograd import boundary, once_differentiable
+from batchkern.ops._autograd import boundary, is_batched, once_differentiable
+from batchkern.ops._public import public
 
 
+@public
 def soft_label_kl(
     reference_logits: Tensor,
     virtual_logits: Tensor,
@@ -86,7 +88,7 @@ class _SoftLabelKL(torch.autograd.Function):
         reference, virtual, *grads = ctx.saved_tensors
         if ctx.used:
             _, _, *grads = torch.ops.batchkern.soft_label_kl.default(reference, virtual, **ctx.options)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_batched(grad):  # of which there is room for one
             to_reference, to_virtual = (grad * x for x in reversed(grads))
         else:
             ctx.used = True

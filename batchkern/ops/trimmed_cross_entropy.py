@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from batchkern import _backend, reference
 from batchkern.ops import _checks as check
-from batchkern.ops._autograd import boundary, check_inplace_backward, check_unchanged, once_differentiable
+from batchkern.ops._autograd import (
+    boundary,
+    check_inplace_backward,
+    check_one_gradient,
+    check_unchanged,
+    once_differentiable,
+)
+from batchkern.ops._public import public
 from batchkern.ops.trimmed_mean import select_over_group
 
 
@@ -40,6 +47,7 @@ def trimmed_cross_entropy(
     group: dist.ProcessGroup | None = ...,
     inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@public
 def trimmed_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -169,6 +177,7 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
         if ctx.inplace is None:
             backward = _backend.call("trimmed_cross_entropy_backward")
             return backward(grad, logits, *saved, ctx.label_smoothing), None
+        check_one_gradient(grad)
         logits, version = ctx.inplace
         if logits is None:
             raise RuntimeError("inplace_backward=True: the first backward pass has overwritten the logits")

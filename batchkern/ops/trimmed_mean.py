@@ -12,11 +12,13 @@ from torch import Tensor
 from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 from batchkern.ops._autograd import boundary, once_differentiable
+from batchkern.ops._public import public
 
 Order = Literal["highest", "lowest"]
 Within = Literal["all", "sample"]
 
 
+@public
 def trimmed_mean(
     losses: Tensor,
     keep: float | Tensor,
@@ -89,6 +91,7 @@ def trimmed_mean(
     return mean
 
 
+@public
 def select_rows(
     score: Tensor,
     keep: float | Tensor,

@@ -21,6 +21,7 @@ Forward soft_label_kl(const at::Tensor& reference_logits, const at::Tensor& virt
                           (batch ? virtual_logits.size(0) % batch == 0 : virtual_logits.size(0) == 0),
                       "virtual_logits must be (M * ", batch, ", ", classes, "), got ",
                       virtual_logits.sizes());
+    check_memory(virtual_logits, "virtual_logits");
     const int64_t rows = virtual_logits.size(0), copies = batch ? rows / batch : 0;
     const at::Tensor reference = dense_rows(reference_logits), virtuals = dense_rows(virtual_logits);
     const auto floats = reference.options().dtype(at::kFloat);

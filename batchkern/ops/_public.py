@@ -1,0 +1,43 @@
+"""What comes before every operation: ``__torch_function__`` may take the call; no tensor may have lost its memory."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function
+
+from batchkern import _backend
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def public(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Subclasses of Tensor and modes see a call, as of PyTorch's own functions. A tensor that was freed raises."""
+
+    @functools.wraps(function)
+    def operation(*args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():  # there it is PyTorch's functions that are overridden
+            return function(*args, **kwargs)
+        arguments = args + tuple(kwargs.values()) if kwargs else args
+        if has_torch_function(arguments) and not is_compiling():
+            return handle_torch_function(operation, arguments, *args, **kwargs)
+        if not _backend.all_in_memory(arguments):
+            _refuse(function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return operation
+
+
+def _refuse(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+    """Names the first tensor whose storage is too small for it. Whoever reads one ends the process."""
+    for name, x in inspect.signature(function).bind(*args, **kwargs).arguments.items():
+        if not _backend.all_in_memory((x,)):
+            raise ValueError(
+                f"{name} must have its values in memory, got shape {tuple(x.shape)} with a storage of "
+                f"{x.untyped_storage().nbytes()} bytes: its owner, such as FSDP, has freed it, and must gather it first"
+            )
