@@ -59,8 +59,10 @@ def _import_extension() -> tuple[ModuleType | None, str]:
 
 
 extension, extension_error = _import_extension()
-all_in_memory: Callable[[tuple[Any, ...]], bool] = (lambda _: True) if extension is None else extension.all_in_memory
-"""Whether the storages of the tensors of a tuple hold all of their elements. Without the module none is looked at."""
+are_plain: Callable[[tuple[Any, ...], dict[str, Any]], bool] = (
+    (lambda args, kwargs: False) if extension is None else extension.are_plain
+)
+"""Whether nothing is to be looked at before a call: see ``ops/_public.py``. False may mean that it is not known."""
 
 
 def _torch_without_cuda() -> str:
@@ -177,6 +179,11 @@ def built_for(capability: tuple[int, int]) -> bool:
 
 def _architectures() -> list[str]:
     return [] if extension is None else list(extension.build_facts()["cuda_architectures"])
+
+
+def in_memory(x: object) -> bool:
+    """Whether the storage of a tensor holds all of its elements. Without the module, which looks, it is said to."""
+    return extension is None or not isinstance(x, Tensor) or extension.in_memory(x)
 
 
 def call(op: str) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 // themselves with TORCH_LIBRARY_IMPL beside their code, one file per operator and device.
 #include "ops.h"
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -146,21 +147,33 @@ struct Call<Result(Args...)> {
     }
 };
 
-// Of a tuple. By hand, since every call of an operation asks, and pybind11 takes 0.2 us.
-PyObject* all_in_memory(PyObject*, PyObject* arguments) {
+// Whether nobody overrides a call with this argument, and its memory is there. By hand, since every call of
+// an operation asks, and pybind11 takes 0.2 us.
+bool is_plain(PyObject* x) {
+    PyTypeObject* const type = Py_TYPE(x);
+    if (THPVariable_CheckTypeExact(type)) return batchkern::in_memory(THPVariable_Unpack(x));
+    return x == Py_None || type == &PyFloat_Type || type == &PyLong_Type || type == &PyBool_Type ||
+           type == &PyUnicode_Type;
+}
+
+// are_plain(args, kwargs)
+PyObject* are_plain(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
     HANDLE_TH_ERRORS
-    TORCH_CHECK_TYPE(PyTuple_Check(arguments), "arguments must be a tuple");
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments); ++i) {
-        PyObject* const x = PyTuple_GET_ITEM(arguments, i);
-        const bool is_tensor = PyObject_TypeCheck(x, reinterpret_cast<PyTypeObject*>(THPVariableClass));
-        if (is_tensor && !batchkern::in_memory(THPVariable_Unpack(x))) Py_RETURN_FALSE;
-    }
-    Py_RETURN_TRUE;
+    TORCH_CHECK_TYPE(count == 2 && PyTuple_Check(arguments[0]) && PyDict_Check(arguments[1]),
+                     "are_plain takes a tuple and a dict");
+    bool all = !at::impl::torch_function_mode_enabled();
+    for (Py_ssize_t i = 0; all && i < PyTuple_GET_SIZE(arguments[0]); ++i)
+        all = is_plain(PyTuple_GET_ITEM(arguments[0], i));
+    PyObject *name, *x;
+    for (Py_ssize_t at = 0; all && PyDict_Next(arguments[1], &at, &name, &x);) all = is_plain(x);
+    return PyBool_FromLong(all);
     END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef kAllInMemory{"all_in_memory", &all_in_memory, METH_O,
-                         "Whether the storages of the tensors of a tuple hold all of their elements."};
+PyMethodDef kArePlain{
+    "are_plain", reinterpret_cast<PyCFunction>(are_plain), METH_FASTCALL,
+    "Whether the arguments of a call are tensors in memory, numbers, strings and None, and no "
+    "mode overrides it."};
 
 using at::Tensor;
 using MaybeTensor = const std::optional<Tensor>&;
@@ -193,7 +206,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     Call<Tensor(const Tensor&, const Tensor&, const Tensor&, at::ScalarType, MaybeTensor)>::define(
         m, "trimmed_mean_backward");
     Call<Tensor(const Tensor&, c10::SymInt)>::define(m, "rank_batches");
-    m.add_object("all_in_memory", PyCFunction_New(&kAllInMemory, nullptr));
+    m.def("in_memory", &batchkern::in_memory, "Whether a tensor's storage holds all of its elements.");
+    m.add_object("are_plain", PyCFunction_New(&kArePlain, nullptr));
     m.def("build_facts", &build_facts, "What this module was compiled with, as a dict.");
 #ifdef BATCHKERN_WITH_CUDA
     m.def("cuda_problem", torch::wrap_pybind_function_no_gil([](c10::DeviceIndex device) {

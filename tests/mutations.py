@@ -564,9 +564,9 @@ WRAPPERS = [
         "wrappers",
         "batchkern/ops/_public.py",
         ("tests/ops/test_public.py", "tests/ops/test_checks.py"),
-        ("arguments by name are not looked at", "args + tuple(kwargs.values()) if kwargs else args", "args"),
+        ("arguments by name are not looked at", "args + tuple(kwargs.values())", "args"),
         ("the compiler meets the overrides", "if is_dynamo_compiling():", "if False:"),
-        ("freed memory is read", "if not _backend.all_in_memory(arguments):", "if False:"),
+        ("freed memory is read", "if not all(map(_backend.in_memory, arguments)):", "if False:"),
     ),
     *within(
         "wrappers",
@@ -584,7 +584,7 @@ WRAPPERS = [
         "wrappers",
         "batchkern/reference.py",
         ("tests/ops/test_autograd.py", "-k", "traced"),
-        ("torch.jit.trace meets a kernel", " or torch.jit.is_tracing()", " or False"),
+        ("torch.jit.trace meets a kernel", "and torch._C._is_tracing())", "and False)"),
     ),
     *within(
         "wrappers",

@@ -23,10 +23,12 @@ def public(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
     def operation(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():  # there it is PyTorch's functions that are overridden
             return function(*args, **kwargs)
-        arguments = args + tuple(kwargs.values()) if kwargs else args
+        if _backend.are_plain(args, kwargs):  # nearly always
+            return function(*args, **kwargs)
+        arguments = args + tuple(kwargs.values())
         if has_torch_function(arguments) and not is_compiling():
             return handle_torch_function(operation, arguments, *args, **kwargs)
-        if not _backend.all_in_memory(arguments):
+        if not all(map(_backend.in_memory, arguments)):
             _refuse(function, args, kwargs)
         return function(*args, **kwargs)
 
@@ -36,7 +38,7 @@ def public(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
 def _refuse(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """Names the first tensor whose storage is too small for it. Whoever reads one ends the process."""
     for name, x in inspect.signature(function).bind(*args, **kwargs).arguments.items():
-        if not _backend.all_in_memory((x,)):
+        if not _backend.in_memory(x):
             raise ValueError(
                 f"{name} must have its values in memory, got shape {tuple(x.shape)} with a storage of "
                 f"{x.untyped_storage().nbytes()} bytes: its owner, such as FSDP, has freed it, and must gather it first"
