@@ -64,6 +64,9 @@ are_plain: Callable[[tuple[Any, ...], dict[str, Any]], bool] = (
 )
 """Whether nothing is to be looked at before a call: see ``ops/_public.py``. False may mean that it is not known."""
 
+in_memory: Callable[[Tensor], bool] = (lambda x: True) if extension is None else extension.in_memory
+"""Whether the storage of a tensor holds all of its elements. Without the module, which looks, it is said to."""
+
 
 def _torch_without_cuda() -> str:
     return "" if torch.version.cuda else f"torch {torch.__version__} was built without CUDA"
@@ -179,11 +182,6 @@ def built_for(capability: tuple[int, int]) -> bool:
 
 def _architectures() -> list[str]:
     return [] if extension is None else list(extension.build_facts()["cuda_architectures"])
-
-
-def in_memory(x: object) -> bool:
-    """Whether the storage of a tensor holds all of its elements. Without the module, which looks, it is said to."""
-    return extension is None or not isinstance(x, Tensor) or extension.in_memory(x)
 
 
 def call(op: str) -> Callable[..., Any]:

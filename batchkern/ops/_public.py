@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -28,17 +29,21 @@ def public(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
         arguments = args + tuple(kwargs.values())
         if has_torch_function(arguments) and not is_compiling():
             return handle_torch_function(operation, arguments, *args, **kwargs)
-        if not all(map(_backend.in_memory, arguments)):
+        if any(map(_is_freed, arguments)):
             _refuse(function, args, kwargs)
         return function(*args, **kwargs)
 
     return operation
 
 
+def _is_freed(x: object) -> bool:
+    return isinstance(x, Tensor) and not _backend.in_memory(x)
+
+
 def _refuse(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """Names the first tensor whose storage is too small for it. Whoever reads one ends the process."""
     for name, x in inspect.signature(function).bind(*args, **kwargs).arguments.items():
-        if not _backend.in_memory(x):
+        if _is_freed(x):
             raise ValueError(
                 f"{name} must have its values in memory, got shape {tuple(x.shape)} with a storage of "
                 f"{x.untyped_storage().nbytes()} bytes: its owner, such as FSDP, has freed it, and must gather it first"
