@@ -160,5 +160,11 @@ def _quoted(value: Any) -> str:
 
 
 def _value(node: ast.expr) -> Any:
-    """A Python literal; a bare word stands for itself."""
-    return node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+    """A Python literal; a bare word stands for itself.
+
+    Raises:
+        ValueError: it is none, or has a number of so many digits that no message could show it.
+    """
+    value = node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
+    repr(value)
+    return value

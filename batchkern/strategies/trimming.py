@@ -3,7 +3,6 @@ the training difficulty", 2021 (arXiv:2110.13058), section 2."""
 
 from __future__ import annotations
 
-import math
 import numbers
 import time
 import warnings
@@ -32,7 +31,7 @@ def kept_rows(keep: float, rows: int) -> int:
 
 
 def check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or value != value:
         raise UserError(f"{name} must be a number, got {value!r}")
 
 
