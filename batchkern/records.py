@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 else:
     msgspec = require("msgspec", "train")
 
-Whole = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
+Whole = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Json = dict[str, Any]
 
 
@@ -40,15 +41,12 @@ class _Row(Counts):
     train_loss: float
     train_objective: float
     train_accuracy: float
-    test_accuracy: float
-    test_accuracy_plain: float
+    test_accuracy: Share
+    test_accuracy_plain: Share
     test_loss: float
 
 
-class Row(_Row, total=False):
-    """An epoch, as in metrics.jsonl. Strategies add figures of their own."""
-
-    train_set_accuracy: float
+class _Figures(_Row, total=False):
     times_kept: list[float] | None
     kept_loss: list[float] | None
     dropped_loss: list[float] | None
@@ -60,6 +58,12 @@ class Row(_Row, total=False):
     passive_accuracy: float | None
     virtual_kl: float | None
     noise_scale: float | None
+
+
+class Row(_Figures, total=False):
+    """An epoch, as in metrics.jsonl. Strategies add figures of their own."""
+
+    train_set_accuracy: Share
 
 
 class _Named(TypedDict):
@@ -97,14 +101,14 @@ class Checkpoint(TypedDict):
     rng_of_other_ranks: list[tuple[Tensor, Tensor | None]]
 
 
-class _Final(_Row):
-    train_set_accuracy: float
+class _Final(_Figures):
+    train_set_accuracy: Share
 
 
 class Curve(TypedDict):
-    test_accuracy: list[float]
-    updates: list[Whole]
-    samples_forward: list[Whole]
+    test_accuracy: list[Share]
+    updates: list[Positive]
+    samples_forward: list[Positive]
     samples_backward: list[Whole]
 
 
