@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchkern.errors import require
+from batchkern.errors import UserError, require
 from batchkern.files import write_file
 from batchkern.rundir import CONFIG, CURVES, METRICS
 
@@ -28,11 +28,14 @@ def plot_run(directory: Path) -> None:
     what else the strategies have to tell.
 
     Raises:
+        OSError, ValueError: metrics.jsonl or config.json cannot be read, is damaged, or there is no epoch to show.
         UserError: matplotlib is missing, or the file cannot be written.
     """
     from batchkern import records
 
     rows = records.read_metrics(directory / METRICS)
+    if not rows:
+        raise UserError(f"{directory / METRICS} has no epoch to show")
     settings = records.read_json(directory / CONFIG, records.Config)["settings"]
     strategies = " + ".join(strategy["name"] for strategy in settings["strategies"]) or "baseline"
     told = _told(rows)

@@ -282,3 +282,9 @@ def test_no_display_and_no_global_state(tmp_path):
     environment = {"PATH": "", "PYTHONPATH": str(Path(plots.__file__).parents[1]), "MPLBACKEND": "qtagg"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
     assert_small_png(tmp_path / CURVES)
+
+
+def test_a_run_without_an_epoch_has_no_figure(tmp_path):
+    write_run(tmp_path, [])
+    with pytest.raises(UserError, match=r"metrics.jsonl has no epoch to show"):
+        plot_run(tmp_path)
