@@ -59,12 +59,10 @@ def _import_extension() -> tuple[ModuleType | None, str]:
 
 
 extension, extension_error = _import_extension()
-are_plain: Callable[[tuple[Any, ...], dict[str, Any]], bool] = (
-    (lambda args, kwargs: False) if extension is None else extension.are_plain
-)
+are_plain: Callable[[tuple[Any, ...], dict[str, Any]], bool] = getattr(extension, "are_plain", lambda *_: False)
 """Whether nothing is to be looked at before a call: see ``ops/_public.py``. False may mean that it is not known."""
 
-in_memory: Callable[[Tensor], bool] = (lambda x: True) if extension is None else extension.in_memory
+in_memory: Callable[[Tensor], bool] = getattr(extension, "in_memory", lambda _: True)
 """Whether the storage of a tensor holds all of its elements. Without the module, which looks, it is said to."""
 
 
