@@ -1423,7 +1423,7 @@ CLI = [
         "cli",
         "batchkern/bench/results.py",
         ("tests/bench/test_results.py",),
-        ("a pipe is waited for", "if path.exists() and not path.is_file():", "if False:"),
+        ("what is no text is a traceback", "except ValueError:  # it is no UTF-8", "except ZeroDivisionError:  #"),
     ),
     *within(
         "cli",
