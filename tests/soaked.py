@@ -120,7 +120,7 @@ class Case:
         return begin([*words, "--out", str(self.out / inside), *options], self.folder, said, **most)
 
     def count(self, mode: str, column: str) -> None:
-        self.soak.figures[" ".join([self.command, mode, "2" * (self.jobs > 1)]).strip()][column] += 1
+        self.soak.figures[" ".join(filter(None, [self.command, mode, "2" * (self.jobs > 1)]))][column] += 1
 
     def kill(self, mode: str) -> tuple[int, str]:
         # Workers take seconds to load torch, and where they have ended early the comparison has, too.
@@ -200,7 +200,7 @@ class Case:
         self.resumed(self.words)
 
     def meet(self, *kinds: str) -> None:
-        """Two that begin within the length of one: on one directory, or on a comparison's and that of a run in it."""
+        """Two begin within half the length of one: in one directory, or in a comparison's and that of a run in it."""
         length, name, mode = self.soak.whole(self.words)[1], " + ".join(kinds), kinds[0].partition(" ")[2]
         # Another training that overwrites is told by its settings, too.
         others = self.older_words if kinds == ("train", "train --overwrite") else None
@@ -212,7 +212,7 @@ class Case:
             command, _, mode = kind.partition(" ")
             said = self.soak.root / f"{self.folder.name}.{len(begun)}.said"
             begun.append((self.start(mode, other or words_of(command, self.strategy), said), said))
-            time.sleep(self.numbers.uniform(0, 0.9) * length * (len(begun) == 1))
+            time.sleep(self.numbers.uniform(0, 0.5) * length * (len(begun) == 1))
         ends = [self.soak.ended(pid, said) for pid, said in begun]
         for status, said in ends:
             column = "ended" if status == 0 else "in use" if says(said, *BUSY) else "earlier"

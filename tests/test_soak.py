@@ -34,6 +34,7 @@ print(played.table())
 one_thread = single_thread()
 
 
+@pytest.mark.slow
 def test_some_kills_lose_nothing(tmp_path):
     paths = os.pathsep.join([str(HERE), str(HERE.parent)])
     env = warm.ENVIRONMENT | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
