@@ -112,7 +112,7 @@ def test_what_might_never_end_is_not_read(tmp_path):
         f"{name}.json cannot be read: it is no regular file" for name in ("device", "pipe")
     ]
     for name in ("pipe.json", "device.json", "folder.json"):
-        with pytest.raises(UserError, match="cannot be read: it is no regular file"):
+        with pytest.raises(UserError, match="cannot be read: (it is no regular file|Is a directory)"):
             read_text(tmp_path / name)
 
 
