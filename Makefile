@@ -19,7 +19,7 @@ SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 FORMATTED := $(filter-out %.py,$(SOURCES)) $(wildcard tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp $(addprefix tests/cuda_on_host/include/,*.h c10/cuda/*.h))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test every-test check lint style types format demo bench sanitize cuda-on-host interpret cross soak resources triton-resources gpu clean
+.PHONY: help setup test every-test check lint style types format demo bench sanitize cuda-on-host interpret cross soak fuzz resources triton-resources gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -130,6 +130,9 @@ resources: setup ## registers and spills of the CUDA kernels, for three architec
 
 triton-resources: setup ## the same for the Triton kernels (bench/TRITON_RESOURCES.md); needs no nvcc
 	$(BIN)/python bench/triton_resources.py $(if $(CHECK),--check)
+
+fuzz: setup ## give damaged files and odd text to what reads them, for MINUTES=10 in all
+	$(BIN)/python tests/fuzz.py $(or $(MINUTES),10) $(TARGETS)
 
 clean: ## remove what was built, but not $(VENV)
 	rm -rf build dist *.egg-info batchkern/_C*.so

@@ -796,6 +796,13 @@ WRAPPERS = [
 STRATEGIES = [
     *within(
         "strategies",
+        "batchkern/strategies/__init__.py",
+        ("tests/strategies/test_parse.py",),
+        ("a number that cannot be shown is taken", "    repr(value)\n", ""),
+        ("text nested deeply ends in an error of Python", ", RecursionError, MemoryError)", ")"),
+    ),
+    *within(
+        "strategies",
         "batchkern/strategies/trimming.py",
         ("tests/strategies/test_trimming.py",),
         ("k is cut, not rounded", "max(round(keep * rows), 1)", "max(int(keep * rows), 1)"),
@@ -1227,6 +1234,12 @@ COMPARE = [
             "        with locked(directory):\n            pass\n",
             "        pass\n",
         ),
+    ),
+    *within(
+        "compare",
+        "batchkern/compare/running.py",
+        ("tests/compare/test_running.py", "-k", "damaged_results"),
+        ("a curve that is cut short is summarised", 'len(values) != outcome["epochs"] or', "False or"),
     ),
     *within(
         "compare",
