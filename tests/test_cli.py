@@ -252,7 +252,7 @@ def test_python_m(tmp_path):
         ("--batch-size -3", ["batch_size must be .* at least 1, got -3"]),
         ("--batch-size 5000", ["batch_size is 5000, but digits has 1438 samples"]),
         ("--checkpoint-every 0", ["checkpoint_every must be .* at least 1, got 0"]),
-        ("--image-size 2", ["image_size must be at least 4"]),
+        ("--image-size 2", ["image_size must be 4 to 16384 pixels, not 2"]),
         ("--lr 0", ["lr must be above 0"]),
         ("--lr nan", ["lr must be in .* got nan"]),
         ("--lr 1e300", ["lr must be in .* got 1e\\+300"]),

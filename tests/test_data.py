@@ -578,9 +578,9 @@ def test_names_that_would_read_the_current_folder(tmp_path, monkeypatch, name):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(UserError, match="image_size must be at least 4 pixels, not 3"):
+    with pytest.raises(UserError, match="image_size must be 4 to 16384 pixels, not 3"):
         load("digits", image_size=3)
-    with pytest.raises(UserError, match="image_size must be at least 4"):
+    with pytest.raises(UserError, match="image_size must be 4 to 16384"):
         load_pair("digits", image_size=0)
     with pytest.raises(UserError, match="digits: no split 'valid'; it has train, test"):
         load("digits", split="valid")

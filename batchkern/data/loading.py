@@ -18,6 +18,8 @@ from batchkern.data.wording import shortened
 from batchkern.errors import UserError, whole
 
 MEMORY_LIMIT = 4 << 30
+LARGEST = 1 << 14
+"""Pixels along a side of an image."""
 
 
 def load(
@@ -173,8 +175,8 @@ def _checked_size(image_size: int | None) -> int | None:
     size = whole(image_size)
     if image_size is not None and size is None:
         raise UserError(f"image_size must be a whole number of pixels, not {image_size!r}")
-    if size is not None and size < 4:
-        raise UserError(f"image_size must be at least 4 pixels, not {size}")
+    if size is not None and not 4 <= size <= LARGEST:
+        raise UserError(f"image_size must be 4 to {LARGEST} pixels, not {size}")
     return size
 
 

@@ -454,7 +454,10 @@ ELSEWHERE = "x/../../../../elsewhere"
         (lambda r: r["runs"][1]["final"].update(updates=7), "has 1 epochs of updates, or another end of them"),
         (lambda r: r["runs"][0]["curve"].update(updates=[]), "has 0 epochs of updates"),
         (lambda r: r["runs"][0]["curve"].update(updates=[0]), "`int` >= 1"),
-        (lambda r: r["runs"][0]["curve"].update(more=7, updates=[]), "has 0 epochs of updates"),
+        (
+            lambda r: r["runs"][0].update(curve={"more": 7} | r["runs"][0]["curve"] | {"updates": []}),
+            "has 0 epochs of upd",
+        ),
         (lambda r: r.update(environment=None), "got `null` - at `.*environment"),
         (lambda r: r["settings"].update(seeds=[ELSEWHERE]), "Expected `int`, got `str` - at `.*settings.seeds"),
         (lambda r: r["settings"].update(seeds=[-1]), "`int` >= 0"),

@@ -128,9 +128,10 @@ def test_sources_that_are_none(source: str, said: str) -> None:
     [
         ({"image_size": 8.0}, "image_size must be a whole number of pixels, not 8.0"),
         ({"image_size": "8"}, "image_size must be a whole number of pixels, not '8'"),
+        ({"image_size": 10**20}, f"image_size must be 4 to 16384 pixels, not {10**20}"),
         ({"image_size": True}, "image_size must be a whole number of pixels, not True"),
         ({"image_size": float("nan")}, "image_size must be a whole number of pixels, not nan"),
-        ({"image_size": -1}, "image_size must be at least 4 pixels, not -1"),
+        ({"image_size": -1}, "image_size must be 4 to 16384 pixels, not -1"),
         ({"memory_limit": "8"}, "memory_limit must be a number of bytes, not '8'"),
         ({"memory_limit": None}, "memory_limit must be a number of bytes, not None"),
         ({"memory_limit": float("nan")}, "memory_limit must be a number of bytes, not nan"),
