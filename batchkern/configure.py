@@ -60,6 +60,11 @@ def check_kind(name: str, value: object, kind: Any, what: str) -> None:
         raise UserError(f"{name} must be {what}, got {value!r:.60}")
 
 
+def check_flags(**flags: bool) -> None:
+    for name, value in flags.items():
+        check_kind(name, value, bool, "True or False")
+
+
 def check_one_process() -> None:
     world = os.environ.get("WORLD_SIZE", "1")
     if world != "1":
@@ -129,6 +134,20 @@ def build_optimizer(
     return cls(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: an option is missing or of another type, which torch would only notice in the next update.
+    """
+    for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for name, value in own.items():
+            if type(saved.get(name)) is not type(value):
+                raise ValueError(
+                    f"{name} of the optimizer is {saved.get(name)!r:.40}, not of type {type(value).__name__}"
+                )
+    optimizer.load_state_dict(state)
+
+
 def pick_schedule(schedule: str | schedules.RateSchedule) -> schedules.RateSchedule:
     if callable(schedule):
         factor = schedule(0.0)
@@ -138,12 +157,12 @@ def pick_schedule(schedule: str | schedules.RateSchedule) -> schedules.RateSched
     return schedules.RATES[schedule]()
 
 
-def check_weights(model: nn.Module) -> None:
-    parameters = list(model.parameters())
+def check_model_kind(model: nn.Module | str) -> None:
+    """A name, or a module whose weights have values."""
+    check_kind("model", model, nn.Module | str, "a module or the name of one")
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
     if any(parameter.is_meta or isinstance(parameter, UninitializedParameter) for parameter in parameters):
-        raise UserError(
-            "model has weights without values, as on the meta device or of lazy modules: give them some first"
-        )
+        raise UserError("model has weights without values, as on the meta device or of lazy modules: give them some")
 
 
 def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device) -> None:

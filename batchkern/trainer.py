@@ -25,16 +25,18 @@ from batchkern.configure import (
     check_choice,
     check_counts,
     check_data,
+    check_flags,
     check_kind,
     check_model,
+    check_model_kind,
     check_range,
     check_rates,
-    check_weights,
     count,
     describe_choice,
     describe_data,
     describe_model,
     least_rows,
+    load_optimizer,
     pick_schedule,
 )
 from batchkern.data import AUGMENTATIONS, Feed, ImageData
@@ -113,17 +115,14 @@ class Trainer(Learner):
         label_smoothing = check_range("label_smoothing", label_smoothing, 0, 1)
         lr, momentum, weight_decay = check_rates(lr, momentum, weight_decay)
         check_data(train, test, batch_size)
-        check_kind("model", model, nn.Module | str, "a module or the name of one")
-        if isinstance(model, nn.Module):
-            check_weights(model)
+        check_model_kind(model)
         check_kind("strategies", strategies, list | tuple, "a list of strategies, such as [Trimming()]")
         check_combination(strategies)
         check_choice("amp", amp, AMP_TYPES)
         check_choice("augment", augment, AUGMENTATIONS)
         check_kind("classifier", classifier, str | None, "the name of a module")
         check_kind("out", out, str | os.PathLike | None, "a path")
-        for name, flag in (("overwrite", overwrite), ("resume", resume), ("progress", progress)):
-            check_kind(name, flag, bool, "True or False")
+        check_flags(overwrite=overwrite, resume=resume, progress=progress)
         ranks = Ranks.join(device)
         self.seed = seed
         self.checkpoint_every = checkpoint_every
@@ -270,7 +269,7 @@ class Trainer(Learner):
         self._sums.copy_(state["sums"])
         self.model.load_state_dict(state["model"])
         self.run.extras.load_state_dict(state["extras"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
         for strategy, saved in zip(self.strategies, state["strategies"], strict=True):

@@ -28,13 +28,21 @@ from batchkern.compare.report import REPORT_FILES, write_report
 from batchkern.compare.summary import summarise
 from batchkern.compare.workers import in_processes
 from batchkern.configure import check_counts, check_one_process, pick_device
-from batchkern.errors import UserError, require
+from batchkern.errors import UserError, out_of_memory, require
 from batchkern.files import contents, locked, remove_parts, write_file
 from batchkern.rundir import CONFIG, METRICS, RUN_FILES
 from batchkern.trainer import Interrupted, Trainer
 
 RESULTS = "results.json"
 KIND = "batchkern comparison"
+NEEDED = (
+    "jinja2",
+    "matplotlib.figure",
+    "msgspec",
+    "safetensors.torch",
+    "scipy.stats",
+    "statsmodels.stats.multitest",
+)
 
 Report = Callable[[dict[str, Any], int, int], None]
 
@@ -61,19 +69,18 @@ def run(
         UserError: whatever can be known to be wrong before training.
         Interrupted: Ctrl-C. Finished runs are in results.json, the others in their checkpoints.
     """
-    for module in ("jinja2", "matplotlib.figure", "msgspec", "scipy.stats", "statsmodels.stats.multitest"):
+    for module in NEEDED:
         require(module, "train")  # now, and not after the trainings
     check_counts(jobs=jobs)
     check_one_process()
     device = pick_device(comparison.training.get("device"))
-    devices = _devices(device, jobs)
     try:
         with _threads(1 if device.type == "cpu" else torch.get_num_threads()):
             settings = _check(comparison)
             with _claimed(comparison, settings) as earlier:
                 finished = {RunOf.recorded(outcome) for outcome in earlier.get("runs", ())}
                 tasks = [task for task in _tasks(settings) if task not in finished]
-                devices = devices[: len(tasks)]
+                devices = _devices(device, jobs, len(tasks))
                 environment = _environment(device, len(devices)) if tasks else earlier["environment"]
                 results: dict[str, Any] = {"kind": KIND, "settings": settings, "environment": environment}
                 results |= {"runs": [*earlier.get("runs", ())], "summary": []}
@@ -108,12 +115,12 @@ def usable_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _devices(device: torch.device, jobs: int | None) -> list[str]:
-    """The device of each process: a GPU that was not named is any of them, in turn."""
+def _devices(device: torch.device, jobs: int | None, runs: int) -> list[str]:
+    """The device of each process, no more than there are runs: a GPU that was not named is any of them, in turn."""
     if device.type == "cpu":
-        return ["cpu"] * (jobs or usable_cores())
+        return ["cpu"] * min(jobs or usable_cores(), runs)
     names = [str(device)] if device.index is not None else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return [names[i % len(names)] for i in range(jobs or len(names))]
+    return [names[i % len(names)] for i in range(min(jobs or len(names), runs))]
 
 
 def _check(comparison: Comparison) -> dict[str, Any]:
@@ -196,7 +203,8 @@ def _record(task: RunOf) -> dict[str, Any]:
 
 
 def _died(task: RunOf, how: str) -> dict[str, Any]:
-    return _record(task) | {"error": f"its process {how}, perhaps for want of memory; fewer --jobs need less"}
+    hint = ", perhaps for want of memory; fewer --jobs need less" if how.startswith("was killed") else ""
+    return _record(task) | {"error": f"its process {how}{hint}"}
 
 
 def _run(comparison: Comparison, task: RunOf, device: str) -> dict[str, Any]:
@@ -213,7 +221,8 @@ def _run(comparison: Comparison, task: RunOf, device: str) -> dict[str, Any]:
     except UserError as error:
         outcome["error"] = str(error)
     except Exception as error:  # a bug, or a model that fails in training: the other runs should not be lost
-        outcome["error"] = f"{type(error).__name__}: {error}"
+        short = "out of memory; fewer --jobs or a smaller --batch-size need less"
+        outcome["error"] = short if out_of_memory(error) else f"{type(error).__name__}: {error}"
     return outcome
 
 

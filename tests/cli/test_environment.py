@@ -96,7 +96,9 @@ def test_a_folder_that_was_removed_while_in_it(tmp_path, monkeypatch):
 
 LIBRARIES = [
     "datasets",
+    "jinja2",
     "matplotlib",
+    "msgspec",
     "PIL",
     "pyarrow",
     "rich",

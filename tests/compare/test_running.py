@@ -233,13 +233,19 @@ def test_a_bug_in_one_run_is_reported_and_loses_no_other(tmp_path, monkeypatch):
     def broken(self):
         if self.seed == 1:
             raise RuntimeError("it broke")
+        if self.seed == 2:
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
         return fit(self)
 
     monkeypatch.setattr(Trainer, "fit", broken)
     comparison = Comparison("digits", "cnn", tmp_path / "out", arms=("baseline",), seeds=3, training=tiny())
     results = run(comparison, jobs=1)
-    assert [o["error"] for o in results["runs"]] == [None, "RuntimeError: it broke", None]
-    assert results["summary"][0]["seeds"] == 2
+    memory = "out of memory; fewer --jobs or a smaller --batch-size need less"
+    assert [o["error"] for o in results["runs"]] == [None, "RuntimeError: it broke", memory]
+    assert results["summary"][0]["seeds"] == 1
+    assert running._devices(torch.device("cpu"), 10**18, 2) == ["cpu", "cpu"]
 
 
 def tiny():
