@@ -936,7 +936,7 @@ TRAINING = [
         "training",
         "batchkern/trainer.py",
         RESUME,
-        ("a resume forgets the momentum", '        self.optimizer.load_state_dict(state["optimizer"])\n', ""),
+        ("a resume forgets the momentum", '        load_optimizer(self.optimizer, state["optimizer"])\n', ""),
         (
             "a resume forgets torch's generators",
             "        torch.Generator().set_state(self._rng[0])  # says now if it cannot be\n",
