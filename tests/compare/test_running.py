@@ -435,6 +435,13 @@ def ended(tmp_path_factory):
     return parent / "out"
 
 
+@pytest.fixture
+def unbuilt(ended, monkeypatch):
+    """Arms are known to be right: no trainer is built to find out."""
+    settings = results_of(ended)["settings"]
+    monkeypatch.setattr(running, "_check", lambda comparison: settings)
+
+
 def listing(path):
     """All that lies below, with its content."""
     return {p: p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))}
@@ -477,7 +484,9 @@ ELSEWHERE = "x/../../../../elsewhere"
         (lambda r: r.update(kind="mine"), "kind"),
     ],
 )
-def test_damaged_results_are_a_sentence_and_nothing_is_removed(tmp_path, monkeypatch, ended, option, damage, sentence):
+def test_damaged_results_are_a_sentence_and_nothing_is_removed(
+    tmp_path, monkeypatch, ended, unbuilt, option, damage, sentence
+):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ended, "out")
     Path("elsewhere/seed-0").mkdir(parents=True)
@@ -492,7 +501,7 @@ def test_damaged_results_are_a_sentence_and_nothing_is_removed(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "", "{}", "\ufeff{}", '{"kind": NaN}', None])
-def test_results_that_are_no_json_are_a_sentence(tmp_path, monkeypatch, ended, text):
+def test_results_that_are_no_json_are_a_sentence(tmp_path, monkeypatch, ended, unbuilt, text):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ended, "out")
     Path("out", RESULTS).unlink()
@@ -506,7 +515,7 @@ def test_results_that_are_no_json_are_a_sentence(tmp_path, monkeypatch, ended, t
 
 @pytest.mark.parametrize("place", ["trimming", "trimming/1-epochs", "trimming/1-epochs/seed-0"])
 @pytest.mark.parametrize("option", ["resume", "overwrite"])
-def test_links_in_place_of_directories_are_not_followed(tmp_path, monkeypatch, ended, place, option):
+def test_links_in_place_of_directories_are_not_followed(tmp_path, monkeypatch, ended, unbuilt, place, option):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ended, "out")
     shutil.move(Path("out", place), "elsewhere")
