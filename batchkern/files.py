@@ -54,9 +54,11 @@ def read_file(path: Path) -> bytes:
     Raises:
         OSError: it cannot be read, or is no regular file: a pipe would be waited for, a device may never end.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    with open(descriptor, "rb") as file:
         return file.read()
 
 
@@ -69,6 +71,16 @@ def append_line(path: Path, line: str) -> None:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def make_directory(path: Path) -> None:
+    """With those above it; one that is there stays as it is."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{path} is not a directory; give another output directory") from None
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from batchkern._version import __version__
 from batchkern.errors import UserError, require
-from batchkern.files import append_line, contents, lock, read_file, remove_parts, write_file
+from batchkern.files import append_line, contents, lock, make_directory, read_file, remove_parts, write_file
 
 CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES = (
     "config.json",
@@ -63,7 +63,7 @@ class RunDirectory:
         for module in ("matplotlib.figure", "msgspec", "safetensors.torch"):
             require(module, "train")  # now, and not after the training
         if not resume:
-            self._make()
+            make_directory(self.path)
         elif not path.is_dir():
             raise self._nothing_to_resume()
         with self.held():
@@ -115,12 +115,6 @@ class RunDirectory:
                 status = (self.path / name).stat()
                 found.append((name, status.st_ino, status.st_size, status.st_mtime_ns))
         return found
-
-    def _make(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def _claim(self, overwrite: bool) -> None:
         try:

@@ -9,7 +9,7 @@ import pytest
 
 from batchkern import files
 from batchkern.errors import UserError
-from batchkern.files import append_line, contents, lock, locked, read_file, remove_parts, write_file
+from batchkern.files import append_line, contents, lock, locked, make_directory, read_file, remove_parts, write_file
 
 
 @pytest.fixture
@@ -44,6 +44,21 @@ def test_what_lies_in_place_of_the_part_is_not_opened(tmp_path, fixed_part, plac
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.parametrize("place", ["file", "pipe", "link to a file", "link to nothing", "loop"])
+def test_a_directory_is_not_made_where_something_else_lies(tmp_path, place):
+    out = tmp_path / "out"
+    (tmp_path / "precious").write_text("mine")
+    if place == "file":
+        out.write_text("mine")
+    elif place == "pipe":
+        os.mkfifo(out)
+    else:
+        out.symlink_to({"link to a file": "precious", "link to nothing": "absent", "loop": "out"}[place])
+    with pytest.raises(UserError, match=r"out is not a directory; give another output directory"):
+        make_directory(out)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 def test_two_writers_at_once_leave_one_whole_file(tmp_path):
     contents_of = [bytes([letter]) * 300_000 for letter in b"abcd"]
     threads = [
@@ -75,11 +90,9 @@ def test_the_file_before_is_kept(tmp_path, monkeypatch, links):
 
 def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", "/dev/zero"):
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
         with pytest.raises(OSError, match="it is no regular file"):
             read_file(path)
-    with pytest.raises(OSError, match="directory"):
-        read_file(tmp_path)
 
 
 def test_lines_are_not_added_through_a_link_or_to_a_pipe(tmp_path):

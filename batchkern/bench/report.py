@@ -13,7 +13,7 @@ from batchkern.bench.results import COMPARISON, Results, facts, read_text, rende
 from batchkern.bench.tables import about, accuracy, confident, growth_table, language, sweeps, training
 from batchkern.compare.arms import BUDGETS, slug
 from batchkern.errors import UserError, require
-from batchkern.files import write_file
+from batchkern.files import make_directory, write_file
 from batchkern.plots import plot_fractions
 from batchkern.strategies import STRATEGIES
 
@@ -108,8 +108,8 @@ def write_report(found: Sequence[Results], out: Path) -> list[str]:
 
 def _claim(out: Path, figures: Sequence[str]) -> None:
     """Only what an earlier report wrote may be replaced: a page that says so, and the figures it links to."""
+    make_directory(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
         old = read_text(out / REPORT) if (out / REPORT).exists() else ""
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from None

@@ -29,7 +29,7 @@ from batchkern.compare.summary import summarise
 from batchkern.compare.workers import in_processes
 from batchkern.configure import check_counts, check_one_process, pick_device
 from batchkern.errors import UserError, out_of_memory, require
-from batchkern.files import contents, locked, remove_parts, write_file
+from batchkern.files import contents, locked, make_directory, remove_parts, write_file
 from batchkern.rundir import CONFIG, METRICS, RUN_FILES
 from batchkern.trainer import Interrupted, Trainer
 
@@ -258,10 +258,7 @@ def _claimed(comparison: Comparison, settings: dict[str, Any]) -> Iterator[dict[
     By the rule of a run's directory: refuse what is there, or go on with it, or replace only what a comparison wrote.
     """
     out = comparison.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+    make_directory(out)
     with locked(out):
         try:
             earlier = _finished(comparison, settings)
