@@ -192,7 +192,7 @@ class Ranks:
 
 
 def _own_device(device: torch.device | str | None) -> torch.device:
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = _numbered("LOCAL_RANK", below="LOCAL_WORLD_SIZE")
     picked = pick_device(device)
     if picked.type == "cpu":
         return picked
@@ -203,13 +203,25 @@ def _own_device(device: torch.device | str | None) -> torch.device:
     return own
 
 
+def _numbered(name: str, below: str) -> int:
+    """This process's number, as torchrun sets it."""
+    number, count = (os.environ.get(key) for key in (name, below))
+    try:
+        if 0 <= int(number or 0) < int(count or 2**31):
+            return int(number or 0)
+    except ValueError:
+        pass
+    raise UserError(f"{name} is {number!r}, and {below} {count!r}; torchrun sets them to whole numbers, counted from 0")
+
+
 def _init(device: torch.device) -> None:
+    _numbered("RANK", below="WORLD_SIZE")
     try:
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")
-    except (ValueError, RuntimeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"WORLD_SIZE is {os.environ.get('WORLD_SIZE')}, but the other processes cannot be joined; "
             f"start them all with torchrun ({str(error).splitlines()[0]})"
@@ -229,5 +241,5 @@ def says(sentence: str) -> bool:
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
         key = f"batchkern/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{zlib.crc32(sentence.encode())}"
         return store.add(key, 1) == 1
-    except (KeyError, ValueError, RuntimeError):  # better twice than never
+    except (KeyError, RuntimeError, TypeError, ValueError):  # better twice than never
         return True

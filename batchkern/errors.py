@@ -24,15 +24,18 @@ def require(module: str, extra: str) -> Any:
     """Import an optional library, by its module name.
 
     Raises:
-        UserError: it is not installed; the sentence names the extra of `batchkern` that brings it.
+        UserError: it is not installed; the sentence names the extra of `batchkern` that brings it. Or it refuses to be
+            loaded, as matplotlib does where the environment names a backend that there is not.
     """
+    library = module.partition(".")[0]
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        library = module.partition(".")[0]
         raise UserError(
             f"this needs the library {library!r}, which cannot be imported ({error}): pip install 'batchkern[{extra}]'"
         ) from error
+    except Exception as error:
+        raise UserError(f"this needs the library {library!r}, which cannot be imported ({error})") from error
 
 
 def whole(value: object) -> int | None:

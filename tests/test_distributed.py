@@ -306,6 +306,24 @@ def test_without_torchrun_the_others_cannot_be_joined(monkeypatch):
         trainer()
 
 
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": "2"}, "RANK is '2', and WORLD_SIZE '2'; torchrun sets them to whole numbers, counted from 0"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"RANK": "x"}, "RANK is 'x'"),
+        ({"RANK": "0", "LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "x"}, "RANK is '0', and WORLD_SIZE 'x'"),
+        ({"RANK": "0", "MASTER_PORT": "99999"}, "WORLD_SIZE is 2, but the other processes cannot be joined"),
+    ],
+)
+def test_a_process_whose_number_cannot_be(variables, said, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=re.escape(said)):
+        trainer()
+
+
 def test_torchrun(tmp_path):
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "batchkern", "train"]
     options = ["--data", "digits", "--epochs", "1", "--strategy", "trimming(start=0.5)", "--out", str(tmp_path / "run")]

@@ -136,3 +136,15 @@ def test_a_report_of_benchmarks_without_matplotlib_writes_nothing(monkeypatch):
     assert status == 2
     assert "this needs the library 'matplotlib'" in err
     assert not Path("page").exists()
+
+
+def test_a_library_that_refuses_to_be_loaded(monkeypatch, tmp_path):
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text("raise ValueError('nope is not a valid backend')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    status, _, err = commands.run("train", "--data", "digits", "--epochs", "1", "--out", "run")
+    said = "this needs the library 'matplotlib', which cannot be imported (nope is not a valid backend)"
+    assert (status, err) == (2, f"batchkern: error: {said}\n")
+    assert not Path("run").exists()
