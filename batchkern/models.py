@@ -176,10 +176,10 @@ def _build_timm(name: str, shape: tuple[int, int, int], classes: int) -> nn.Modu
         near = difflib.get_close_matches(name, [*BUILT_IN, *timm.list_models()], n=5)
         hint = f"; near matches: {', '.join(near)}" if near else ""
         raise UserError(f"unknown model {name!r}: {built_in}, and any model of timm{hint}")
-    # A vision transformer's grid of patches is laid out for one image size.
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    size = {"img_size": shape[1:]} if config is not None and config.fixed_input_size else {}
     try:
+        # A vision transformer's grid of patches is laid out for one image size.
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        size = {"img_size": shape[1:]} if config is not None and config.fixed_input_size else {}
         return timm.create_model(name, num_classes=classes, in_chans=shape[0], **size)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"model {name!r} of timm cannot be built for images of shape {shape}: {error}") from error

@@ -151,6 +151,8 @@ def test_timm_names_and_failures():
         build("eficientnet_b0", shape=(3, 32, 32), classes=10)
     with pytest.raises(UserError, match="unknown model 'hf-hub:someone/model'"):
         build("hf-hub:someone/model", shape=(3, 32, 32), classes=10)
+    with pytest.raises(UserError, match=r"'resnet18.nope' of timm cannot be built .*: Invalid pretrained tag"):
+        build("resnet18.nope", shape=(3, 32, 32), classes=10)
 
     def fails(*args, **options):
         raise RuntimeError("window too large")
