@@ -1050,7 +1050,7 @@ TRAINING = [
         "batchkern/files.py",
         ("tests/test_files.py",),
         ("a part is opened whatever lies there", "os.O_CREAT | os.O_EXCL", "os.O_CREAT"),
-        ("a pipe is waited for", "if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):", "if False:"),
+        ("a pipe is waited for", "if not stat.S_ISREG(os.fstat(descriptor).st_mode):", "if False:"),
         ("a link is followed to add a line", " | os.O_NOFOLLOW", ""),
         ("the lock keeps nobody out", "except BlockingIOError:", "except ZeroDivisionError:"),
     ),
