@@ -42,7 +42,14 @@ def _is_freed(x: object) -> bool:
 
 def _refuse(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     """Names the first tensor whose storage is too small for it. Whoever reads one ends the process."""
-    for name, x in inspect.signature(function).bind(*args, **kwargs).arguments.items():
+    check_memory(**inspect.signature(function).bind(*args, **kwargs).arguments)
+
+
+def check_memory(**arguments: Any) -> None:
+    """Also for a backward pass: much may have happened since the forward pass."""
+    if is_compiling():
+        return
+    for name, x in arguments.items():
         if _is_freed(x):
             raise ValueError(
                 f"{name} must have its values in memory, got shape {tuple(x.shape)} with a storage of "

@@ -12,7 +12,7 @@ from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 from batchkern.ops import _linear
 from batchkern.ops._autograd import boundary, is_batched, once_differentiable, one_by_one
-from batchkern.ops._public import public
+from batchkern.ops._public import check_memory, public
 from batchkern.ops._sharded import check_equal, local, losses_of_shard, shard_of, whole
 from batchkern.ops.cross_entropy import Reduction
 from batchkern.ops.trimmed_mean import trimmed_mean
@@ -242,6 +242,7 @@ def each_row(
     """The losses, or with ``stats`` ``Rows``, of arguments that have been checked. ``share``: a gradient reaches no
     larger share of the rows, as the caller knows."""
     if not _backend.has_kernel("linear_cross_entropy", hidden):
+        check.target_values(target, classes=len(weight), ignore_index=options["ignore_index"])
         layer, options = _for_the_reference(hidden, weight, bias, options)
         found = reference.linear_cross_entropy(*layer, target, **options, stats=stats)
         return found if stats else found.loss
@@ -283,6 +284,7 @@ def trimmed(
     if isinstance(keep, Tensor) and check.readable(keep):
         keep = float(keep)
     if not _backend.has_kernel("linear_trimmed_cross_entropy", hidden):
+        check.target_values(target, classes=len(weight), ignore_index=options["ignore_index"])
         layer, options = _for_the_reference(hidden, weight, bias, options)
         return reference.linear_trimmed_cross_entropy(*layer, target, keep, **options, group=group)
     known = keep if group is None and isinstance(keep, float) else None
@@ -333,6 +335,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad is None and grad_lse is None:
             return None, None, None, None
         hidden, weight, bias, *saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        check_memory(hidden=hidden, weight=weight, bias=bias, target=saved[0], grad=grad)
 
         def gradients(grad: Tensor | None, grad_lse: Tensor | None) -> list[Tensor]:
             arguments = hidden, weight, bias, grad, grad_lse, *saved, *ctx.options, ctx.needs, *ctx.limits
@@ -366,6 +369,7 @@ class _MeanWithGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target, lse, kept, *grads = ctx.saved_tensors
+        check_memory(grad=grad, **({"hidden": hidden, "weight": weight, "target": target} if ctx.used else {}))
         if torch.compiler.is_compiling():
             grads = [grad * x for x in grads]
         elif ctx.used:

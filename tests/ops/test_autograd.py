@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from operations import OPERATIONS, B, C, H, operations
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import batchkern
 
@@ -152,6 +153,57 @@ def test_batched_gradients_of_a_sharded_vocabulary() -> None:
         dist.destroy_process_group()
     for a, b in zip(found, one_by_one(DIFFERENTIABLE["linear rows"], inputs, upstream), strict=True):
         torch.testing.assert_close(a, b)
+
+
+# --- forward mode, torch.func ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_forward_mode(name: str) -> None:
+    """A directional derivative is the gradient's product with the direction, however it is asked for."""
+    function = DIFFERENTIABLE[name]
+    z, direction, weight = torch.randn(B, H), torch.randn(B, H), torch.randn(C, H)
+
+    def f(z: Tensor) -> Tensor:
+        out = function(z, weight)
+        return (out[0] if isinstance(out, tuple) else out).double().square().sum()
+
+    leaf = z.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(f(leaf), leaf)
+    expected = (gradient * direction).sum().double()
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(z, direction))).tangent
+    assert tangent is not None
+    found = [tangent, torch.func.jvp(f, (z,), (direction,))[1], torch.func.linearize(f, z)[1](direction)]
+    for value in found:
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_transforms_of_soft_label_kl(dtype: torch.dtype) -> None:
+    soft, virtual = torch.randn(4, C, dtype=dtype), torch.randn(8, C, dtype=dtype)
+    soft[0, 2] = virtual[0, 2] = virtual[4, 2] = -torch.inf
+    soft[1, 3] = -torch.inf
+
+    def ours(v: Tensor, s: Tensor = soft) -> Tensor:
+        return batchkern.soft_label_kl(s, v, temperature=1.5, reference_grad=True)
+
+    def theirs(v: Tensor) -> Tensor:
+        p = (soft / 1.5).softmax(1).repeat(2, 1)
+        log_q = (v / 1.5).log_softmax(1).masked_fill(p == 0, 0.0)
+        return (torch.xlogy(p, p) - p * log_q).sum(1).mean()
+
+    leaf, other = virtual.clone().requires_grad_(), soft.clone().requires_grad_()
+    plain = torch.autograd.grad(ours(leaf, other), (leaf, other))
+    for a, b in zip(torch.func.grad(ours, (0, 1))(virtual, soft), plain, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(torch.func.jacrev(ours)(virtual), torch.func.grad(theirs)(virtual))
+    torch.testing.assert_close(torch.func.jacfwd(ours)(virtual), torch.func.grad(theirs)(virtual))
+    torch.testing.assert_close(torch.func.hessian(ours)(virtual), torch.func.hessian(theirs)(virtual))
+    many = torch.stack([virtual, virtual + torch.randn(8, C, dtype=dtype)])
+    torch.testing.assert_close(torch.func.vmap(ours)(many), torch.stack([ours(v) for v in many]))
+    near = soft.repeat(2, 1) + 1e-4 * torch.randn(8, C, dtype=dtype)
+    torch.testing.assert_close(torch.func.vmap(ours)(near[None])[0], ours(near), rtol=1e-3, atol=0)
 
 
 # --- torch.jit.trace ------------------------------------------------------------------------------------------------

@@ -74,6 +74,23 @@ def test_operators_and_backward_passes_name_it_too() -> None:
         torch.ops.batchkern.trimmed_mean(torch.randn(B), 0.5, mask=freed(torch.ones(B).bool()))
 
 
+@needs_module
+@pytest.mark.parametrize("argument", ["hidden", "weight", "target"])
+@pytest.mark.parametrize("call", ["rows", "mean", "trimmed", "trimmed twice"])
+def test_backward_passes_of_the_linear_operations_name_it(call: str, argument: str) -> None:
+    leaves = torch.randn(B, 16, requires_grad=True), torch.randn(C, 16, requires_grad=True)
+    tensors = {"hidden": leaves[0] * 1, "weight": leaves[1] * 1, "target": torch.arange(B) % C}
+    if "trimmed" in call:
+        loss = batchkern.linear_trimmed_cross_entropy(**tensors, keep=0.9 if "twice" in call else 0.3)
+    else:
+        loss = batchkern.linear_cross_entropy(**tensors, reduction="none" if call == "rows" else "mean").sum()
+    if "twice" in call:  # the first time the forward pass has made the gradient
+        loss.backward(retain_graph=True)
+    freed(tensors[argument])
+    with pytest.raises(ValueError, match=rf"^{argument} must have its values in memory, got shape"):
+        loss.backward()
+
+
 def freed(x: Tensor) -> Tensor:
     x.untyped_storage().resize_(0)
     return x
