@@ -62,7 +62,7 @@ def random_basis(
         return Hadamard((2 * signs - 1).float())
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    columns = torch.randn(width, width, device=device, generator=generator)
+    columns = torch.randn(width, width, device=device, generator=generator, dtype=torch.float32)
     if kind == "normalized":
         return columns / columns.norm(dim=0, keepdim=True)
     q, r = torch.linalg.qr(columns)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -17,7 +20,6 @@ from torch.nn.parameter import UninitializedParameter
 from batchkern import schedules
 from batchkern.data import ImageData, TensorImages
 from batchkern.errors import UserError, whole
-from batchkern.models import frozen_statistics, has_batch_norm
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 AMP_TYPES: dict[str, torch.dtype | None] = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,6 +49,18 @@ def check_range(name: str, value: float, low: float, high: float, *, open_low: b
     if open_low and number == low:
         raise UserError(f"{name} must be above {low:g}, got {value!r}")
     return number
+
+
+def check_number(name: str, value: Any) -> float:
+    """``value``; a number that is neither ``int`` nor ``float``, such as one of NumPy, as ``float``."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        number = float(value) if real else math.nan
+    except OverflowError:  # a whole number with some 300 digits
+        number = math.nan
+    if math.isnan(number):
+        raise UserError(f"{name} must be a number, got {value!r:.60}")
+    return value if type(value) in (int, float) else number
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str], *, function: bool = False) -> None:
@@ -121,10 +135,7 @@ def build_optimizer(
     weight_decay: float,
 ) -> torch.optim.Optimizer:
     if callable(optimizer):
-        built = optimizer(parameters)
-        if not isinstance(built, torch.optim.Optimizer):
-            raise UserError(f"optimizer must return a torch.optim.Optimizer, got a {type(built).__name__}")
-        return built
+        return _checked_optimizer(optimizer(parameters), parameters)
     check_choice("optimizer", optimizer, OPTIMIZERS, function=True)
     if optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
@@ -132,6 +143,34 @@ def build_optimizer(
         raise UserError(f"momentum must be below 1 for {optimizer}, where it is the first beta, got {momentum!r}")
     cls = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
     return cls(parameters, lr=lr, betas=(momentum, 0.999), weight_decay=weight_decay)
+
+
+def _checked_optimizer(built: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """One of the user's, with Python's numbers in place of NumPy's, which no checkpoint could be read with."""
+    kind = type(built).__name__
+    check_kind("what optimizer returns", built, torch.optim.Optimizer, "a torch.optim.Optimizer")
+    closure = inspect.signature(built.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(f"optimizer must be one whose step needs no closure, got {kind}")
+    theirs = {id(parameter) for group in built.param_groups for parameter in group["params"]}
+    if not any(id(parameter) in theirs for parameter in parameters):
+        raise UserError(f"optimizer must train the parameters that it is given; those of this {kind} are others")
+    for group in (built.defaults, *built.param_groups):
+        for name, value in group.items():
+            group[name] = tuple(map(_plain_number, value)) if type(value) is tuple else _plain_number(value)
+    return built
+
+
+def _plain_number(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else value
+
+
+_STATES: dict[type, set[str]] = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+"""What the optimizers of the trainer keep for a parameter."""
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -146,22 +185,35 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                     f"{name} of the optimizer is {saved.get(name)!r:.40}, not of type {type(value).__name__}"
                 )
     optimizer.load_state_dict(state)
+    names = _STATES.get(type(optimizer))
+    for parameter, kept in optimizer.state.items() if names else ():
+        for name, value in kept.items():
+            fits = isinstance(value, Tensor) and value.shape == (() if name == "step" else parameter.shape)
+            if kept.keys() != names or not (fits or value is None) or (name == "step" and not value >= 1):
+                raise ValueError(f"the optimizer's {name} is not that of a parameter of shape {tuple(parameter.shape)}")
 
 
 def pick_schedule(schedule: str | schedules.RateSchedule) -> schedules.RateSchedule:
     if callable(schedule):
-        factor = schedule(0.0)
-        check_kind("what schedule returns", factor, numbers.Real, "a factor on the learning rate")
-        return schedule
+        checked = partial(_factor, schedule)
+        checked(0.0)
+        return checked
     check_choice("schedule", schedule, schedules.RATES, function=True)
     return schedules.RATES[schedule]()
+
+
+def _factor(schedule: schedules.RateSchedule, progress: float) -> float:
+    factor = schedule(progress)
+    if not isinstance(factor, numbers.Real) or not math.isfinite(factor):
+        raise UserError(f"schedule must return a factor on the learning rate, got {factor!r:.60} at {progress:g}")
+    return float(factor)
 
 
 def check_model_kind(model: nn.Module | str) -> None:
     """A name, or a module whose weights have values."""
     check_kind("model", model, nn.Module | str, "a module or the name of one")
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    if any(parameter.is_meta or isinstance(parameter, UninitializedParameter) for parameter in parameters):
+    held = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else ()
+    if any(value.is_meta or isinstance(value, UninitializedParameter) for value in held):
         raise UserError("model has weights without values, as on the meta device or of lazy modules: give them some")
 
 
@@ -184,29 +236,47 @@ def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, dev
         raise UserError("the model has no weights to train: none takes a gradient")
 
 
-def least_rows(model: nn.Module, shape: tuple[int, int, int], device: torch.device, world: int, batch_size: int) -> int:
-    """The fewest rows that a batch of all ``world`` ranks may have in training: such that none has one alone, where
-    batch norm cannot do with one.
-
-    Raises:
-        UserError: a batch has fewer.
-    """
-    if not has_batch_norm(model):
-        return 1
+def _in_training(model: nn.Module, images: Tensor) -> Any:
+    """What the model gives in training, which leaves its buffers and torch's generators as they are."""
     training = model.training
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
     try:
-        drawn_from = [device] if device.type == "cuda" else []
-        with torch.no_grad(), frozen_statistics(model), torch.random.fork_rng(drawn_from):
-            model(torch.zeros(1, *shape, device=device, dtype=torch.float32))
-        return 1
-    except ValueError:  # of torch.nn.functional.batch_norm
-        least = world + 1
+        with torch.random.fork_rng([images.device] if images.is_cuda else []):
+            return torch.func.functional_call(model, buffers, (images,))
     finally:
         model.train(training)
+
+
+def least_rows(
+    model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device, world: int, batch_size: int
+) -> int:
+    """The fewest rows that a batch of all ``world`` ranks may have in training: such that none has one alone, where
+    the model, as with batch norm, cannot do with one.
+
+    Raises:
+        UserError: a batch has fewer, or the model does not give logits in training.
+    """
+    for rows in (1, 2):
+        try:
+            logits = _in_training(model, torch.zeros(rows, *shape, device=device, dtype=torch.float32))
+            break
+        except Exception as error:  # of torch.nn.functional.batch_norm a ValueError
+            if rows == 2:
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise UserError(f"the model cannot take images of shape {shape} in training: {reason}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (rows, classes) or not logits.is_floating_point():
+        got = f"{logits.dtype} of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise UserError(
+            f"the model must give float logits of shape (batch, {classes}) in training, too, got {got} for a batch of "
+            f"{rows}"
+        )
+    if not logits.requires_grad:
+        raise UserError("the model's logits in training have no gradient: is it detached, or within no_grad?")
+    least = 1 if rows == 1 else world + 1
     if batch_size < least:
         raise UserError(
-            f"batch_size is {batch_size}, but the model's batch norm needs {least} rows for these images: "
+            f"batch_size is {batch_size}, but the model, as by batch norm, needs {least} rows for these images: "
             "more than one in each process"
         )
     return least

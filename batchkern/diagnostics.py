@@ -81,12 +81,15 @@ class SampleLog:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device, rows = self.last_loss.device, self.last_loss.shape
+        device, like = self.last_loss.device, self.last_loss
+        types = {"times_kept": torch.int32, "last_loss": like.dtype, "times_before": torch.int32}
         for name, value in state.items():
             if value is None and name == "kept_before":
                 continue
-            if not isinstance(value, Tensor) or value.shape != rows:
-                raise ValueError(f"{name} is not of the {len(self.last_loss)} samples of the training set")
+            if not isinstance(value, Tensor) or value.shape != like.shape or value.layout != like.layout:
+                raise ValueError(f"{name} is not of the {len(like)} samples of the training set")
+            if value.dtype != types.get(name, torch.bool):
+                raise ValueError(f"{name} is of type {value.dtype}, not of {types.get(name, torch.bool)}")
         self.times_kept, self.last_loss = state["times_kept"].to(device), state["last_loss"].to(device)
         self._times_before = state["times_before"].to(device)
         before = state["kept_before"]

@@ -79,6 +79,8 @@ def make_directory(path: Path) -> None:
     """With those above it; one that is there stays as it is."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except ValueError:  # a null character
+        raise UserError(f"{str(path)!r} cannot be the path of a directory; give another output directory") from None
     except FileExistsError:
         raise UserError(f"{path} is not a directory; give another output directory") from None
     except OSError as error:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 from collections.abc import Iterator
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -153,7 +154,12 @@ def build(name: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
         raise UserError(f"shape must be (C, H, W) with C >= 1 and H, W >= 4, not {tuple(shape)}")
     if classes < 2:
         raise UserError(f"classes must be at least 2, not {classes}")
-    return _build(name, shape, classes).float()  # as images are, whatever torch's default type
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # as images are
+    try:
+        return _build(name, shape, classes)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:

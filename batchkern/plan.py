@@ -134,9 +134,10 @@ class Replay:
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self), order=list(self.order))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], batches: int, epochs: int) -> None:
+        """``batches``: N."""
         order = list(state["order"])
-        if not all(type(number) is int and number >= 0 for number in order):
-            raise ValueError(f"order is {order!r:.40}, which must be numbers of batches")
-        self.updates, self.round = saved_number(state, "updates"), saved_number(state, "round")
+        if not all(type(number) is int and 0 <= number < batches for number in order):
+            raise ValueError(f"order is {order!r:.40}, which must be numbers of {batches} batches")
+        self.updates, self.round = saved_number(state, "updates", epochs * batches), saved_number(state, "round")
         self.order, self.place = order, saved_number(state, "place", len(order))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from batchkern._version import __version__
 from batchkern.errors import UserError, require
@@ -181,6 +182,7 @@ class RunDirectory:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """The one before it is kept beside it: a disk may lose what it had written whole."""
+        check_readable(state)
         # By way of memory: on a full disk torch's own writer fails with an error that hides the reason.
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -246,6 +248,30 @@ def check_saved(model: nn.Module) -> None:
                 f"the model's state holds {name!r} ({kind}), and {WEIGHTS} takes dense tensors alone; keep it out of "
                 "the state, as by persistent=False, or train without an output directory"
             ) from error
+        if isinstance(value, torch.Tensor) and 0 in value.stride() and value.numel() > 1:
+            raise UserError(f"the model's state holds {name!r}, whose elements share memory, as of expand: clone it")
+
+
+def check_readable(state: dict[str, Any]) -> None:
+    """
+    Raises:
+        UserError: a checkpoint of ``state`` could not be written, or not be read again: the optimizer or the model has
+            something else than plain tensors and Python's values in it.
+    """
+    plain = (torch.Tensor, torch.nn.Parameter)
+    small = tree_map(lambda x: torch.empty(0, dtype=x.dtype) if type(x) in plain else x, state)
+    try:
+        buffer = io.BytesIO()
+        torch.save(small, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"an object of {found[1]}" if found else str(error).partition("\n")[0]
+        raise UserError(
+            f"a checkpoint of this training could not be read again ({what}): the states of model and optimizer must "
+            "be plain tensors and Python's values; or train without an output directory"
+        ) from error
 
 
 def sealed(checkpoint: bytes) -> bytes:

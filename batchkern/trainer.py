@@ -47,7 +47,7 @@ from batchkern.interrupts import Interrupted, StopRequest
 from batchkern.learner import Counts, Learner
 from batchkern.plan import Batch, EpochBatches
 from batchkern.progress import ProgressBar
-from batchkern.rundir import CHECKPOINT, CURVES, SAMPLES, WEIGHTS, RunDirectory, check_saved
+from batchkern.rundir import CHECKPOINT, CURVES, SAMPLES, WEIGHTS, RunDirectory, check_readable, check_saved
 from batchkern.seeding import derived_seed, set_torch_states, torch_states
 from batchkern.strategies import Run, Strategy, check_combination
 
@@ -153,7 +153,7 @@ class Trainer(Learner):
                 model = models.build(model, shape=train.shape, classes=len(train.classes))
         model = model.to(ranks.device)
         check_model(model, train.shape, len(train.classes), ranks.device)
-        least = least_rows(model, train.shape, ranks.device, ranks.world, batch_size)
+        least = least_rows(model, train.shape, len(train.classes), ranks.device, ranks.world, batch_size)
         self.statistics = train.statistics()
         self.test_feed = self._feed(test, ranks.device)
         clean = train.clean_labels
@@ -206,6 +206,7 @@ class Trainer(Learner):
         }
         path = Path(out)
         self.ranks.first(lambda: check_saved(self.model))
+        self.ranks.first(lambda: check_readable(self._state([torch_states(self.device)])))
         directory = self.ranks.first(
             lambda: RunDirectory(path, self.settings, environment, overwrite=overwrite, resume=resume)
         )
@@ -221,26 +222,27 @@ class Trainer(Learner):
         if directory is None:
             return
         self._check_finite()
-        (rng, cuda_rng), *others = self.ranks.collect(torch_states(self.device))
-        self.ranks.first(
-            lambda: directory.save_checkpoint(
-                {
-                    "epochs_done": len(self.history),
-                    "counts": asdict(self.counts),
-                    "sums": self._sums,
-                    "model": self.model.state_dict(),
-                    "extras": self.run.extras.state_dict(),
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    "batches": self.batches.state_dict(),
-                    "strategies": [strategy.state_dict() for strategy in self.strategies],
-                    "samples": self.samples.state_dict(),
-                    "rng": rng,
-                    "cuda_rng": cuda_rng,
-                    "rng_of_other_ranks": others,
-                }
-            )
-        )
+        generators = self.ranks.collect(torch_states(self.device))
+        self.ranks.first(lambda: directory.save_checkpoint(self._state(generators)))
+
+    def _state(self, generators: list[tuple[Tensor, Tensor | None]]) -> dict[str, Any]:
+        """``generators``: the states of torch's, of each rank."""
+        (rng, cuda_rng), *others = generators
+        return {
+            "epochs_done": len(self.history),
+            "counts": asdict(self.counts),
+            "sums": self._sums,
+            "model": self.model.state_dict(),
+            "extras": self.run.extras.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "batches": self.batches.state_dict(),
+            "strategies": [strategy.state_dict() for strategy in self.strategies],
+            "samples": self.samples.state_dict(),
+            "rng": rng,
+            "cuda_rng": cuda_rng,
+            "rng_of_other_ranks": others,
+        }
 
     def _last_checkpoint(self) -> str:
         if self.directory is None:
@@ -368,7 +370,7 @@ class Trainer(Learner):
         row: dict[str, Any] = {
             "epoch": epoch,
             **asdict(self.counts),
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
             "train_loss": loss,
             "train_objective": objective,
             "train_accuracy": correct,
@@ -424,6 +426,7 @@ class Trainer(Learner):
 
     def predict(self, data: ImageData) -> Tensor:
         """Predicted classes ``(N,)`` int64 on the CPU, as the strategies decide at inference (majority vote, say)."""
+        check_kind("data", data, ImageData, "labelled images, as batchkern.data.load gives them")
         if data.shape != self.run.shape:
             raise UserError(f"data has images of shape {data.shape}; the model was trained on {self.run.shape}")
         mine = {place: scores.argmax(1).cpu() for place, _, _, scores in self._inference(self._feed(data, self.device))}

@@ -1,5 +1,9 @@
 """What a training is given: refused with a sentence, or turned into what it says."""
 
+import copy
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -30,8 +34,9 @@ def test_named_optimizers_get_the_options(name, cls, options):
 
 
 def test_a_function_makes_its_own_optimizer():
-    made = torch.optim.RMSprop([nn.Parameter(torch.zeros(2))])
-    assert configure.build_optimizer(lambda parameters: made, [], 0.1, 0.9, 0.0) is made
+    weights = [nn.Parameter(torch.zeros(2))]
+    made = torch.optim.RMSprop(weights)
+    assert configure.build_optimizer(lambda parameters: made, weights, 0.1, 0.9, 0.0) is made
 
 
 @pytest.mark.parametrize(
@@ -93,3 +98,133 @@ def test_descriptions_tell_data_sets_apart():
     assert configure.describe_data(a) != configure.describe_data(c)
     assert configure.describe_data(a)["shape"] == [1, 8, 8]
     assert configure.describe_model(nn.Linear(3, 2)) == "Linear with 8 parameters"
+
+
+# --- optimizers and schedules of the user's -------------------------------------------------------------------------
+
+
+def sgd(parameters, **options):
+    return torch.optim.SGD(parameters, **{"lr": 0.1} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"lr": np.float64(0.5), "momentum": np.float32(0.5)}, {"lr": 0.5, "momentum": 0.5}),
+        ({"weight_decay": np.float64(0.25), "nesterov": np.bool_(False)}, {"weight_decay": 0.25, "nesterov": False}),
+    ],
+)
+def test_numbers_of_numpy_in_an_optimizer_become_pythons(options, expected):
+    parameters = [nn.Parameter(torch.zeros(2))]
+    built = configure.build_optimizer(lambda p: sgd(p, **options), parameters, 0.1, 0.9, 0.0)
+    for group in (*built.param_groups, built.defaults):
+        assert {name: (type(group[name]), group[name]) for name in expected} == {
+            name: (type(value), value) for name, value in expected.items()
+        }
+    betas = (np.float64(0.75), 0.5)
+    built = configure.build_optimizer(lambda p: torch.optim.Adam(p, betas=betas), parameters, 0.1, 0.9, 0.0)
+    assert [type(beta) for beta in built.param_groups[0]["betas"]] == [float, float]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "said"),
+    [
+        (lambda p: torch.optim.LBFGS(p), "optimizer must be one whose step needs no closure, got LBFGS"),
+        (lambda p: sgd([nn.Parameter(torch.ones(1))]), "optimizer must train the parameters that it is given"),
+        (lambda p: [sgd(p)], "what optimizer returns must be a torch.optim.Optimizer, got"),
+    ],
+)
+def test_an_optimizer_that_cannot_train_the_model_is_refused(optimizer, said):
+    with pytest.raises(UserError, match=said):
+        configure.build_optimizer(optimizer, [nn.Parameter(torch.zeros(2))], 0.1, 0.9, 0.0)
+
+
+def test_what_a_schedule_returns_becomes_a_float_or_is_refused():
+    schedule = configure.pick_schedule(lambda progress: np.float32(0.5) if progress < 0.5 else None)
+    assert (type(schedule(0.0)), schedule(0.0)) == (float, 0.5)
+    with pytest.raises(UserError, match=r"schedule must return a factor on the learning rate, got None at 0.75"):
+        schedule(0.75)
+    with pytest.raises(UserError, match=r"schedule must return a factor .*, got nan at 0"):
+        configure.pick_schedule(lambda progress: math.nan)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda kept: kept.pop("exp_avg"), "the optimizer's"),
+        (lambda kept: kept.update(extra=torch.ones(3)), "the optimizer's"),
+        (
+            lambda kept: kept.update(exp_avg=torch.ones(2)),
+            "the optimizer's exp_avg is not that of a parameter of shape",
+        ),
+        (lambda kept: kept.update(exp_avg_sq=1.5), "the optimizer's exp_avg_sq"),
+        (lambda kept: kept.update(step=torch.tensor(-1.0)), "the optimizer's step"),
+    ],
+)
+def test_a_state_of_an_optimizer_that_does_not_fit_is_refused(change, said):
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    configure.load_optimizer(optimizer, copy.deepcopy(state))
+    change(state["state"][0])
+    with pytest.raises(ValueError, match=said):
+        configure.load_optimizer(optimizer, state)
+
+
+# --- models in training ---------------------------------------------------------------------------------------------
+
+
+class InTraining(nn.Module):
+    """Gives ``change(logits)`` in training."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.fc, self.change = nn.Linear(64, 2), change
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += self.training
+        logits = self.fc(x.flatten(1))
+        return self.change(logits) if self.training else logits
+
+
+def least(model, *, world=1, batch_size=4):
+    return configure.least_rows(model, (1, 8, 8), 2, torch.device("cpu"), world, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda z: (z, z), "in training, too, got tuple"),
+        (lambda z: z[:0], r"in training, too, got torch.float32 of shape \(0, 2\) for a batch of 1"),
+        (lambda z: z @ torch.ones(3, 2), r"cannot take images of shape \(1, 8, 8\) in training: mat1 and mat2"),
+        (lambda z: z.long(), "in training, too, got torch.int64"),
+        (lambda z: z.detach(), "logits in training have no gradient"),
+    ],
+)
+def test_a_model_that_does_something_else_in_training_is_refused(change, said):
+    with pytest.raises(UserError, match=said):
+        least(InTraining(change))
+
+
+def test_looking_at_a_model_in_training_leaves_it_and_torchs_generator_as_they_were():
+    model, before = InTraining(nn.Dropout(0.5)).eval(), torch.get_rng_state()
+    assert least(model) == 1
+    assert model.calls == 0
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: nn.functional.batch_norm(z, None, None, training=True),
+        lambda z: nn.functional.batch_norm(z.squeeze(), None, None, training=True),  # without rows where there is one
+    ],
+)
+def test_batch_norm_that_is_no_module_needs_two_rows_too(change):
+    assert least(InTraining(change), world=2) == 3
+    with pytest.raises(UserError, match="batch_size is 2, but the model, as by batch norm, needs 3 rows"):
+        least(InTraining(change), world=2, batch_size=2)

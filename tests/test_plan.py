@@ -72,7 +72,7 @@ def test_a_replay_continues_where_it_was_left(left):
     first, second = Replay(), Replay()
     stream = first.plan(EpochBatches(9, 2, 3, 0), chooser(asked_of_first))
     numbers = [next(stream).number for _ in range(left)]
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(first.state_dict(), 5, 3)
     rest = list(second.plan(EpochBatches(9, 2, 3, 0), chooser(asked_of_second)))
     assert numbers + [b.number for b in rest] == [b.number for b in whole]
     assert asked_of_first + asked_of_second == asked
@@ -118,10 +118,20 @@ def test_saved_numbers_are_whole_and_in_range(value):
 
 
 @pytest.mark.parametrize(
-    "change", [{"updates": -1}, {"round": None}, {"place": 3}, {"order": [0, -1]}, {"order": [0.0]}, {"order": None}]
+    "change",
+    [
+        {"updates": -1},
+        {"updates": 7},
+        {"round": None},
+        {"place": 3},
+        {"order": [0, -1]},
+        {"order": [0, 2]},
+        {"order": [0.0]},
+        {"order": None},
+    ],
 )
 def test_a_replay_takes_no_impossible_state(change):
     replay = Replay()
-    replay.load_state_dict({"updates": 4, "round": 1, "order": [1, 0], "place": 2})
+    replay.load_state_dict({"updates": 6, "round": 1, "order": [1, 0], "place": 2}, 2, 3)
     with pytest.raises((TypeError, ValueError)):
-        replay.load_state_dict({"updates": 4, "round": 1, "order": [1, 0], "place": 2} | change)
+        replay.load_state_dict({"updates": 4, "round": 1, "order": [1, 0], "place": 2} | change, 2, 3)

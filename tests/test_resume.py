@@ -20,6 +20,7 @@ import traceback
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from training import flat, images, net, single_thread, trainer, without_plots
@@ -58,6 +59,7 @@ SCENARIOS = {
 SETTINGS = {
     "all": {"optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "label_smoothing": 0.1},
     "baseline": {"amp": "fp16", "schedule": "cosine"},
+    "trimming": {"schedule": lambda progress: np.cos(np.float64(progress))},
 }
 # In CI a failure must not depend on what was drawn.
 SEED = 0 if "CI" in os.environ else int(time.time())

@@ -3,13 +3,14 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 import warm
 from torch import nn
 
 from batchkern.errors import UserError
-from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, PREVIOUS, WEIGHTS, RunDirectory, unsealed
+from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, PREVIOUS, WEIGHTS, RunDirectory, check_saved, unsealed
 
 SETTINGS = {"epochs": 3, "strategies": [{"name": "trimming", "end": 0.2}], "model": "cnn"}
 ENVIRONMENT = {"batchkern": "1.0", "torch": torch.__version__}
@@ -365,3 +366,33 @@ directory.save_checkpoint({{"epochs_done": 0, "model": torch.zeros(10_000)}})
     assert f"{CHECKPOINT} cannot be written: File too large" in done.stderr
     assert names(tmp_path / "run") == {CONFIG, METRICS, CHECKPOINT}
     assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True) == {"epochs_done": 0}
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        ({"lr": np.float64(0.5)}, r"an object of numpy\.\S*scalar"),
+        ({"weight": torch.ones(3).as_subclass(Subclass)}, r"an object of \S*Subclass"),
+        ({"hook": lambda: None}, "Can't pickle|Can't get local"),
+    ],
+)
+def test_a_checkpoint_that_could_not_be_read_again_is_not_written(found, named, tmp_path):
+    directory = opened(tmp_path / "run")
+    directory.save_checkpoint(state := {"epochs_done": 0, "optimizer": [{"lr": 0.5}]})
+    before = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    with pytest.raises(UserError, match=rf"could not be read again \(.*(?:{named}).*plain tensors and Python's values"):
+        directory.save_checkpoint(state | {"optimizer": [found]})
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == before
+
+
+def test_a_state_whose_elements_share_memory_is_refused():
+    model = nn.Linear(2, 2)
+    model.register_buffer("scale", torch.ones(1).expand(2))
+    with pytest.raises(UserError, match="the model's state holds 'scale', whose elements share memory"):
+        check_saved(model)
+    model.scale = torch.ones(1).expand(1)
+    check_saved(model)

@@ -42,6 +42,7 @@ from batchkern.strategies import (
     StochasticAugmentation,
     Strategy,
     Trimming,
+    parse,
 )
 from batchkern.trainer import Interrupted
 
@@ -412,7 +413,7 @@ def test_a_directory_in_use_is_refused_before_training(tmp_path):
 
 
 class Poisoned(nn.Module):
-    """A model that gives NaN from some forward pass in training on."""
+    """A model that gives NaN after so many forward passes in training, of which the trainer makes one beforehand."""
 
     def __init__(self, passes):
         super().__init__()
@@ -426,7 +427,7 @@ class Poisoned(nn.Module):
 
 @pytest.mark.parametrize("strategies", [lambda: [], lambda: [Trimming(0.5, 0.5)]])
 def test_a_loss_that_is_not_finite_ends_the_training_with_a_sentence(tmp_path, strategies):
-    run = trainer(strategies(), Poisoned(9), epochs=EPOCHS, out=tmp_path, checkpoint_every=4)
+    run = trainer(strategies(), Poisoned(10), epochs=EPOCHS, out=tmp_path, checkpoint_every=4)
     with pytest.raises(UserError, match=r"not finite at update 10; the last finite checkpoint is kept in .*point.pt"):
         run.fit()
     assert len(run.weights) == 9  # the update is not made
@@ -435,7 +436,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_with_a_sentence(tmp_path, s
     assert all(torch.isfinite(value).all() for value in state["model"].values())
     assert len(run.history) == 1
     with pytest.raises(UserError, match=r"not finite at update 2; a lower learning rate may help"):
-        trainer(strategies(), Poisoned(1)).fit()
+        trainer(strategies(), Poisoned(2)).fit()
 
 
 def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(tmp_path):
@@ -533,10 +534,10 @@ def test_looking_whether_the_model_fits_leaves_it_as_it_was():
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"lr": "0.1"}, r"lr must be in \(0, .*got '0.1'"),
         ({"weight_decay": 1e300}, "weight_decay must be in"),
-        ({"optimizer": lambda parameters: None}, "optimizer must return a torch.optim.Optimizer, got a NoneType"),
+        ({"optimizer": lambda parameters: None}, "what optimizer returns must be a torch.optim.Optimizer, got None"),
         ({"optimizer": [1]}, "optimizer must be one of"),
         ({"schedule": {}}, "schedule must be one of constant, cosine, step or a function"),
-        ({"schedule": lambda progress: None}, "what schedule returns must be a factor .* got None"),
+        ({"schedule": lambda progress: None}, "schedule must return a factor on the learning rate, got None at 0"),
         ({"amp": []}, "amp must be one of"),
         ({"augment": np.ones(2)}, "augment must be one of"),
         ({"device": 1.5}, "device must be cpu, cuda or cuda:N, got 1.5"),
@@ -601,17 +602,31 @@ def test_a_state_that_cannot_be_saved_is_told_before_the_training(tmp_path, thin
     trainer(model=Extra(thing))
 
 
-def test_torchs_default_type_changes_nothing():
+@pytest.mark.parametrize(
+    ("basis", "strategies"),
+    [
+        ("normalized", "random"),
+        ("hadamard", "trimming(backward=compact)+hard-batches(delta=0.5)"),
+        ("orthogonal", "random(select=batches,delta=0.5)"),
+    ],
+)
+def test_torchs_default_type_changes_nothing(basis, strategies):
+    data = images(44), images(20, seed=1)
+
+    def trained():
+        others = [StochasticAugmentation(0.0, basis=basis), PassiveInjection(PASSIVE, 4)]
+        run = trainer([*parse(strategies), *others], "cnn", *data, epochs=2)
+        run.fit()
+        return run
+
     torch.set_default_dtype(torch.float64)
     try:
-        other = trainer(model="cnn", epochs=1)
-        other.fit()
+        other = trained()
     finally:
         torch.set_default_dtype(torch.float32)
-    plain = trainer(model="cnn", epochs=1)
-    plain.fit()
-    assert other.model.fc.weight.dtype == torch.float32
-    assert other.history[-1].keys() == plain.history[-1].keys()
+    plain = trained()
+    assert furthest(other.weights, plain.weights) == 0
+    assert [row | {"seconds": 0} for row in other.history] == [row | {"seconds": 0} for row in plain.history]
 
 
 def test_a_picture_that_fails_ends_no_training(tmp_path, monkeypatch):
@@ -737,7 +752,7 @@ def test_a_last_batch_of_one_row_stays_where_the_model_can_do_with_it():
 @pytest.mark.parametrize(
     ("strategies", "options", "sentence"),
     [
-        ([], {"batch_size": 1}, "batch_size is 1, but the model's batch norm needs 2 rows"),
+        ([], {"batch_size": 1}, "batch_size is 1, but the model, as by batch norm, needs 2 rows"),
         ([PassiveInjection(images(20), batch_size=1)], {}, "passive batches have 1 rows, but .* needs 2"),
     ],
 )

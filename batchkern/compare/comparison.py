@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from batchkern.compare.arms import ARMS, BASELINE, BUDGETS, check_passive, described, slug, with_controls
-from batchkern.configure import check_counts
+from batchkern.configure import check_flags, check_kind, check_number, count
 from batchkern.data import ImageData, load, load_pair, subset, with_label_noise
 from batchkern.errors import UserError
 from batchkern.rundir import CHECKPOINT, CONFIG, METRICS
 from batchkern.strategies import Trimming, parse
 from batchkern.trainer import Trainer
+
+MOST_SEEDS = 100_000
+_OF_A_RUN = {"self", "model", "train", "test", "strategies", "seed", "out", "overwrite", "resume", "progress"}
+TRAINING = frozenset(inspect.signature(Trainer.__init__).parameters) - _OF_A_RUN
+"""Arguments of :class:`Trainer` that are the same in all runs."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,22 @@ class Comparison:
     resume: bool = False
 
     def __post_init__(self) -> None:
-        check_counts(seeds=self.seeds)
+        if count("seeds", self.seeds) > MOST_SEEDS:
+            raise UserError(f"seeds must be at most {MOST_SEEDS}, got {self.seeds}")
+        check_flags(controls=self.controls, overwrite=self.overwrite, resume=self.resume)
+        for name in ("arms", "budgets"):
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
+                raise UserError(f"{name} must be a tuple of strings, got {value!r:.60}")
+        check_kind("data", self.data, str, "the name of a data set, or its path as a string")
+        check_kind("out", self.out, str | Path, "a path")
+        check_kind("training", self.training, dict, "a dictionary of arguments of Trainer")
+        unknown = ", ".join(str(key) for key in self.training if key not in TRAINING)
+        if unknown:
+            raise UserError(f"training must have arguments of Trainer that hold for all runs, got {unknown:.60}")
+        object.__setattr__(self, "out", Path(self.out))
+        object.__setattr__(self, "seeds", int(self.seeds))
+        object.__setattr__(self, "noise", check_number("noise", self.noise))
         if self.overwrite and self.resume:
             raise UserError("overwrite and resume exclude each other; give one of them")
         if not self.arms:

@@ -27,7 +27,7 @@ from batchkern.compare.comparison import Comparison, RunOf, load_data
 from batchkern.compare.report import REPORT_FILES, write_report
 from batchkern.compare.summary import summarise
 from batchkern.compare.workers import in_processes
-from batchkern.configure import check_counts, check_one_process, pick_device
+from batchkern.configure import check_counts, check_one_process, count, pick_device
 from batchkern.errors import UserError, out_of_memory, require
 from batchkern.files import contents, locked, make_directory, remove_parts, write_file
 from batchkern.rundir import CONFIG, METRICS, RUN_FILES
@@ -125,8 +125,7 @@ def _devices(device: torch.device, jobs: int | None, runs: int) -> list[str]:
 
 def _check(comparison: Comparison) -> dict[str, Any]:
     """Builds every trainer once, so that what is wrong is told now and not after an hour; the settings of all runs."""
-    epochs = comparison.training.get("epochs", 15)
-    check_counts(epochs=epochs)
+    epochs = count("epochs", comparison.training.get("epochs", 15))
 
     def build(arm: str, epochs: int) -> Trainer:
         try:

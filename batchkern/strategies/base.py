@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from batchkern.configure import describe_choice
+from batchkern.configure import check_flags, check_number, count, describe_choice
 from batchkern.data import ImageData
 from batchkern.distributed import Ranks, Share
 from batchkern.errors import UserError
@@ -110,6 +110,22 @@ class Strategy:
     name: ClassVar[str]
     owns: frozenset[str] = frozenset()
     """What at most one strategy of a run may decide: ``"the batch plan"``, ``"the loss"``, ..."""
+
+    def __post_init__(self) -> None:
+        """Numbers and flags are of the kind that their annotation says; those of NumPy become Python's."""
+        for option in fields(self):  # type: ignore[arg-type]
+            kind = str(option.type)
+            value: Any = getattr(self, option.name) if option.init else None
+            if value is None and (kind.endswith("None") or not option.init):
+                continue
+            if kind.startswith("float"):
+                setattr(self, option.name, check_number(option.name, value))
+            elif kind == "bool":
+                check_flags(**{option.name: value})
+            elif kind.startswith("int") and not callable(value):
+                setattr(self, option.name, count(option.name, value, None))
+            elif kind.startswith("tuple") and not isinstance(value, list | tuple | str):
+                raise UserError(f"{option.name} must be a tuple, such as (a, b), got {value!r:.60}")
 
     def setup(self, run: Run) -> None:
         """Called once, before the optimizer exists: check against the run, add heads to ``run.extras``."""

@@ -48,6 +48,7 @@ class HardBatches(Strategy):
     replay: Replay = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_delta(self.delta)
         if self.order not in ("loss", "index"):
             raise UserError(f"order must be loss or index, got {self.order!r}")
@@ -55,7 +56,7 @@ class HardBatches(Strategy):
     def setup(self, run: Run) -> None:
         check_delta_of(self.delta, run.batches_per_epoch)
         self.ledger = BatchLedger(run.batches_per_epoch, device=run.device)
-        self.replay = Replay()
+        self.replay, self.epochs = Replay(), run.epochs
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
         return self.replay.plan(batches, self._hardest)
@@ -73,4 +74,4 @@ class HardBatches(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ledger.load_state_dict(state["ledger"])
-        self.replay.load_state_dict(state["replay"])
+        self.replay.load_state_dict(state["replay"], len(self.ledger), self.epochs)

@@ -54,6 +54,7 @@ class PassiveInjection(Strategy):
     """Epoch, progress, ends_epoch and rate of the active batch after which a passive one is due."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._due = self.every if callable(self.every) else schedules.every(self.every)
         if not isinstance(self.passive, ImageData | str | os.PathLike):
             raise UserError(f"passive must be ImageData or the name of a data set, got {self.passive!r}")
@@ -77,7 +78,7 @@ class PassiveInjection(Strategy):
         _, self.classifier = find_classifier(run.model, run.classifier)
         with torch.random.fork_rng(devices=[]):  # arms of a comparison go on to draw the same numbers
             torch.manual_seed(derived_seed(run.seed, "passive head"))
-            head = nn.Linear(self.classifier.in_features, len(data.classes))
+            head = nn.Linear(self.classifier.in_features, len(data.classes), dtype=self.classifier.weight.dtype)
         run.extras[HEAD] = head.to(run.device)
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:

@@ -44,6 +44,7 @@ class RandomSelection(Strategy):
     replay: Replay = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.select not in ("rows", "batches"):
             raise UserError(f"select must be rows or batches, got {self.select!r}")
         if self.backward not in ("masked", "compact"):
@@ -53,7 +54,7 @@ class RandomSelection(Strategy):
         self.owns = frozenset({"the loss" if self.select == "rows" else "the batch plan"})
 
     def setup(self, run: Run) -> None:
-        self.seed = run.seed
+        self.seed, self.epochs = run.seed, run.epochs
         self.replay = Replay()
         self.batches = run.batches_per_epoch
         if self.select == "batches":
@@ -96,4 +97,4 @@ class RandomSelection(Strategy):
         return {"replay": self.replay.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.replay.load_state_dict(state["replay"])
+        self.replay.load_state_dict(state["replay"], self.batches, self.epochs)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from batchkern.configure import check_number, count
 from batchkern.errors import UserError
 from batchkern.plan import Batch, EpochBatches, cut, saved_number
 from batchkern.seeding import generator
@@ -50,11 +51,13 @@ class Stepwise(Strategy):
     place: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        f, m = tuple(self.fractions), tuple(self.batch_multiples)
+        super().__post_init__()
+        f = tuple(check_number("fractions", x) for x in self.fractions)
+        m = tuple(count("batch_multiples", x, None) for x in self.batch_multiples)
         self.fractions, self.batch_multiples = f, m
         if not f or any(not 0 < x <= 1 for x in f) or any(a >= b for a, b in pairwise(f)):
             raise UserError(f"fractions must increase within (0, 1], got {f}")
-        if len(m) != len(f) or any(type(x) is not int or x < 1 for x in m):
+        if len(m) != len(f) or min(m) < 1:
             raise UserError(f"batch_multiples must be {len(f)} whole numbers of at least 1, one a fraction, got {m}")
         for name, value in (("gamma", self.gamma), ("decay_every", self.decay_every)):
             if not 0 < value <= 1:

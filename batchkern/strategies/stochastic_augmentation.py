@@ -67,6 +67,7 @@ class StochasticAugmentation(Strategy):
     kl_sum: float | Tensor = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
         if not all(isinstance(name, str) for name in self.layers):
             raise UserError(f"layers must be names of modules, got {self.layers}")
@@ -106,7 +107,7 @@ class StochasticAugmentation(Strategy):
         run.model.eval()
         try:
             with torch.no_grad():
-                images = torch.zeros(2, *run.shape, device=run.device)
+                images = torch.zeros(2, *run.shape, device=run.device, dtype=torch.float32)
                 run_with_virtual(run.model, module, lambda hidden: self.virtual(hidden, 0), images)
         except UserError as error:
             raise UserError(f"layers: {name!r} cannot hold virtual samples: {error}") from error

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import commands
+import numpy as np
 import pytest
 import torch
 import warm
@@ -643,3 +644,31 @@ def test_a_planted_effect_is_found_in_trainings_and_none_where_none_is(tmp_path,
     assert (found[same]["mean"], found[same]["half_width"], found[same]["p"]) == (0, None, 1)
     assert found[order]["half_width"] > 0
     assert found[order]["p_corrected"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"out": 3}, "out must be a path, got 3"),
+        ({"training": {"seed": 3}}, "training must have arguments of Trainer that hold for all runs, got seed"),
+        ({"training": {"foo": 3}}, "training must have arguments of Trainer that hold for all runs, got foo"),
+        ({"training": 3}, "training must be a dictionary"),
+        ({"seeds": None}, "seeds must be a whole number of at least 1, got None"),
+        ({"seeds": 10**9}, "seeds must be at most 100000, got 1000000000"),
+        ({"arms": "trimming"}, "arms must be a tuple of strings, got 'trimming'"),
+        ({"budgets": (3,)}, r"budgets must be a tuple of strings, got \(3,\)"),
+        ({"data": ["digits"]}, "data must be the name of a data set"),
+        ({"overwrite": "no"}, "overwrite must be True or False, got 'no'"),
+        ({"noise": "much"}, "noise must be a number, got 'much'"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(options, said):
+    with pytest.raises(UserError, match=said):
+        Comparison(**{"data": "digits", "model": "cnn", "out": "out", "arms": ("baseline",)} | options)
+
+
+def test_a_path_as_text_and_numbers_of_numpy_are_taken(tmp_path):
+    noise, seeds = np.float32(0.25), np.int64(2)
+    comparison = Comparison("digits", "cnn", str(tmp_path), arms=["baseline"], noise=noise, seeds=seeds)
+    assert (comparison.out, comparison.arms) == (tmp_path, ("baseline",))
+    assert json.loads(json.dumps([comparison.noise, comparison.seeds])) == [0.25, 2]
