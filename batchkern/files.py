@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import stat
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -121,15 +122,33 @@ def lock(directory: Path) -> int:
         raise UserError(
             f"{directory} is in use by another training or comparison; wait for it, or give another directory"
         ) from None
-    except OSError:
-        pass  # a file system without locks
+    except OSError as error:
+        warnings.warn(
+            f"{directory} cannot be locked ({error.strerror}): nothing keeps another training from writing there, too",
+            stacklevel=2,
+        )
     return descriptor
 
 
+def check_place(directory: Path, descriptor: int) -> None:
+    """
+    Raises:
+        UserError: ``directory`` is no longer the one that was locked: it was moved, and perhaps another made.
+    """
+    try:
+        same = os.path.samestat(os.stat(directory), os.fstat(descriptor))
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written: {error.strerror}") from None
+    if not same:
+        raise UserError(
+            f"{directory} is not the directory that this began in, which was moved; its files are left alone"
+        )
+
+
 @contextlib.contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[int]:
     descriptor = lock(directory)
     try:
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)

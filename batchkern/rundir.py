@@ -19,7 +19,16 @@ from torch.utils._pytree import tree_map
 
 from batchkern._version import __version__
 from batchkern.errors import UserError, require
-from batchkern.files import append_line, contents, lock, make_directory, read_file, remove_parts, write_file
+from batchkern.files import (
+    append_line,
+    check_place,
+    contents,
+    lock,
+    make_directory,
+    read_file,
+    remove_parts,
+    write_file,
+)
 
 CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES = (
     "config.json",
@@ -32,7 +41,7 @@ CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES = (
 )
 RUN_FILES = (CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES)
 
-FORMAT = 1
+FORMAT = 2
 """Of checkpoints; raised when what they hold is no longer read by what was written before."""
 _SEAL = re.compile(rb"batchkern (\S{1,40}) checkpoint ([0-9]{1,9}) blake2b ([0-9a-f]{32})")
 
@@ -56,6 +65,7 @@ class RunDirectory:
         self, path: Path, settings: dict[str, Any], environment: dict[str, Any], *, overwrite: bool, resume: bool
     ) -> None:
         self.path = path
+        self._run = hashlib.blake2b(json.dumps(identity(settings)).encode(), digest_size=16).hexdigest()
         self._lock: int | None = None
         self._left: list[Any] | None = None
         """What the files were when this process last had the lock."""
@@ -150,7 +160,7 @@ class RunDirectory:
             recorded = read_json(self.path / CONFIG, dict[str, dict[str, Any]])["settings"]
         except (OSError, ValueError, KeyError):
             raise self._nothing_to_resume() from None
-        asked = json.loads(json.dumps(settings))
+        recorded, asked = identity(recorded), identity(settings)
         changed = [
             f"{key} was {recorded.get(key)!r}, now {asked.get(key)!r}"
             for key in sorted(recorded.keys() | asked.keys())
@@ -160,11 +170,17 @@ class RunDirectory:
             raise UserError(f"{self.path} was trained with other settings and cannot be resumed: {'; '.join(changed)}")
 
     def _write(self, name: str, content: bytes) -> None:
+        self._check_place()
         write_file(self.path / name, content)
+
+    def _check_place(self) -> None:
+        if self._lock is not None:
+            check_place(self.path, self._lock)
 
     # --- metrics and checkpoints -------------------------------------------------------------------------------
 
     def append_metrics(self, row: dict[str, Any]) -> None:
+        self._check_place()
         append_line(self.path / METRICS, json.dumps(row))  # before the checkpoint that counts on this row
 
     def metrics(self, rows: int | None = None) -> list[dict[str, Any]]:
@@ -183,9 +199,10 @@ class RunDirectory:
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """The one before it is kept beside it: a disk may lose what it had written whole."""
         check_readable(state)
+        self._check_place()
         # By way of memory: on a full disk torch's own writer fails with an error that hides the reason.
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save(state | {"run": self._run}, buffer)
         write_file(self.path / CHECKPOINT, sealed(buffer.getvalue()), previous=self.path / PREVIOUS)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
@@ -209,13 +226,18 @@ class RunDirectory:
             done = state["epochs_done"]
             if not isinstance(done, int) or done < 0:
                 raise ValueError(f"epochs_done is {done!r}")
+            if state.pop("run", None) != self._run:
+                raise ValueError("it is of a run with other settings")
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}{self._whole_one(name)}") from None
         except Exception as error:
             # torch would say that it should be loaded with its code executed
             reason = error if type(error) is ValueError else "it is no checkpoint"
             raise UserError(f"{file} cannot be read: {reason}{self._whole_one(name)}") from None
-        return state, self.metrics(done)
+        try:
+            return state, self.metrics(done)
+        except UserError as error:
+            raise UserError(f"{error}{self._whole_one(name)}") from None
 
     def _whole_one(self, name: str) -> str:
         """What to do where the last checkpoint is lost."""
@@ -231,6 +253,16 @@ class RunDirectory:
         save = require("safetensors.torch", "train").save
         # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
         self._write(file, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
+
+
+def identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` as JSON has them, without the names of data whose contents they tell: a path may be written in many
+    ways."""
+    plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True))
+    for value in plain.values():
+        if isinstance(value, dict) and value.get("images_crc32") is not None:
+            value.pop("name", None)
+    return plain
 
 
 def check_saved(model: nn.Module) -> None:

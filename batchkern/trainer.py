@@ -153,6 +153,8 @@ class Trainer(Learner):
                 model = models.build(model, shape=train.shape, classes=len(train.classes))
         model = model.to(ranks.device)
         check_model(model, train.shape, len(train.classes), ranks.device)
+        if classifier is not None:
+            models.find_classifier(model, classifier)
         least = least_rows(model, train.shape, len(train.classes), ranks.device, ranks.world, batch_size)
         self.statistics = train.statistics()
         self.test_feed = self._feed(test, ranks.device)
@@ -274,6 +276,10 @@ class Trainer(Learner):
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
+        if len(state["strategies"]) != len(self.strategies):
+            raise ValueError(
+                f"it is of {len(state['strategies'])} strategies, and this training has {len(self.strategies)}"
+            )
         for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
             strategy.load_state_dict(saved)
         self.samples.load_state_dict(state["samples"])

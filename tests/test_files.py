@@ -1,5 +1,6 @@
 """Files that are whole or not there, whatever lies in their place; and one writer for a directory."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -130,3 +131,13 @@ def test_a_file_system_without_locks_will_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.fcntl, "flock", unsupported)
     os.close(lock(tmp_path))
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", no_locks)
+    said = r"cannot be locked \(No locks available\): nothing keeps another training from writing there, too"
+    with pytest.warns(UserWarning, match=said), locked(tmp_path):
+        pass

@@ -150,6 +150,14 @@ def test_metrics_that_lost_rows_of_the_checkpoint(tmp_path):
     directory.save_checkpoint(state(2))
     with pytest.raises(UserError, match=r"metrics.jsonl is damaged: it has 1 rows, not 2"):
         opened(tmp_path, resume=True).load_checkpoint()
+    directory.save_checkpoint(state(2))
+    (tmp_path / PREVIOUS).unlink()
+    directory.append_metrics(row(1))
+    directory.save_checkpoint(state(3))
+    with pytest.raises(
+        UserError, match=r"it has 2 rows, not 3; checkpoint.previous.pt beside it, of epoch 2, is whole"
+    ):
+        opened(tmp_path, resume=True).load_checkpoint()
 
 
 @pytest.mark.parametrize("written", [0, 100])
@@ -242,7 +250,7 @@ def with_a_checkpoint(path, epochs=1):
         (lambda c: c + b"x", "it ends without its checksum"),
         (lambda c: c[: len(c) // 2], "it ends without its checksum"),
         (lambda c: c[1:], "its checksum is another"),
-        (lambda c: c.replace(b"checkpoint 1 ", b"checkpoint 2 "), "wrote it in format 2, and .* reads format 1"),
+        (lambda c: c.replace(b"checkpoint 2 ", b"checkpoint 3 "), "wrote it in format 3, and .* reads format 2"),
         *((lambda c, at=at: flipped(c, at), "its checksum is another") for at in (0, 0.2, 0.4, 0.6, 0.8)),
     ],
 )
@@ -365,7 +373,7 @@ directory.save_checkpoint({{"epochs_done": 0, "model": torch.zeros(10_000)}})
     assert "UserError" in done.stderr
     assert f"{CHECKPOINT} cannot be written: File too large" in done.stderr
     assert names(tmp_path / "run") == {CONFIG, METRICS, CHECKPOINT}
-    assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True) == {"epochs_done": 0}
+    assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True).keys() == {"epochs_done", "run"}
 
 
 class Subclass(torch.Tensor):
@@ -396,3 +404,45 @@ def test_a_state_whose_elements_share_memory_is_refused():
         check_saved(model)
     model.scale = torch.ones(1).expand(1)
     check_saved(model)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "metrics", "weights"])
+@pytest.mark.parametrize("begun_anew", [False, True])
+def test_a_directory_that_was_moved_is_no_longer_written_to(what, begun_anew, tmp_path):
+    directory = opened(tmp_path / "run")
+    writes = {
+        "checkpoint": lambda: directory.save_checkpoint({"epochs_done": 0}),
+        "metrics": lambda: directory.append_metrics({"epoch": 0}),
+        "weights": lambda: directory.save_tensors(WEIGHTS, {}),
+    }
+    with directory.held():
+        os.rename(tmp_path / "run", tmp_path / "moved")
+        if begun_anew:
+            opened(tmp_path / "run", settings={"epochs": 7})
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        said = "run is not the directory that this began in" if begun_anew else "run cannot be written: No such file"
+        with pytest.raises(UserError, match=said):
+            writes[what]()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    for seed in (0, 1):
+        opened(tmp_path / str(seed), settings={"seed": seed}).save_checkpoint({"epochs_done": 0, "seed": seed})
+    assert opened(tmp_path / "0", settings={"seed": 0}, resume=True).load_checkpoint()["seed"] == 0
+    os.replace(tmp_path / "1" / CHECKPOINT, tmp_path / "0" / CHECKPOINT)
+    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read: it is of a run with other settings"):
+        opened(tmp_path / "0", settings={"seed": 0}, resume=True).load_checkpoint()
+
+
+@pytest.mark.parametrize("crc", [1234, None])
+def test_data_are_known_by_their_contents_where_these_are_known(crc, tmp_path):
+    def settings(name):
+        return {"train": {"name": name, "rows": 3, "images_crc32": crc}, "seed": 0}
+
+    opened(tmp_path / "run", settings=settings("images")).save_checkpoint({"epochs_done": 0})
+    if crc is None:  # streamed images are not all looked at
+        with pytest.raises(UserError, match="trained with other settings"):
+            opened(tmp_path / "run", settings=settings("./images/"), resume=True)
+    else:
+        assert opened(tmp_path / "run", settings=settings("./images/"), resume=True).load_checkpoint()

@@ -50,7 +50,8 @@ class Results:
 
     @property
     def machine(self) -> dict[str, Any]:
-        return self.content.get("machine") or {}
+        machine = self.content.get("machine")
+        return machine if isinstance(machine, dict) else {}
 
     @property
     def date(self) -> datetime:

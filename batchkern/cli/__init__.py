@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,7 @@ except ImportError:  # main() says so in a sentence
 
 def main() -> NoReturn:
     """The entry point of ``batchkern`` and ``python -m batchkern``."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which it hands on, may not be installed here
     with outputs(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:

@@ -29,8 +29,8 @@ from batchkern.compare.summary import summarise
 from batchkern.compare.workers import in_processes
 from batchkern.configure import check_counts, check_one_process, count, pick_device
 from batchkern.errors import UserError, out_of_memory, require
-from batchkern.files import contents, locked, make_directory, remove_parts, write_file
-from batchkern.rundir import CONFIG, METRICS, RUN_FILES
+from batchkern.files import check_place, contents, locked, make_directory, remove_parts, write_file
+from batchkern.rundir import CONFIG, METRICS, RUN_FILES, identity
 from batchkern.trainer import Interrupted, Trainer
 
 RESULTS = "results.json"
@@ -77,7 +77,7 @@ def run(
     try:
         with _threads(1 if device.type == "cpu" else torch.get_num_threads()):
             settings = _check(comparison)
-            with _claimed(comparison, settings) as earlier:
+            with _claimed(comparison, settings) as (earlier, check):
                 finished = {RunOf.recorded(outcome) for outcome in earlier.get("runs", ())}
                 tasks = [task for task in _tasks(settings) if task not in finished]
                 devices = _devices(device, jobs, len(tasks))
@@ -88,8 +88,10 @@ def run(
                 with contextlib.closing(_outcomes(comparison, tasks, devices)) as outcomes:
                     for outcome in outcomes:
                         results["runs"].append(outcome)
+                        check()
                         _write(comparison.out, results)
                         report(outcome, len(results["runs"]), len(finished) + len(tasks))
+                check()
                 _conclude(comparison, results)
     except KeyboardInterrupt:
         raise Interrupted(
@@ -251,19 +253,20 @@ def _write(out: Path, results: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _claimed(comparison: Comparison, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Makes the directory this comparison's, for as long as it runs; what it holds already, where it goes on.
+def _claimed(comparison: Comparison, settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
+    """Makes the directory this comparison's, for as long as it runs; what it holds already, where it goes on; and what
+    raises where another directory has taken its place.
 
     By the rule of a run's directory: refuse what is there, or go on with it, or replace only what a comparison wrote.
     """
     out = comparison.out
     make_directory(out)
-    with locked(out):
+    with locked(out) as descriptor:
         try:
             earlier = _finished(comparison, settings)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {error.strerror}") from None
-        yield earlier
+        yield earlier, partial(check_place, out, descriptor)
 
 
 def _finished(comparison: Comparison, settings: dict[str, Any]) -> dict[str, Any]:
@@ -334,7 +337,7 @@ def _earlier(out: Path) -> dict[str, Any]:
 def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The results of an earlier comparison without the runs that failed, if it can go on as this one."""
     own = {"arms", "controls", "seeds", "budgets", "arm_epochs"}
-    was, now = earlier["settings"], json.loads(json.dumps(settings))
+    was, now = identity(earlier["settings"]), identity(settings)
     if was["passive"] is None:  # no arm has injected anything so far
         own.add("passive")
     changed = [

@@ -38,7 +38,8 @@ def load(
               which one, to inject into the training on another set; with a fixed train and test split;
             - a parquet file in the image layout of Hugging Face `datasets`; its one split is "train";
             - a folder with one sub-folder of images per class, or of folders of them; or with sub-folders
-              train and test (or validation, val) that are like this; else its one split is "train";
+              train and test (or validation, valid, val, dev, training, testing; in any case) that are like this;
+              else its one split is "train";
             - a name on the Hugging Face hub, `owner/name`, `name`, or either with `:config`.
             A path object is always a file or a folder.
             Images are the first column of type `datasets.Image`; labels the column "label", "labels" or
@@ -213,11 +214,21 @@ def _check_test_classes(test: TensorImages | Table, train: TensorImages | Table,
                     f"set {train.name}; both must have the same classes in the same order: "
                     f"{shortened(classes)}"
                 )
+    for named, numbered in ((test, train), (train, test)):
+        if named.classes is not None and numbered.classes is None and _are_numbers_out_of_order(named.classes):
+            raise UserError(
+                f"{named.name}: its classes are numbers in the order {shortened(named.classes)}, so the labels of "
+                f"{numbered.name}, numbers without names, cannot be matched to them; rename them, as to 00, 01, 02, ..."
+            )
     wrong = (test.labels >= len(classes)).nonzero().flatten()
     if len(wrong):
         raise UserError(
             f"{test.name}: {_found(test, int(wrong[0]))}; the training set {train.name} allows 0..{len(classes) - 1}"
         )
+
+
+def _are_numbers_out_of_order(names: tuple[str, ...]) -> bool:
+    return all(name.isdecimal() for name in names) and [*map(int, names)] != [*range(len(names))]
 
 
 def _found(part: TensorImages | Table, position: int) -> str:

@@ -23,7 +23,12 @@ from batchkern.data.wording import printable, shortened
 from batchkern.errors import UserError, require
 
 # Sub-folders of a folder that are splits, and the names under which `datasets` knows them.
-_SPLIT_FOLDERS = {"train": "train", "test": "test", "validation": "validation", "val": "validation"}
+_SPLITS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "validation": ("validation", "valid", "val", "dev"),
+}
+_SPLIT_FOLDERS = {name: split for split, names in _SPLITS.items() for name in names}
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 
 
@@ -174,6 +179,7 @@ def _split(data: TensorImages) -> dict[str, TensorImages]:
 def _open_parquet(source: str, path: str) -> Mapping[str, Any]:
     parquet = require("pyarrow.parquet", "train")
     try:
+        path = os.path.abspath(path)  # or s3:/a.parquet would be an address
         if parquet.read_metadata(path).num_rows == 0:
             raise UserError(f"{source}: the file has no rows")
         # Among what datasets knows its cache by is the name of a configuration.
@@ -217,19 +223,15 @@ def _check_embedded(source: str, dataset: Any) -> None:
 
 
 def _open_folder(source: str, path: str) -> Mapping[str, Any]:
-    """Splits are the sub-folders train and test (or validation, val) where there are such, or train where there is
-    nothing else; else "train" only. Classes are those of the split "train".
+    """Splits are the sub-folders train and test (or validation, or other usual names of these) where there are such, or
+    train where there is nothing else; else "train" only. Classes are those of the split "train".
 
     Files are found here, and not by `datasets`, which would take any file or class with "test" in its name for a part
     of a test split, the innermost folder for the class, and the labels from a metadata file.
     """
     datasets = require("datasets", "train")
     inside = _sub_folders(source, path)
-    folders = {name: split for name, split in _SPLIT_FOLDERS.items() if name in inside}
-    if "train" not in folders or (len(folders) == 1 and len(inside) > 1):
-        folders = {"": "train"}
-    if len(set(folders.values())) < len(folders):
-        raise UserError(f"{source}: it has both 'validation' and 'val', which are names of the same split")
+    folders = _split_folders(source, inside) or {"": "train"}
     splits: dict[str, Any] = {}
     classes: tuple[str, ...] = ()
     training = ""
@@ -248,6 +250,26 @@ def _open_folder(source: str, path: str) -> Mapping[str, Any]:
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(classes))})
         splits[split] = datasets.Dataset.from_dict(columns, features=features)
     return splits
+
+
+def _split_folders(source: str, inside: list[str]) -> dict[str, str]:
+    """Which split each sub-folder is; none where they are classes."""
+    found = {name: _SPLIT_FOLDERS[name.lower()] for name in inside if name.lower() in _SPLIT_FOLDERS}
+    folders = dict(sorted(found.items(), key=lambda item: item[1] != "train"))  # it has the classes
+    others = [name for name in inside if name not in folders]
+    splits = set(folders.values())
+    if others and ("train" not in splits or len(folders) == 1):
+        return {}  # a class may be called train, or test
+    if others:
+        raise UserError(
+            f"{source}: its sub-folders {shortened(tuple(folders))} are splits, and {shortened(tuple(others))} none; "
+            "put it elsewhere, or give the folders of training and test each by itself"
+        )
+    if len(splits) < len(folders):
+        raise UserError(f"{source}: of its sub-folders {shortened(tuple(folders))} two are names of the same split")
+    if folders and "train" not in splits:
+        raise UserError(f"{source}: of splits it has {shortened(tuple(folders))}, but no train")
+    return folders
 
 
 def _images_of_classes(where: str, path: str) -> dict[str, list[str]]:
@@ -277,7 +299,7 @@ def _images_below(where: str, path: str, extensions: set[str]) -> Iterator[str]:
         seen.add(place)
         below = []
         for entry in _entries(where, folder):
-            if _is(entry.is_dir):
+            if _is_folder(where, entry):
                 below += [entry.path] if entry.name[0] != "." else []
             elif _extension(entry.name) in extensions:
                 _check_image_file(where, entry)
@@ -299,7 +321,7 @@ def _extension(file: str) -> str:
 
 
 def _sub_folders(where: str, path: str) -> list[str]:
-    return [entry.name for entry in _entries(where, path) if _is(entry.is_dir) and not entry.name.startswith(".")]
+    return [entry.name for entry in _entries(where, path) if entry.name[0] != "." and _is_folder(where, entry)]
 
 
 def _entries(where: str, path: str) -> list[os.DirEntry[str]]:
@@ -309,6 +331,17 @@ def _entries(where: str, path: str) -> list[os.DirEntry[str]]:
             return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         _refuse_folder(where, error)
+
+
+def _is_folder(where: str, entry: os.DirEntry[str]) -> bool:
+    """
+    Raises:
+        UserError: it is a link that cannot be followed, without the extension of a file: a class may lie behind it.
+    """
+    folder = _is(entry.is_dir)
+    if not folder and entry.is_symlink() and not os.path.exists(entry.path) and "." not in entry.name:
+        raise UserError(f"{where}: {entry.path!r} is a link that cannot be followed; remove it, or mend it")
+    return folder
 
 
 def _is(kind: Callable[[], bool]) -> bool:

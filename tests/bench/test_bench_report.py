@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -186,6 +187,13 @@ def test_wrong_arguments(report, words, pattern):
     Path("PAGE.md").write_text("<!-- figures: sizes x.json -->\n<!-- end of figures -->\n")
     Path("x").mkdir()
     refused(report(*words.split()), pattern)
+
+
+@pytest.mark.parametrize("machine", ["x", -1, [1], None])
+def test_a_machine_that_is_no_object(report, machine):
+    content = {"kind": "batchkern token selection", "settings": {}, "machine": machine}
+    Path("a.json").write_text(json.dumps(content))
+    refused(report("a.json"), r"a\.json")
 
 
 def test_without_bench_results(report, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -136,6 +137,15 @@ def test_a_report_of_benchmarks_without_matplotlib_writes_nothing(monkeypatch):
     assert status == 2
     assert "this needs the library 'matplotlib'" in err
     assert not Path("page").exists()
+
+
+def test_a_backend_of_a_notebook_is_not_asked_for(monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://of_another_environment")
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    words = ["-m", "batchkern", "train", "--data", "digits", "--epochs", "1", "--batch-size", "512", "--out", "run"]
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path("run", "curves.png").exists()
 
 
 def test_a_library_that_refuses_to_be_loaded(monkeypatch, tmp_path):

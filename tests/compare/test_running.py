@@ -569,6 +569,18 @@ def test_two_comparisons_do_not_share_a_directory(tmp_path, monkeypatch, quick_p
     assert refused
 
 
+def test_a_comparison_whose_directory_was_moved_leaves_the_new_one_alone(tmp_path, monkeypatch, quick_plots):
+    monkeypatch.chdir(tmp_path)
+
+    def moved(*_):
+        os.rename("out", "old")
+        Path("out").mkdir()
+
+    with pytest.raises(UserError, match="out is not the directory that this began in, which was moved"):
+        run(Comparison("digits", "cnn", "out", arms=("baseline",), seeds=1, training=tiny()), jobs=1, report=moved)
+    assert list(Path("out").iterdir()) == []
+
+
 def test_what_a_training_writes_to_is_not_removed(tmp_path, monkeypatch, quick_plots):
     monkeypatch.chdir(tmp_path)
     compared()

@@ -217,3 +217,14 @@ def test_rows_of_a_part_are_counted_as_in_the_file(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "b.parquet", random_pixels(40), labels, extra=extra)
     with pytest.raises(UserError, match=rf"row {last} has the label 7 in 'clean'; allowed are 0\.\.1"):
         load_pair(path, clean_labels="clean")
+
+
+@pytest.mark.parametrize("names", [["0", "1", "10", "2"], ["3", "4"]])
+@pytest.mark.parametrize("turned", [False, True])
+def test_names_that_are_numbers_in_another_order(tmp_path: Path, names: list[str], turned: bool) -> None:
+    """Folders 0 to 11, say, whose classes are in the order 0, 1, 10, 11, 2."""
+    count = len(names)
+    numbered = write_parquet(tmp_path / "a.parquet", random_pixels(8), [i % count for i in range(8)])
+    in_order = ["00", "01", "2", "3"][:count]
+    named = write_parquet(tmp_path / "b.parquet", random_pixels(8), [i % count for i in range(8)], names=in_order)
+    load_pair(named, numbered)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from image_files import as_tensor, datasets, encoded, random_pixels, write_folder, write_parquet
 
 from batchkern.data import load, load_pair
+from batchkern.data.sources import _digest
 from batchkern.errors import UserError
 from batchkern.strategies import PassiveInjection
 
@@ -86,7 +89,7 @@ def test_sources_that_are_no_text(source: Any) -> None:
     ("source", "said"),
     [
         ("", "'' is no file or folder"),
-        (".", r"^\.: no images in one sub-folder per class"),
+        (".", r"^\.: '\./broken' is a link that cannot be followed; remove it, or mend it"),
         ("/", "^/: no images in one sub-folder per class, as in class/image.png: none in '"),
         ("~nobody/x", "'~nobody/x' is no file or folder"),
         ("a\0b", r"'a\\x00b' is no file or folder"),
@@ -212,6 +215,74 @@ def test_images_that_are_no_files(kind: str) -> None:
 
 def test_links_that_lead_nowhere_and_are_no_images() -> None:
     write("in/a/0.png", "in/b/0.png", "in/b/1.png/2.png")
-    for link in ("in/b/notes.txt", "in/c", "in/b/more"):
-        os.symlink(os.path.basename(link), link)
+    os.symlink("notes.txt", "in/b/notes.txt")
+    os.symlink("nowhere", "in/.hidden")
     assert load("in").labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("link", ["in/c", "in/b/more"])
+@pytest.mark.parametrize("to", ["itself", "nowhere"])
+def test_a_link_behind_which_a_class_may_lie_is_refused(link: str, to: str) -> None:
+    write("in/a/0.png", "in/b/0.png")
+    os.symlink(os.path.basename(link) if to == "itself" else "gone", link)
+    with pytest.raises(UserError, match=rf"{re.escape(link)}' is a link that cannot be followed; remove it, or mend"):
+        load("in")
+
+
+def test_linked_folders_of_a_class_are_walked() -> None:
+    write("in/a/0.png", "in/b/0.png", "more/1.png", "more/2.png")
+    os.symlink(os.path.abspath("more"), "in/a/more")
+    assert load("in").labels.tolist() == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("training", "other"), [("train", "valid"), ("Training", "Testing"), ("Train", "Test"), ("TRAIN", "dev")]
+)
+def test_usual_names_of_splits(training: str, other: str) -> None:
+    write(*(f"in/{split}/{kind}/{number}.png" for split in (training, other) for kind in "ab" for number in range(2)))
+    train, test = load_pair("in")
+    assert (train.classes, len(train), len(test)) == (("a", "b"), 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        (("train", "test", "unlabeled"), "its sub-folders train, test are splits, and unlabeled none"),
+        (("train", "val", "valid"), "of its sub-folders train, val, valid two are names of the same split"),
+        (("test", "val"), "of splits it has test, val, but no train"),
+    ],
+)
+def test_splits_that_cannot_be_told(folders: tuple[str, ...], said: str) -> None:
+    write(*(f"in/{split}/{kind}/0.png" for split in folders for kind in "ab"))
+    with pytest.raises(UserError, match=f"in: {said}"):
+        load_pair("in")
+
+
+def test_a_class_may_have_the_name_of_a_split() -> None:
+    write("in/bus/0.png", "in/train/0.png", "in/test/0.png")
+    with pytest.raises(UserError, match="its sub-folders train, test are splits, and bus none"):
+        load("in")
+    os.rename("in/test", "in/car")
+    assert load("in").classes == ("bus", "car", "train")
+
+
+def test_a_parquet_file_whose_path_looks_like_an_address() -> None:
+    os.makedirs("s3:")
+    for path in ("s3:/a.parquet", "cifar:v2.parquet"):
+        write_parquet(path, random_pixels(4), [0, 1, 0, 1])
+        assert load(path.replace("s3:/", "s3://")).labels.tolist() == [0, 1, 0, 1]
+
+
+def test_the_digest_of_a_file_is_of_its_size_its_head_its_tail_and_its_footer() -> None:
+    content = bytearray(np.random.default_rng(0).bytes(4 << 20))
+    content[-8:-4] = (2 << 20).to_bytes(4, "little")  # of the footer
+    digests = set()
+    for place in (None, 0, (1 << 20) - 1, (2 << 20) - 8, (4 << 20) - 9, (4 << 20) - 1):
+        changed = bytearray(content)
+        if place is not None:
+            changed[place] ^= 1
+        Path("a.parquet").write_bytes(changed)
+        digests.add(_digest("a.parquet"))
+    Path("a.parquet").write_bytes(content[:100] + content)
+    digests.add(_digest("a.parquet"))
+    assert len(digests) == 7
