@@ -160,11 +160,12 @@ class RunDirectory:
             recorded = read_json(self.path / CONFIG, dict[str, dict[str, Any]])["settings"]
         except (OSError, ValueError, KeyError):
             raise self._nothing_to_resume() from None
-        recorded, asked = identity(recorded), identity(settings)
+        asked = json.loads(json.dumps(settings))
+        was, now = identity(recorded), identity(settings)
         changed = [
             f"{key} was {recorded.get(key)!r}, now {asked.get(key)!r}"
-            for key in sorted(recorded.keys() | asked.keys())
-            if recorded.get(key) != asked.get(key)
+            for key in sorted(was.keys() | now.keys())
+            if was.get(key) != now.get(key)
         ]
         if changed:
             raise UserError(f"{self.path} was trained with other settings and cannot be resumed: {'; '.join(changed)}")
