@@ -136,7 +136,7 @@ def some_scenarios(folder: Path) -> dict[str, Any]:
 def idle_heads(folder: Path) -> dict[str, float]:
     """How many steps AdamW has made with each part of the network: none with those that had no gradient."""
     run = build([PassiveInjection(PASSIVE, 4)], optimizer="adamw", lr=1e-3)
-    head = run.run.extras["passive_head"].weight
+    head = run.run.extras["passive_head"]["fc"].weight
     run.fit()
     parts = {"head": head, "fc": run.model.fc.weight, "trunk": run.model.conv1.weight}
     return {name: float(run.optimizer.state[weight]["step"]) for name, weight in parts.items()}

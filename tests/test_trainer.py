@@ -791,10 +791,12 @@ def test_fp16_scales_its_loss():
 
 def test_the_classifier_decides_where_virtual_samples_and_the_passive_head_are():
     strategies = [StochasticAugmentation(0.0), PassiveInjection(PASSIVE, 1)]
-    run = trainer(strategies, classifier="hidden")
-    assert strategies[0].modules == [run.model.hidden]
-    assert run.run.extras["passive_head"].in_features == 54
-    assert run.settings["classifier"] == "hidden"
+    model = net()
+    model.unused = torch.nn.Linear(2, 2)
+    run = trainer(strategies, model, classifier="fc")
+    assert strategies[0].modules == [run.model.fc]
+    assert list(run.run.extras["passive_head"]) == ["hidden", "fc"]
+    assert run.settings["classifier"] == "fc"
     run.fit()
 
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from batchkern import schedules
 from batchkern.data import Feed, ImageData, load, match_shape
 from batchkern.errors import UserError
-from batchkern.models import find_classifier, frozen_statistics
+from batchkern.models import frozen_statistics
 from batchkern.ops import trimmed_cross_entropy
 from batchkern.plan import Batch, EpochBatches, saved_number
+from batchkern.second_head import CONVOLUTIONS, in_place, second_head
 from batchkern.seeding import derived_seed
 from batchkern.strategies.base import Run, Step, Strategy
 
@@ -30,8 +31,9 @@ class PassiveInjection(Strategy):
     """After every g-th batch of the training set, one of another data set, through the shared trunk and its own head.
 
     Active batches are counted over the whole training, so a small data set gets its passive batches too:
-    floor(active updates / g) of them. The head stands beside the model and is gone at the end. In an update that does
-    not use it, a head has no gradient, so the optimizer gives it no momentum and no weight decay either.
+    floor(active updates / g) of them. The head has the layers that are not shared once more, beside the model, and is
+    gone at the end. In an update that does not use it, a head has no gradient, so the optimizer gives it no momentum
+    and no weight decay either.
 
     Args:
         passive: the passive set, or what ``batchkern.data.load`` takes; resized to the shape of the training images and
@@ -39,6 +41,8 @@ class PassiveInjection(Strategy):
         every: g, the number of active batches for each passive one; or ``f(active batches so far)`` -> bool.
         batch_size: of passive batches; default: the run's.
         freeze_bn: passive batches leave the running statistics of batch norm alone. By default they are shared.
+        shared: which layers both sets share, as in :func:`batchkern.second_head.second_head`: ``"convolutions"``, as
+            the paper (section IV), ``"all but the classifier"``, or the name of the last module that is shared.
     """
 
     name: ClassVar[str] = "passive"
@@ -48,6 +52,7 @@ class PassiveInjection(Strategy):
     every: int | Callable[[int], bool] = 100
     batch_size: int | None = None
     freeze_bn: bool = False
+    shared: str = CONVOLUTIONS
     active: int = field(default=0, init=False, repr=False)
     injected: int = field(default=0, init=False, repr=False)
     pending: tuple[int, float, bool, float | None] | None = field(default=None, init=False, repr=False)
@@ -60,6 +65,10 @@ class PassiveInjection(Strategy):
             raise UserError(f"passive must be ImageData or the name of a data set, got {self.passive!r}")
         if self.batch_size is not None and (type(self.batch_size) is not int or self.batch_size < 1):
             raise UserError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
+        if not isinstance(self.shared, str):
+            raise UserError(
+                f"shared must be the name of a part of the model, such as convolutions, got {self.shared!r}"
+            )
 
     def setup(self, run: Run) -> None:
         data = self.passive if isinstance(self.passive, ImageData) else load(self.passive)
@@ -75,10 +84,11 @@ class PassiveInjection(Strategy):
         self.batches = EpochBatches(len(data), size, 1, derived_seed(run.seed, "passive"), run.least_rows)
         self.active, self.injected, self.pending = 0, 0, None
         self.seen, self.correct = 0, torch.zeros((), dtype=torch.int64, device=run.device)  # in the epoch
-        _, self.classifier = find_classifier(run.model, run.classifier)
+        example = torch.zeros(2, *run.shape, device=run.device, dtype=torch.float32)
         with torch.random.fork_rng(devices=[]):  # arms of a comparison go on to draw the same numbers
             torch.manual_seed(derived_seed(run.seed, "passive head"))
-            head = nn.Linear(self.classifier.in_features, len(data.classes), dtype=self.classifier.weight.dtype)
+            classes = len(data.classes)
+            head = second_head(run.model, classes, example, shared=self.shared, classifier=run.classifier)
         run.extras[HEAD] = head.to(run.device)
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
@@ -100,15 +110,9 @@ class PassiveInjection(Strategy):
 
     def _passive_loss(self, step: Step) -> Tensor:
         images, target = self.feed.batch(step.share.take(step.batch.indices), None)
-        features: list[Tensor] = []
-        # The model's own head runs too (a small matmul), but nothing of it reaches the loss: its gradient stays None.
-        handle = self.classifier.register_forward_pre_hook(lambda _, args: features.append(args[0]))
-        try:
-            with frozen_statistics(step.run.model) if self.freeze_bn else nullcontext():
-                step.run.model(images)
-        finally:
-            handle.remove()
-        logits = step.run.extras[HEAD](features[0])
+        model, head = step.run.model, step.run.extras[HEAD]
+        with frozen_statistics(model) if self.freeze_bn else nullcontext(), in_place(model, head):
+            logits = model(images)
         target, ranks = step.share.ignore_filling(target), step.run.ranks
         hits, _ = ranks.gather(step.share, (logits.detach().argmax(1) == target)[None].float(), logits.new_zeros(()))
         self.correct += hits.sum().long()

@@ -100,8 +100,8 @@ def test_four_at_once_against_a_loop(backward, mutation):
     run.fit()
 
     model, head = copy.deepcopy(run.initial), copy.deepcopy(run.initial_extras[HEAD])
-    trunk, fc = nn.ModuleList(list(model.children())[:-1]), model.fc
-    optimizers = {part: sgd(part) for part in (trunk, fc, head)}
+    trunk, own = nn.ModuleList([model.conv1, model.norm, model.conv2]), nn.ModuleList([model.hidden, model.fc])
+    optimizers = {part: sgd(part) for part in (trunk, own, head)}
     inputs, labels = normalised(run.feed.data), run.feed.data.labels
     batches, weights, ledger = run.batches.epoch(0), [], {}
     fired = 0
@@ -129,15 +129,16 @@ def test_four_at_once_against_a_loop(backward, mutation):
             compact = backward == "compact" and mutation != "penalty on every row"
             near = rows[losses.topk(count).indices.sort().values] if compact else rows
             hidden = model.trunk(inputs[near])
-            raw, virtual = fc(hidden).detach(), torch.cat(virtual_samples(draws, number, hidden))
+            raw, virtual = model.fc(hidden).detach(), torch.cat(virtual_samples(draws, number, hidden))
             soft = raw.log_softmax(1).repeat(4, 1)
-            loss = loss + 0.5 * F.kl_div(fc(virtual).log_softmax(1), soft, log_target=True, reduction="batchmean")
+            loss = loss + 0.5 * F.kl_div(model.fc(virtual).log_softmax(1), soft, log_target=True, reduction="batchmean")
         ledger[batch] = float(loss.detach()) if mutation == "trimmed loss ranked" else float(losses.detach().mean())
-        update(loss, trunk, fc)
+        update(loss, trunk, own)
         if (len(weights) if mutation == "passive updates counted" else number + 1) % 4 == 0:
             epoch, place = divmod(number // 4, 3)
             rows = strategies[3].batches.epoch(epoch)[place]
-            logits = head(model.trunk(normalised(PASSIVE)[rows]))
+            seen = F.relu(model.conv2(model.early(normalised(PASSIVE)[rows]))).flatten(1)
+            logits = head["fc"](F.relu(head["hidden"](seen)))
             update(F.cross_entropy(logits, PASSIVE.labels[rows]), trunk, head)
     assert fired > 3
     if not mutation or (mutation == "penalty on every row" and backward == "masked"):

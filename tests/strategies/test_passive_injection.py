@@ -25,6 +25,7 @@ from training import (
 from batchkern.data import TensorImages, match_shape
 from batchkern.errors import UserError
 from batchkern.plan import Batch, EpochBatches
+from batchkern.second_head import CONVOLUTIONS
 from batchkern.strategies import HardBatches, PassiveInjection, Stepwise
 from batchkern.strategies.passive_injection import HEAD
 
@@ -33,8 +34,8 @@ PASSIVE = images(21, seed=5, classes=3)
 one_thread = single_thread()
 
 
-def passive_run(every=EVERY, *strategies, passive=PASSIVE, model=None, freeze_bn=False, **options):
-    strategies = [PassiveInjection(passive, every, freeze_bn=freeze_bn), *strategies]
+def passive_run(every=EVERY, *strategies, passive=PASSIVE, model=None, freeze_bn=False, shared=CONVOLUTIONS, **options):
+    strategies = [PassiveInjection(passive, every, freeze_bn=freeze_bn, shared=shared), *strategies]
     return trainer(strategies, model, **{"epochs": EPOCHS} | options)
 
 
@@ -42,25 +43,43 @@ def adamw(module):
     return torch.optim.AdamW(module.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.1)
 
 
-def paper_loop(run: RecordingTrainer, mutation="", *, every=EVERY, make=sgd, freeze_bn=False, passive=PASSIVE):
+def paper_loop(
+    run: RecordingTrainer,
+    mutation="",
+    *,
+    every=EVERY,
+    make=sgd,
+    freeze_bn=False,
+    passive=PASSIVE,
+    own=("hidden", "fc"),
+):
     """Algorithm 1: the weights of the model, and of the passive head, after each update.
 
     The trunk and the two heads have an optimizer each, so that one that is to be kept fixed cannot move.
+
+    Args:
+        own: the layers that each head has for itself.
     """
     model = copy.deepcopy(run.initial).train()
-    trunk, active_head = torch.nn.ModuleList(list(model.children())[:-1]), model.fc
-    passive_head = copy.deepcopy(run.initial_extras[HEAD])
+    trunk = torch.nn.ModuleList(layer for name, layer in model.named_children() if name not in own)
+    active_head = torch.nn.ModuleDict({name: getattr(model, name) for name in own})
+    passive_head = torch.nn.ModuleDict({name: copy.deepcopy(run.initial_extras[HEAD][name]) for name in own})
     optimizers = {part: make(part) for part in (trunk, active_head, passive_head)}
     inputs, labels = normalised(run.feed.data), run.feed.data.labels
     like = run.feed.data if mutation == "normalised as the training set" else passive
     passive_inputs, passive_labels = normalised(passive, like), passive.labels
     weights, heads, passes = [], [], 0
 
+    def logits(head, x):
+        layers = {"hidden": model.hidden, **head}
+        hidden = F.relu(layers["hidden"](F.relu(model.conv2(model.early(x))).flatten(1)))
+        return layers["fc"](model.dropout(hidden))
+
     def update(head, x, y, frozen, moves):
         before = [b.clone() for b in model.buffers()]
         for optimizer in optimizers.values():
             optimizer.zero_grad()
-        F.cross_entropy(head(model.trunk(x)), y).backward()
+        F.cross_entropy(logits(head, x), y).backward()
         for part in (trunk, head):
             optimizers[part].step()
         if moves:  # the idle head too, along a gradient of zero: weight decay and momentum still move it
@@ -104,6 +123,21 @@ def test_each_update_is_the_papers(norm, every):
     assert len(weights) == EPOCHS * 6 + EPOCHS * 6 // every
     assert furthest(run.weights, weights) <= EXACT
     assert furthest(run.heads, heads) <= EXACT
+
+
+@pytest.mark.parametrize(
+    ("shared", "own"), [("all but the classifier", ("fc",)), ("hidden", ("fc",)), ("conv2", ("hidden", "fc"))]
+)
+def test_what_is_shared_may_be_chosen(shared, own):
+    run = passive_run(shared=shared)
+    run.fit()
+    weights, heads = paper_loop(run, own=own)
+    assert furthest(run.weights, weights) <= EXACT
+    assert furthest(run.heads, heads) <= EXACT
+
+
+def test_a_linear_layer_that_is_shared_would_show():
+    assert furthest(finished().weights, paper_loop(finished(), own=("fc",))[0]) > DIFFERENT
 
 
 def test_adamw_too():
@@ -165,12 +199,12 @@ def test_freeze_bn_decides_whether_running_statistics_are_shared(freeze):
 )
 def test_an_idle_head_has_no_gradient_no_momentum_and_no_decay(options):
     run = passive_run(**options)
-    head, classifier = run.run.extras[HEAD], run.model.fc
+    head, own = run.run.extras[HEAD], torch.nn.ModuleList([run.model.hidden, run.model.fc])
     kinds = []
     descend = run._descend
 
     def watched(objective):
-        heads = (head, classifier)
+        heads = (head, own)
         states = copy.deepcopy([m.state_dict() for m in heads])
         moments = copy.deepcopy([[run.optimizer.state[p] for p in m.parameters()] for m in heads])
         value = descend(objective)
@@ -286,7 +320,10 @@ def test_beside_a_plan_of_another_strategy():
 def test_the_head_is_gone_at_the_end():
     run = passive_run()
     assert list(run.run.extras) == [HEAD]
-    assert run.run.extras[HEAD].weight.shape == (3, 16)
+    assert {name: layer.weight.shape for name, layer in run.run.extras[HEAD].items()} == {
+        "hidden": (16, 54),
+        "fc": (3, 16),
+    }
     run.fit()
     assert list(run.run.extras) == []
     assert list(run.model.state_dict()) == list(net().state_dict())
@@ -306,7 +343,7 @@ def test_passive_images_are_brought_to_the_shape_of_the_training_set():
 def test_a_passive_set_may_be_named():
     pytest.importorskip("sklearn")
     run = passive_run(passive="digits", epochs=1)
-    assert run.run.extras[HEAD].weight.shape == (10, 16)
+    assert run.run.extras[HEAD]["fc"].weight.shape == (10, 16)
     assert run.fit()["passive_updates"] == 1
 
 
@@ -317,9 +354,12 @@ def test_setting_up_leaves_torchs_generator_alone():
 
 
 def test_the_classifier_may_be_named():
-    run = passive_run(classifier="hidden")
-    assert run.run.extras[HEAD].weight.shape == (3, 54)
-    run.fit()
+    model = net()
+    model.unused = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"the classifier 'unused' does not run"):
+        passive_run(model=model)
+    run = passive_run(model=model, classifier="fc")
+    assert run.run.extras[HEAD]["fc"].weight.shape == (3, 16)
 
 
 @pytest.mark.parametrize(
@@ -330,6 +370,8 @@ def test_the_classifier_may_be_named():
         ({"every": True}, "every"),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 2.5}, "batch_size"),
+        ({"shared": 3}, "shared"),
+        ({"shared": None}, "shared"),
     ],
 )
 def test_wrong_options_are_refused_at_once(options, named):
