@@ -918,6 +918,31 @@ STRATEGIES = [
     ),
     *within(
         "strategies",
+        "batchkern/second_head.py",
+        ("tests/test_second_head.py",),
+        (
+            "linear layers behind the last convolution are shared",
+            "    return min((moment for moment in linear if moment > max(convolutions)), default=max(convolutions))",
+            "    return max(linear)",
+        ),
+        (
+            "batch norm behind the last convolution is copied",
+            "    return min((moment for moment in linear if moment > max(convolutions)), default=max(convolutions))",
+            "    return max(convolutions)",
+        ),
+        ("the copies are the model's own layers", "copy.deepcopy(module).train()", "module.train()"),
+        (
+            "the model keeps the layers of the second head",
+            "            parent._modules[name] = child\n",
+            "            pass\n",
+        ),
+        ("copies stay frozen", ".train().requires_grad_(True)", ".train()"),
+        ("looking at a model leaves its hooks", "            handle.remove()\n", "            pass\n"),
+        ("what timm's forward_head runs is not asked", "if head_begins is not None:", "if head_begins == -1:"),
+        ("checking the head moves its batch norm", "            model.eval()\n            shape", "            shape"),
+    ),
+    *within(
+        "strategies",
         "batchkern/strategies/passive_injection.py",
         ("tests/test_resume.py", "-k", "every_single_update"),
         (

@@ -51,7 +51,8 @@ _SVHN_CHOSEN = (
 )
 _VGG_CHOSEN = (
     *_CIFAR_CHOSEN,
-    "VGG-16 on CIFAR is not described: timm's vgg16_bn, with batch norm and two layers of 4,096 but no dropout.",
+    "VGG-16 on CIFAR is not described: timm's vgg16_bn, with batch norm and two layers of 4,096 but no dropout. The "
+    "passive head has two such layers of its own.",
 )
 _IMAGENET_CHOSEN = (
     *_CHOSEN,
