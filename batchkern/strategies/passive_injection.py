@@ -89,7 +89,7 @@ class PassiveInjection(Strategy):
             torch.manual_seed(derived_seed(run.seed, "passive head"))
             classes = len(data.classes)
             head = second_head(run.model, classes, example, shared=self.shared, classifier=run.classifier)
-        run.extras[HEAD] = head.to(run.device)
+        self.head = run.extras[HEAD] = head.to(run.device)
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
         while True:
@@ -110,8 +110,8 @@ class PassiveInjection(Strategy):
 
     def _passive_loss(self, step: Step) -> Tensor:
         images, target = self.feed.batch(step.share.take(step.batch.indices), None)
-        model, head = step.run.model, step.run.extras[HEAD]
-        with frozen_statistics(model) if self.freeze_bn else nullcontext(), in_place(model, head):
+        model = step.run.model
+        with frozen_statistics(model) if self.freeze_bn else nullcontext(), in_place(model, self.head):
             logits = model(images)
         target, ranks = step.share.ignore_filling(target), step.run.ranks
         hits, _ = ranks.gather(step.share, (logits.detach().argmax(1) == target)[None].float(), logits.new_zeros(()))
