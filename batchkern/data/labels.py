@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,7 @@ def label_column(features: Mapping[str, Any]) -> str | None:
     """The column of labels, or None: there is none, or it cannot be told which.
 
     Where one of `LABEL_COLUMNS` is of a type that labels cannot have, the labels are most likely in it, so that a
-    column of integers (an identifier, a width) is not taken for them.
+    column of integers (an identifier, a width) is not taken for them. Strings are labels in `LABEL_COLUMNS` alone.
     """
     usable = [key for key, feature in features.items() if _has_classes(feature) or _is_integer(feature)]
     named = [key for key in LABEL_COLUMNS if key in features]
@@ -46,11 +47,19 @@ def label_column(features: Mapping[str, Any]) -> str | None:
     classes = [key for key in usable if _has_classes(features[key])]
     if len(classes) == 1:
         return classes[0]
+    for key in named:
+        if is_text(features[key]):
+            return key
     return usable[0] if len(usable) == 1 and not named else None
 
 
-def read_labels(name: str, dataset: Any, column: str) -> Tensor:
-    """(N,) int64, each a number of a class where the column has classes.
+def read_labels(
+    name: str, dataset: Any, column: str, names: tuple[str, ...] | None = None
+) -> tuple[Tensor, tuple[str, ...] | None]:
+    """(N,) int64, each a number of a class where the column has classes; and the names of these, or None.
+
+    Args:
+        names: the classes of strings, else they are the strings that occur, sorted, and a warning says so.
 
     Raises:
         UserError: a label is missing, whether it is null or -1 (what the hub's test sets have), or out of range.
@@ -59,7 +68,11 @@ def read_labels(name: str, dataset: Any, column: str) -> Tensor:
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
     if hasattr(values.type, "value_type"):  # it has a dictionary, and numbers of its entries
         values = values.cast(values.type.value_type)
-    names = getattr(dataset.features[column], "names", None)
+    if is_text(dataset.features[column]):
+        values, names = _numbers_of(name, column, values, names)
+    else:
+        found = getattr(dataset.features[column], "names", None)
+        names = tuple(found) if found else None
     allowed = f"0..{len(names) - 1}" if names else "0, 1, 2, ..."
     if values.type == arrow.uint64():
         row = compute.index(compute.greater(values, arrow.scalar(_HIGHEST, arrow.uint64())), True).as_py()
@@ -76,13 +89,36 @@ def read_labels(name: str, dataset: Any, column: str) -> Tensor:
     wrong = ((labels < 0) | (labels >= (len(names) if names else torch.inf))).nonzero().flatten()
     if len(wrong):
         raise _out_of_range(name, column, int(wrong[0]), int(labels[wrong[0]]), allowed)
-    return labels
+    return labels, names
 
 
-def read_clean_labels(name: str, dataset: Any, column: str, label: str) -> Tensor:
+def _numbers_of(name: str, column: str, values: Any, names: tuple[str, ...] | None) -> tuple[Any, tuple[str, ...]]:
+    """The place of each string in `names`, null for null; and `names`."""
+    arrow, compute = require("pyarrow", "train"), require("pyarrow.compute", "train")
+    if names is None:
+        names = tuple(sorted(compute.unique(values).drop_null().to_pylist()))
+        warnings.warn(
+            f"{name}: the labels in {column!r} are strings; sorted, they are the {len(names)} classes "
+            f"{shortened(names)}",
+            stacklevel=2,
+        )
+    numbers = compute.index_in(values, value_set=arrow.array(names, values.type))
+    row = compute.index(compute.and_(compute.is_valid(values), compute.is_null(numbers)), True).as_py()
+    if row >= 0:
+        raise UserError(
+            f"{name}: row {row} has the label {values[row].as_py()!r} in {column!r}, which is none of the classes: "
+            f"{shortened(names)}"
+        )
+    return numbers, names
+
+
+def read_clean_labels(name: str, dataset: Any, column: str, label: str, names: tuple[str, ...] | None) -> Tensor:
     """(N,) int64, what the labels in the column `label` ought to be: the same numbers for the same classes.
 
     Where both columns name their classes, the names count and not their order.
+
+    Args:
+        names: the classes of the labels, or None.
 
     Raises:
         UserError: no such column, one of neither integers nor classes, or of other classes than the labels; or as
@@ -92,14 +128,13 @@ def read_clean_labels(name: str, dataset: Any, column: str, label: str) -> Tenso
     if column not in list(features):
         raise UserError(f"{name}: no column {column!r} of clean labels among its columns: {described(features)}")
     feature = features[column]
-    if not _has_classes(feature) and not _is_integer(feature):
+    if not _has_classes(feature) and not _is_integer(feature) and not (names and is_text(feature)):
         raise UserError(
             f"{name}: the column {column!r} of clean labels is of the type {kind_of(feature)}; "
             f"it must be of integers or classes"
         )
-    clean = read_labels(name, dataset, column)
-    names, own = getattr(features[label], "names", None), getattr(feature, "names", None)
-    if not names:
+    clean, own = read_labels(name, dataset, column, names)
+    if not names or is_text(feature):
         return clean
     if own and set(own) != set(names):
         raise UserError(
@@ -122,6 +157,10 @@ def check_clean_labels(name: str, clean: Tensor, column: str, classes: int, rows
 
 def _out_of_range(name: str, column: str, row: int, label: int, allowed: str) -> UserError:
     return UserError(f"{name}: row {row} has the label {label} in {column!r}; allowed are {allowed}")
+
+
+def is_text(feature: Any) -> bool:
+    return kind_of(feature) in ("string", "large_string")
 
 
 def _has_classes(feature: Any) -> bool:

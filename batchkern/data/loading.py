@@ -44,7 +44,7 @@ def load(
             A path object is always a file or a folder.
             Images are the first column of type `datasets.Image`; labels the column "label", "labels" or
             "fine_label", else the only one of classes, else the only one of integers (where one of these three
-            is of another type: none).
+            is of another type: none). Strings in one of these three are classes too, in sorted order.
         split: which split.
         image_size: resize all images to this many pixels square, bilinear with antialiasing.
         memory_limit: in bytes; where the decoded uint8 images would take more, they are streamed: decoded
@@ -100,10 +100,11 @@ def load_pair(
     _check_limit(memory_limit)
     name, splits = open_source(train)
     train_part = _part(name, splits, "train", clean_labels)
+    classes = _classes(train_part)
     if test is not None:
-        test_part = _test_part(*open_source(test))
+        test_part = _test_part(*open_source(test), classes)
     elif "test" in splits or "validation" in splits:
-        test_part = _test_part(name, splits)
+        test_part = _test_part(name, splits, classes)
     else:
         # Only built-in sources are decoded already, and these have their own test split.
         assert isinstance(train_part, Table)
@@ -111,7 +112,7 @@ def load_pair(
         if len(out) == 0:
             raise UserError(f"{name}: no class has three images, so that one could be held out; name a test set")
         train_part, test_part = train_part.select(kept), train_part.select(out)
-    classes = _classes(train_part)
+        classes = _classes(train_part)
     if isinstance(train_part, Table) and train_part.clean is not None:
         assert clean_labels is not None
         check_clean_labels(name, train_part.clean, clean_labels, len(classes), train_part.cells.index)
@@ -127,29 +128,36 @@ def load_pair(
     return train_data, match_shape(test_data, train_data.shape)
 
 
-def _part(source: str, splits: Mapping[str, Any], split: str, clean_labels: str | None = None) -> TensorImages | Table:
+def _part(
+    source: str,
+    splits: Mapping[str, Any],
+    split: str,
+    clean_labels: str | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> TensorImages | Table:
     if split not in list(splits):
         raise UserError(f"{source}: no split {split!r}; it has {', '.join(splits)}")
     part = splits[split]
     if not isinstance(part, TensorImages):
-        return read_table(source, split, part, clean_labels)
+        return read_table(source, split, part, clean_labels, classes)
     if clean_labels is not None:
         raise UserError(f"{source}: it has no columns, so none of clean labels either, got {clean_labels!r}")
     return part
 
 
-def _test_part(source: str, splits: Mapping[str, Any]) -> TensorImages | Table:
+def _test_part(source: str, splits: Mapping[str, Any], classes: tuple[str, ...]) -> TensorImages | Table:
+    """``classes``: of the training set."""
     for split in ("test", "validation"):
         if split in splits:
             try:
-                return _part(source, splits, split)
+                return _part(source, splits, split, classes=classes)
             except UnlabelledError:
                 # Some benchmarks keep the labels of their test images to themselves (ImageNet's are all -1).
                 if split == "validation" or "validation" not in splits:
                     raise
     if len(splits) > 1:
         raise UserError(f"{source}: no split 'test' or 'validation'; it has {', '.join(splits)}")
-    return _part(source, splits, next(iter(splits)))
+    return _part(source, splits, next(iter(splits)), classes=classes)
 
 
 def _decoded(

@@ -111,11 +111,14 @@ def _what_it_is(path: str) -> str:
     return "a link that leads to no file" if os.path.islink(path) and not os.path.exists(path) else "a device or a pipe"
 
 
-def read_table(name: str, split: str, dataset: Any, clean_labels: str | None = None) -> Table:
+def read_table(
+    name: str, split: str, dataset: Any, clean_labels: str | None = None, classes: tuple[str, ...] | None = None
+) -> Table:
     """The images and labels of one split of a `datasets.Dataset`.
 
     Args:
         clean_labels: the column of what the labels ought to be, where it is known.
+        classes: those of labels that are strings, else they are the strings that occur, sorted.
 
     Raises:
         UserError: no image column, no label column, no rows, an unlabelled row, or a label out of range.
@@ -133,13 +136,12 @@ def read_table(name: str, split: str, dataset: Any, clean_labels: str | None = N
         )
     if len(dataset) == 0:
         raise UserError(f"{name}: the split {split!r} has no rows")
-    labels = read_labels(name, dataset, label)
-    names = getattr(dataset.features[label], "names", None)
-    clean = None if clean_labels is None else read_clean_labels(name, dataset, clean_labels, label)
+    labels, names = read_labels(name, dataset, label, classes)
+    clean = None if clean_labels is None else read_clean_labels(name, dataset, clean_labels, label, names)
     feature = datasets.Image(mode=dataset.features[images[0]].mode)  # one that decodes, which it may be told not to
     undecoded = dataset.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
     cells = Cells(name, undecoded, images[0], feature, torch.arange(len(labels)))
-    return Table(cells, labels, label, tuple(names) if names else None, clean)
+    return Table(cells, labels, label, names, clean)
 
 
 def _open_digits() -> dict[str, TensorImages]:

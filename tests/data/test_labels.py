@@ -105,12 +105,12 @@ KIND = ("kind", classes("ab"), [1, 0, 1, 0])
         (Value("string"), list("abab"), [KIND], [1, 0] * 2),
         (Value("string"), list("abab"), [KIND, ID], [1, 0] * 2),
         # The number of a row is no class of it.
-        (Value("string"), list("abab"), [ID], r"label \(string\), id \(int64\)$"),
+        (Value("string"), list("baba"), [ID], [1, 0] * 2),
         (Value("bool"), [True, False] * 2, [ID], r"label \(bool\), id \(int64\)$"),
         (Value("float32"), [0.0, 1.0] * 2, [], r"label \(float32\)$"),
         (datasets.List(Value("int64")), [[0], [1]] * 2, [], r"label \(List\)$"),
         ({"a": Value("int64")}, [{"a": 1}] * 4, [], r"label \(struct\)$"),
-        (Value("string"), list("abab"), [("x\x1b[2J", Value("string"), [""] * 4)], r"x\\x1b\[2J \(string\)$"),
+        (Value("bool"), [True, False] * 2, [("x\x1b[2J", Value("string"), [""] * 4)], r"x\\x1b\[2J \(string\)$"),
     ],
 )
 def test_the_column_that_is_chosen(tmp_path: Path, label: Any, labels: Any, others: Any, expected: Any) -> None:
@@ -123,6 +123,63 @@ def test_the_column_that_is_chosen(tmp_path: Path, label: Any, labels: Any, othe
             UserError, match=rf"a\.parquet: no label column \(label, labels, .*or integers\).*{expected}"
         ):
             load(path)
+
+
+# --- labels that are strings ------------------------------------------------------------------------------------------
+
+
+def words(path: Path, labels: Any, **options: Any) -> str:
+    return write_parquet(path, random_pixels(len(labels)), labels, label_type=Value("string"), **options)
+
+
+def test_strings_are_classes_in_sorted_order_which_is_said_once(tmp_path: Path) -> None:
+    path = words(tmp_path / "a.parquet", ["b", "a", "Z", "b", "a", "Z"] * 2)
+    said = "the labels in 'label' are strings; sorted, they are the 3 classes Z, a, b"
+    with pytest.warns(UserWarning, match=said) as warned:
+        train, test = load_pair(path)  # of which a part is held out
+    assert len(warned) == 1
+    assert train.classes == test.classes == ("Z", "a", "b")
+    data = load(path)
+    assert [data.classes[i] for i in data.labels] == ["b", "a", "Z", "b", "a", "Z"] * 2
+
+
+def test_strings_of_a_test_set_are_the_training_sets_classes(tmp_path: Path) -> None:
+    train = words(tmp_path / "a.parquet", ["cat", "ant", "bee", "dog"])
+    test = words(tmp_path / "b.parquet", ["dog", "bee"])  # not all classes
+    assert load_pair(train, test)[1].labels.tolist() == [3, 1]
+    named = write_parquet(tmp_path / "c.parquet", random_pixels(3), [0, 1, 2], names=["cow", "dog", "bee"])
+    assert load_pair(named, test)[1].labels.tolist() == [1, 2]
+    other = words(tmp_path / "d.parquet", ["dog", None, "emu"])
+    said = r"d\.parquet: row 2 has the label 'emu' in 'label', which is none of the classes: ant, bee, cat, dog"
+    with pytest.raises(UserError, match=said):
+        load_pair(train, other)
+    numbers = write_parquet(tmp_path / "e.parquet", random_pixels(3), [0, 1, 2])
+    with pytest.raises(UserError, match=r"b\.parquet: row 0 has the label 'dog' .* none of the classes: 0, 1, 2"):
+        load_pair(numbers, test)
+
+
+def test_a_string_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="1 of 4 rows have no label in 'label' .*, the first is row 2"):
+        load(words(tmp_path / "a.parquet", ["b", "a", None, "b"]))
+    with pytest.raises(UserError, match="all 3 images are of one class, 'a'"):
+        load(words(tmp_path / "b.parquet", ["a"] * 3))
+    encoded = pa.array(["b", "a", "b"]).dictionary_encode()
+    pq.write_table(table_of(encoded, Value("string")), tmp_path / "c.parquet")
+    assert load(tmp_path / "c.parquet").labels.tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize("kind", [Value("string"), classes("ab")])
+def test_clean_labels_that_are_strings(tmp_path: Path, kind: Any) -> None:
+    labels = list("ab") * 3 if kind == Value("string") else [0, 1] * 3
+
+    def clean(values: str) -> Any:
+        extra = {"clean": (Value("string"), list(values))}
+        path = write_parquet(tmp_path / "a.parquet", random_pixels(6), labels, label_type=kind, extra=extra)
+        return load_pair(path, path, clean_labels="clean")[0].clean_labels
+
+    assert clean("babbaa").tolist() == [1, 0, 1, 1, 0, 0]
+    with pytest.raises(UserError, match="row 5 has the label 'x' in 'clean', which is none of the classes: a, b"):
+        clean("babbax")
 
 
 # --- clean labels -----------------------------------------------------------------------------------------------------
