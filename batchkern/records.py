@@ -105,11 +105,15 @@ class _Final(_Figures):
     train_set_accuracy: Share
 
 
-class Curve(TypedDict):
+class _Curve(TypedDict):
     test_accuracy: list[Share]
     updates: list[Positive]
     samples_forward: list[Positive]
     samples_backward: list[Whole]
+
+
+class Curve(_Curve, total=False):
+    train_loss: list[float]
 
 
 class Outcome(TypedDict):

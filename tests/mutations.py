@@ -917,6 +917,13 @@ STRATEGIES = [
         ),
     ),
     *within(
+        "compare",
+        "batchkern/compare/statistics.py",
+        ("tests/compare/test_statistics.py", "-k", "convergence"),
+        ("convergence is within a tenth of the fall", "CONVERGED = 0.01", "CONVERGED = 0.1"),
+        ("the last of the lowest losses counts", "loss <= limit)", "loss <= limit or epoch == len(losses))"),
+    ),
+    *within(
         "strategies",
         "batchkern/second_head.py",
         ("tests/test_second_head.py",),

@@ -20,7 +20,7 @@ pytest.importorskip("datasets")
 from batchkern import cli
 from batchkern.cli import _reproduce
 from batchkern.data import load_pair, sources
-from batchkern.recipes import LEFT_OUT, RECIPES
+from batchkern.recipes import LEFT_OUT, RECIPES, others
 
 one_thread = single_thread()
 
@@ -220,6 +220,26 @@ def test_published_intervals_are_shown(capsys):
     out = capsys.readouterr().out
     assert re.search(r"baseline +50\.00 ± 1\.50 +- *$", out, re.MULTILINE)
     assert re.search(r"difference +-0\.50 +- *$", out, re.MULTILINE)
+
+
+def test_convergence_and_time_are_shown_beside_the_papers(capsys):
+    recipe = RECIPES["hard-batches/cifar10-resnet18-0.2"]
+    entries = summary(recipe, 0.004, 0.003)
+    for entry, epochs, seconds in zip(entries["summary"], (50, 30, 40), (10.0, 12.0, 9.0), strict=False):
+        entry |= {"converged": {"median": epochs, "values": [epochs]}, "seconds": seconds, "updates": 100}
+    _reproduce.print_tables(_reproduce.side_by_side(recipe, entries))
+    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    arms = ["baseline", recipe.strategy]
+    assert lines[-6:] == [
+        [f"epochs until the training loss converged, {arms[0]}", "80", "50"],
+        [f"epochs until the training loss converged, {arms[1]}", "74", "30"],
+        ["epochs until the training loss converged, change", "-7.5 %", "-40.0 %"],
+        [f"milliseconds an update, {arms[0]}", "31", "100"],
+        [f"milliseconds an update, {arms[1]}", "99.6", "120"],
+        ["milliseconds an update, change", "+221.3 %", "+20.0 %"],
+    ]
+    headline = others(RECIPES["hard-batches/stl10-efficientnet_b4-0.5"], {"summary": []})
+    assert [row[1:] for row in headline] == [("43", "-"), ("34", "-"), ("-20.9 %", "-")]
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------

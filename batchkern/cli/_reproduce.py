@@ -14,7 +14,18 @@ from batchkern.compare import Comparison, run
 from batchkern.configure import check_range
 from batchkern.data import load_pair
 from batchkern.errors import UserError
-from batchkern.recipes import LEAST_BATCHES, LEFT_OUT, RECIPES, Recipe, comparison_arguments, find, measured, scaled
+from batchkern.recipes import (
+    LEAST_BATCHES,
+    LEFT_OUT,
+    OVER_BATCHES,
+    RECIPES,
+    Recipe,
+    comparison_arguments,
+    find,
+    measured,
+    others,
+    scaled,
+)
 from batchkern.schedules import step
 
 if TYPE_CHECKING:
@@ -80,6 +91,8 @@ def reproduce(
     )
     results = run(Comparison(**arguments), jobs=jobs, report=print_run)
     print_tables(side_by_side(recipe, results))
+    if any(published.published.intervals):
+        print("", OVER_BATCHES, sep="\n")
     print("", verdict(recipe, results), *warning, sep="\n")
     print(f"in {visible(arguments['out'])}: the results in full, and a directory for each run")
     check_runs(results)
@@ -160,6 +173,8 @@ def side_by_side(recipe: Recipe, results: dict[str, Any]) -> Table:
     for arm, figure in found.items():
         if arm not in ("baseline", recipe.strategy, "difference"):
             table.add_row(arm, "-", _figure(*figure))
+    for row in others(recipe, results):
+        table.add_row(*row)
     return table
 
 

@@ -216,7 +216,7 @@ def _run(comparison: Comparison, task: RunOf, device: str) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # they were shown when the arms were checked
             trainer = comparison.trainer(task, write=True, device=device)
         trainer.fit()
-        keys = ("test_accuracy", "updates", "samples_forward", "samples_backward")
+        keys = ("test_accuracy", "train_loss", "updates", "samples_forward", "samples_backward")
         outcome["curve"] = {key: [row[key] for row in trainer.history] for key in keys}
         outcome["final"] = trainer.history[-1]
     except UserError as error:
@@ -318,8 +318,7 @@ def _earlier(out: Path) -> dict[str, Any]:
                 raise ValueError(f"the directory of a run is {outcome['directory']!r}")
             if outcome["error"] is None and not (outcome["final"] and outcome["curve"]):
                 raise ValueError(f"{outcome['directory']} has neither an error nor an end")
-            for key in records.Curve.__annotations__ if outcome["curve"] else ():
-                values = outcome["curve"][key]
+            for key, values in (outcome["curve"] or {}).items():
                 if len(values) != outcome["epochs"] or (outcome["final"] and values[-1] != outcome["final"][key]):
                     raise ValueError(
                         f"{outcome['directory']} has {len(values)} epochs of {key}, or another end of them"

@@ -10,6 +10,8 @@ from typing import Any
 from batchkern.errors import require
 
 LEVEL = 0.05
+CONVERGED = 0.01
+"""Of the whole fall of a training loss: so close to its least, it has converged."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -54,3 +56,10 @@ def correct(differences: Sequence[dict[str, Any]]) -> None:
 def first_reaching(accuracies: Sequence[float], used: Sequence[float], target: float) -> float | None:
     """What was used of a budget when the accuracy first reached ``target``; ``None``: it never did."""
     return next((x for x, accuracy in zip(used, accuracies, strict=True) if accuracy >= target), None)
+
+
+def converged(losses: Sequence[float]) -> int:
+    """The epoch, counted from 1, in which a training loss came to its least, but for 1 % of its whole fall."""
+    least = min(losses)
+    limit = least + CONVERGED * (losses[0] - least)
+    return next(epoch for epoch, loss in enumerate(losses, 1) if loss <= limit)

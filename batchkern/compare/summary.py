@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from batchkern.compare.arms import BASELINE, cost, spent
-from batchkern.compare.statistics import correct, first_reaching, interval, paired_difference
+from batchkern.compare.statistics import converged, correct, first_reaching, interval, paired_difference
 
 COUNTS = ("updates", "passive_updates", "samples_forward", "samples_backward", "seconds")
 """What of a run's last row is averaged over the seeds, beside what it reached."""
@@ -24,6 +24,7 @@ def summarise(settings: Mapping[str, Any], runs: Sequence[Outcome]) -> list[dict
       tests of the comparison (a pair of arms that is the same in two budgets is one test);
     - ``reach``: epochs of the baseline (in what they use of the budget) until the arm's test accuracy first reached the
       best that the baseline of its seed ever had: the median over the seeds (``None``: never), and how many got there;
+    - ``converged``: the epoch of the arm in which its training loss converged: the median, and a value for each seed;
     - ``gap``: accuracy on the training set less that on the test set, after the last epoch;
     - ``cost``: passes of samples, backward counted twice, in those of the baseline.
     """
@@ -74,6 +75,7 @@ def _reached(
         "test_accuracy": None,
         "difference": {},
         "reach": None,
+        "converged": None,
         "gap": None,
         "cost": None,
         **dict.fromkeys(COUNTS),
@@ -83,6 +85,10 @@ def _reached(
     last = [outcome["final"] for outcome in ended.values()]
     entry["test_accuracy"] = _mean([row["test_accuracy"] for row in last])
     entry["gap"] = _mean([row["train_set_accuracy"] - row["test_accuracy"] for row in last])
+    curves = [outcome["curve"] for outcome in ended.values()]
+    if all("train_loss" in curve for curve in curves):  # a comparison begun by an earlier version may have none
+        epochs_to = [converged(curve["train_loss"]) for curve in curves]
+        entry["converged"] = {"median": statistics.median(epochs_to), "values": epochs_to}
     for name in COUNTS:
         if name in last[0]:
             entry[name] = statistics.fmean(row[name] for row in last)

@@ -9,18 +9,21 @@ from batchkern.errors import UserError
 from batchkern.recipes import augmentation, hard_batches, passive, stepwise, trimming
 from batchkern.recipes.base import (
     LEAST_BATCHES,
+    OVER_BATCHES,
     LeftOut,
     Published,
     Recipe,
     Training,
     comparison_arguments,
     measured,
+    others,
     scaled,
 )
 
 __all__ = [
     "LEAST_BATCHES",
     "LEFT_OUT",
+    "OVER_BATCHES",
     "RECIPES",
     "LeftOut",
     "Published",
@@ -29,6 +32,7 @@ __all__ = [
     "comparison_arguments",
     "find",
     "measured",
+    "others",
     "scaled",
 ]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from batchkern.compare.arms import BASELINE
 from batchkern.schedules import RateSchedule, step
 from batchkern.strategies import HardBatches, PassiveInjection, Stepwise, Trimming, parse
 
@@ -23,6 +24,10 @@ FOOD101 = "ethz/food101"
 BIRDSNAP = "sasha/birdsnap"
 IMAGENET = "ILSVRC/imagenet-1k"
 
+OVER_BATCHES = (
+    "The paper's ± is the 95 % interval over the test batches of one model, as its authors' program computes it; the "
+    "measured ± is that over seeds. The first says nothing of how trainings differ."
+)
 FIVE_SEEDS = "The number of runs is not given: five seeds."
 
 
@@ -48,7 +53,11 @@ class Published:
     baseline: float
     method: float
     intervals: tuple[float | None, float | None] = (None, None)
-    """What stands after the two figures and a plus-minus sign."""
+    """What stands after the two figures and a plus-minus sign; :data:`OVER_BATCHES` says of what."""
+    converged: tuple[int, int] | None = None
+    """The epochs in which the training losses converged."""
+    update_seconds: tuple[float, float] | None = None
+    """The time of an update."""
 
     @property
     def difference(self) -> float:
@@ -155,6 +164,44 @@ def measured(recipe: Recipe, results: dict[str, Any]) -> dict[str, tuple[float, 
         if entry["arm"] == recipe.strategy and (entry.get("difference") or {}).get("baseline"):
             found["difference"] = _per_cent(entry["difference"]["baseline"], 0.0, -100 if error else 100)
     return found
+
+
+def others(recipe: Recipe, results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What the paper gives beside accuracies: the name of a figure, published and measured, of baseline and strategy.
+
+    Epochs to convergence are medians over the seeds; the paper does not say when a loss has converged, so that the
+    changes are to be compared and not the epochs.
+    """
+    entries = {entry["arm"]: entry for entry in results["summary"]}
+    rows = []
+    for name, published, of in (
+        ("epochs until the training loss converged", recipe.published.converged, _epochs_to_converge),
+        ("milliseconds an update", recipe.published.update_seconds, _update_seconds),
+    ):
+        if published is None:
+            continue
+        pairs = [(BASELINE, published[0]), (recipe.strategy, published[1])]
+        found = [of(entries.get(arm)) for arm, _ in pairs]
+        scale = 1000 if published is recipe.published.update_seconds else 1
+        for (arm, value), own in zip(pairs, found, strict=True):
+            rows.append((f"{name}, {arm}", f"{scale * value:g}", "-" if own is None else f"{scale * own:.3g}"))
+        rows.append((f"{name}, change", _change(*published), _change(*found)))
+    return rows
+
+
+def _epochs_to_converge(entry: dict[str, Any] | None) -> float | None:
+    return entry["converged"]["median"] if entry and entry.get("converged") else None
+
+
+def _update_seconds(entry: dict[str, Any] | None) -> float | None:
+    return entry["seconds"] / entry["updates"] if entry and entry.get("updates") else None
+
+
+def _change(before: float | None, after: float | None) -> str:
+    """Of the baseline's: the paper divides by the strategy's own number of epochs, which makes gains look larger."""
+    if before is None or after is None:
+        return "-"
+    return f"{100 * (after - before) / before:+.1f} %"
 
 
 def _per_cent(figure: dict[str, Any], offset: float, factor: float) -> tuple[float, float | None]:

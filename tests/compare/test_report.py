@@ -123,7 +123,7 @@ def test_the_table_of_effects():
 
 def test_the_table_of_costs():
     rows = {row[0]: row[1:] for row in costs(results(), "updates")}
-    assert rows["arm"] == ("reach", "gap (points)", "epochs", "updates", "passive", "cost", "seconds")
+    assert rows["arm"] == ("reach", "gap (points)", "epochs", "updates", "passive", "cost", "seconds")  # of old results
     assert rows["good"] == ("2.0 (6/6)", "8.83 ± 0.86", "2", "20", "3", "1.00", "3.5")
     assert rows["bad"][:2] == ("never (0/6)", "28.75 ± 1.23")
     assert rows["bad"][4] == ""

@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("scipy")
 pytest.importorskip("statsmodels")
 
-from batchkern.compare.statistics import correct, first_reaching, interval, paired_difference
+from batchkern.compare.report import costs
+from batchkern.compare.statistics import converged, correct, first_reaching, interval, paired_difference
 from batchkern.compare.summary import summarise
 
 
@@ -65,6 +66,22 @@ def test_holms_correction_by_hand():
         pytest.approx(0.02),
     ]
     correct([{"p": None, "p_corrected": None}])
+
+
+@pytest.mark.parametrize(
+    ("losses", "epoch"),
+    [
+        ([2.0], 1),
+        ([1.0, 1.0, 1.0], 1),
+        ([3.0, 2.0, 1.0], 3),
+        ([3.0, 1.02, 1.0, 1.0], 2),  # 1 % of a fall by 2
+        ([3.0, 1.03, 1.0, 1.0], 3),
+        ([1.0, 2.0, 0.5, 1.5], 3),  # the least, though it rises again
+        ([1.0, 2.0, 3.0], 1),
+    ],
+)
+def test_the_epoch_of_convergence(losses, epoch):
+    assert converged(losses) == epoch
 
 
 def test_first_reaching():
@@ -205,6 +222,17 @@ def test_a_summary_by_hand():
     # At half the samples an epoch costs half of one of the baseline's; the second seed is there at once.
     assert longer["reach"] == {"median": None, "reached": 1, "seeds": 2, "values": [None, 0.5]}
     assert (plain["cost"], a["cost"], longer["cost"]) == (1, 0.5, 1)
+    assert plain["converged"] is None
+    for outcome, losses in zip(runs, [[3, 2, 1], [3, 1, 1], [3, 1, 1.1], [3, 2, 1], [3, 2, 1]], strict=False):
+        outcome["curve"]["train_loss"] = losses
+    converging = summarise(settings, runs)
+    assert converging[0]["converged"] == {"median": 2, "values": [3, 2, 2]}
+    assert converging[1]["converged"] == {"median": 3, "values": [3, 3]}
+    assert {row[0]: row[2] for row in costs({"settings": settings, "summary": converging}, "updates")} == {
+        "arm": "converged",
+        "baseline": "2",
+        "a (1 failed)": "3",
+    }
     assert (plain["passive_updates"], a["passive_updates"]) == (None, 5)
     assert (plain["seconds"], a["seconds"]) == (2, 1.5)
     # p of a's two trainings against the baseline, and no other, were corrected together.
