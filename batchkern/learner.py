@@ -111,6 +111,8 @@ class Learner:
         factor = self.schedule(batch.progress) if batch.rate is None else batch.rate
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
+        if batch.weights is not None:
+            self.model.load_state_dict(batch.weights)
         if batch.reset_optimizer:
             self.optimizer.state.clear()
         if batch.inject is not None:

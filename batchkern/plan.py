@@ -32,6 +32,8 @@ class Batch:
     """Which of a fixed set of batches this is, where there is one."""
     reset_optimizer: bool = False
     """Forget the optimizer's state (momentum) before this update."""
+    weights: Mapping[str, Tensor] | None = None
+    """Load these, a state of the model, before this update."""
     inject: Callable[[Step], Tensor] | None = None
     """Computes this batch's loss in place of the trainer, for a batch that is not of the training set."""
 

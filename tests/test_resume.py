@@ -44,7 +44,7 @@ SCENARIOS = {
     "baseline": lambda: [],
     "trimming": lambda: [Trimming(backward="compact")],
     "hard-batches": lambda: [HardBatches(0.5)],
-    "stepwise": lambda: [Stepwise((0.5, 1.0), (1, 2), reset_optimizer=True)],
+    "stepwise": lambda: [Stepwise((0.5, 1.0), (1, 2), share_weights=False)],
     "augmentation": lambda: [StochasticAugmentation(**STRONG, layers=("conv2", "fc"), two_step=True)],
     "passive": lambda: [PassiveInjection(PASSIVE, 4)],
     "random rows": lambda: [RandomSelection()],

@@ -4,6 +4,7 @@ with Respect to Data Distribution", ICPR 2020, section III."""
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -35,7 +36,12 @@ class Stepwise(Strategy):
             eq. 7; on mean gradients that is lambda in the first and last step and lambda / (10 n) in between.
             ``"mean"``: eq. 9 read literally on mean gradients, a further factor of 1 / b. The words "lambda = lambda'
             for next i" below eq. 9 are read as naming the rate, not as compounding it.
+        divisor: whose batch size the b of eq. 9 is. ``"step"``: the step's, b_i, as in eq. 10. ``"run"``: the run's, in
+            all steps; sums of larger batches are then larger, and the rates in between 2, 3 and 4 times those above.
+        rates: the rates themselves, one a step, as factors on lambda, for mean gradients; in place of eq. 9. Ones keep
+            lambda constant (Table VII).
         reset_optimizer: forget the optimizer's state (momentum) at the start of each step.
+        share_weights: carry weights over. Without, each step starts from the initial weights (Tables I and IV).
     """
 
     name: ClassVar[str] = "stepwise"
@@ -46,7 +52,10 @@ class Stepwise(Strategy):
     gamma: float = 0.1
     decay_every: float = 0.5
     gradients: Literal["sum", "mean"] = "sum"
+    divisor: Literal["step", "run"] = "step"
+    rates: tuple[float, ...] | None = None
     reset_optimizer: bool = False
+    share_weights: bool = True
     epoch: int = field(default=0, init=False, repr=False)
     place: int = field(default=0, init=False, repr=False)
 
@@ -64,6 +73,12 @@ class Stepwise(Strategy):
                 raise UserError(f"{name} must be in (0, 1], got {value}")
         if self.gradients not in ("sum", "mean"):
             raise UserError(f"gradients must be sum or mean, got {self.gradients!r}")
+        if self.divisor not in ("step", "run"):
+            raise UserError(f"divisor must be step or run, got {self.divisor!r}")
+        if self.rates is not None:
+            self.rates = tuple(check_number("rates", x) for x in self.rates)
+            if len(self.rates) != len(f) or not all(0 < x < math.inf for x in self.rates):
+                raise UserError(f"rates must be {len(f)} numbers above 0, one a fraction, got {self.rates}")
 
     def setup(self, run: Run) -> None:
         self.epoch = self.place = 0
@@ -72,6 +87,7 @@ class Stepwise(Strategy):
         """The epoch in which each step begins, and the end."""
         if run.epochs < len(self.fractions):
             raise UserError(f"epochs must be at least {len(self.fractions)}, one a step of Stepwise, got {run.epochs}")
+        self.initial = None if self.share_weights else {k: v.clone() for k, v in run.model.state_dict().items()}
         for fraction, multiple in zip(self.fractions, self.batch_multiples, strict=True):
             rows, batch = round(fraction * run.rows), multiple * run.batch_size
             if rows < batch:
@@ -81,11 +97,14 @@ class Stepwise(Strategy):
                 )
 
     def rate(self, step: int, epoch_in_step: int, step_epochs: int, batch_size: int) -> float:
-        """Eq. 9 as a factor on lambda, with the decay within the step."""
+        """Eq. 9, or that of ``rates``, as a factor on lambda for mean gradients, with the decay within the step."""
         n = len(self.fractions)
-        factor = 1.0 if step in (0, n - 1) else 1 / (10 * n)
-        if self.gradients == "mean":
-            factor /= batch_size
+        if self.rates is None:
+            factor = 1.0 if step in (0, n - 1) else 1 / (10 * n)
+            divisor = batch_size if self.divisor == "step" else self.run_batch_size
+            factor *= (batch_size if self.gradients == "sum" else 1) / divisor
+        else:
+            factor = self.rates[step]
         # A hair more, because 0.28 of 25 epochs is 7.000000000000001 in floating point: epoch 7 decays all the same.
         decays = int(epoch_in_step / max(1.0, self.decay_every * step_epochs) + 1e-9)
         return factor * self.gamma**decays
@@ -109,15 +128,21 @@ class Stepwise(Strategy):
             rate = self.rate(step, self.epoch - first, length, size)
             while self.place < len(index_batches):
                 progress = (self.epoch + self.place / len(index_batches)) / batches.epochs
-                reset = self.reset_optimizer and step > 0 and self.epoch == first and self.place == 0
+                begins = step > 0 and self.epoch == first and self.place == 0
+                reset = begins and (self.reset_optimizer or not self.share_weights)
+                weights = self.initial if begins else None
                 indices = index_batches[self.place]
                 self.place += 1
                 ends_epoch = self.place == len(index_batches)
-                yield Batch(indices, self.epoch, progress, ends_epoch, rate, reset_optimizer=reset)
+                yield Batch(indices, self.epoch, progress, ends_epoch, rate, reset_optimizer=reset, weights=weights)
             self.epoch, self.place = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "place": self.place}
+        return {"epoch": self.epoch, "place": self.place, "initial": self.initial}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.place = saved_number(state, "epoch"), saved_number(state, "place")
+        own, saved = self.initial or {}, state["initial"] or {}
+        if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in saved.items()}:
+            raise ValueError("the initial weights are not those of this model")
+        self.initial = state["initial"]

@@ -116,6 +116,56 @@ def test_the_mean_convention_divides_by_the_batch_size():
     assert furthest(run.weights, expected) <= EXACT
 
 
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        # Eq. 9 with the run's b, on sums, as means: (lambda / b) b_i, and in between (lambda / 10) / (5 b) times b_i.
+        ({"divisor": "run"}, [1, 2 / 50, 3 / 50, 4 / 50, 1]),
+        ({"divisor": "run", "gradients": "mean"}, [1 / BATCH, *[0.1 / (5 * BATCH)] * 3, 1 / BATCH]),
+        ({"rates": (1, 0.5, 2, 0.25, 1)}, [1, 0.5, 2, 0.25, 1]),
+        ({"rates": [1.0] * 5, "gradients": "mean", "divisor": "run"}, [1.0] * 5),
+    ],
+)
+def test_other_rates(options, rates):
+    run = stepwise_run(Stepwise(**options), lr=0.01)
+    run.fit()
+    model = copy.deepcopy(run.initial)
+    optimizer, expected = sgd(model), []
+    inputs, labels = normalised(run.feed.data), run.feed.data.labels
+    for epoch, rows in enumerate(visits(run)):
+        for piece in rows.split(MULTIPLES[epoch // 2] * BATCH):
+            optimizer.param_groups[0]["lr"] = 0.01 * rates[epoch // 2] * (0.1 if epoch % 2 else 1)
+            descend(optimizer, F.cross_entropy(model(inputs[piece]), labels[piece]))
+            expected.append(flat(model))
+    assert furthest(run.weights, expected) <= EXACT
+
+
+def test_without_shared_weights_each_step_is_a_training_of_its_own():
+    run = stepwise_run(Stepwise(share_weights=False), model=net(norm=True), lr=0.01)
+    run.fit()
+    inputs, labels = normalised(run.feed.data), run.feed.data.labels
+    expected = []
+    for step in range(5):
+        model = copy.deepcopy(run.initial).train()
+        optimizer = sgd(model)  # with no momentum of another training
+        for epoch, rows in enumerate(visits(run)[2 * step : 2 * step + 2]):
+            for piece in rows.split(MULTIPLES[step] * BATCH):
+                optimizer.param_groups[0]["lr"] = 0.01 * (1 if step in (0, 4) else 1 / 50) * 0.1**epoch
+                descend(optimizer, F.cross_entropy(model(inputs[piece]), labels[piece]))
+                expected.append(flat(model))
+    assert furthest(run.weights, expected) <= EXACT
+
+
+def test_initial_weights_of_another_model_are_refused():
+    strategy, other = Stepwise(share_weights=False), Stepwise(share_weights=False)
+    strategy.setup(fake_run(rows=150, batch_size=5, epochs=5))
+    other.setup(fake_run(rows=150, batch_size=5, epochs=5, model=net(norm=True)))
+    strategy.load_state_dict(strategy.state_dict())
+    for state in (other.state_dict(), strategy.state_dict() | {"initial": None}):
+        with pytest.raises(ValueError, match="the initial weights are not those of this model"):
+            strategy.load_state_dict(state)
+
+
 @cache
 def finished():
     run = stepwise_run()
@@ -249,6 +299,12 @@ def test_one_step_is_the_baseline_with_decay():
         ({"gamma": 0.0}, "gamma"),
         ({"decay_every": 1.5}, "decay_every"),
         ({"gradients": "median"}, "gradients"),
+        ({"divisor": "batch"}, "divisor must be step or run"),
+        ({"rates": (1, 1)}, "rates must be 5 numbers above 0"),
+        ({"rates": (1, 1, 0, 1, 1)}, "rates must be 5 numbers above 0"),
+        ({"rates": (1, 1, float("inf"), 1, 1)}, "rates must be 5 numbers above 0"),
+        ({"rates": 0.5}, "rates must be a tuple"),
+        ({"share_weights": 0}, "share_weights must be True or False"),
     ],
 )
 def test_wrong_options_are_refused_at_once(options, named):
