@@ -17,7 +17,7 @@ from batchkern.errors import UserError, require
 _RESNETS = {"resnet8": 1, "resnet20": 3, "resnet44": 7, "resnet56": 9}
 # Depth 6n + 4 and widening factor (Zagoruyko & Komodakis 2016, table 1).
 _WIDE_RESNETS = {"wrn22-10": (3, 10)}
-BUILT_IN = ("cnn", *_RESNETS, *_WIDE_RESNETS)
+BUILT_IN = ("cnn", *_RESNETS, *_WIDE_RESNETS, "wrn18-2", "vgg16-cifar", "alexnet")
 
 
 class SmallCNN(nn.Module):
@@ -137,12 +137,128 @@ class WideResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
+class WideResNet18(nn.Module):
+    """The residual network of 18 layers for ImageNet with all blocks k times as wide (Zagoruyko & Komodakis 2016,
+    section 3.5).
+
+    (b, C, H, W) -> logits (b, classes). With k = 2 and 1,000 classes 45.6 million parameters.
+    """
+
+    def __init__(self, k: int, channels: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, 64, 7, 2, padding=3, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2, padding=1),
+        )
+        blocks, width = [], 64
+        for stage in range(4):
+            for place in range(2):
+                outputs, stride = 64 * k * 2**stage, 2 if stage > 0 and place == 0 else 1
+                blocks.append(_ProjectedBlock(width, outputs, stride))
+                width = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(width, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(images)).mean(dim=(2, 3)))
+
+
+class _ProjectedBlock(nn.Module):
+    """Two 3x3 convolutions; where channels change, a 1x1 convolution is the shortcut (He et al., option B)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class CifarVGG(nn.Module):
+    """VGG-16 (Simonyan & Zisserman 2015, table 1, D) as it is used on CIFAR: batch norm behind each convolution, and
+    linear layers of 512, with dropout before both hidden ones.
+
+    (b, C, H, W) -> logits (b, classes). 15.3 million parameters.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for outputs, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(channels, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+                channels = outputs
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        self.features = nn.Sequential(*layers)
+        self.hidden = nn.Sequential(
+            nn.Dropout(), nn.Linear(512, 512), nn.ReLU(), nn.Dropout(), nn.Linear(512, 512), nn.ReLU()
+        )
+        self.fc = nn.Linear(512, classes)
+        _initialise_for_relu(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.hidden(self.features(images).mean(dim=(2, 3))))
+
+
+class AlexNet(nn.Module):
+    """AlexNet in one column (Krizhevsky 2014), with dropout before both hidden linear layers.
+
+    (b, C, H, W) -> logits (b, classes). For 1,000 classes of ImageNet 61.1 million parameters. For images below 64x64
+    the pooling is 2x2, the first convolution is padded to the borders, and the classifier is the only linear layer: the
+    network that is common on CIFAR, 2.5 million parameters.
+    """
+
+    def __init__(self, channels: int, classes: int, *, small: bool) -> None:
+        super().__init__()
+        pool = nn.MaxPool2d(2, ceil_mode=True) if small else nn.MaxPool2d(3, 2, ceil_mode=False)
+        self.features = nn.Sequential(
+            nn.Conv2d(channels, 64, 11, 4, padding=5 if small else 2), nn.ReLU(), pool,
+            nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), pool,
+            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(), pool,
+            nn.AdaptiveAvgPool2d(1 if small else 6), nn.Flatten(),
+        )  # fmt: skip
+        self.hidden: nn.Module = nn.Identity()
+        if not small:
+            self.hidden = nn.Sequential(
+                nn.Dropout(), nn.Linear(256 * 36, 4096), nn.ReLU(), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU()
+            )
+        self.fc = nn.Linear(256 if small else 4096, classes)
+        _initialise_for_relu(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.hidden(self.features(images)))
+
+
+def _initialise_for_relu(model: nn.Module) -> None:
+    """torch's default is small for ReLU, and without batch norm a deep network would hardly pass anything on."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and module is not model.fc):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 def build(name: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
     """A new model with random weights, by name.
 
     Args:
         name: "cnn" (`SmallCNN`), "resnet8", "resnet20", "resnet44", "resnet56" (`CifarResNet`), "wrn22-10"
-            (`WideResNet`), or a model of timm.
+            (`WideResNet`), "wrn18-2" (`WideResNet18`), "vgg16-cifar" (`CifarVGG`), "alexnet" (`AlexNet`, laid out by
+            the size of the images), or a model of timm.
         shape: (C, H, W) of the images.
         classes: number of logits.
 
@@ -169,6 +285,12 @@ def _build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
         return CifarResNet(_RESNETS[name], shape[0], classes)
     if name in _WIDE_RESNETS:
         return WideResNet(*_WIDE_RESNETS[name], shape[0], classes)
+    if name == "wrn18-2":
+        return WideResNet18(2, shape[0], classes)
+    if name == "vgg16-cifar":
+        return CifarVGG(shape[0], classes)
+    if name == "alexnet":
+        return AlexNet(shape[0], classes, small=min(shape[1:]) < 64)
     return _build_timm(name, shape, classes)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from batchkern import models
 from batchkern.errors import UserError
 from batchkern.models import BUILT_IN, build, find_classifier, frozen_statistics, has_batch_norm
 
@@ -57,6 +58,42 @@ def test_wide_resnet_parameters_by_hand():
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 22  # their depth counts the shortcuts
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "published"),
+    [
+        ("wrn18-2", (3, 224, 224), 1000, 45.6),  # Zagoruyko & Komodakis 2016, table 8
+        ("alexnet", (3, 224, 224), 1000, 61.1),  # torchvision's
+        ("alexnet", (3, 32, 32), 10, 2.47),
+        # 13 convolutions with two numbers a channel, two layers of 512 and the classifier
+        ("vgg16-cifar", (3, 32, 32), 10, (14_710_464 + 2 * 4224 + 2 * (512 * 512 + 512) + 5130) / 1e6),
+    ],
+)
+def test_parameters_of_networks_from_elsewhere(name, shape, classes, published):
+    with torch.device("meta"):
+        model = build(name, shape=shape, classes=classes)
+        assert model(torch.empty(2, *shape)).shape == (2, classes)
+    assert count(model) / 1e6 == pytest.approx(published, abs=0.05 if published > 20 else 0.005)
+
+
+def test_alexnet_is_torchvisions():
+    torchvision = pytest.importorskip("torchvision")
+    ours, theirs = (
+        build("alexnet", shape=(3, 80, 96), classes=7).eval(),
+        torchvision.models.alexnet(num_classes=7).eval(),
+    )
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    images = torch.randn(2, 3, 80, 96)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
+def test_wide_resnet_of_18_layers_is_a_resnet_18_where_it_is_as_wide():
+    timm = pytest.importorskip("timm")
+    ours, theirs = models.WideResNet18(1, 3, 7).eval(), timm.create_model("resnet18", num_classes=7).eval()
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    images = torch.randn(2, 3, 64, 48)
+    torch.testing.assert_close(ours(images), theirs(images))
+
+
 def test_wide_resnet_blocks_are_activated_before_their_convolutions():
     first, second, *_ = build("wrn22-10", shape=(3, 32, 32), classes=10).blocks
     for block in (first, second):
@@ -90,7 +127,7 @@ def test_built_in_models_take_any_image(name, shape):
     key, head = find_classifier(model)
     assert key == "fc"
     assert head.out_features == 7
-    assert has_batch_norm(model) == (name != "cnn")
+    assert has_batch_norm(model) == (name not in ("cnn", "alexnet"))
     # Rows are independent in eval mode, and images matter.
     model.eval()
     rows = model(images)

@@ -29,7 +29,9 @@ StrategyOption = Annotated[
 ]
 PassiveOption = Annotated[str | None, option(help="data that the strategy passive injects, e.g. photo-patches")]
 ImageSizeOption = Annotated[int | None, option(help="resize all images to so many pixels square")]
-ModelOption = Annotated[str, option(help="cnn, resnet8, 20, 44 or 56, wrn22-10, or any model of timm")]
+ModelOption = Annotated[
+    str, option(help="cnn, resnet8, 20, 44 or 56, wrn22-10, wrn18-2, vgg16-cifar, alexnet, or any of timm")
+]
 ClassifierOption = Annotated[str | None, option(help="the model's last linear layer, where it cannot be found")]
 EpochsOption = Annotated[int, option(help="of the baseline; strategies may visit less in one")]
 BatchSizeOption = Annotated[int, option(help="of the baseline; strategies may change it")]
