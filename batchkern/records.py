@@ -47,6 +47,7 @@ class _Row(Counts):
 
 
 class _Figures(_Row, total=False):
+    test_top5_accuracy: Share
     times_kept: list[float] | None
     kept_loss: list[float] | None
     dropped_loss: list[float] | None

@@ -29,13 +29,13 @@ def second_head(
         images: a batch that the model can take. It runs once, to see which layer runs behind which.
         shared: what the trunk is.
             - ``"convolutions"``: all up to the last convolution, and up to the first linear layer behind it; of a model
-              of timm, all that its ``forward_head`` does not run;
+              of timm, all that its ``forward_head`` does not run; without convolutions all but the classifier;
             - ``"all but the classifier"``;
             - the name of a module: all up to its end.
         classifier: name of the model's last linear layer, as for :func:`batchkern.models.find_classifier`.
 
     Raises:
-        UserError: there is no such module or no convolution, or the model cannot be cut there.
+        UserError: there is no such module, or the model cannot be cut there.
     """
     last, _ = find_classifier(model, classifier)
     begun, ended, head_begins = _order(model, images)
@@ -145,10 +145,7 @@ def _cut(
         return head_begins
     convolutions = [moments[-1] for name, moments in ended.items() if isinstance(modules[name], _ConvNd)]
     if not convolutions:
-        raise UserError(
-            f"shared is {CONVOLUTIONS!r}, but {type(model).__name__} has none; give {ALL_BUT_THE_CLASSIFIER!r}, or the "
-            "name of the last module that is shared"
-        )
+        return begun[classifier][-1]
     linear = [moments[-1] for name, moments in begun.items() if isinstance(modules[name], nn.Linear)]
     return min((moment for moment in linear if moment > max(convolutions)), default=max(convolutions))
 

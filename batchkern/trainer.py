@@ -414,16 +414,20 @@ class Trainer(Learner):
         """Accuracy and mean cross entropy on the test set.
 
         ``test_accuracy`` is that of :meth:`predict`; ``test_accuracy_plain`` and ``test_loss`` are those of the
-        model's own logits, whatever the strategies do at inference.
+        model's own logits, whatever the strategies do at inference. With more than five classes there is
+        ``test_top5_accuracy`` too: how often the label is among the five classes of the highest scores.
         """
-        voted = plain = loss = 0.0
+        voted = top = plain = loss = 0.0
+        several = self.run.classes > 5
         for _, target, logits, scores in self._inference(self.test_feed):
             voted += float((scores.argmax(1) == target).sum())
+            top += float((scores.topk(5).indices == target[:, None]).sum()) if several else 0.0
             plain += float((logits.argmax(1) == target).sum())
             loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
-        voted, plain, loss = (sum(parts) for parts in zip(*self.ranks.collect((voted, plain, loss)), strict=True))
-        rows = len(self.test_feed.data)
-        return {"test_accuracy": voted / rows, "test_accuracy_plain": plain / rows, "test_loss": loss / rows}
+        sums = zip(*self.ranks.collect((voted, plain, loss, top)), strict=True)
+        voted, plain, loss, top = (sum(parts) / len(self.test_feed.data) for parts in sums)
+        found = {"test_accuracy": voted, "test_accuracy_plain": plain, "test_loss": loss}
+        return found | ({"test_top5_accuracy": top} if several else {})
 
     def _accuracy(self, feed: Feed) -> float:
         """Of the predictions that :meth:`predict` makes."""

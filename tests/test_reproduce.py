@@ -20,7 +20,7 @@ pytest.importorskip("datasets")
 from batchkern import cli
 from batchkern.cli import _reproduce
 from batchkern.data import load_pair, sources
-from batchkern.recipes import LEFT_OUT, RECIPES, others
+from batchkern.recipes import LEFT_OUT, RECIPES, beside
 
 one_thread = single_thread()
 
@@ -222,24 +222,53 @@ def test_published_intervals_are_shown(capsys):
     assert re.search(r"difference +-0\.50 +- *$", out, re.MULTILINE)
 
 
-def test_convergence_and_time_are_shown_beside_the_papers(capsys):
+def runs(arm, accuracies, losses, **final):
+    """Of two seeds; the second has the figures of the first and a tenth more."""
+    outcomes = []
+    for factor in (1.0, 1.1):
+        last = {name: factor * value for name, value in final.items()}
+        curve = {"test_accuracy": [factor * x for x in accuracies], "train_loss": losses}
+        outcomes.append({"arm": arm, "error": None, "curve": curve, "final": last})
+    return [*outcomes, {"arm": arm, "error": "it broke", "curve": None, "final": None}]
+
+
+def test_what_the_papers_give_beside_accuracies():
     recipe = RECIPES["hard-batches/cifar10-resnet18-0.2"]
-    entries = summary(recipe, 0.004, 0.003)
-    for entry, epochs, seconds in zip(entries["summary"], (50, 30, 40), (10.0, 12.0, 9.0), strict=False):
-        entry |= {"converged": {"median": epochs, "values": [epochs]}, "seconds": seconds, "updates": 100}
-    _reproduce.print_tables(_reproduce.side_by_side(recipe, entries))
-    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
-    arms = ["baseline", recipe.strategy]
-    assert lines[-6:] == [
-        [f"epochs until the training loss converged, {arms[0]}", "80", "50"],
-        [f"epochs until the training loss converged, {arms[1]}", "74", "30"],
-        ["epochs until the training loss converged, change", "-7.5 %", "-40.0 %"],
-        [f"milliseconds an update, {arms[0]}", "31", "100"],
-        [f"milliseconds an update, {arms[1]}", "99.6", "120"],
-        ["milliseconds an update, change", "+221.3 %", "+20.0 %"],
+    plain = runs("baseline", [0.5], [3, 2, 1, 1], train_set_accuracy=0.6, seconds=10, updates=100)
+    own = runs(recipe.strategy, [0.5], [3, 1, 1, 1], train_set_accuracy=0.7, seconds=6, updates=50)
+    rows = beside(recipe, {"runs": plain + own})
+    names = ["accuracy on the training set (%)", "epochs until the training loss converged", "milliseconds an update"]
+    endings = ["baseline", recipe.strategy, "difference"]
+    assert [row[0] for row in rows] == [f"{name}, {ending}" for name in names for ending in endings]
+    assert [row[1:] for row in rows] == [
+        ("99.7", "63"),
+        ("99.7", "73.5"),
+        ("+0.00", "+10.50"),
+        ("80", "3"),
+        ("74", "2"),
+        ("-7.5 %", "-33.3 %"),
+        ("31", "100"),
+        ("99.6", "120"),
+        ("+221.3 %", "+20.0 %"),
     ]
-    headline = others(RECIPES["hard-batches/stl10-efficientnet_b4-0.5"], {"summary": []})
-    assert [row[1:] for row in headline] == [("43", "-"), ("34", "-"), ("-20.9 %", "-")]
+    headline = beside(RECIPES["hard-batches/stl10-efficientnet_b4-0.5"], {"runs": []})
+    assert [row[1:] for row in headline[3:]] == [("43", "-"), ("34", "-"), ("-20.9 %", "-")]
+
+
+def test_top5_and_medians():
+    recipe = RECIPES["stepwise/cifar100-resnet50"]
+    found = runs("baseline", [0.5], [1], test_top5_accuracy=0.8) + runs("stepwise", [0.5], [1])
+    assert [row[1:] for row in beside(recipe, {"runs": found})] == [("88.62", "84"), ("90.72", "-"), ("+2.10", "-")]
+    recipe = RECIPES["augmentation/cifar10-resnet44"]
+    found = runs("baseline", [0.9, 0.1, 0.2, 0.4, 0.5, 0.3], [1]) + runs(recipe.strategy, [0.4, 0.6], [1])
+    rows = beside(recipe, {"runs": found})
+    assert [row[1:] for row in rows] == [("6.92", "68.5"), ("3.23", "47.5"), ("-3.69", "-21.00")]
+
+
+def test_they_are_shown(capsys):
+    recipe = RECIPES["passive/imagenet-resnet50"]
+    _reproduce.print_tables(_reproduce.side_by_side(recipe, summary(recipe, 0.004, 0.003)))
+    assert re.search(r"top-5 accuracy \(%\), baseline +92\.9 +-", capsys.readouterr().out)
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------

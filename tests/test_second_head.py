@@ -77,6 +77,11 @@ def test_what_is_not_shared_is_copied(shared, copied):
     assert head["classifier/6"].weight.shape == (7, 8)
 
 
+def test_without_convolutions_all_but_the_classifier_is_shared():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(), nn.Linear(8, 5))
+    assert list(second_head(model, 3, IMAGES)) == ["3"]
+
+
 def test_only_the_classifier_is_behind_batch_norm_and_the_last_convolution():
     assert list(second_head(NormAtTheEnd(), 3, IMAGES)) == ["fc"]
 
@@ -145,7 +150,6 @@ class WithScale(nn.Module):
             r"shared is 'classifier.6', but the classifier 'classifier.6' is a part of",
         ),
         (Vgg(), {"shared": ""}, r"shared is '', but the classifier"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 5)), {}, r"shared is 'convolutions', but Sequential has none"),
         (Twice(), {}, r"the layer 'mix' runs before and behind the end of that part"),
         (WithScale(), {}, r"the model cannot have a second head: The size of tensor"),
         (Vgg(), {"classifier": "features.0"}, r"classifier 'features.0' is a Conv2d"),

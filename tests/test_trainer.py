@@ -294,6 +294,18 @@ def test_the_objective_counts_the_penalty_and_the_loss_does_not():
     assert row["train_objective"] > row["train_loss"] + 0.01
 
 
+def test_top5_accuracy_is_that_of_sklearn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    data = images(700, seed=3, classes=9)
+    run = trainer(model=net(classes=9), train=images(60, classes=9), test=data, epochs=1)
+    row = run.fit()
+    with torch.no_grad():
+        scores = copy.deepcopy(run.model).eval()(normalised(data, run.feed.data))
+    expected = metrics.top_k_accuracy_score(data.labels, scores, k=5, labels=range(9))
+    assert row["test_top5_accuracy"] == pytest.approx(expected)
+    assert row["test_accuracy"] < expected < 1
+
+
 def test_the_test_figures():
     run = trainer(test=images(600, seed=3), epochs=1)  # more than one batch of evaluation
     row = run.fit()

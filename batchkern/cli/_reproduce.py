@@ -20,10 +20,10 @@ from batchkern.recipes import (
     OVER_BATCHES,
     RECIPES,
     Recipe,
+    beside,
     comparison_arguments,
     find,
     measured,
-    others,
     scaled,
 )
 from batchkern.schedules import step
@@ -173,7 +173,7 @@ def side_by_side(recipe: Recipe, results: dict[str, Any]) -> Table:
     for arm, figure in found.items():
         if arm not in ("baseline", recipe.strategy, "difference"):
             table.add_row(arm, "-", _figure(*figure))
-    for row in others(recipe, results):
+    for row in beside(recipe, results):
         table.add_row(*row)
     return table
 

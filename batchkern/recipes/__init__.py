@@ -14,9 +14,9 @@ from batchkern.recipes.base import (
     Published,
     Recipe,
     Training,
+    beside,
     comparison_arguments,
     measured,
-    others,
     scaled,
 )
 
@@ -29,10 +29,10 @@ __all__ = [
     "Published",
     "Recipe",
     "Training",
+    "beside",
     "comparison_arguments",
     "find",
     "measured",
-    "others",
     "scaled",
 ]
 

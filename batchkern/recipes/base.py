@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from batchkern.compare.arms import BASELINE
+from batchkern.compare.statistics import converged
 from batchkern.schedules import RateSchedule, step
 from batchkern.strategies import HardBatches, PassiveInjection, Stepwise, Trimming, parse
 
@@ -54,10 +57,8 @@ class Published:
     method: float
     intervals: tuple[float | None, float | None] = (None, None)
     """What stands after the two figures and a plus-minus sign; :data:`OVER_BATCHES` says of what."""
-    converged: tuple[int, int] | None = None
-    """The epochs in which the training losses converged."""
-    update_seconds: tuple[float, float] | None = None
-    """The time of an update."""
+    beside: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """What else the table says of baseline and strategy, by names of :data:`BESIDE`."""
 
     @property
     def difference(self) -> float:
@@ -166,42 +167,63 @@ def measured(recipe: Recipe, results: dict[str, Any]) -> dict[str, tuple[float, 
     return found
 
 
-def others(recipe: Recipe, results: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What the paper gives beside accuracies: the name of a figure, published and measured, of baseline and strategy.
+Outcome = Mapping[str, Any]
 
-    Epochs to convergence are medians over the seeds; the paper does not say when a loss has converged, so that the
-    changes are to be compared and not the epochs.
+
+def _of_last(name: str) -> Callable[[Outcome], float | None]:
+    def per_cent(outcome: Outcome) -> float | None:
+        value = outcome["final"].get(name)
+        return None if value is None else 100 * value
+
+    return per_cent
+
+
+def _converged(outcome: Outcome) -> float | None:
+    losses = outcome["curve"].get("train_loss")
+    return converged(losses) if losses else None
+
+
+TOP5 = "top-5 accuracy (%)"
+TRAINING = "accuracy on the training set (%)"
+MEDIAN = "error (%), median of the last five epochs"
+EPOCHS = "epochs until the training loss converged"
+MILLISECONDS = "milliseconds an update"
+BESIDE: dict[str, tuple[Callable[[Outcome], float | None], Callable[[list[float]], float]]] = {
+    TOP5: (_of_last("test_top5_accuracy"), statistics.fmean),
+    TRAINING: (_of_last("train_set_accuracy"), statistics.fmean),
+    MEDIAN: (lambda run: 100 - 100 * statistics.median(run["curve"]["test_accuracy"][-5:]), statistics.fmean),
+    EPOCHS: (_converged, statistics.median),
+    MILLISECONDS: (lambda run: 1000 * run["final"]["seconds"] / run["final"]["updates"], statistics.fmean),
+}
+"""Of a run, and over the seeds."""
+
+
+def beside(recipe: Recipe, results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """What the paper gives beside its main figure: the name, published and measured, of baseline, strategy, difference.
+
+    The paper on hard batches does not say when a loss has converged, so that differences are to be compared, and not
+    epochs. It gives them relative to its strategy's own epochs; here they are relative to the baseline's.
     """
-    entries = {entry["arm"]: entry for entry in results["summary"]}
     rows = []
-    for name, published, of in (
-        ("epochs until the training loss converged", recipe.published.converged, _epochs_to_converge),
-        ("milliseconds an update", recipe.published.update_seconds, _update_seconds),
-    ):
-        if published is None:
-            continue
-        pairs = [(BASELINE, published[0]), (recipe.strategy, published[1])]
-        found = [of(entries.get(arm)) for arm, _ in pairs]
-        scale = 1000 if published is recipe.published.update_seconds else 1
-        for (arm, value), own in zip(pairs, found, strict=True):
-            rows.append((f"{name}, {arm}", f"{scale * value:g}", "-" if own is None else f"{scale * own:.3g}"))
-        rows.append((f"{name}, change", _change(*published), _change(*found)))
+    for name, published in recipe.published.beside.items():
+        of, over_seeds = BESIDE[name]
+        found: list[float | None] = []
+        for arm in (BASELINE, recipe.strategy):
+            runs = [run for run in results.get("runs", ()) if run["arm"] == arm and not run["error"]]
+            values = [value for run in runs if (value := of(run)) is not None]
+            found.append(over_seeds(values) if values else None)
+        relative = name in (EPOCHS, MILLISECONDS)
+        for arm, value, own in zip((BASELINE, recipe.strategy), published, found, strict=True):
+            rows.append((f"{name}, {arm}", f"{value:g}", "-" if own is None else f"{own:.4g}"))
+        rows.append((f"{name}, difference", _difference(published, relative), _difference(found, relative)))
     return rows
 
 
-def _epochs_to_converge(entry: dict[str, Any] | None) -> float | None:
-    return entry["converged"]["median"] if entry and entry.get("converged") else None
-
-
-def _update_seconds(entry: dict[str, Any] | None) -> float | None:
-    return entry["seconds"] / entry["updates"] if entry and entry.get("updates") else None
-
-
-def _change(before: float | None, after: float | None) -> str:
-    """Of the baseline's: the paper divides by the strategy's own number of epochs, which makes gains look larger."""
+def _difference(pair: Sequence[float | None], relative: bool) -> str:
+    before, after = pair
     if before is None or after is None:
         return "-"
-    return f"{100 * (after - before) / before:+.1f} %"
+    return f"{100 * (after - before) / before:+.1f} %" if relative else f"{after - before:+.2f}"
 
 
 def _per_cent(figure: dict[str, Any], offset: float, factor: float) -> tuple[float, float | None]:
