@@ -149,6 +149,7 @@ class Learner:
         images, target = whole() if rows is None else self._narrowed(step, rows, whole() if scored else None)
         perturbation = self.owner("the virtual samples").perturb(step)
         outcome: list[Tensor] = []
+        beside = step.batch.beside
 
         def objective() -> tuple[Tensor, Tensor]:
             penalty: Tensor | float = 0.0
@@ -158,6 +159,9 @@ class Learner:
                 logits, penalty = self._perturbed(perturbation, images)
             loss, losses = owner.loss(step, logits, target)
             loss = loss + penalty
+            if beside is not None:
+                assert beside.inject is not None
+                loss = loss + beside.inject(Step(self.run, beside, step.update))
             figures, value = self.ranks.gather(step.share, _figures(logits, target, losses), loss.detach())
             outcome.append(figures)
             return loss, value
@@ -176,10 +180,10 @@ class Learner:
         self.samples.observe(known, losses, owner.kept(step, losses))
         sums = losses.sum(), value * len(losses), correct.sum(), torch.full_like(value, len(losses))
         self._sums += torch.stack([x.double() for x in sums])
-        full, trained = len(step.batch.indices), step.share.rows
+        full, trained, added = len(step.batch.indices), step.share.rows, 0 if beside is None else len(beside.indices)
         self.counts.samples_seen += full
-        self.counts.samples_forward += passes * trained + (full if scored else 0)
-        self.counts.samples_backward += passes * trained
+        self.counts.samples_forward += passes * trained + (full if scored else 0) + added
+        self.counts.samples_backward += passes * trained + added
         self.counts.samples_kept += full if step.kept is None else step.kept
 
     def _narrowed(self, step: Step, rows: Tensor, whole: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,8 @@ class Batch:
     """Load these, a state of the model, before this update."""
     inject: Callable[[Step], Tensor] | None = None
     """Computes this batch's loss in place of the trainer, for a batch that is not of the training set."""
+    beside: Batch | None = None
+    """One with ``inject``, whose loss is added to this batch's: one update for both."""
 
 
 def cut(order: Tensor, size: int, least: int = 1) -> tuple[Tensor, ...]:

@@ -47,6 +47,7 @@ SCENARIOS = {
     "stepwise": lambda: [Stepwise((0.5, 1.0), (1, 2), share_weights=False)],
     "augmentation": lambda: [StochasticAugmentation(**STRONG, layers=("conv2", "fc"), two_step=True)],
     "passive": lambda: [PassiveInjection(PASSIVE, 4)],
+    "summed": lambda: [PassiveInjection(PASSIVE, 4, summed=True)],
     "random rows": lambda: [RandomSelection()],
     "random batches": lambda: [RandomSelection("batches", delta=0.5)],
     "all": lambda: [
@@ -214,7 +215,8 @@ def test_killed_after_every_single_update(name, tmp_path):
     while killed(name, out, "update", 2, every=1):
         processes += 1
         state = torch.load(out / CHECKPOINT, weights_only=True)
-        passive = sum(strategy.get("injected", 0) for strategy in state["strategies"])
+        separate = 0 if name == "summed" else 1
+        passive = separate * sum(strategy.get("injected", 0) for strategy in state["strategies"])
         assert state["counts"]["updates"] + passive == processes <= 18 + 6
     assert processes >= 8
     assert_as_if_never_killed(name, out)

@@ -143,6 +143,7 @@ def forecast(trainer: Trainer) -> Counts:
             full = rows if kept is None else len(kept)
             perturbation = trainer.owner("the virtual samples").perturb(step)
             full *= 2 if perturbation is not None and perturbation.own_update else 1
+            full += 0 if batch.beside is None else len(batch.beside.indices)
             counts.samples_forward += sum(scored)
             counts.updates += 1
         counts.samples_forward += full

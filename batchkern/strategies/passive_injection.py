@@ -41,6 +41,7 @@ class PassiveInjection(Strategy):
         every: g, the number of active batches for each passive one; or ``f(active batches so far)`` -> bool.
         batch_size: of passive batches; default: the run's.
         freeze_bn: passive batches leave the running statistics of batch norm alone. By default they are shared.
+        summed: one update of the two losses' sum (eq. 4), in place of two updates, one after the other (Algorithm 1).
         shared: which layers both sets share, as in :func:`batchkern.second_head.second_head`: ``"convolutions"``, as
             the paper (section IV), ``"all but the classifier"``, or the name of the last module that is shared.
     """
@@ -52,6 +53,7 @@ class PassiveInjection(Strategy):
     every: int | Callable[[int], bool] = 100
     batch_size: int | None = None
     freeze_bn: bool = False
+    summed: bool = False
     shared: str = CONVOLUTIONS
     active: int = field(default=0, init=False, repr=False)
     injected: int = field(default=0, init=False, repr=False)
@@ -94,19 +96,26 @@ class PassiveInjection(Strategy):
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
         while True:
             if self.pending:
-                epoch, place = divmod(self.injected, self.batches.per_epoch)
-                indices = self.batches.epoch(epoch)[place]
-                batch = Batch(indices, *self.pending, inject=self._passive_loss)
-                self.injected, self.pending = self.injected + 1, None
+                batch, self.pending = self._passive_batch(*self.pending), None
                 yield batch
             active = next(upstream, None)
             if active is None:
                 return
             self.active += 1
             if self._due(self.active):
-                self.pending = (active.epoch, active.progress, active.ends_epoch, active.rate)
-                active = replace(active, ends_epoch=False)
+                of_active = active.epoch, active.progress, active.ends_epoch, active.rate
+                if self.summed:
+                    active = replace(active, beside=self._passive_batch(*of_active))
+                else:
+                    self.pending = of_active
+                    active = replace(active, ends_epoch=False)
             yield active
+
+    def _passive_batch(self, epoch: int, progress: float, ends_epoch: bool, rate: float | None) -> Batch:
+        of_passive, place = divmod(self.injected, self.batches.per_epoch)
+        self.injected += 1
+        indices = self.batches.epoch(of_passive)[place]
+        return Batch(indices, epoch, progress, ends_epoch, rate, inject=self._passive_loss)
 
     def _passive_loss(self, step: Step) -> Tensor:
         images, target = self.feed.batch(step.share.take(step.batch.indices), None)

@@ -144,6 +144,7 @@ def test_a_control_selects_as_much_as_its_arm(arm):
         "hard-batches(delta=0.4)",
         "stepwise(fractions=(.5,1),batch_multiples=(2,1))",
         "passive(every=3)",
+        "passive(every=3,summed=True)+augmentation(two_step=True)",
         "augmentation(two_step=True)",
         "stepwise(fractions=(.5,1),batch_multiples=(1,2))+trimming(backward=compact)+passive(every=2)",
     ],

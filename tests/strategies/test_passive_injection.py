@@ -11,6 +11,7 @@ from training import (
     DIFFERENT,
     EXACT,
     RecordingTrainer,
+    descend,
     fake_run,
     flat,
     furthest,
@@ -138,6 +139,32 @@ def test_what_is_shared_may_be_chosen(shared, own):
 
 def test_a_linear_layer_that_is_shared_would_show():
     assert furthest(finished().weights, paper_loop(finished(), own=("fc",))[0]) > DIFFERENT
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_one_update_of_the_summed_losses_is_equation_4(norm):
+    strategy = PassiveInjection(PASSIVE, EVERY, batch_size=5, summed=True)
+    run = trainer([strategy], net(norm=norm), epochs=EPOCHS, lr=0.01)
+    row = run.fit()
+    model, second = copy.deepcopy(run.initial).train(), copy.deepcopy(run.initial_extras[HEAD])
+    optimizer = sgd(torch.nn.ModuleList([model, second]), lr=0.01)
+    inputs, labels = normalised(run.feed.data), run.feed.data.labels
+    weights, added = [], 0
+    for number in range(EPOCHS * 6):
+        rows = run.batches.epoch(number // 6)[number % 6]
+        loss = F.cross_entropy(model(inputs[rows]), labels[rows])
+        if (number + 1) % EVERY == 0:
+            own = strategy.batches.epoch(added // strategy.batches.per_epoch)[added % strategy.batches.per_epoch]
+            hidden = F.relu(second["hidden"](F.relu(model.conv2(model.early(normalised(PASSIVE)[own]))).flatten(1)))
+            loss = loss + F.cross_entropy(second["fc"](hidden), PASSIVE.labels[own])
+            added += 1
+        descend(optimizer, loss)
+        weights.append(flat(model))
+    assert added == row["passive_updates"] == 4
+    assert furthest(run.weights, weights) <= EXACT
+    # As many active updates as without, and the passive rows are counted where they cost something.
+    assert (row["updates"], row["samples_seen"]) == (18, 3 * 44)
+    assert row["samples_forward"] == row["samples_backward"] == 3 * 44 + 4 * 5
 
 
 def test_adamw_too():
@@ -372,6 +399,7 @@ def test_the_classifier_may_be_named():
         ({"batch_size": 2.5}, "batch_size"),
         ({"shared": 3}, "shared"),
         ({"shared": None}, "shared"),
+        ({"summed": 1}, "summed"),
     ],
 )
 def test_wrong_options_are_refused_at_once(options, named):
