@@ -198,7 +198,10 @@ def pick_schedule(schedule: str | schedules.RateSchedule) -> schedules.RateSched
         checked = partial(_factor, schedule)
         checked(0.0)
         return checked
-    check_choice("schedule", schedule, schedules.RATES, function=True)
+    if isinstance(schedule, str) and schedule not in schedules.RATES and (steps := schedules.parse_step(schedule)):
+        return steps
+    allowed = [*schedules.RATES, "step(milestones=(0.3, 0.6), gamma=0.1)"]
+    check_choice("schedule", schedule, allowed, function=True)
     return schedules.RATES[schedule]()
 
 

@@ -6,8 +6,10 @@ Per epoch: ``f(epoch, epochs) -> value``. Learning-rate factors: ``f(progress) -
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -67,13 +69,44 @@ class step:
     """Times ``gamma`` at each milestone; the default is the trimming paper's (epochs 50 and 100 of 150).
 
     A class, so that a worker process can be sent one, and a run's config.json tells its numbers.
+
+    Args:
+        milestones: increasing parts of the training, in (0, 1): epoch 30 of 100 is 0.3.
+        gamma: above 0.
     """
 
     milestones: tuple[float, ...] = (1 / 3, 2 / 3)
     gamma: float = 0.5
 
+    def __post_init__(self) -> None:
+        if any(not 0 < m < 1 for m in self.milestones) or any(a >= b for a, b in pairwise(self.milestones)):
+            raise UserError(f"milestones must increase within (0, 1), as parts of the training, got {self.milestones}")
+        if not 0 < self.gamma < math.inf:
+            raise UserError(f"gamma must be a number above 0, got {self.gamma}")
+
     def __call__(self, progress: float) -> float:
         return self.gamma ** sum(progress >= m for m in self.milestones)
+
+
+_STEP = re.compile(r"step\(\s*milestones\s*=\s*\(([^()]*)\)\s*(?:,\s*gamma\s*=\s*([^,()]*))?\)")
+
+
+def parse_step(text: str) -> step | None:
+    """The schedule of ``"step(milestones=(0.3, 0.6), gamma=0.1)"``; ``None``: the text is not of that form.
+
+    Raises:
+        UserError: numbers that :class:`step` does not take.
+    """
+    match = _STEP.fullmatch(text.strip())
+    try:
+        if match:
+            milestones = tuple(float(part) for part in match[1].split(",") if part.strip())
+            return step(milestones, step.gamma if match[2] is None else float(match[2]))
+    except UserError:
+        raise
+    except ValueError:
+        pass
+    return None
 
 
 RATES: dict[str, Callable[[], RateSchedule]] = {"constant": constant, "cosine": cosine, "step": step}

@@ -68,7 +68,8 @@ class Trainer(Learner):
             processes together.
         optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, or a function of the parameter list.
         lr, momentum, weight_decay: of the named optimizers; a function sets its own, and ``lr`` is taken from it.
-        schedule: ``"constant"``, ``"cosine"``, ``"step"``, or ``f(progress) -> factor`` on the learning rate.
+        schedule: ``"constant"``, ``"cosine"``, ``"step"``, with numbers of its own as in ``"step(milestones=(0.3, 0.6),
+            gamma=0.1)"``, or ``f(progress) -> factor`` on the learning rate.
         amp: autocast to ``"bf16"`` or ``"fp16"`` (with loss scaling), or ``"none"``.
         augment: ``"none"``, ``"flip"``, ``"crop"``, ``"crop+flip"``.
         label_smoothing: in [0, 1], of the training loss.

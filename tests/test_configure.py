@@ -139,6 +139,15 @@ def test_an_optimizer_that_cannot_train_the_model_is_refused(optimizer, said):
         configure.build_optimizer(optimizer, [nn.Parameter(torch.zeros(2))], 0.1, 0.9, 0.0)
 
 
+def test_steps_are_given_as_text():
+    schedule = configure.pick_schedule("step(milestones=(0.25, 0.75), gamma=0.1)")
+    assert [schedule(progress) for progress in (0, 0.24, 0.25, 0.75)] == pytest.approx([1, 1, 0.1, 0.01])
+    with pytest.raises(
+        UserError, match=r"schedule must be one of constant, cosine, step, step\(mile.*got 'step\(30\)'"
+    ):
+        configure.pick_schedule("step(30)")
+
+
 def test_what_a_schedule_returns_becomes_a_float_or_is_refused():
     schedule = configure.pick_schedule(lambda progress: np.float32(0.5) if progress < 0.5 else None)
     assert (type(schedule(0.0)), schedule(0.0)) == (float, 0.5)

@@ -79,3 +79,35 @@ def test_step_decays_at_epochs_50_and_100_of_150(per_epoch):
     total = 150 * per_epoch
     factors = [schedules.step()(update / total) for update in range(total)]
     assert factors == [1.0] * 50 * per_epoch + [0.5] * 50 * per_epoch + [0.25] * 50 * per_epoch
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("step(milestones=(0.3, 0.6, 0.9), gamma=0.1)", schedules.step((0.3, 0.6, 0.9), 0.1)),
+        (" step( milestones = (.5,) ) ", schedules.step((0.5,), 0.5)),
+        ("step(milestones=(), gamma=2)", schedules.step((), 2.0)),
+        ("step(gamma=0.1)", None),
+        ("step(milestones=0.5)", None),
+        ("step(milestones=(0.5, x))", None),
+        ("step(milestones=(0.5,), gamma=0.1, x=1)", None),
+        ("cosine(milestones=(0.5,))", None),
+    ],
+)
+def test_steps_of_ones_own(text, expected):
+    assert schedules.parse_step(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("step(milestones=(0.6, 0.3))", r"milestones must increase within \(0, 1\), .* got \(0.6, 0.3\)"),
+        ("step(milestones=(30, 60))", r"milestones must increase within \(0, 1\)"),
+        ("step(milestones=(nan,))", r"milestones must increase within"),
+        ("step(milestones=(0.5,), gamma=0)", "gamma must be a number above 0, got 0"),
+        ("step(milestones=(0.5,), gamma=inf)", "gamma must be a number above 0, got inf"),
+    ],
+)
+def test_impossible_steps(text, said):
+    with pytest.raises(UserError, match=said):
+        schedules.parse_step(text)

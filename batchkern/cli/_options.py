@@ -39,7 +39,9 @@ OptimizerOption = Annotated[str, option(help="sgd, adam or adamw")]
 LrOption = Annotated[float, option(help="learning rate, at the start of the schedule")]
 MomentumOption = Annotated[float, option(help="of sgd; the first beta of adam and adamw")]
 WeightDecayOption = Annotated[float, option(help="of the optimizer")]
-ScheduleOption = Annotated[str, option(help="of the learning rate: constant, cosine or step")]
+ScheduleOption = Annotated[
+    str, option(help='of the learning rate: constant, cosine, step, or "step(milestones=(0.3, 0.6), gamma=0.1)"')
+]
 AmpOption = Annotated[str, option(help="mixed precision: none, bf16 or fp16")]
 AugmentOption = Annotated[str, option(help="none, flip, crop or crop+flip")]
 SmoothingOption = Annotated[float, option(help="label smoothing of the training loss, in [0, 1]")]
