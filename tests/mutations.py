@@ -1080,8 +1080,8 @@ TRAINING = [
         ),
         (
             "a setting that is new is not compared",
-            "sorted(recorded.keys() | asked.keys())",
-            "sorted(recorded.keys() & asked.keys())",
+            "for key in sorted(was.keys() | now.keys())\n            if was.get(key)",
+            "for key in sorted(was.keys())\n            if was.get(key)",
         ),
     ),
     *within(
