@@ -189,7 +189,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     for parameter, kept in optimizer.state.items() if names else ():
         for name, value in kept.items():
             fits = isinstance(value, Tensor) and value.shape == (() if name == "step" else parameter.shape)
-            if kept.keys() != names or not (fits or value is None) or (name == "step" and not value >= 1):
+            whole_state = kept.keys() - {"max_exp_avg_sq"} == names  # that of amsgrad=True
+            if not whole_state or not (fits or value is None) or (name == "step" and not value >= 1):
                 raise ValueError(f"the optimizer's {name} is not that of a parameter of shape {tuple(parameter.shape)}")
 
 

@@ -170,9 +170,10 @@ def test_what_a_schedule_returns_becomes_a_float_or_is_refused():
         (lambda kept: kept.update(step=torch.tensor(-1.0)), "the optimizer's step"),
     ],
 )
-def test_a_state_of_an_optimizer_that_does_not_fit_is_refused(change, said):
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_state_of_an_optimizer_that_does_not_fit_is_refused(change, said, amsgrad):
     weight = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight])
+    optimizer = torch.optim.AdamW([weight], amsgrad=amsgrad)
     weight.sum().backward()
     optimizer.step()
     state = copy.deepcopy(optimizer.state_dict())

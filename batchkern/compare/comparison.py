@@ -71,7 +71,7 @@ class Comparison:
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
                 raise UserError(f"{name} must be a tuple of strings, got {value!r:.60}")
-        check_kind("data", self.data, str, "the name of a data set, or its path as a string")
+        check_kind("data", self.data, str | os.PathLike, "the name of a data set, or its path")
         check_kind("out", self.out, str | Path, "a path")
         check_kind("training", self.training, dict, "a dictionary of arguments of Trainer")
         unknown = ", ".join(str(key) for key in self.training if key not in TRAINING)
