@@ -431,9 +431,9 @@ def test_missing_columns_are_listed(tmp_path):
     path = write_parquet(tmp_path / "b.parquet", random_pixels(2), [0, 1], column="height", extra=extra)
     with pytest.raises(UserError, match=r"no label column .*: image \(Image\), height \(int64\), width \(int32\)$"):
         load(path)
-    string = datasets.Value("string")
-    path = write_parquet(tmp_path / "c.parquet", random_pixels(2), ["cat", "dog"], label_type=string)
-    with pytest.raises(UserError, match=r"no label column .*label \(string\)$"):
+    flag = datasets.Value("bool")
+    path = write_parquet(tmp_path / "c.parquet", random_pixels(2), [True, False], label_type=flag)
+    with pytest.raises(UserError, match=r"no label column .*label \(bool\)$"):
         load(path)
 
 

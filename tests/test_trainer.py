@@ -548,7 +548,7 @@ def test_looking_whether_the_model_fits_leaves_it_as_it_was():
         ({"weight_decay": 1e300}, "weight_decay must be in"),
         ({"optimizer": lambda parameters: None}, "what optimizer returns must be a torch.optim.Optimizer, got None"),
         ({"optimizer": [1]}, "optimizer must be one of"),
-        ({"schedule": {}}, "schedule must be one of constant, cosine, step or a function"),
+        ({"schedule": {}}, "schedule must be one of constant, cosine, step, .* or a function"),
         ({"schedule": lambda progress: None}, "schedule must return a factor on the learning rate, got None at 0"),
         ({"amp": []}, "amp must be one of"),
         ({"augment": np.ones(2)}, "augment must be one of"),

@@ -318,7 +318,9 @@ def _earlier(out: Path) -> dict[str, Any]:
                 raise ValueError(f"the directory of a run is {outcome['directory']!r}")
             if outcome["error"] is None and not (outcome["final"] and outcome["curve"]):
                 raise ValueError(f"{outcome['directory']} has neither an error nor an end")
-            for key, values in (outcome["curve"] or {}).items():
+            curve = outcome["curve"] or {}
+            for key in (key for key in records.Curve.__annotations__ if key in curve):
+                values = curve[key]
                 if len(values) != outcome["epochs"] or (outcome["final"] and values[-1] != outcome["final"][key]):
                     raise ValueError(
                         f"{outcome['directory']} has {len(values)} epochs of {key}, or another end of them"
