@@ -585,6 +585,11 @@ WRAPPERS = [
         "batchkern/reference.py",
         ("tests/ops/test_autograd.py", "-k", "traced"),
         ("torch.jit.trace meets a kernel", "torch._C._is_tracing() or", "False or"),
+    ),
+    *within(
+        "wrappers",
+        "batchkern/reference.py",
+        ("tests/ops/test_autograd.py", "-k", "forward_mode"),
         ("forward mode meets a kernel", "or forward_ad._current_level >= 0)", "or False)"),
     ),
     *within(

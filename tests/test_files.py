@@ -10,7 +10,17 @@ import pytest
 
 from batchkern import files
 from batchkern.errors import UserError
-from batchkern.files import append_line, contents, lock, locked, make_directory, read_file, remove_parts, write_file
+from batchkern.files import (
+    append_line,
+    check_place,
+    contents,
+    lock,
+    locked,
+    make_directory,
+    read_file,
+    remove_parts,
+    write_file,
+)
 
 
 @pytest.fixture
@@ -141,3 +151,16 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
     said = r"cannot be locked \(No locks available\): nothing keeps another training from writing there, too"
     with pytest.warns(UserWarning, match=said), locked(tmp_path):
         pass
+
+
+def test_a_directory_that_was_moved_is_told_from_the_one_in_its_place(tmp_path):
+    place = tmp_path / "out"
+    place.mkdir()
+    with locked(place) as descriptor:
+        check_place(place, descriptor)
+        place.rename(tmp_path / "moved")
+        with pytest.raises(UserError, match="out cannot be written: No such file or directory"):
+            check_place(place, descriptor)
+        place.mkdir()
+        with pytest.raises(UserError, match="out is not the directory that this began in, which was moved"):
+            check_place(place, descriptor)
