@@ -328,6 +328,8 @@ def test_torchrun(tmp_path):
     words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "batchkern", "train"]
     options = ["--data", "digits", "--epochs", "1", "--strategy", "trimming(start=0.5)", "--out", str(tmp_path / "run")]
     ((code, output, errors),) = finished([warm.Process(*words, *options, env=environment())])
+    if "terminate called without an active exception" in errors:  # now and then gloo's threads outlive a rank's end
+        ((code, output, errors),) = finished([warm.Process(*words, *options, "--overwrite", env=environment())])
     assert code == 0, errors
     lines = output.splitlines()
     assert [line.split()[0] for line in lines] == ["epoch", "test", CONFIG]

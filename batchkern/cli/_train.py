@@ -119,6 +119,7 @@ def train(
         print(f"test accuracy {row['test_accuracy']:.2%} after {trainer.counts.updates:,} updates; in {visible(out)}:")
         print("  " + "  ".join(name for name in RUN_FILES if (out / name).exists()))
     if trainer.ranks.world > 1:
+        trainer.ranks.collect(None)  # nobody leaves while another still writes
         dist.destroy_process_group()
 
 
