@@ -14,7 +14,17 @@ from training import images, single_thread
 
 from batchkern.errors import UserError
 from batchkern.models import build, find_classifier
-from batchkern.recipes import LEFT_OUT, RECIPES, Published, comparison_arguments, find, measured, scaled
+from batchkern.recipes import (
+    LEFT_OUT,
+    RECIPES,
+    TABLES,
+    Published,
+    comparison_arguments,
+    grouped,
+    measured,
+    scaled,
+    select,
+)
 from batchkern.recipes.base import EPOCHS, MEDIAN, TOP5, TRAINING
 from batchkern.strategies import parse
 from batchkern.trainer import Trainer
@@ -341,7 +351,7 @@ def one_of_each(*attributes):
 def test_a_recipe_trains(recipe):
     """A few epochs of its settings, with a cheap network in place of its own, on small images."""
     shape, passive = (3, 4, 4), images(200, 2, (1, 6, 6)) if recipe.passive else None
-    recipe, rows = scaled(recipe, 1e-9, 5200, 4)
+    (recipe,), rows = scaled([recipe], 1e-9, 5200, 4)
     training = vars(recipe.training) | {"epochs": min(recipe.training.epochs, 5)}
     train, test, strategies = images(rows, 0, shape), images(40, 1, shape), parse(recipe.strategy, passive=passive)
     trainer = Trainer("cnn", train, test, strategies=strategies, progress=False, **training)
@@ -400,11 +410,61 @@ def test_what_was_chosen_is_said(recipe):
 
 
 def test_near_matches():
-    assert find("passive/cifar10-resnet56").name == "passive/cifar10-resnet56"
     with pytest.raises(UserError, match=r"'triming/cifar10-resnet34'; near matches: trimming/cifar10-resnet34"):
-        find("triming/cifar10-resnet34")
-    with pytest.raises(UserError, match=r"^there is no recipe '\?'; batchkern reproduce --list shows all$"):
-        find("?")
+        select("triming/cifar10-resnet34")
+    for name in ("?", "nothing/*"):
+        with pytest.raises(UserError, match=r"^there is no recipe and no table '[^']+'; batchkern reproduce --list"):
+            select(name)
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def names(recipes):
+    return [recipe.name for recipe in recipes]
+
+
+def test_what_a_name_stands_for():
+    assert names(select("passive/cifar10-resnet56")) == ["passive/cifar10-resnet56"]
+    assert names(select("stepwise/table-3")) == ["stepwise/birdsnap-res2net50_26w_4s", "stepwise/birdsnap-res2next50"]
+    assert names(select("trimming/*34")) == [f"trimming/{data}-resnet34" for data in ("svhn", "cifar10", "cifar100")]
+    assert len(select("hard-batches/*")) == sum(name.startswith("hard-batches/") for name in RECIPES)
+
+
+def test_every_row_is_in_a_table_of_its_paper():
+    assert {recipe.name for rows in TABLES.values() for recipe in rows} == set(RECIPES)
+    for name, rows in TABLES.items():
+        assert re.fullmatch(r"[a-z-]+/table-[1-7]", name)
+        assert all(recipe.name.partition("/")[0] == name.partition("/")[0] for recipe in rows)
+
+
+def test_a_table_has_the_rows_that_another_prints_too():
+    """Table VII of the passive paper repeats two rows of its Table II, and the two share a baseline with its own."""
+    of_cifar, of_svhn = grouped(TABLES["passive/table-7"])
+    assert names(of_cifar) == [f"passive/cifar10-resnet56{end}" for end in ("", "-g1", "-g10", "-g1000")]
+    assert names(of_svhn) == [f"passive/svhn-resnet56{end}" for end in ("", "-g1", "-g10", "-g1000")]
+
+
+def test_rows_that_share_a_baseline():
+    groups = grouped(TABLES["passive/table-2"])
+    assert [len(group) for group in groups] == [2] * 6
+    for group in groups:
+        assert len({(r.data, r.model, r.passive, repr(r.training)) for r in group}) == 1
+        assert len({recipe.published.baseline for recipe in group}) == 1
+        assert len({recipe.strategy for recipe in group}) == 2
+    apart = grouped(select("passive/cifar10-resnet56*"))  # two sets are injected
+    assert [group[0].passive for group in apart] == ["ufldl-stanford/svhn:cropped_digits", "tanganke/gtsrb"]
+
+
+def test_the_smallest_scale_of_a_group_is_what_the_neediest_strategy_needs():
+    group = [RECIPES["passive/cifar10-resnet56-g1"], RECIPES["passive/cifar10-resnet56"]]
+    assert [recipe.training.epochs for recipe in scaled(group, 0.001, 50_000, 10)[0]] == [10, 10]
+
+
+def test_a_group_is_a_comparison_of_its_strategies():
+    group = grouped(TABLES["hard-batches/table-3"])[0]
+    arms = comparison_arguments(group, out=Path("there"))["arms"]
+    assert arms == ("baseline", *(f"hard-batches(delta={delta})" for delta in (0.8, 0.5, 0.2)))
 
 
 # --- a smaller scale -------------------------------------------------------------------------------------------------
@@ -429,14 +489,14 @@ def test_near_matches():
 )
 def test_scale(name, scale, rows, classes, epochs, kept):
     recipe = RECIPES[name]
-    smaller, left = scaled(recipe, scale, rows, classes)
+    (smaller,), left = scaled([recipe], scale, rows, classes)
     assert (smaller.training.epochs, left) == (epochs, kept)
     assert replace(smaller, training=recipe.training) == recipe
     assert replace(smaller.training, epochs=recipe.training.epochs) == recipe.training
 
 
 def test_milestones_move_with_the_scale():
-    recipe, _ = scaled(RECIPES["trimming/cifar10-resnet34"], 0.1, 50_000, 10)
+    (recipe,), _ = scaled([RECIPES["trimming/cifar10-resnet34"]], 0.1, 50_000, 10)
     assert [at_epoch(recipe, epoch) for epoch in (4, 5, 9, 10, 14)] == [1, 0.5, 0.5, 0.25, 0.25]
 
 
@@ -446,7 +506,7 @@ def test_milestones_move_with_the_scale():
 def test_arguments_of_the_comparison():
     recipe = RECIPES["passive/cifar10-resnet56-gtsrb"]
     arguments = comparison_arguments(
-        recipe, out=Path("there"), test="own", train_rows=700, amp="bf16", device="cpu", overwrite=True, resume=False
+        [recipe], out=Path("there"), test="own", train_rows=700, amp="bf16", device="cpu", overwrite=True, resume=False
     )
     assert arguments == {
         "data": "uoft-cs/cifar10",

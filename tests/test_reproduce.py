@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import shutil
 from dataclasses import replace
 from functools import partial
 
@@ -20,7 +22,7 @@ pytest.importorskip("datasets")
 from batchkern import cli
 from batchkern.cli import _reproduce
 from batchkern.data import load_pair, sources
-from batchkern.recipes import LEFT_OUT, RECIPES, beside
+from batchkern.recipes import LEFT_OUT, RECIPES, TABLES, beside
 
 one_thread = single_thread()
 
@@ -48,8 +50,9 @@ def planned(monkeypatch):
     asked = []
 
     def run(comparison, **options):
+        comparison["out"].mkdir(parents=True)
         asked.append(comparison | options)
-        return {"summary": [], "runs": []}
+        return {"summary": [], "runs": [], "settings": {"train": {"rows": 9}}, "environment": {}}
 
     monkeypatch.setattr(_reproduce, "Comparison", dict)
     monkeypatch.setattr(_reproduce, "run", run)
@@ -84,7 +87,10 @@ def test_list_shows_every_recipe_and_every_row_left_out(batchkern):
     status, out, err = batchkern("--list")
     assert (status, err) == (0, "")
     lines = {line.split()[0]: line for line in out.splitlines() if "/" in line.split(" ")[0]}
-    assert set(lines) == set(RECIPES)
+    assert set(lines) == {*RECIPES, *TABLES}
+    assert re.search(
+        r"passive/table-2 +Singh et al. 2020 +12 +6 +uoft-cs/cifar10, uoft-cs/cifar100 *$", out, re.MULTILINE
+    )
     line = lines["hard-batches/stl10-resnet18-0.5"]
     for part in ("Table 5", "resnet18", "tanganke/stl10", " 100 ", " 5 ", "accuracy 50 ± 1.5 -> 49.5 ± 1.6 %"):
         assert part in line
@@ -97,17 +103,17 @@ def test_list_shows_every_recipe_and_every_row_left_out(batchkern):
 @pytest.mark.parametrize("name", ["trimming/svhn-resnet34", "passive/imagenet-resnet50"])
 def test_a_recipe_is_printed_in_full(name):
     recipe = RECIPES[name]
-    text = _reproduce.description(recipe)
+    text = _reproduce.description([recipe])
     for part in (name, recipe.table, recipe.data, recipe.model, recipe.strategy, recipe.passive or "", *recipe.chosen):
         assert part in text
 
 
 def test_settings_are_told_as_a_paper_does():
-    text = _reproduce.description(RECIPES["passive/cifar10-resnet56"])
+    text = _reproduce.description([RECIPES["passive/cifar10-resnet56"]])
     assert "sgd, lr 0.1, momentum 0.9, weight decay 0.0005, rate times 0.2 at epochs 50, 100, 150, 200\n" in text
     assert "250 epochs, batches of 128, 5 seeds\n" in text
     assert "uoft-cs/cifar10, 32 x 32 pixels, augmentation: crop+flip\n" in text
-    assert "constant rate\n" in _reproduce.description(RECIPES["hard-batches/stl10-resnet18-0.5"])
+    assert "constant rate\n" in _reproduce.description([RECIPES["hard-batches/stl10-resnet18-0.5"]])
 
 
 def test_help_has_every_option(batchkern):
@@ -141,6 +147,68 @@ def test_reproduces_a_recipe_on_other_data(batchkern, tiny, tmp_path):
     assert (tmp_path / "there" / "baseline" / "2-epochs" / "seed-1").is_dir()
     # What is there is not replaced unless asked for.
     refused(batchkern, words, "there holds a comparison already")
+
+
+@pytest.fixture
+def table(tiny, monkeypatch):
+    """A table of three rows: two that share their baseline, and one that trains more slowly."""
+    rows = tiny, replace(tiny, name="passive/twice", strategy="passive(every=2)")
+    rows = *rows, replace(tiny, name="passive/slow", training=replace(tiny.training, lr=0.001))
+    for recipe in rows:
+        monkeypatch.setitem(RECIPES, recipe.name, recipe)
+    monkeypatch.setitem(TABLES, "passive/table-9", rows)
+    return rows
+
+
+def test_reproduces_a_table(batchkern, table, tmp_path):
+    options = "--data digits --passive photo-patches --scale 0.1 --seeds 2 --jobs 1 --out there"
+    words = ["passive/table-9", *options.split()]
+    status, out, err = batchkern(*words)
+    assert status == 0, err
+    number, line = r"-?\d+\.\d\d ± \d+\.\d\d", r"\(cnn, digits\) +baseline +93.4 +{0} +- +- *\n"
+    for recipe, every in (("cifar10-resnet56", 5), ("twice", 2)):
+        line += rf"passive/{recipe} +passive\(every={every}\) +94.4 +{{0}} +\+1.00 +[+]?{{0}} *\n"
+    line += r"\(cnn, digits\) +baseline +93.4 +{0} +- +- *\npassive/slow +passive\(every=5\) +94.4 +{0} +\+1.00"
+    assert re.search(line.replace("{0}", number).replace("{{0}}", number), out), out
+    assert re.search(
+        r"Of [23] rows with an interval .* lies within it in [0-3]\. Zero lies within it in [0-3]:", out
+    ), out
+    assert len(re.findall(r"baseline, 1 epochs, seed [01]", err)) == 4  # of two comparisons
+    kept = json.loads((tmp_path / "there" / "reproduction.json").read_bytes())
+    assert (kept["name"], kept["scale"], [group["train_rows"] for group in kept["groups"]]) == (
+        "passive/table-9",
+        0.1,
+        [1280, 1280],
+    )
+    results = json.loads((tmp_path / "there" / "cifar10-resnet56" / "results.json").read_bytes())
+    entry = next(entry for entry in results["summary"] if entry["arm"] == "passive(every=2)")
+    row = next(row for row in kept["groups"][0]["rows"] if row["recipe"] == "passive/twice")
+    assert row["measured"][0] == pytest.approx(100 * entry["test_accuracy"]["mean"])
+    assert row["difference"] == pytest.approx(
+        [100 * entry["difference"]["baseline"][name] for name in ("mean", "half_width")]
+    )
+    # Nothing is trained before all directories are known to be free.
+    shutil.rmtree(tmp_path / "there" / "cifar10-resnet56")
+    refused(batchkern, words, "there/slow holds a comparison already")
+    assert not (tmp_path / "there" / "cifar10-resnet56").exists()
+
+
+def test_one_set_cannot_stand_for_several(batchkern):
+    words = ("trimming/table-1", "--data", "digits")
+    out = refused(
+        batchkern, words, "--data is digits, but trimming/table-1 has the data sets .*svhn.*, .*cifar100; name"
+    )
+    assert out == ""
+    words = ("passive/cifar10-resnet56*", "--passive", "digits")
+    assert refused(batchkern, words, "--passive is digits, but .* has the data sets .*svhn.*, tanganke/gtsrb;") == ""
+
+
+def test_a_file_of_the_users_is_not_replaced(batchkern, tiny, tmp_path):
+    (tmp_path / "there").mkdir()
+    for text in ("{}", "[]", "mine"):
+        (tmp_path / "there" / "reproduction.json").write_text(text)
+        refused(batchkern, (tiny.name, "--out", "there"), "there/reproduction.json is there, and is not of a reprod")
+        assert (tmp_path / "there" / "reproduction.json").read_text() == text
 
 
 def test_options_reach_the_comparison(batchkern, tiny, planned):
@@ -280,7 +348,7 @@ def test_refuses_a_wrong_name(batchkern):
         refused(batchkern, words, "'passive/cifar-resnet56'", "near matches: .*passive/cifar10-resnet56", "--list")
         == ""
     )
-    assert refused(batchkern, (), "name a recipe, such as .* --list") == ""
+    assert refused(batchkern, (), "name a recipe or a table, such as .* --list") == ""
 
 
 @pytest.mark.parametrize("scale", ["0", "-1", "1.5", "nan"])
@@ -308,7 +376,8 @@ def test_data_that_cannot_be_had(batchkern, monkeypatch, scale):
 def test_failed_runs_are_told(batchkern, tiny, monkeypatch):
     failed = {"arm": tiny.strategy, "seed": 1, "rows": [], "error": "the loss is nan"}
     monkeypatch.setattr(_reproduce, "Comparison", dict)
-    monkeypatch.setattr(_reproduce, "run", lambda comparison, **options: {"summary": [], "runs": [failed]})
+    found = {"summary": [], "runs": [failed], "settings": {"train": {"rows": 9}}, "environment": {}}
+    monkeypatch.setattr(_reproduce, "run", lambda comparison, **options: comparison["out"].mkdir(parents=True) or found)
     out = refused(
         batchkern, (tiny.name,), r"1 of 1 runs failed, the first is arm passive\(every=5\), seed 1: the loss is"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,21 +11,34 @@ from batchkern.cli._compare import check_runs, print_run
 from batchkern.cli._options import AmpOption, DeviceOption, OverwriteOption, argument, option
 from batchkern.cli._streams import visible
 from batchkern.cli._tables import make_table, print_tables
-from batchkern.compare import Comparison, run
+from batchkern.compare import RESULTS, Comparison, run, slug
 from batchkern.configure import check_range
 from batchkern.data import load_pair
 from batchkern.errors import UserError
+from batchkern.files import write_file
 from batchkern.recipes import (
     LEAST_BATCHES,
     LEFT_OUT,
     OVER_BATCHES,
     RECIPES,
+    TABLES,
     Recipe,
     beside,
     comparison_arguments,
-    find,
+    grouped,
     measured,
     scaled,
+    select,
+)
+from batchkern.recipes.reproduction import (
+    FILE,
+    HEADINGS,
+    cells,
+    check_replaceable,
+    record,
+    reproduction,
+    tally,
+    with_half,
 )
 from batchkern.schedules import step
 
@@ -33,8 +47,13 @@ if TYPE_CHECKING:
 
 
 def reproduce(
-    name: Annotated[str | None, argument(help="a recipe, such as trimming/cifar10-resnet34")] = None,
-    listed: Annotated[bool, option("--list", help="show all recipes, and which published rows cannot be run")] = False,
+    name: Annotated[
+        str | None,
+        argument(help="a recipe, such as trimming/cifar10-resnet34, a table, such as trimming/table-1, or 'passive/*'"),
+    ] = None,
+    listed: Annotated[
+        bool, option("--list", help="show all tables and recipes, and which published rows cannot be run")
+    ] = False,
     data: Annotated[str | None, option(help="training data in place of the published set, as for train")] = None,
     test: Annotated[str | None, option(help="test data; default: those of the training data")] = None,
     passive: Annotated[str | None, option(help="data to inject in place of the published set")] = None,
@@ -49,61 +68,123 @@ def reproduce(
     jobs: Annotated[int | None, option(help="runs side by side; default: CPU cores, or 1 on a GPU")] = None,
     device: DeviceOption = None,
     amp: AmpOption = "none",
-    out: Annotated[Path | None, option(help="default: runs/reproduce-<recipe>")] = None,
+    out: Annotated[Path | None, option(help="default: runs/reproduce-<name>")] = None,
     overwrite: OverwriteOption = False,
     resume: Annotated[bool, option("--resume", help="go on with the runs in --out that have not ended")] = False,
 ) -> None:
-    """Rerun a row of one of the five papers' tables: the baseline, the strategy, and its random control.
+    """Rerun rows of the five papers' tables, or a whole table: the baseline, the strategies, their random controls.
 
-    Published and measured figures are shown side by side. Published data sets come from the Hugging Face hub; a
-    network of timm needs timm.
+    Rows that differ in nothing but the strategy share their baseline. Published and measured figures are shown side by
+    side. Published data sets come from the Hugging Face hub; a network of timm needs timm.
     """
     if listed:
-        print_tables(recipes_table(), left_out_table())
+        print_tables(tables_table(), recipes_table(), left_out_table())
         return
     if name is None:
-        raise UserError("name a recipe, such as trimming/cifar10-resnet34; batchkern reproduce --list shows all")
-    published = find(name)
+        raise UserError(
+            "name a recipe or a table, such as trimming/cifar10-resnet34 or trimming/table-1; batchkern reproduce "
+            "--list shows all"
+        )
+    chosen = select(name)
     check_range("scale", scale, 0, 1, open_low=True)
-    recipe = replace(
-        published,
-        data=data or published.data,
-        passive=passive or published.passive,
-        seeds=published.seeds if seeds is None else seeds,
+    _check_one("data", data or test, [recipe.data for recipe in chosen], name)
+    _check_one("passive", passive, [recipe.passive for recipe in chosen], name)
+    groups = grouped(
+        replace(
+            recipe,
+            data=data or recipe.data,
+            passive=recipe.passive and (passive or recipe.passive),
+            seeds=recipe.seeds if seeds is None else seeds,
+        )
+        for recipe in chosen
     )
-    print(description(recipe), flush=True)
-    rows, warning = None, _other_data(published, recipe)
+    out = out or Path("runs", "reproduce-" + slug(name))
+    places = [out] if len(groups) == 1 else [out / slug(group[0].name.partition("/")[2]) for group in groups]
+    print("\n\n".join(map(description, groups)), flush=True)
+    warning = _other_data(chosen, groups)
+    kept: list[int | None] = [None] * len(groups)
     if scale != 1:
-        train, _ = load_pair(recipe.data, test, image_size=recipe.image_size)
-        recipe, rows = scaled(recipe, scale, len(train), len(train.classes))
-        size = f"{recipe.training.epochs} epochs of {rows:,} training rows"
-        warning.append(f"NOT COMPARABLE WITH THE PAPER: at scale {scale:g} these are {size}.")
+        for place, group in enumerate(groups):
+            train, _ = load_pair(group[0].data, test, image_size=group[0].image_size)
+            groups[place], kept[place] = scaled(group, scale, len(train), len(train.classes))
+        warning.append(_not_comparable(scale, groups, kept))
     print("", *warning, sep="\n", flush=True)
-    arguments = comparison_arguments(
-        recipe,
-        out=out or Path("runs", "reproduce-" + name.replace("/", "-")),
-        test=test,
-        train_rows=rows,
-        amp=amp,
-        device=device,
-        overwrite=overwrite,
-        resume=resume,
-    )
-    results = run(Comparison(**arguments), jobs=jobs, report=print_run)
-    print_tables(side_by_side(recipe, results))
-    if any(published.published.intervals):
+    comparisons = [
+        Comparison(
+            **comparison_arguments(
+                group,
+                out=place,
+                test=test,
+                train_rows=rows,
+                amp=amp,
+                device=device,
+                overwrite=overwrite,
+                resume=resume,
+            )
+        )
+        for group, place, rows in zip(groups, places, kept, strict=True)
+    ]
+    check_replaceable(out / FILE)
+    if len(groups) > 1:
+        _check_places(places, overwrite=overwrite, resume=resume)
+    found = [run(comparison, jobs=jobs, report=print_run) for comparison in comparisons]
+    rows = [reproduction(group, results) for group, results in zip(groups, found, strict=True)]
+    write_file(out / FILE, record(name, scale, rows, found[0]["environment"]))
+    if len(chosen) == 1:
+        print_tables(side_by_side(groups[0][0], found[0]))
+    else:
+        print_tables(*several(groups, found, rows))
+    if any(any(recipe.published.intervals) for recipe in chosen):
         print("", OVER_BATCHES, sep="\n")
-    print("", verdict(recipe, results), *warning, sep="\n")
-    print(f"in {visible(arguments['out'])}: the results in full, and a directory for each run")
-    check_runs(results)
+    conclusion = verdict(groups[0][0], found[0]) if len(chosen) == 1 else tally(rows)
+    print("", conclusion, *warning, sep="\n")
+    print(f"in {visible(out)}: these figures in {FILE}, the results in full, and a directory for each run")
+    for results in found:
+        check_runs(results)
 
 
-def _other_data(published: Recipe, recipe: Recipe) -> list[str]:
-    pairs = ((recipe.data, published.data), (recipe.passive, published.passive))
-    return [f"Comparable with the paper only if {own} is {its}." for own, its in pairs if own != its]
+def _check_one(option: str, given: str | None, published: list[str | None], name: str) -> None:
+    """One set cannot stand for several."""
+    sets = list(dict.fromkeys(filter(None, published)))
+    if given is not None and len(sets) > 1:
+        raise UserError(
+            f"--{option} is {given}, but {name} has the data sets {', '.join(sets)}; name rows of one of them, as in "
+            "'trimming/cifar10-*'"
+        )
+
+
+def _check_places(places: list[Path], *, overwrite: bool, resume: bool) -> None:
+    """That none is taken, before the first comparison of several begins."""
+    taken = [place for place in places if (place / RESULTS).exists()]
+    if taken and not (overwrite or resume):
+        raise UserError(f"{taken[0]} holds a comparison already; resume it, overwrite it, or give another directory")
+
+
+def _other_data(published: Sequence[Recipe], groups: Sequence[Sequence[Recipe]]) -> list[str]:
+    own = [recipe for group in groups for recipe in group]
+    by_name = {recipe.name: recipe for recipe in own}
+    pairs = [(by_name[recipe.name], recipe) for recipe in published]
+    sets = [(a.data, b.data) for a, b in pairs] + [(a.passive, b.passive) for a, b in pairs]
+    return [f"Comparable with the paper only if {own} is {its}." for own, its in dict.fromkeys(sets) if own != its]
+
+
+def _not_comparable(scale: float, groups: Sequence[Sequence[Recipe]], kept: Sequence[int | None]) -> str:
+    sizes = dict.fromkeys(
+        f"{group[0].training.epochs} epochs of {rows:,} training rows" for group, rows in zip(groups, kept, strict=True)
+    )
+    return f"NOT COMPARABLE WITH THE PAPER: at scale {scale:g} these are {', '.join(sizes)}."
 
 
 # --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+def tables_table() -> Table:
+    table = make_table("table", "of", "rows", "comparisons", "data")
+    for name, recipes in TABLES.items():
+        data = dict.fromkeys(recipe.data for recipe in recipes)
+        paper = recipes[0].paper.split(",")[0]
+        table.add_row(name, paper, str(len(recipes)), str(len(grouped(recipes))), ", ".join(data))
+    return table
 
 
 def recipes_table() -> Table:
@@ -129,17 +210,22 @@ def published_figures(recipe: Recipe) -> str:
     """Both cells of the table as the paper has them."""
     figures = recipe.published
     pairs = zip((figures.baseline, figures.method), figures.intervals)
-    baseline, method = (f"{value:g}{_half(half)}" for value, half in pairs)
+    baseline, method = (with_half(pair, digits="g") for pair in pairs)
     return f"{figures.metric} {baseline} -> {method} %"
 
 
-def description(recipe: Recipe) -> str:
-    """All settings of a recipe, and what was chosen where its paper is silent."""
+def description(group: Sequence[Recipe]) -> str:
+    """All settings of the recipes of a group, and what was chosen where their paper is silent."""
+    recipe = group[0]
     training = recipe.training
-    lines = [
-        f"{recipe.name}: {recipe.paper}, {recipe.table}",
-        f"published  test {published_figures(recipe)}",
-        f"strategy   {recipe.strategy}",
+    lines = []
+    for row in group:
+        lines += [
+            f"{row.name}: {row.paper}, {' and '.join((row.table, *row.also))}",
+            f"published  test {published_figures(row)}",
+            f"strategy   {row.strategy}",
+        ]
+    lines += [
         f"data       {recipe.data}, {recipe.image_size} x {recipe.image_size} pixels, augmentation: {training.augment}",
         *([f"injected   {recipe.passive}"] if recipe.passive else []),
         f"network    {recipe.model}",
@@ -147,7 +233,7 @@ def description(recipe: Recipe) -> str:
         f"weight decay {training.weight_decay:g}, {schedule_text(recipe)}",
         f"training   {training.epochs} epochs, batches of {training.batch_size}, {recipe.seeds} seeds",
         "chosen, where the paper leaves it open:",
-        *(f"  - {sentence}" for sentence in recipe.chosen),
+        *(f"  - {sentence}" for sentence in dict.fromkeys(line for row in group for line in row.chosen)),
     ]
     return "\n".join(lines)
 
@@ -161,29 +247,36 @@ def schedule_text(recipe: Recipe) -> str:
     return f"rate times {schedule.gamma:g} at epochs {epochs}"
 
 
+def several(
+    groups: Sequence[Sequence[Recipe]], found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
+) -> list[Table]:
+    """All rows; then what the papers give beside their main figures."""
+    metrics = dict.fromkeys(group["metric"] for group in rows)
+    main = make_table(f"recipe (test {', '.join(metrics)}, %)", *HEADINGS[1:], numbers=True)
+    for cells_of_row in cells(rows):
+        main.add_row(*cells_of_row)
+    more = make_table("beside", "published", "measured", numbers=True)
+    for group, results in zip(groups, found, strict=True):
+        for recipe in group:
+            for name, published, own in beside(recipe, results):
+                more.add_row(f"{recipe.name}: {name}", published, own)
+    return [main, more] if more.row_count else [main]
+
+
 def side_by_side(recipe: Recipe, results: dict[str, Any]) -> Table:
     """Published beside measured: baseline, strategy, difference; then what the paper does not have."""
     published, found = recipe.published, measured(recipe, results)
     table = make_table(f"test {published.metric} (%)", "published", "measured", numbers=True)
     figures = ("baseline", published.baseline), (recipe.strategy, published.method)
     for (arm, value), half in zip(figures, published.intervals):
-        table.add_row(arm, _figure(value, half), _figure(*found.get(arm, (None, None))))
-    mean, half = found.get("difference", (None, None))
-    table.add_row("difference", f"{published.difference:+.2f}", _figure(mean, half, "+"))
+        table.add_row(arm, with_half((value, half)), with_half(found.get(arm)))
+    table.add_row("difference", f"{published.difference:+.2f}", with_half(found.get("difference"), sign="+"))
     for arm, figure in found.items():
         if arm not in ("baseline", recipe.strategy, "difference"):
-            table.add_row(arm, "-", _figure(*figure))
+            table.add_row(arm, "-", with_half(figure))
     for row in beside(recipe, results):
         table.add_row(*row)
     return table
-
-
-def _figure(value: float | None, half: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{value:{sign}.2f}{_half(half, '.2f')}"
-
-
-def _half(half: float | None, digits: str = "g") -> str:
-    return "" if half is None else f" ± {half:{digits}}"
 
 
 def verdict(recipe: Recipe, results: dict[str, Any]) -> str:

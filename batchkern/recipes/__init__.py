@@ -4,6 +4,7 @@ baseline."""
 from __future__ import annotations
 
 import difflib
+import fnmatch
 
 from batchkern.errors import UserError
 from batchkern.recipes import augmentation, hard_batches, passive, stepwise, trimming
@@ -14,41 +15,53 @@ from batchkern.recipes.base import (
     Published,
     Recipe,
     Training,
-    beside,
     comparison_arguments,
-    measured,
+    grouped,
     scaled,
+    table_name,
 )
+from batchkern.recipes.reproduction import beside, measured
 
 __all__ = [
     "LEAST_BATCHES",
     "LEFT_OUT",
     "OVER_BATCHES",
     "RECIPES",
+    "TABLES",
     "LeftOut",
     "Published",
     "Recipe",
     "Training",
     "beside",
     "comparison_arguments",
-    "find",
+    "grouped",
     "measured",
     "scaled",
+    "select",
+    "table_name",
 ]
 
 _PAPERS = (trimming, hard_batches, stepwise, augmentation, passive)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for paper in _PAPERS for recipe in paper.RECIPES}
+TABLES: dict[str, tuple[Recipe, ...]] = {
+    name: tuple(recipe for recipe in RECIPES.values() if name in recipe.tables)
+    for name in dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.tables)
+}
+"""The rows of each table, by names such as passive/table-2."""
 LEFT_OUT: tuple[LeftOut, ...] = tuple(rows for paper in _PAPERS for rows in paper.LEFT_OUT)
 
 
-def find(name: str) -> Recipe:
-    """The recipe of that name.
+def select(name: str) -> tuple[Recipe, ...]:
+    """The recipes that a name stands for: one of them, a table of :data:`TABLES`, or a pattern such as passive/svhn-*.
 
     Raises:
         UserError: there is none; the sentence lists near ones.
     """
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=4, cutoff=0.5)
-        hint = f"; near matches: {', '.join(near)}" if near else ""
-        raise UserError(f"there is no recipe {name!r}{hint}; batchkern reproduce --list shows all")
-    return RECIPES[name]
+    if name in TABLES:
+        return tuple(RECIPES[recipe.name] for recipe in TABLES[name])
+    found = tuple(RECIPES[key] for key in fnmatch.filter(RECIPES, name)) if "*" in name else ()
+    if name in RECIPES or found:
+        return found or (RECIPES[name],)
+    near = difflib.get_close_matches(name, [*RECIPES, *TABLES], n=4, cutoff=0.5)
+    hint = f"; near matches: {', '.join(near)}" if near else ""
+    raise UserError(f"there is no recipe and no table {name!r}{hint}; batchkern reproduce --list shows all")

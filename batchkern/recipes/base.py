@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from batchkern.compare.arms import BASELINE
-from batchkern.compare.statistics import converged
 from batchkern.schedules import RateSchedule, step
 from batchkern.strategies import HardBatches, PassiveInjection, Stepwise, Trimming, parse
 
@@ -33,6 +31,13 @@ OVER_BATCHES = (
 )
 FIVE_SEEDS = "The number of runs is not given: five seeds."
 
+TOP5 = "top-5 accuracy (%)"
+TRAINING = "accuracy on the training set (%)"
+MEDIAN = "error (%), median of the last five epochs"
+EPOCHS = "epochs until the training loss converged"
+MILLISECONDS = "milliseconds an update"
+"""What tables say beside their main figure."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -52,13 +57,17 @@ class Training:
 class Published:
     """Two cells of a table, in per cent."""
 
-    metric: Literal["error", "accuracy"]
+    metric: Literal["error", "accuracy", "gap"]
+    """Of the test set; gap: accuracy on the training set less that on the test set."""
     baseline: float
     method: float
     intervals: tuple[float | None, float | None] = (None, None)
     """What stands after the two figures and a plus-minus sign; :data:`OVER_BATCHES` says of what."""
     beside: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """What else the table says of baseline and strategy, by names of :data:`BESIDE`."""
+    """What else the table says of baseline and strategy, by names of :data:`batchkern.recipes.reproduction.BESIDE`."""
+
+    steps: tuple[float, ...] = ()
+    """The strategy's accuracy at the end of each of its steps."""
 
     @property
     def difference(self) -> float:
@@ -83,6 +92,13 @@ class Recipe:
     chosen: tuple[str, ...]
     """What the paper leaves open, and what was taken."""
     passive: str | None = None
+    also: tuple[str, ...] = ()
+    """Other tables that have the same row."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The names of its tables, such as passive/table-2."""
+        return tuple(table_name(self.name, table) for table in (self.table, *self.also))
 
 
 @dataclass(frozen=True)
@@ -94,21 +110,42 @@ class LeftOut:
     reason: str
 
 
+ROMAN = {"I": 1, "II": 2, "III": 3, "IV": 4, "V": 5, "VI": 6, "VII": 7}
+
+
+def table_name(recipe: str, table: str) -> str:
+    """``Table II`` of the paper that the recipe is of: passive/table-2."""
+    number = table.rpartition(" ")[2]
+    return f"{recipe.partition('/')[0]}/table-{ROMAN.get(number, number)}"
+
+
+def grouped(recipes: Iterable[Recipe]) -> list[tuple[Recipe, ...]]:
+    """The recipes that one comparison is made of: all but their strategies are alike, and they share a baseline."""
+    groups: dict[Any, list[Recipe]] = {}
+    for recipe in recipes:
+        own = (getattr(recipe, name) for name in ("data", "passive", "model", "image_size", "training", "seeds"))
+        groups.setdefault(tuple(map(repr, own)), []).append(recipe)
+    return [tuple(group) for group in groups.values()]
+
+
 def milestones(*epochs: int, of: int, gamma: float) -> step:
     """A rate multiplied by ``gamma`` at these epochs, which move with the length of the training."""
     return step(tuple(epoch / of for epoch in epochs), gamma)
 
 
-def scaled(recipe: Recipe, scale: float, rows: int, classes: int) -> tuple[Recipe, int]:
-    """The recipe with fewer epochs, and the training rows to keep of ``rows``.
+def scaled(group: Sequence[Recipe], scale: float, rows: int, classes: int) -> tuple[tuple[Recipe, ...], int]:
+    """The recipes of a group with fewer epochs, and the training rows to keep of ``rows``.
 
-    Both are multiplied by ``scale``, in (0, 1], as far as the strategy can still do what it does: a training set keeps
-    10 batches and a row for each class; epochs are at least two, or one a step, or as many as inject a passive batch.
+    Both are multiplied by ``scale``, in (0, 1], as far as the strategies can still do what they do: a training set
+    keeps 10 batches and a row for each class; epochs are at least two, or one a step, or as many as inject a passive
+    batch.
     """
-    size, epochs = recipe.training.batch_size, recipe.training.epochs
+    training = group[0].training
+    size, epochs = training.batch_size, training.epochs
     kept = min(rows, max(round(scale * rows), LEAST_BATCHES * size, classes))
-    fewer = min(epochs, max(round(scale * epochs), _least_epochs(recipe, -(-kept // size))))
-    return replace(recipe, training=replace(recipe.training, epochs=fewer)), kept
+    least = max(_least_epochs(recipe, -(-kept // size)) for recipe in group)
+    fewer = replace(training, epochs=min(epochs, max(round(scale * epochs), least)))
+    return tuple(replace(recipe, training=fewer) for recipe in group), kept
 
 
 def _least_epochs(recipe: Recipe, batches: int) -> int:
@@ -123,7 +160,7 @@ def _least_epochs(recipe: Recipe, batches: int) -> int:
 
 
 def comparison_arguments(
-    recipe: Recipe,
+    group: Sequence[Recipe],
     *,
     out: Path,
     test: str | None = None,
@@ -133,8 +170,9 @@ def comparison_arguments(
     overwrite: bool = False,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """The arguments of the :class:`batchkern.compare.Comparison` that a recipe is: the baseline, the strategy and its
-    random control, for as many epochs each, as the papers have it."""
+    """The arguments of the :class:`batchkern.compare.Comparison` that a group of recipes is: the baseline, each
+    strategy and its random control, for as many epochs each, as the papers have it."""
+    recipe = group[0]
     return {
         "data": recipe.data,
         "test": test,
@@ -142,7 +180,7 @@ def comparison_arguments(
         "image_size": recipe.image_size,
         "model": recipe.model,
         "out": out,
-        "arms": ("baseline", recipe.strategy),
+        "arms": (BASELINE, *(recipe.strategy for recipe in group)),
         "seeds": recipe.seeds,
         "budgets": ("epochs",),
         "train_rows": train_rows,
@@ -150,82 +188,3 @@ def comparison_arguments(
         "overwrite": overwrite,
         "resume": resume,
     }
-
-
-def measured(recipe: Recipe, results: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
-    """What a comparison found, by arm, in per cent of the recipe's metric: mean and half of the 95 % interval.
-
-    Under ``"difference"`` that of the strategy less the baseline, paired by seed. An arm that failed is not there.
-    """
-    error = recipe.published.metric == "error"
-    found: dict[str, tuple[float, float | None]] = {}
-    for entry in results["summary"]:
-        if entry["test_accuracy"] is not None:
-            found[entry["arm"]] = _per_cent(entry["test_accuracy"], 100.0 if error else 0.0, -100 if error else 100)
-        if entry["arm"] == recipe.strategy and (entry.get("difference") or {}).get("baseline"):
-            found["difference"] = _per_cent(entry["difference"]["baseline"], 0.0, -100 if error else 100)
-    return found
-
-
-Outcome = Mapping[str, Any]
-
-
-def _of_last(name: str) -> Callable[[Outcome], float | None]:
-    def per_cent(outcome: Outcome) -> float | None:
-        value = outcome["final"].get(name)
-        return None if value is None else 100 * value
-
-    return per_cent
-
-
-def _converged(outcome: Outcome) -> float | None:
-    losses = outcome["curve"].get("train_loss")
-    return converged(losses) if losses else None
-
-
-TOP5 = "top-5 accuracy (%)"
-TRAINING = "accuracy on the training set (%)"
-MEDIAN = "error (%), median of the last five epochs"
-EPOCHS = "epochs until the training loss converged"
-MILLISECONDS = "milliseconds an update"
-BESIDE: dict[str, tuple[Callable[[Outcome], float | None], Callable[[list[float]], float]]] = {
-    TOP5: (_of_last("test_top5_accuracy"), statistics.fmean),
-    TRAINING: (_of_last("train_set_accuracy"), statistics.fmean),
-    MEDIAN: (lambda run: 100 - 100 * statistics.median(run["curve"]["test_accuracy"][-5:]), statistics.fmean),
-    EPOCHS: (_converged, statistics.median),
-    MILLISECONDS: (lambda run: 1000 * run["final"]["seconds"] / run["final"]["updates"], statistics.fmean),
-}
-"""Of a run, and over the seeds."""
-
-
-def beside(recipe: Recipe, results: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What the paper gives beside its main figure: the name, published and measured, of baseline, strategy, difference.
-
-    The paper on hard batches does not say when a loss has converged, so that differences are to be compared, and not
-    epochs. It gives them relative to its strategy's own epochs; here they are relative to the baseline's.
-    """
-    rows = []
-    for name, published in recipe.published.beside.items():
-        of, over_seeds = BESIDE[name]
-        found: list[float | None] = []
-        for arm in (BASELINE, recipe.strategy):
-            runs = [run for run in results.get("runs", ()) if run["arm"] == arm and not run["error"]]
-            values = [value for run in runs if (value := of(run)) is not None]
-            found.append(over_seeds(values) if values else None)
-        relative = name in (EPOCHS, MILLISECONDS)
-        for arm, value, own in zip((BASELINE, recipe.strategy), published, found, strict=True):
-            rows.append((f"{name}, {arm}", f"{value:g}", "-" if own is None else f"{own:.4g}"))
-        rows.append((f"{name}, difference", _difference(published, relative), _difference(found, relative)))
-    return rows
-
-
-def _difference(pair: Sequence[float | None], relative: bool) -> str:
-    before, after = pair
-    if before is None or after is None:
-        return "-"
-    return f"{100 * (after - before) / before:+.1f} %" if relative else f"{after - before:+.2f}"
-
-
-def _per_cent(figure: dict[str, Any], offset: float, factor: float) -> tuple[float, float | None]:
-    half = figure["half_width"]
-    return offset + factor * figure["mean"], None if half is None else 100 * half

@@ -74,6 +74,7 @@ def _recipe(
     training: Training = _CIFAR,
     chosen: tuple[str, ...] = _CIFAR_CHOSEN,
     image_size: int = 32,
+    also: tuple[str, ...] = (),
 ) -> Recipe:
     return Recipe(
         name=f"passive/{name}" + (f"-g{every}" if every != 100 else ""),
@@ -88,6 +89,7 @@ def _recipe(
         seeds=5,
         chosen=chosen,
         passive=passive,
+        also=also,
     )
 
 
@@ -127,6 +129,7 @@ RECIPES = (
             (baseline, method),
             every,
             chosen=_VGG_CHOSEN if model == "vgg16-cifar" else _CIFAR_CHOSEN,
+            also=("Table VII",) if (short, model) == ("cifar10", "resnet56") else (),
         )
         for short, data, model, baseline, methods in _TABLE_2
         for every, method in methods.items()
