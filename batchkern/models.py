@@ -252,7 +252,7 @@ def _initialise_for_relu(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def build(name: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
+def build(name: str, *, shape: tuple[int, int, int], classes: int, pretrained: bool = False) -> nn.Module:
     """A new model with random weights, by name.
 
     Args:
@@ -261,10 +261,12 @@ def build(name: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
             the size of the images), or a model of timm.
         shape: (C, H, W) of the images.
         classes: number of logits.
+        pretrained: with the weights that timm has for a model of its own, from the Hugging Face hub or its cache, but
+            for a classifier of another number of classes.
 
     Raises:
-        UserError: unknown name (the sentence lists near ones), images below 4x4, fewer than two classes, or a
-            model of timm that cannot be built for these images.
+        UserError: unknown name (the sentence lists near ones), images below 4x4, fewer than two classes, a model of
+            timm that cannot be built for these images, or pretrained weights that there are not or that cannot be had.
     """
     if len(shape) != 3 or shape[0] < 1 or min(shape[1:]) < 4:
         raise UserError(f"shape must be (C, H, W) with C >= 1 and H, W >= 4, not {tuple(shape)}")
@@ -273,12 +275,14 @@ def build(name: str, *, shape: tuple[int, int, int], classes: int) -> nn.Module:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)  # as images are
     try:
-        return _build(name, shape, classes)
+        return _build(name, shape, classes, pretrained)
     finally:
         torch.set_default_dtype(default)
 
 
-def _build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
+def _build(name: str, shape: tuple[int, int, int], classes: int, pretrained: bool) -> nn.Module:
+    if pretrained and name in BUILT_IN:
+        raise UserError(f"there are no pretrained weights for {name!r}: only for models of timm, such as resnet50")
     if name == "cnn":
         return SmallCNN(shape[0], classes)
     if name in _RESNETS:
@@ -291,10 +295,10 @@ def _build(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
         return CifarVGG(shape[0], classes)
     if name == "alexnet":
         return AlexNet(shape[0], classes, small=min(shape[1:]) < 64)
-    return _build_timm(name, shape, classes)
+    return _build_timm(name, shape, classes, pretrained)
 
 
-def _build_timm(name: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
+def _build_timm(name: str, shape: tuple[int, int, int], classes: int, pretrained: bool) -> nn.Module:
     built_in = f"the built-in models are {', '.join(BUILT_IN)}"
     try:
         timm = require("timm", "models")
@@ -304,13 +308,25 @@ def _build_timm(name: str, shape: tuple[int, int, int], classes: int) -> nn.Modu
         near = difflib.get_close_matches(name, [*BUILT_IN, *timm.list_models()], n=5)
         hint = f"; near matches: {', '.join(near)}" if near else ""
         raise UserError(f"unknown model {name!r}: {built_in}, and any model of timm{hint}")
+    if pretrained and not timm.is_model_pretrained(name):
+        raise UserError(
+            f"timm has no pretrained weights for {name!r}; timm.list_pretrained() names what it has some for"
+        )
     try:
         # A vision transformer's grid of patches is laid out for one image size.
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)
         size = {"img_size": shape[1:]} if config is not None and config.fixed_input_size else {}
-        return timm.create_model(name, num_classes=classes, in_chans=shape[0], **size)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        return timm.create_model(name, pretrained, num_classes=classes, in_chans=shape[0], **size)
+    except Exception as error:  # of the hub's client whatever it likes
+        if pretrained and not isinstance(error, AssertionError | TypeError):
+            raise UserError(f"the pretrained weights of {name!r} cannot be loaded: {_first_line(error)}") from error
+        if not isinstance(error, AssertionError | RuntimeError | TypeError | ValueError):
+            raise
         raise UserError(f"model {name!r} of timm cannot be built for images of shape {shape}: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def find_classifier(model: nn.Module, name: str | None = None) -> tuple[str, nn.Linear]:

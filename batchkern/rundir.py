@@ -257,11 +257,11 @@ class RunDirectory:
 
 
 def identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """``settings`` as JSON has them, without the names of data whose contents they tell: a path may be written in many
-    ways."""
+    """``settings`` as JSON has them, without the names of data and weights whose contents they tell: a path may be
+    written in many ways."""
     plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True))
     for value in plain.values():
-        if isinstance(value, dict) and value.get("images_crc32") is not None:
+        if isinstance(value, dict) and (value.get("images_crc32") is not None or "crc32" in value):
             value.pop("name", None)
     return plain
 

@@ -43,6 +43,7 @@ from batchkern.data import AUGMENTATIONS, Feed, ImageData
 from batchkern.diagnostics import SampleLog
 from batchkern.distributed import Ranks
 from batchkern.errors import UserError, only_warned
+from batchkern.initial_weights import PRETRAINED, describe_weights, load_weights
 from batchkern.interrupts import Interrupted, StopRequest
 from batchkern.learner import Counts, Learner
 from batchkern.plan import Batch, EpochBatches
@@ -63,6 +64,9 @@ class Trainer(Learner):
         model: a module that maps images ``(B, C, H, W)`` to logits ``(B, classes)``, or a name for
             ``batchkern.models.build``, which is then initialised from ``seed``.
         train, test: the data; same shape and classes.
+        weights: to begin with: a file of safetensors or the directory of a run that has ended, as
+            :func:`batchkern.initial_weights.load_weights` takes them, or ``"pretrained"``, for what timm has for a
+            model of its own. The classifier begins with random weights where it has another number of classes.
         strategies: any combination in which no two decide the same thing; none is the plain baseline.
         epochs, batch_size: of the plain baseline; strategies may change what an epoch visits. A batch is that of all
             processes together.
@@ -91,6 +95,7 @@ class Trainer(Learner):
         train: ImageData,
         test: ImageData,
         *,
+        weights: str | os.PathLike[str] | None = None,
         strategies: Sequence[Strategy] = (),
         epochs: int = 15,
         batch_size: int = 64,
@@ -124,6 +129,10 @@ class Trainer(Learner):
         check_kind("classifier", classifier, str | None, "the name of a module")
         check_kind("out", out, str | os.PathLike | None, "a path")
         check_flags(overwrite=overwrite, resume=resume, progress=progress)
+        check_kind("weights", weights, str | os.PathLike | None, "a path, or the word pretrained")
+        pretrained = weights == PRETRAINED
+        if pretrained and not isinstance(model, str):
+            raise UserError("weights are pretrained, but model is a module, and not the name of one of timm's")
         ranks = Ranks.join(device)
         self.seed = seed
         self.checkpoint_every = checkpoint_every
@@ -132,6 +141,7 @@ class Trainer(Learner):
             "train": describe_data(train),
             "test": describe_data(test),
             "model": describe_model(model),
+            "weights": describe_weights(weights),
             "strategies": [strategy.describe() for strategy in strategies],
             "epochs": epochs,
             "batch_size": batch_size,
@@ -151,7 +161,9 @@ class Trainer(Learner):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, "weights"))
             if isinstance(model, str):
-                model = models.build(model, shape=train.shape, classes=len(train.classes))
+                model = models.build(model, shape=train.shape, classes=len(train.classes), pretrained=pretrained)
+        if weights is not None and not pretrained:
+            load_weights(model, weights, classifier)
         model = model.to(ranks.device)
         check_model(model, train.shape, len(train.classes), ranks.device)
         if classifier is not None:

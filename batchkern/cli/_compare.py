@@ -24,10 +24,13 @@ from batchkern.cli._options import (
     NoiseOption,
     OptimizerOption,
     OverwriteOption,
+    PretrainedOption,
     ScheduleOption,
     SmoothingOption,
     TestOption,
     WeightDecayOption,
+    WeightsOption,
+    initial_weights,
     option,
 )
 from batchkern.cli._streams import visible
@@ -72,6 +75,8 @@ def compare(
     augment: AugmentOption = "none",
     label_smoothing: SmoothingOption = 0.0,
     image_size: ImageSizeOption = None,
+    weights: WeightsOption = None,
+    pretrained: PretrainedOption = False,
     classifier: ClassifierOption = None,
     device: DeviceOption = None,
     out: Annotated[Path | None, option(help="default: runs/compare-<data>-<model>")] = None,
@@ -103,6 +108,7 @@ def compare(
         noise=noise,
         clean_labels=clean_labels,
         training={
+            "weights": initial_weights(weights, pretrained),
             "epochs": epochs,
             "batch_size": batch_size,
             "optimizer": optimizer,

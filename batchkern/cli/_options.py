@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
+from batchkern.errors import UserError
+from batchkern.initial_weights import PRETRAINED
 from batchkern.strategies import STRATEGIES
 
 try:
@@ -32,6 +35,10 @@ ImageSizeOption = Annotated[int | None, option(help="resize all images to so man
 ModelOption = Annotated[
     str, option(help="cnn, resnet8, 20, 44 or 56, wrn22-10, wrn18-2, vgg16-cifar, alexnet, or any of timm")
 ]
+WeightsOption = Annotated[
+    Path | None, option(help="begin with these: a file of safetensors, or the directory of a run that has ended")
+]
+PretrainedOption = Annotated[bool, option("--pretrained", help="begin with the weights that timm has for --model")]
 ClassifierOption = Annotated[str | None, option(help="the model's last linear layer, where it cannot be found")]
 EpochsOption = Annotated[int, option(help="of the baseline; strategies may visit less in one")]
 BatchSizeOption = Annotated[int, option(help="of the baseline; strategies may change it")]
@@ -51,3 +58,10 @@ CleanLabelsOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, option(help="cpu, cuda or cuda:N; default: cuda where there is one")]
 OverwriteOption = Annotated[bool, option("--overwrite", help="replace the files that batchkern wrote in --out")]
+
+
+def initial_weights(weights: Path | None, pretrained: bool) -> Path | str | None:
+    """As the trainer takes them."""
+    if weights is not None and pretrained:
+        raise UserError("--weights and --pretrained exclude each other; give one of them")
+    return PRETRAINED if pretrained else weights

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from batchkern.cli._compare import check_runs, print_run
-from batchkern.cli._options import AmpOption, DeviceOption, OverwriteOption, argument, option
+from batchkern.cli._options import AmpOption, DeviceOption, OverwriteOption, WeightsOption, argument, option
 from batchkern.cli._streams import visible
 from batchkern.cli._tables import make_table, print_tables
 from batchkern.compare import RESULTS, Comparison, run, slug
@@ -16,6 +16,7 @@ from batchkern.configure import check_range
 from batchkern.data import load_pair
 from batchkern.errors import UserError
 from batchkern.files import write_file
+from batchkern.initial_weights import PRETRAINED
 from batchkern.recipes import (
     LEAST_BATCHES,
     LEFT_OUT,
@@ -66,6 +67,7 @@ def reproduce(
     ] = 1.0,
     seeds: Annotated[int | None, option(help="runs of each arm; default: the recipe's")] = None,
     jobs: Annotated[int | None, option(help="runs side by side; default: CPU cores, or 1 on a GPU")] = None,
+    weights: WeightsOption = None,
     device: DeviceOption = None,
     amp: AmpOption = "none",
     out: Annotated[Path | None, option(help="default: runs/reproduce-<name>")] = None,
@@ -116,6 +118,7 @@ def reproduce(
                 out=place,
                 test=test,
                 train_rows=rows,
+                weights=weights,
                 amp=amp,
                 device=device,
                 overwrite=overwrite,
@@ -225,10 +228,11 @@ def description(group: Sequence[Recipe]) -> str:
             f"published  test {published_figures(row)}",
             f"strategy   {row.strategy}",
         ]
+    begins = {None: "random weights", PRETRAINED: "the weights that timm has for it"}.get(training.weights)
     lines += [
         f"data       {recipe.data}, {recipe.image_size} x {recipe.image_size} pixels, augmentation: {training.augment}",
         *([f"injected   {recipe.passive}"] if recipe.passive else []),
-        f"network    {recipe.model}",
+        f"network    {recipe.model}, begins with {begins or training.weights}",
         f"optimizer  {training.optimizer}, lr {training.lr:g}, momentum {training.momentum:g}, "
         f"weight decay {training.weight_decay:g}, {schedule_text(recipe)}",
         f"training   {training.epochs} epochs, batches of {training.batch_size}, {recipe.seeds} seeds",

@@ -51,6 +51,7 @@ class Training:
     optimizer: str = "sgd"
     schedule: str | RateSchedule = "constant"
     augment: str = "none"
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,7 @@ def comparison_arguments(
     out: Path,
     test: str | None = None,
     train_rows: int | None = None,
+    weights: Path | None = None,
     amp: str = "none",
     device: str | None = None,
     overwrite: bool = False,
@@ -173,6 +175,7 @@ def comparison_arguments(
     """The arguments of the :class:`batchkern.compare.Comparison` that a group of recipes is: the baseline, each
     strategy and its random control, for as many epochs each, as the papers have it."""
     recipe = group[0]
+    given = {} if weights is None else {"weights": weights}
     return {
         "data": recipe.data,
         "test": test,
@@ -184,7 +187,7 @@ def comparison_arguments(
         "seeds": recipe.seeds,
         "budgets": ("epochs",),
         "train_rows": train_rows,
-        "training": {**vars(recipe.training), "amp": amp, "device": device},
+        "training": {**vars(recipe.training), **given, "amp": amp, "device": device},
         "overwrite": overwrite,
         "resume": resume,
     }

@@ -1,0 +1,123 @@
+"""The weights that a training begins with, where these are not random: of a file, or of an earlier run."""
+
+from __future__ import annotations
+
+import os
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from batchkern.errors import UserError, require
+from batchkern.files import read_file
+from batchkern.models import find_classifier
+
+PRETRAINED = "pretrained"
+"""In place of a file: what timm has for a model of its own."""
+OF_A_RUN = "model.safetensors"
+
+
+def describe_weights(weights: str | os.PathLike[str] | None) -> Any:
+    """As config.json has it: of a file its name and its content's checksum.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if weights is None or weights == PRETRAINED:
+        return weights
+    path = _file(weights)
+    return {"name": os.fspath(weights), "crc32": zlib.crc32(_read(path))}
+
+
+def load_weights(model: nn.Module, weights: str | os.PathLike[str], classifier: str | None = None) -> None:
+    """Gives ``model`` the weights of a file.
+
+    The classifier keeps its own where it has another number of classes than the file's, and a warning says so.
+
+    Args:
+        weights: a file of safetensors with all that ``model.state_dict()`` has, under the same names; or the directory
+            of a run that has ended, whose model.safetensors is one.
+        classifier: name of the model's last linear layer, where it cannot be found.
+
+    Raises:
+        UserError: there is no such file; it is none of safetensors; or it has other names, shapes or kinds of numbers
+            than the model, or values that are not finite.
+    """
+    path = _file(weights)
+    content = _read(path)
+    try:
+        found: dict[str, Tensor] = require("safetensors.torch", "train").load(content)
+    except UserError:
+        raise
+    except Exception as error:  # a class of Rust's
+        raise UserError(
+            f"weights: {path} is no file of safetensors ({error}); torch's own files run code when they are read: "
+            "load yours, and save it with safetensors.torch.save_file(model.state_dict(), ...)"
+        ) from error
+    own = model.state_dict()
+    left = _of_another_classifier(model, own, found, classifier)
+    _check_names(path, own, found)
+    for name, tensor in found.items():
+        if name in left:
+            continue
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"weights: {name} in {path} is of shape {tuple(tensor.shape)}, in the model {tuple(own[name].shape)}"
+            )
+        if tensor.is_floating_point() != own[name].is_floating_point() or tensor.is_complex():
+            raise UserError(f"weights: {name} in {path} is {tensor.dtype}, in the model {own[name].dtype}")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"weights: {name} in {path} has values that are not finite")
+    model.load_state_dict({**own, **{name: tensor for name, tensor in found.items() if name not in left}})
+    if left:
+        warnings.warn(
+            f"weights: the classifier of {path} has {len(found[left[0]])} classes; this one has {len(own[left[0]])}, "
+            "and begins with random weights",
+            stacklevel=3,
+        )
+
+
+def _of_another_classifier(
+    model: nn.Module, own: dict[str, Tensor], found: dict[str, Tensor], classifier: str | None
+) -> list[str]:
+    """Its tensors, where the file has them for another number of classes."""
+    try:
+        name, layer = find_classifier(model, classifier)
+    except UserError:
+        return []
+    names = [f"{name}.{part}" for part, _ in layer.named_parameters()]
+    if not all(part in found and found[part].shape[1:] == own[part].shape[1:] for part in names):
+        return []
+    return names if any(found[part].shape != own[part].shape for part in names) else []
+
+
+def _check_names(path: Path, own: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    missing = [name for name in own if name not in found]
+    unknown = [name for name in found if name not in own]
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}"
+        raise UserError(
+            f"weights: {path} {what}, {'which the model has' if missing else 'which the model has not'} "
+            f"({len(missing)} "
+            f"names are missing, {len(unknown)} unknown): it must be of the same network"
+        )
+
+
+def _file(weights: str | os.PathLike[str]) -> Path:
+    path = Path(os.path.expanduser(os.fspath(weights)))
+    if not path.is_dir():
+        return path
+    if not (path / OF_A_RUN).exists():
+        raise UserError(f"weights: the directory {path} has no {OF_A_RUN}, as a run has that has ended")
+    return path / OF_A_RUN
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_file(path)
+    except (OSError, ValueError) as error:  # a name may hold what none can hold
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"weights: {path} cannot be read: {reason}") from None
