@@ -156,7 +156,7 @@ class Learner:
             if perturbation is None or perturbation.own_update:
                 logits = self.model(images)
             else:
-                logits, penalty = self._perturbed(perturbation, images)
+                logits, penalty = self._perturbed(perturbation, images, target)
             loss, losses = owner.loss(step, logits, target)
             loss = loss + penalty
             if beside is not None:
@@ -169,7 +169,7 @@ class Learner:
         value = self._descend(objective)
         passes = 1
         if perturbation is not None and perturbation.own_update:
-            self._descend(lambda: self._valued(self._perturbed(perturbation, images)[1]))
+            self._descend(lambda: self._valued(self._perturbed(perturbation, images, target)[1]))
             passes = 2
 
         losses, correct = scored[0] if scored else outcome[0]
@@ -193,9 +193,9 @@ class Learner:
             return whole[0][rows], whole[1][rows]
         return self._rows(step, step.share.take(rows.cpu()))
 
-    def _perturbed(self, perturbation: Perturbation, images: Tensor) -> tuple[Tensor, Tensor]:
+    def _perturbed(self, perturbation: Perturbation, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         raw, virtual = run_with_virtual(self.model, perturbation.layer, perturbation.virtual, images)
-        return raw, perturbation.penalty(raw, virtual)
+        return raw, perturbation.penalty(raw, virtual, target)
 
     def _valued(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         return loss, self.ranks.mean(loss.detach())

@@ -889,6 +889,23 @@ STRATEGIES = [
             'derived_seed(seed, "augment numbers", moment)',
             'derived_seed(seed, "augment numbers")',
         ),
+        ("soft labels always have a gradient", 'reference_grad=self.labels == "trained"', "reference_grad=True"),
+        (
+            "hard labels are those of another copy's rows",
+            "torch.cat([target] * (self.gaussian + self.dropout))",
+            "target.repeat_interleave(self.gaussian + self.dropout)",
+        ),
+        (
+            "the basis of an epoch is that of an iteration",
+            '*decision) if self.per == "epoch" else place',
+            "*decision) if False else place",
+        ),
+        ("omega stays where it is to move", "self.omega if self.omega_end is None else self.omega_end", "self.omega"),
+        (
+            "the vote is at the first layer always",
+            "modules[chosen[-1][1]] if self.vote_layer is not None else self.modules[0]",
+            "self.modules[0]",
+        ),
         (
             "a tied vote does not go to the raw prediction",
             "return counts + 0.5 * nn.functional.one_hot(votes[0], run.classes)",
@@ -1205,8 +1222,8 @@ DISTRIBUTED = [
         RANKS,
         (
             "ranks with fewer rows weigh as much",
-            "kl = kl * (share.real * share.world / share.rows)",
-            "kl = kl * 1.0",
+            "mean = mean * (share.real * share.world / share.rows)",
+            "mean = mean * 1.0",
         ),
     ),
 ]

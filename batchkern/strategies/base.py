@@ -73,8 +73,9 @@ class Perturbation:
     layer: nn.Module
     virtual: Callable[[Tensor], Tensor]
     """Hidden ``(B, ...)`` -> ``((1 + M) * B, ...)``, the batch itself first."""
-    penalty: Callable[[Tensor, Tensor], Tensor]
-    """Raw logits ``(B, C)`` and virtual logits ``(M * B, C)`` -> 0-dim; averaged over ranks, the whole batch's."""
+    penalty: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """Raw logits ``(B, C)``, virtual logits ``(M * B, C)`` and the batch's targets -> 0-dim; averaged over ranks, the
+    whole batch's."""
     own_update: bool = False
     """Apply the penalty in a second update of its own, after that of the loss."""
 

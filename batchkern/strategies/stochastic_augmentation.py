@@ -15,9 +15,9 @@ from batchkern.basis import KINDS, Basis, BasisKind, random_basis
 from batchkern.distributed import Share
 from batchkern.errors import UserError
 from batchkern.models import find_classifier
-from batchkern.ops import augment_latent, soft_label_kl
+from batchkern.ops import augment_latent, cross_entropy, soft_label_kl
 from batchkern.plan import saved_number
-from batchkern.schedules import bernoulli
+from batchkern.schedules import bernoulli, linear
 from batchkern.seeding import derived_seed, generator
 from batchkern.strategies.base import Perturbation, Run, Step, Strategy, run_with_virtual
 
@@ -32,11 +32,14 @@ class StochasticAugmentation(Strategy):
 
     With probability cos(omega) per iteration, the input of a random eligible layer is stacked with Gaussian and dropout
     copies (eqs. 5-8); the rest of the network runs on the stack, and eta * soft_label_kl (eqs. 10-11) is added to the
-    loss. The raw rows' outputs are the soft labels and are constants of the penalty. The basis is drawn anew each time.
-    At inference, the majority vote over a sample and its virtual samples decides (section 3.4).
+    loss. The raw rows' outputs are the soft labels and are constants of the penalty. Logarithms are natural; in bits,
+    as in eq. 13, the penalty would be 1 / ln 2 = 1.44 times as large. The basis is drawn anew with each coin that falls
+    on augmenting. At inference, the majority vote over a sample and its virtual samples decides (section 3.4).
 
     Args:
         omega: in [0, pi / 2]; pi / 3 augments every second iteration on average.
+        omega_end: that of the last epoch, linear in between; default: it stays (section 3.2 names a changing
+            probability as the more delicate case).
         gaussian, dropout: copies of each kind; together M, at least 1.
         eta: weight of the penalty, at least 0; the paper's search found 0.01 and 0.1.
         sigma, tau: standard deviation and clip of the noise, in the units of the layer's input; not in the paper.
@@ -44,14 +47,21 @@ class StochasticAugmentation(Strategy):
         basis: ``"normalized"`` (the paper's), ``"orthogonal"``, ``"hadamard"`` (no Q x Q matrix) or ``"none"``.
         layers: names of eligible modules; default: the model's classifier, its last linear layer.
         two_step: Algorithm 1: one update for the loss, then one for the penalty, in place of the one update of eq. 11.
-        per: decide once per ``"iteration"`` (eq. 4 and Algorithm 1) or once per ``"epoch"`` (section 3's opening).
+        per: decide, and draw the basis, once per ``"iteration"`` (eq. 4 and Algorithm 1) or once per ``"epoch"``
+            (section 3's opening).
+        labels: of virtual samples. ``"soft"``: the raw rows' outputs, as constants (eq. 10); ``"trained"``: the same,
+            with a gradient into them (eq. 11 as it is written); ``"hard"``: the rows' own labels, by cross entropy
+            (eq. 9, which the paper sets its own against).
         vote: decide by majority at inference; ties go to the raw prediction, then to the lower class.
+        vote_layer: the module at whose input the virtual samples of the vote are made; default: the first of
+            ``layers``.
     """
 
     name: ClassVar[str] = "augmentation"
     owns = frozenset({"the virtual samples"})
 
     omega: float = math.pi / 3
+    omega_end: float | None = None
     gaussian: int = 2
     dropout: int = 2
     eta: float = 0.1
@@ -62,7 +72,9 @@ class StochasticAugmentation(Strategy):
     layers: tuple[str, ...] = ()
     two_step: bool = False
     per: Literal["iteration", "epoch"] = "iteration"
+    labels: Literal["soft", "trained", "hard"] = "soft"
     vote: bool = True
+    vote_layer: str | None = None
     fired: int = field(default=0, init=False, repr=False)
     kl_sum: float | Tensor = field(default=0.0, init=False, repr=False)
 
@@ -71,8 +83,9 @@ class StochasticAugmentation(Strategy):
         self.layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
         if not all(isinstance(name, str) for name in self.layers):
             raise UserError(f"layers must be names of modules, got {self.layers}")
-        if not 0 <= self.omega <= math.pi / 2:
-            raise UserError(f"omega must be in [0, pi/2], got {self.omega}")
+        for name, value in (("omega", self.omega), ("omega_end", self.omega_end)):
+            if value is not None and not 0 <= value <= math.pi / 2:
+                raise UserError(f"{name} must be in [0, pi/2], got {value}")
         copies = (self.gaussian, self.dropout)
         if any(type(n) is not int or n < 0 for n in copies) or sum(copies) < 1:
             raise UserError(f"gaussian and dropout must be whole numbers that add up to at least 1, got {copies}")
@@ -87,33 +100,41 @@ class StochasticAugmentation(Strategy):
             raise UserError(f"basis must be one of {', '.join(KINDS)}, none, got {self.basis!r}")
         if self.per not in ("iteration", "epoch"):
             raise UserError(f"per must be iteration or epoch, got {self.per!r}")
-        self._fires = bernoulli(min(1.0, max(0.0, math.cos(self.omega))))
+        if self.labels not in ("soft", "trained", "hard"):
+            raise UserError(f"labels must be soft, trained or hard, got {self.labels!r}")
+        if not isinstance(self.vote_layer, str | None):
+            raise UserError(f"vote_layer must be the name of a module, got {self.vote_layer!r}")
+        if self.vote_layer is not None and not self.vote:
+            raise UserError(f"vote_layer is {self.vote_layer!r}, but vote is False: leave it out")
 
     def setup(self, run: Run) -> None:
         self.fired = self.fired_in_epoch = 0
         self.kl_sum = 0.0
         modules = dict(run.model.named_modules())
-        for name in self.layers:
+        chosen = [("layers", name) for name in self.layers or (find_classifier(run.model, run.classifier)[0],)]
+        if self.vote_layer is not None:
+            chosen.append(("vote_layer", self.vote_layer))
+        for option, name in chosen:
             if not name or name not in modules:
-                raise UserError(f"layers: the model has no module {name!r}; it has {', '.join(filter(None, modules))}")
-        names = self.layers or (find_classifier(run.model, run.classifier)[0],)
-        self.modules = [modules[name] for name in names]
-        for name, module in zip(names, self.modules, strict=True):
-            self._try(run, name, module)
+                found = ", ".join(filter(None, modules))
+                raise UserError(f"{option}: the model has no module {name!r}; it has {found}")
+            self._try(run, option, name, modules[name])
+        self.modules = [modules[name] for option, name in chosen if option == "layers"]
+        self.voting = modules[chosen[-1][1]] if self.vote_layer is not None else self.modules[0]
 
-    def _try(self, run: Run, name: str, module: nn.Module) -> None:
+    def _try(self, run: Run, option: str, name: str, module: nn.Module) -> None:
         """Layers that cannot hold virtual samples should say so now, not at the first augmented iteration."""
         training = run.model.training
         run.model.eval()
         try:
             with torch.no_grad():
                 images = torch.zeros(2, *run.shape, device=run.device, dtype=torch.float32)
-                run_with_virtual(run.model, module, lambda hidden: self.virtual(hidden, 0), images)
+                run_with_virtual(run.model, module, lambda hidden: self.virtual(hidden, 0, 0), images)
         except UserError as error:
-            raise UserError(f"layers: {name!r} cannot hold virtual samples: {error}") from error
+            raise UserError(f"{option}: {name!r} cannot hold virtual samples: {error}") from error
         except (RuntimeError, TypeError, ValueError) as error:
             raise UserError(
-                f"layers: virtual samples at the input of {name!r} do not fit the rest of the model, "
+                f"{option}: virtual samples at the input of {name!r} do not fit the rest of the model, "
                 f"such as a skip connection around it ({str(error).splitlines()[0]})"
             ) from error
         finally:
@@ -122,22 +143,25 @@ class StochasticAugmentation(Strategy):
     def perturb(self, step: Step) -> Perturbation | None:
         seed, moment = step.run.seed, step.update
         decision = ("epoch", step.batch.epoch) if self.per == "epoch" else ("iteration", moment)
-        if not self._fires(generator(seed, "augment", *decision)):
+        omega = linear(self.omega, self.omega if self.omega_end is None else self.omega_end)
+        fires = bernoulli(min(1.0, max(0.0, math.cos(omega(step.batch.epoch, step.run.epochs)))))
+        if not fires(generator(seed, "augment", *decision)):
             return None
         self.fired += 1
         self.fired_in_epoch += 1
         numbers = generator(seed, "augment layer", moment)
         layer = self.modules[int(torch.randint(len(self.modules), (), generator=numbers))]
         place = derived_seed(seed, "augment numbers", moment)
+        of_basis = derived_seed(seed, "augment basis", *decision) if self.per == "epoch" else place
         share = step.share
         return Perturbation(
             layer,
-            lambda hidden: self.virtual(hidden, place, share),
-            lambda raw, virtual: self._penalty(step, raw, virtual),
+            lambda hidden: self.virtual(hidden, place, of_basis, share),
+            lambda raw, virtual, target: self._penalty(step, raw, virtual, target),
             own_update=self.two_step,
         )
 
-    def virtual(self, hidden: Tensor, seed: int, share: Share | None = None) -> Tensor:
+    def virtual(self, hidden: Tensor, seed: int, basis_seed: int, share: Share | None = None) -> Tensor:
         """``hidden (B, ...)`` and its virtual samples, ``((1 + M) * B, ...)``.
 
         Numbers are drawn by the row of the batch, so a rank makes the virtual samples of the whole batch, around zeros
@@ -154,7 +178,7 @@ class StochasticAugmentation(Strategy):
             sigma=self.sigma,
             tau=self.tau,
             drop_prob=self.drop_prob,
-            basis=self._basis(flat, seed),
+            basis=self._basis(flat, basis_seed),
             seed=derived_seed(seed, "noise"),
         )
         return share.take(stacked.view(-1, *whole.shape), dim=1).reshape(-1, *hidden.shape[1:])
@@ -171,32 +195,37 @@ class StochasticAugmentation(Strategy):
         numbers = generator(seed, "basis", device=flat.device)
         return random_basis(width, self.basis, device=flat.device, generator=numbers)
 
-    def _penalty(self, step: Step, raw: Tensor, virtual: Tensor) -> Tensor:
+    def _penalty(self, step: Step, raw: Tensor, virtual: Tensor, target: Tensor) -> Tensor:
         share = step.share
         if share.real < share.each:  # the filling of a share is no sample
             virtual = virtual.view(-1, *raw.shape)[:, : share.real].flatten(0, 1)
-            raw = raw[: share.real]
-        # The mean over no samples would be NaN.
-        kl = soft_label_kl(raw, virtual) if share.real else virtual.sum()
-        assert isinstance(kl, Tensor)
-        kl = kl * (share.real * share.world / share.rows)  # averaged over ranks, the mean over the whole batch
-        self.kl_sum = self.kl_sum + step.run.ranks.mean(kl.detach())
-        return self.eta * kl
+            raw, target = raw[: share.real], target[: share.real]
+        if not share.real:
+            mean = virtual.sum()  # the mean over no samples would be NaN
+        elif self.labels == "hard":
+            mean = cross_entropy(virtual, torch.cat([target] * (self.gaussian + self.dropout)))
+        else:
+            divergence = soft_label_kl(raw, virtual, reference_grad=self.labels == "trained")
+            assert isinstance(divergence, Tensor)
+            mean = divergence
+        mean = mean * (share.real * share.world / share.rows)  # averaged over ranks, the mean over the whole batch
+        self.kl_sum = self.kl_sum + step.run.ranks.mean(mean.detach())
+        return self.eta * mean
 
     def infer(self, run: Run, images: Tensor) -> Tensor | None:
         if not self.vote:
             return None
-        layer, seed = self.modules[0], derived_seed(run.seed, "vote")
-        raw, virtual = run_with_virtual(run.model, layer, lambda hidden: self.virtual(hidden, seed), images)
+        seed = derived_seed(run.seed, "vote")
+        raw, virtual = run_with_virtual(run.model, self.voting, lambda hidden: self.virtual(hidden, seed, seed), images)
         votes = torch.stack([raw, *virtual.chunk(self.gaussian + self.dropout)]).argmax(dim=2)
         counts = nn.functional.one_hot(votes, run.classes).sum(dim=0).float()
         return counts + 0.5 * nn.functional.one_hot(votes[0], run.classes)
 
     def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """The mean divergence of virtual samples in the epoch, before eta."""
+        """The mean divergence, or with hard labels the mean loss, of virtual samples in the epoch, before eta."""
         kl, self.kl_sum = float(self.kl_sum) / max(self.fired_in_epoch, 1), 0.0
         self.fired_in_epoch = 0
-        return {"augmented_updates": self.fired, "virtual_kl": kl}
+        return {"augmented_updates": self.fired, "virtual_loss" if self.labels == "hard" else "virtual_kl": kl}
 
     def state_dict(self) -> dict[str, Any]:
         return {"fired": self.fired, "fired_in_epoch": self.fired_in_epoch, "kl_sum": float(self.kl_sum)}

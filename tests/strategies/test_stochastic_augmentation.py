@@ -212,6 +212,21 @@ def test_a_wrong_reading_would_show(mutation, two_step):
     assert furthest(run.weights, paper_loop(run, draws, mutation, two_step=two_step)) > DIFFERENT
 
 
+@pytest.mark.parametrize(("labels", "reading"), [("trained", "soft labels with a gradient"), ("hard", "hard labels")])
+@pytest.mark.parametrize("two_step", [False, True])
+def test_other_labels_of_virtual_samples(labels, reading, two_step):
+    """Eq. 11 as it is written, and eq. 9."""
+    run, draws = augmented_run(labels=labels, two_step=two_step, eta=0.3)
+    assert furthest(run.weights, paper_loop(run, draws, reading, two_step=two_step)) <= EXACT
+    assert furthest(run.weights, paper_loop(run, draws, two_step=two_step)) > DIFFERENT
+
+
+def test_hard_labels_have_a_figure_of_their_own():
+    run, _ = augmented_run(labels="hard", epochs=1)
+    assert run.history[-1]["virtual_loss"] > 0
+    assert "virtual_kl" not in run.history[-1]
+
+
 def test_one_update_and_two_differ():
     run, draws = finished(two_step=False)
     assert furthest(run.weights[-1:], paper_loop(run, draws, two_step=True)[-1:]) > DIFFERENT
@@ -309,6 +324,34 @@ def test_the_basis_and_the_noise_are_redrawn_each_time():
             assert not torch.equal(stacks[i][10:], stacks[j][10:])
 
 
+def test_per_epoch_the_basis_is_that_of_the_epoch():
+    strategy, run = StochasticAugmentation(0.0, dropout=1, gaussian=1, per="epoch"), fake_run()
+    strategy.setup(run)
+    bases, draw = [], strategy._basis
+    strategy._basis = lambda flat, seed: bases.append(draw(flat, seed)) or bases[-1]
+    hidden = torch.randn(5, 16)
+    places = ((0, 0), (0, 1), (1, 2))
+    stacks = [strategy.perturb(fake_step(run, epoch=e, update=i)).virtual(hidden) for e, i in places]
+    assert torch.equal(bases[0], bases[1])
+    assert not torch.equal(bases[1], bases[2])
+    for part in (slice(5, 10), slice(10, None)):  # the noise and the dropout of each iteration are its own
+        assert not torch.equal(stacks[0][part], stacks[1][part])
+
+
+def test_omega_moves_from_epoch_to_epoch():
+    """From always to never: in the middle of three epochs at the rate of pi / 4, and the other way round."""
+    for first, last in ((0.0, math.pi / 2), (math.pi / 2, 0.0)):
+        strategy, run = StochasticAugmentation(first, omega_end=last), fake_run(epochs=3)
+        strategy.setup(run)
+        rates = [
+            sum(strategy.perturb(fake_step(run, epoch=epoch, update=i)) is not None for i in range(1000)) / 1000
+            for epoch in range(3)
+        ]
+        assert rates[0] == (first == 0)
+        assert rates[2] == (last == 0)
+        assert rates[1] == pytest.approx(math.cos(math.pi / 4), abs=0.06)  # 4 standard deviations
+
+
 # --- inference ------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +391,18 @@ def test_predictions_are_votes_of_the_model_around_each_sample():
 
     plain = trainer([StochasticAugmentation(**STRONG, vote=False)], copy.deepcopy(run.model))
     assert plain.predict(data).tolist() == raw.argmax(1).tolist()
+
+
+def test_the_vote_is_at_the_layer_that_is_named():
+    data = images(150, seed=9)
+    votes = {}
+    for options in ({"layers": ("fc",)}, {"layers": ("conv2", "fc"), "vote_layer": "fc"}, {"layers": ("conv2", "fc")}):
+        run = trainer([StochasticAugmentation(0.0, basis="hadamard", **options, **STRONG | {"sigma": 2.0})])
+        votes[options.get("vote_layer", options["layers"])] = run.predict(data).tolist()
+    assert votes["fc"] == votes["fc",]
+    assert votes["fc"] != votes["conv2", "fc"]
+    with pytest.raises(UserError, match=r"vote_layer: the model has no module 'conv9'; it has conv1"):
+        trainer([StochasticAugmentation(vote_layer="conv9")])
 
 
 def test_evaluation_reports_the_vote_and_the_plain_model():
@@ -441,6 +496,10 @@ def test_a_model_of_timm_at_its_classifier():
     [
         ({"omega": -0.1}, "omega"),
         ({"omega": 1.6}, "omega"),
+        ({"omega_end": 1.6}, "omega_end must be in"),
+        ({"labels": "firm"}, "labels must be soft, trained or hard, got 'firm'"),
+        ({"vote_layer": 3}, "vote_layer must be the name of a module"),
+        ({"vote_layer": "fc", "vote": False}, "vote_layer is 'fc', but vote is False"),
         ({"gaussian": 0, "dropout": 0}, "gaussian and dropout"),
         ({"gaussian": -1, "dropout": 3}, "gaussian and dropout"),
         ({"gaussian": 1.5}, "gaussian must be a whole number"),
