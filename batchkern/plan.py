@@ -40,18 +40,20 @@ class Batch:
     """One with ``inject``, whose loss is added to this batch's: one update for both."""
 
 
-def cut(order: Tensor, size: int, least: int = 1) -> tuple[Tensor, ...]:
+def cut(order: Tensor, size: int, least: int = 1, drop_last: bool = False) -> tuple[Tensor, ...]:
     """``order`` in batches of ``size``. The last one may be smaller: with fewer than ``least`` rows (at most ``size``)
-    it is joined to the one before."""
+    it is joined to the one before, or with ``drop_last`` left out, if it is not the only one."""
     batches = order.split(size)
+    if drop_last and len(batches) > 1 and len(batches[-1]) < size:
+        return batches[:-1]
     if len(batches) > 1 and len(batches[-1]) < least:
         return *batches[:-2], order[size * (len(batches) - 2) :]
     return batches
 
 
-def count_batches(rows: int, size: int, least: int = 1) -> int:
+def count_batches(rows: int, size: int, least: int = 1, drop_last: bool = False) -> int:
     """How many :func:`cut` makes."""
-    return max(1, -(-rows // size) - (0 < rows % size < least))
+    return max(1, rows // size) if drop_last else max(1, -(-rows // size) - (0 < rows % size < least))
 
 
 def saved_number(state: Mapping[str, Any], name: str, most: int | None = None) -> int:
@@ -74,13 +76,16 @@ class EpochBatches:
     A pure function of (seed, epoch), so its only state is how many batches were taken.
     """
 
-    def __init__(self, rows: int, batch_size: int, epochs: int, seed: int, least: int = 1) -> None:
+    def __init__(
+        self, rows: int, batch_size: int, epochs: int, seed: int, least: int = 1, drop_last: bool = False
+    ) -> None:
         self.rows = rows
         self.batch_size = batch_size
         self.epochs = epochs
         self.seed = seed
         self.least = least
-        self.per_epoch = count_batches(rows, batch_size, least)
+        self.drop_last = drop_last
+        self.per_epoch = count_batches(rows, batch_size, least, drop_last)
         self.taken = 0
         self._cached: tuple[int, tuple[Tensor, ...]] = (-1, ())
 
@@ -88,7 +93,7 @@ class EpochBatches:
         """The index batches of one epoch."""
         if self._cached[0] != epoch:
             order = torch.randperm(self.rows, generator=generator(self.seed, "epoch", epoch))
-            self._cached = epoch, cut(order, self.batch_size, self.least)
+            self._cached = epoch, cut(order, self.batch_size, self.least, self.drop_last)
         return self._cached[1]
 
     def __iter__(self) -> Iterator[Batch]:

@@ -70,6 +70,7 @@ class Trainer(Learner):
         strategies: any combination in which no two decide the same thing; none is the plain baseline.
         epochs, batch_size: of the plain baseline; strategies may change what an epoch visits. A batch is that of all
             processes together.
+        drop_last: leave out the last batch of an epoch where it is smaller; by default no image is left out.
         optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, or a function of the parameter list.
         lr, momentum, weight_decay: of the named optimizers; a function sets its own, and ``lr`` is taken from it.
         schedule: ``"constant"``, ``"cosine"``, ``"step"``, with numbers of its own as in ``"step(milestones=(0.3, 0.6),
@@ -99,6 +100,7 @@ class Trainer(Learner):
         strategies: Sequence[Strategy] = (),
         epochs: int = 15,
         batch_size: int = 64,
+        drop_last: bool = False,
         optimizer: Literal["sgd", "adam", "adamw"] | OptimizerFactory = "sgd",
         lr: float = 0.05,
         momentum: float = 0.9,
@@ -128,7 +130,7 @@ class Trainer(Learner):
         check_choice("augment", augment, AUGMENTATIONS)
         check_kind("classifier", classifier, str | None, "the name of a module")
         check_kind("out", out, str | os.PathLike | None, "a path")
-        check_flags(overwrite=overwrite, resume=resume, progress=progress)
+        check_flags(drop_last=drop_last, overwrite=overwrite, resume=resume, progress=progress)
         check_kind("weights", weights, str | os.PathLike | None, "a path, or the word pretrained")
         pretrained = weights == PRETRAINED
         if pretrained and not isinstance(model, str):
@@ -145,6 +147,7 @@ class Trainer(Learner):
             "strategies": [strategy.describe() for strategy in strategies],
             "epochs": epochs,
             "batch_size": batch_size,
+            "drop_last": drop_last,
             "optimizer": describe_choice(optimizer),
             "lr": lr,
             "momentum": momentum,
@@ -185,6 +188,7 @@ class Trainer(Learner):
                 label_smoothing=label_smoothing,
                 classifier=classifier,
                 least_rows=least,
+                drop_last=drop_last,
                 ranks=ranks,
             ),
             strategies,
@@ -195,7 +199,7 @@ class Trainer(Learner):
             samples=SampleLog(len(train), ranks.device, None if clean is None else clean != train.labels),
             last_checkpoint=self._last_checkpoint,
         )
-        self.batches = EpochBatches(len(train), batch_size, epochs, derived_seed(seed, "order"), least)
+        self.batches = EpochBatches(len(train), batch_size, epochs, derived_seed(seed, "order"), least, drop_last)
         self.history: list[dict[str, Any]] = []
         """One row an epoch, as in metrics.jsonl."""
         self._rng: tuple[Tensor, Tensor | None] | None = None

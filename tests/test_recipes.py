@@ -27,6 +27,7 @@ from batchkern.recipes import (
 )
 from batchkern.recipes.base import EPOCHS, MEDIAN, TOP5, TRAINING
 from batchkern.strategies import parse
+from batchkern.strategies.stochastic_augmentation import DENSE_LIMIT
 from batchkern.trainer import Trainer
 
 one_thread = single_thread()
@@ -47,6 +48,15 @@ stepwise/cifar100-res2next50 66.4100 66.9800
 stepwise/birdsnap-res2net50_26w_4s 61.7901 62.1391
 stepwise/birdsnap-res2next50 61.9900 62.4611
 stepwise/food101-res2net50_26w_4s 53.5584 54.9901
+stepwise/cifar100-resnet50-sets 64.9400 57.2800
+stepwise/cifar100-res2net50_26w_4s 66.65 67.04
+stepwise/cifar100-res2net50d 64.79 66.11
+stepwise/food101-res2net50_26w_4s-sets 53.5584 37.8614
+stepwise/food101-pretrained-res2net50_26w_4s 85.7347 86.7089
+stepwise/food101-pretrained-res2net50_26w_4s-sets 85.7347 86.2574
+stepwise/food101-b12-res2net50_26w_4s 84.6931 85.9168
+stepwise/food101-b16-res2net50_26w_4s 85.2356 86.2653
+stepwise/food101-three-steps-res2net50_26w_4s 85.7347 86.3723
 augmentation/cifar10-resnet44 6.92 3.23
 augmentation/cifar10-vgg16-cifar 16.25 2.73
 augmentation/cifar10-alexnet 23.88 18.03
@@ -69,6 +79,9 @@ passive/cifar100-wrn22-10 79.3 80.2
 passive/cifar100-wrn22-10-g1 79.3 79.2
 passive/cifar100-vgg16-cifar 72.0 74.1
 passive/cifar100-vgg16-cifar-g1 72.0 71.9
+passive/cifar10-resnet56-gap-100 6.5 5.5
+passive/cifar10-resnet56-gap-25 16.2 14.9
+passive/cifar10-resnet56-gap-12.5 24.4 21.1
 passive/cifar10-resnet56-gtsrb 93.4 94.3
 passive/imagenet-resnet50-svhn 76.1 76.7
 passive/cifar10-resnet56-g10 93.4 94.1
@@ -85,7 +98,9 @@ hard-batches/cifar10-resnet50-0.5 63.1 64.6
 hard-batches/cifar10-resnet50-0.2 63.1 63.6
 hard-batches/cifar10-efficientnet_b4-0.8 52.6 54.2
 hard-batches/cifar10-efficientnet_b4-0.5 52.6 49.7
+hard-batches/cifar10-efficientnet_b4-0.2 52.6 54.0
 hard-batches/cifar10-efficientnetv2_s-0.8 56.5 53.8
+hard-batches/cifar10-efficientnetv2_s-0.5 56.5 53.1
 hard-batches/cifar10-efficientnetv2_s-0.2 56.5 50.1
 hard-batches/cifar10-mobilenetv3_small_100-0.8 55.4 51.7
 hard-batches/cifar10-mobilenetv3_small_100-0.5 55.4 51.7
@@ -93,6 +108,8 @@ hard-batches/cifar10-mobilenetv3_small_100-0.2 55.4 53.2
 hard-batches/cifar100-resnet18-0.8 33.2 33.6
 hard-batches/cifar100-resnet18-0.5 33.2 34.5
 hard-batches/cifar100-resnet18-0.2 33.2 35.8
+hard-batches/cifar100-resnet50-0.5 32.9 35.0
+hard-batches/cifar100-resnet50-0.2 32.9 34.6
 hard-batches/cifar100-efficientnet_b4-0.8 52.6 54.2
 hard-batches/cifar100-efficientnet_b4-0.5 52.6 49.7
 hard-batches/cifar100-efficientnet_b4-0.2 52.6 54.0
@@ -136,7 +153,11 @@ def test_figures_are_those_of_the_tables():
 
 
 def test_errors_and_accuracies():
-    metrics = {name.split("/")[0]: recipe.published.metric for name, recipe in RECIPES.items()}
+    metrics = {
+        name.split("/")[0]: recipe.published.metric
+        for name, recipe in RECIPES.items()
+        if recipe.published.metric != "gap"
+    }
     assert metrics == {
         "trimming": "error",
         "hard-batches": "accuracy",
@@ -144,6 +165,9 @@ def test_errors_and_accuracies():
         "augmentation": "error",
         "passive": "accuracy",
     }
+    assert [name for name, recipe in RECIPES.items() if recipe.published.metric == "gap"] == [
+        f"passive/cifar10-resnet56-gap-{share}" for share in ("100", "25", "12.5")
+    ]
 
 
 def test_relative_improvements_of_the_augmentation_paper():
@@ -172,6 +196,7 @@ def test_best_figures_of_the_hard_batch_paper():
         "cifar10-efficientnetv2_s": -5.01,
         "cifar10-mobilenetv3_small_100": -4.13,
         "cifar100-resnet18": 7.26,
+        "cifar100-resnet50": 6.00,
         "cifar100-efficientnet_b4": 2.95,
         "cifar100-efficientnetv2_s": -5.01,
         "cifar100-mobilenetv3_small_100": -0.93,
@@ -195,6 +220,8 @@ def test_improvements_in_the_text_of_the_stepwise_paper():
         "birdsnap-res2net50_26w_4s": 0.35,
         "birdsnap-res2next50": 0.47,
         "food101-res2net50_26w_4s": 1.43,
+        "food101-pretrained-res2net50_26w_4s": 0.97,
+        "cifar100-res2net50_26w_4s": 0.39,
     }
     for name, gain in printed.items():
         assert RECIPES[f"stepwise/{name}"].published.difference == pytest.approx(gain, abs=0.005), name
@@ -209,11 +236,15 @@ def test_what_stands_beside_the_accuracies():
             "augmentation/imagenet-vgg16",
             "hard-batches/cifar100-mobilenetv3_small_100-0.2",
             "hard-batches/stl10-resnet50-0.5",
+            "stepwise/food101-b16-res2net50_26w_4s",
+            "hard-batches/cifar100-resnet50-0.2",
         )
     } == {
         "stepwise/birdsnap-res2next50": {TOP5: (84.0025, 84.9875)},
         "passive/imagenet-wrn18-2": {TOP5: (91.8, 92.2)},
         "augmentation/imagenet-vgg16": {MEDIAN: (23.78, 19.37)},
+        "stepwise/food101-b16-res2net50_26w_4s": {TOP5: (96.7050, 96.9822)},
+        "hard-batches/cifar100-resnet50-0.2": {EPOCHS: (100, 88)},
         "hard-batches/cifar100-mobilenetv3_small_100-0.2": {TRAINING: (70.3, 98.9), EPOCHS: (95, 68)},
         "hard-batches/stl10-resnet50-0.5": {TRAINING: (82.1, 85.1)},
     }
@@ -225,10 +256,11 @@ def test_epochs_to_converge_agree_with_the_papers_percentages():
     printed = {
         "cifar10-resnet18": {0.8: 1.26, 0.5: 3.89, 0.2: 8.01},
         "cifar10-resnet50": {0.5: 6.94, 0.2: 10.0},
-        "cifar10-efficientnet_b4": {0.8: 6.25},
-        "cifar10-efficientnetv2_s": {0.8: 22.22},
+        "cifar10-efficientnet_b4": {0.8: 6.25, 0.2: 13.33},
+        "cifar10-efficientnetv2_s": {0.8: 22.22, 0.5: 17.85},
         "cifar10-mobilenetv3_small_100": {0.8: 0.0, 0.5: 3.38, 0.2: 15.09},
         "cifar100-resnet18": {0.8: 1.01, 0.5: 8.69, 0.2: 16.20},
+        "cifar100-resnet50": {0.5: 7.52, 0.2: 13.60},
         "cifar100-efficientnet_b4": {0.8: 0.0, 0.5: -16.6, 0.2: 20.6},
         "cifar100-efficientnetv2_s": {0.8: 2.63, 0.5: 5.41, 0.2: 8.33},
         "cifar100-mobilenetv3_small_100": {0.8: 1.06, 0.5: 3.26, 0.2: 39.7},
@@ -241,6 +273,25 @@ def test_epochs_to_converge_agree_with_the_papers_percentages():
         for delta, gain in gains.items():
             baseline, method = RECIPES[f"hard-batches/{name}-{delta}"].published.beside[EPOCHS]
             assert 100 * (baseline - method) / method == pytest.approx(gain, abs=0.11), (name, delta)
+
+
+def test_accuracies_after_each_step():
+    """The last step's is the main figure, wherever steps are printed."""
+    stepped = {name.removeprefix("stepwise/"): r.published for name, r in RECIPES.items() if r.published.steps}
+    assert {name: published.steps[:-1] for name, published in stepped.items()} == {
+        "cifar100-resnet50-sets": (35.79, 46.73, 52.52, 55.29),
+        "food101-res2net50_26w_4s": (13.0218, 21.8970, 30.2851, 38.2772),
+        "food101-res2net50_26w_4s-sets": (12.0832, 15.7109, 17.0257, 18.2574),
+        "food101-pretrained-res2net50_26w_4s": (75.5881, 78.7247, 80.6337, 81.8614),
+        "food101-pretrained-res2net50_26w_4s-sets": (75.5881, 80.2851, 82.0371, 83.9247),
+        "food101-b12-res2net50_26w_4s": (75.2832, 81.5089, 83.3307, 84.1624),
+        "food101-b16-res2net50_26w_4s": (76.0119, 81.5327, 83.7109, 84.4554),
+        "food101-three-steps-res2net50_26w_4s": (75.5881, 83.5287),
+    }
+    assert all(published.steps[-1] == published.method for published in stepped.values())
+    for name, published in stepped.items():
+        (strategy,) = parse(RECIPES[f"stepwise/{name}"].strategy)
+        assert len(strategy.fractions) == len(published.steps)
 
 
 def test_published_intervals_are_of_the_hard_batch_paper_alone():
@@ -256,6 +307,8 @@ def test_published_intervals_are_of_the_hard_batch_paper_alone():
         ("trimming/cifar10-resnet34", 150, 128, "adam", 0.001, 0.9, 0.0001, "none", 10),
         ("hard-batches/stl10-resnet50-0.5", 100, 512, "sgd", 0.005, 0.9, 0.0, "none", 5),
         ("stepwise/cifar100-resnet50", 100, 24, "sgd", 0.001, 0.9, 0.0001, "none", 5),
+        ("stepwise/food101-b12-res2net50_26w_4s", 100, 12, "sgd", 0.001, 0.9, 0.0001, "none", 5),
+        ("stepwise/food101-three-steps-res2net50_26w_4s", 60, 24, "sgd", 0.001, 0.9, 0.0001, "none", 5),
         ("augmentation/cifar10-resnet44", 164, 128, "sgd", 0.1, 0.9, 0.0001, "crop+flip", 5),
         ("augmentation/imagenet-vgg16", 74, 256, "sgd", 0.01, 0.9, 0.0005, "crop+flip", 5),
         ("augmentation/cifar10-alexnet", 164, 128, "sgd", 0.01, 0.9, 0.0005, "crop+flip", 5),
@@ -276,6 +329,8 @@ def test_settings(name, epochs, batch_size, optimizer, lr, momentum, weight_deca
         "momentum": momentum,
         "weight_decay": weight_decay,
         "augment": augment,
+        "weights": "pretrained" if "food101-" in name else None,
+        "drop_last": name.startswith("hard-batches/"),
     }
     assert recipe.seeds == seeds
 
@@ -325,16 +380,39 @@ def test_copies_and_weights_of_the_augmentation_paper():
         assert (strategy.gaussian, strategy.dropout, strategy.eta) == (copies / 2, copies / 2, eta)
 
 
+@pytest.mark.parametrize(
+    "name", ["cifar10-vgg16-cifar", "imagenet-vgg16", "imagenet-alexnet", "cifar10-resnet44", "cifar10-alexnet"]
+)
+def test_layers_of_the_augmentation_recipes(name):
+    """All linear layers whose basis can be dense, in a network that has several; the vote is at the last."""
+    pytest.importorskip("timm")
+    recipe = RECIPES[f"augmentation/{name}"]
+    (strategy,) = parse(recipe.strategy)
+    shape = (3, recipe.image_size, recipe.image_size)
+    with torch.device("meta"):
+        model = build(recipe.model, shape=shape, classes=10).eval()
+        widths = {}
+        for key, module in model.named_modules():
+            linear = isinstance(module, torch.nn.Linear) or key.startswith("pre_logits.fc")
+            if linear:
+                module.register_forward_pre_hook(lambda _, args, key=key: widths.update({key: args[0][0].numel()}))
+        model(torch.empty(2, *shape))
+    eligible = tuple(key for key, width in widths.items() if width <= DENSE_LIMIT)
+    assert (strategy.layers or eligible) == eligible
+    assert bool(strategy.layers) == (len(eligible) > 1)
+    assert strategy.vote_layer in (None, eligible[-1])
+
+
 def test_rows_are_accounted_for():
     assert Counter(name.split("/")[0] for name in RECIPES) == {
         "trimming": 6,
-        "hard-batches": 40,
-        "stepwise": 6,
+        "hard-batches": 44,
+        "stepwise": 15,
         "augmentation": 8,
-        "passive": 22,
+        "passive": 25,
     }
     reasons = "\n".join(f"{rows.rows}: {rows.reason}" for rows in LEFT_OUT)
-    assert all(word in reasons for word in ("Cutout", "SRIP", "detection", "Pre-trained", "set A, B, C", "certainty"))
+    assert all(word in reasons for word in ("Cutout", "SRIP", "detection", "faces", "cannot be read"))
 
 
 # --- that they can be run --------------------------------------------------------------------------------------------
@@ -353,7 +431,10 @@ def test_a_recipe_trains(recipe):
     shape, passive = (3, 4, 4), images(200, 2, (1, 6, 6)) if recipe.passive else None
     (recipe,), rows = scaled([recipe], 1e-9, 5200, 4)
     training = vars(recipe.training) | {"epochs": min(recipe.training.epochs, 5)}
+    training["weights"] = None
     train, test, strategies = images(rows, 0, shape), images(40, 1, shape), parse(recipe.strategy, passive=passive)
+    if strategies[0].name == "augmentation":  # its layers are those of the recipe's network
+        strategies[0].layers, strategies[0].vote_layer = (), None
     trainer = Trainer("cnn", train, test, strategies=strategies, progress=False, **training)
     row = trainer.fit()
     assert math.isfinite(row["train_loss"])
@@ -389,6 +470,7 @@ def test_a_recipe_names_a_network_for_its_images(recipe):
         ("resnet50", 1000, 25.56),
         ("resnext50_32x4d", 1000, 25.02),
         ("res2net50_26w_4s", 1000, 25.70),
+        ("res2net50d", 1000, 25.72),
         ("res2next50", 1000, 24.67),
     ],
 )
@@ -434,7 +516,7 @@ def test_what_a_name_stands_for():
 def test_every_row_is_in_a_table_of_its_paper():
     assert {recipe.name for rows in TABLES.values() for recipe in rows} == set(RECIPES)
     for name, rows in TABLES.items():
-        assert re.fullmatch(r"[a-z-]+/table-[1-7]", name)
+        assert re.fullmatch(r"[a-z-]+/(table-[1-7]|section-iv-b2)", name)
         assert all(recipe.name.partition("/")[0] == name.partition("/")[0] for recipe in rows)
 
 
@@ -452,8 +534,18 @@ def test_rows_that_share_a_baseline():
         assert len({(r.data, r.model, r.passive, repr(r.training)) for r in group}) == 1
         assert len({recipe.published.baseline for recipe in group}) == 1
         assert len({recipe.strategy for recipe in group}) == 2
-    apart = grouped(select("passive/cifar10-resnet56*"))  # two sets are injected
+    apart = grouped(TABLES["passive/table-5"])  # two sets are injected
     assert [group[0].passive for group in apart] == ["ufldl-stanford/svhn:cropped_digits", "tanganke/gtsrb"]
+    gaps = grouped(TABLES["passive/table-4"])
+    assert [group[0].share for group in gaps] == [1, 0.25, 0.125]
+
+
+def test_a_strategy_that_injects_nothing_joins_one_that_does():
+    injecting = RECIPES["passive/cifar10-resnet56"]
+    other = replace(injecting, name="x", strategy="trimming", passive=None)
+    third = replace(other, name="y", passive="tanganke/gtsrb")
+    assert [names(group) for group in grouped([other, injecting, third])] == [["x", injecting.name], ["y"]]
+    assert comparison_arguments([other, injecting], out=Path("there"))["passive"] == injecting.passive
 
 
 def test_the_smallest_scale_of_a_group_is_what_the_neediest_strategy_needs():
@@ -495,6 +587,13 @@ def test_scale(name, scale, rows, classes, epochs, kept):
     assert replace(smaller.training, epochs=recipe.training.epochs) == recipe.training
 
 
+def test_a_share_of_the_training_set_is_scaled_too():
+    (recipe,), rows = scaled([RECIPES["passive/cifar10-resnet56-gap-25"]], 1, 50_000, 10)
+    assert (recipe.training.epochs, rows) == (250, 12_500)
+    (recipe,), rows = scaled([recipe], 0.2, 50_000, 10)
+    assert (recipe.training.epochs, rows) == (50, 2_500)
+
+
 def test_milestones_move_with_the_scale():
     (recipe,), _ = scaled([RECIPES["trimming/cifar10-resnet34"]], 0.1, 50_000, 10)
     assert [at_epoch(recipe, epoch) for epoch in (4, 5, 9, 10, 14)] == [1, 0.5, 0.5, 0.25, 0.25]
@@ -528,6 +627,8 @@ def test_arguments_of_the_comparison():
             "weight_decay": 5e-4,
             "schedule": recipe.training.schedule,
             "augment": "crop+flip",
+            "weights": None,
+            "drop_last": False,
             "amp": "bf16",
             "device": "cpu",
         },
@@ -568,6 +669,26 @@ def test_measured_is_in_the_metric_of_the_paper():
         accuracy.strategy: pytest.approx((83, 2)),
         "difference": pytest.approx((3, 1.5)),
     }
+
+
+def test_a_measured_gap():
+    """Accuracy on the training set less that on the test set; differences by seed; without a run that failed."""
+    recipe = RECIPES["passive/cifar10-resnet56-gap-25"]
+    figures = {
+        "baseline": {0: (0.9, 0.7), 1: (0.8, 0.7), 2: (0.7, 0.7)},
+        recipe.strategy: {1: (0.8, 0.75), 0: (0.9, 0.72)},
+    }
+    runs = [
+        {"arm": arm, "seed": seed, "error": None, "final": {"train_set_accuracy": train, "test_accuracy": test}}
+        for arm, of_arm in figures.items()
+        for seed, (train, test) in of_arm.items()
+    ]
+    runs.append({"arm": recipe.strategy, "seed": 2, "error": "it broke", "final": None})
+    found = measured(recipe, {"runs": runs})
+    assert found["baseline"][0] == pytest.approx(10)
+    assert found[recipe.strategy][0] == pytest.approx((5 + 18) / 2)
+    assert found["difference"][0] == pytest.approx((-5 - 2) / 2)
+    assert found["difference"][1] == pytest.approx(12.706 * 1.5, rel=1e-4)  # Student's t with one degree of freedom
 
 
 def test_published_difference_has_the_sign_of_the_metric():

@@ -42,6 +42,7 @@ PretrainedOption = Annotated[bool, option("--pretrained", help="begin with the w
 ClassifierOption = Annotated[str | None, option(help="the model's last linear layer, where it cannot be found")]
 EpochsOption = Annotated[int, option(help="of the baseline; strategies may visit less in one")]
 BatchSizeOption = Annotated[int, option(help="of the baseline; strategies may change it")]
+DropLastOption = Annotated[bool, option("--drop-last", help="leave out the last batch of an epoch where it is smaller")]
 OptimizerOption = Annotated[str, option(help="sgd, adam or adamw")]
 LrOption = Annotated[float, option(help="learning rate, at the start of the schedule")]
 MomentumOption = Annotated[float, option(help="of sgd; the first beta of adam and adamw")]

@@ -28,6 +28,7 @@ from batchkern.recipes import (
     comparison_arguments,
     grouped,
     measured,
+    passive_of,
     scaled,
     select,
 )
@@ -105,10 +106,11 @@ def reproduce(
     print("\n\n".join(map(description, groups)), flush=True)
     warning = _other_data(chosen, groups)
     kept: list[int | None] = [None] * len(groups)
-    if scale != 1:
-        for place, group in enumerate(groups):
+    for place, group in enumerate(groups):
+        if scale * group[0].share < 1:
             train, _ = load_pair(group[0].data, test, image_size=group[0].image_size)
             groups[place], kept[place] = scaled(group, scale, len(train), len(train.classes))
+    if scale < 1:
         warning.append(_not_comparable(scale, groups, kept))
     print("", *warning, sep="\n", flush=True)
     comparisons = [
@@ -228,10 +230,12 @@ def description(group: Sequence[Recipe]) -> str:
             f"published  test {published_figures(row)}",
             f"strategy   {row.strategy}",
         ]
+    share = f"{recipe.share:.1%} of the training images of " if recipe.share < 1 else ""
     begins = {None: "random weights", PRETRAINED: "the weights that timm has for it"}.get(training.weights)
     lines += [
-        f"data       {recipe.data}, {recipe.image_size} x {recipe.image_size} pixels, augmentation: {training.augment}",
-        *([f"injected   {recipe.passive}"] if recipe.passive else []),
+        f"data       {share}{recipe.data}, {recipe.image_size} x {recipe.image_size} pixels, augmentation: "
+        f"{training.augment}",
+        *([f"injected   {passive_of(group)}"] if passive_of(group) else []),
         f"network    {recipe.model}, begins with {begins or training.weights}",
         f"optimizer  {training.optimizer}, lr {training.lr:g}, momentum {training.momentum:g}, "
         f"weight decay {training.weight_decay:g}, {schedule_text(recipe)}",

@@ -19,6 +19,7 @@ from batchkern.cli._options import (
     CleanLabelsOption,
     DataOption,
     DeviceOption,
+    DropLastOption,
     EpochsOption,
     ImageSizeOption,
     LrOption,
@@ -55,6 +56,7 @@ def train(
     model: ModelOption = "cnn",
     epochs: EpochsOption = 15,
     batch_size: BatchSizeOption = 64,
+    drop_last: DropLastOption = False,
     optimizer: OptimizerOption = "sgd",
     lr: LrOption = 0.05,
     momentum: MomentumOption = 0.9,
@@ -98,6 +100,7 @@ def train(
         strategies=strategies,
         epochs=epochs,
         batch_size=batch_size,
+        drop_last=drop_last,
         optimizer=optimizer,  # type: ignore[arg-type]  # checked by the trainer, as is amp
         lr=lr,
         momentum=momentum,

@@ -17,6 +17,7 @@ from batchkern.recipes.base import (
     Training,
     comparison_arguments,
     grouped,
+    passive_of,
     scaled,
     table_name,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "comparison_arguments",
     "grouped",
     "measured",
+    "passive_of",
     "scaled",
     "select",
     "table_name",
@@ -45,7 +47,8 @@ _PAPERS = (trimming, hard_batches, stepwise, augmentation, passive)
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for paper in _PAPERS for recipe in paper.RECIPES}
 TABLES: dict[str, tuple[Recipe, ...]] = {
     name: tuple(recipe for recipe in RECIPES.values() if name in recipe.tables)
-    for name in dict.fromkeys(name for recipe in RECIPES.values() for name in recipe.tables)
+    for paper in _PAPERS
+    for name in sorted({name for recipe in paper.RECIPES for name in recipe.tables})
 }
 """The rows of each table, by names such as passive/table-2."""
 LEFT_OUT: tuple[LeftOut, ...] = tuple(rows for paper in _PAPERS for rows in paper.LEFT_OUT)

@@ -51,7 +51,8 @@ _ALEXNET_IMAGENET = replace(_RESNET_IMAGENET, lr=0.01, weight_decay=5e-4, batch_
 
 _CHOSEN = (
     "M is split evenly between Gaussian and dropout copies; the paper gives only the sum.",
-    "omega is pi/3, the paper's fair schedule, and the eligible layer is the last linear one.",
+    "omega is pi/3, the paper's fair schedule. Eligible are the fully connected layers (section 4.3); the vote is at "
+    "the last one.",
     "sigma, tau and the dropout probability are not given: 0.1, 0.2 and 0.1, the defaults of the strategy.",
     "Whether the column SBA includes Cutout is not said: no Cutout in either arm.",
     "The paper reports the median of the last five epochs: it stands beside the last epoch's error.",
@@ -69,7 +70,7 @@ _ALEXNET_CIFAR_CHOSEN = (
 )
 _ALEXNET_IMAGENET_CHOSEN = (
     "Krizhevsky et al. train for 90 epochs and decay where the error stops improving: epochs 30 and 60; the network in "
-    "one column, without local response normalisation."
+    "one column, without local response normalisation. Its first fully connected layer is too wide for a dense basis."
 )
 _IMAGENET_CHOSEN = (
     "Images are resized to 224 x 224 for training and test; crops are taken from the image padded by an eighth, not "
@@ -79,8 +80,23 @@ _IMAGENET_CHOSEN = (
 _RESNET_IMAGENET_CHOSEN = "He et al. decay where the error plateaus: epochs 30 and 60 of 90."
 _VGG_IMAGENET_CHOSEN = (
     "Simonyan and Zisserman decay where the accuracy stops improving, for 74 epochs: epochs 25 and 50; no dropout; "
-    "initialised as timm does."
+    "initialised as timm does. Its first fully connected layer is too wide for a dense basis."
 )
+
+# Those of several, and where the vote is; of a network with one it is that one.
+_LAYERS = {
+    ("vgg16-cifar", 32): ("hidden.1", "hidden.4", "fc"),
+    ("alexnet", 224): ("hidden.4", "fc"),
+    ("vgg16", 224): ("pre_logits.fc2", "head.fc"),
+}
+
+
+def _strategy(model: str, size: int, copies: int, eta: float) -> str:
+    options = f"gaussian={copies // 2}, dropout={copies // 2}, eta={eta}"
+    if layers := _LAYERS.get((model, size)):
+        options += f", layers={layers}, vote_layer={layers[-1]!r}"
+    return f"augmentation({options})"
+
 
 # error of the baseline, of the strategy, M, eta
 _TABLE = (
@@ -103,7 +119,7 @@ RECIPES = tuple(
         data=data,
         model=model,
         image_size=size,
-        strategy=f"augmentation(gaussian={copies // 2}, dropout={copies // 2}, eta={eta})",
+        strategy=_strategy(model, size, copies, eta),
         training=training,
         seeds=5,
         chosen=(*_CHOSEN, chosen, *(_IMAGENET_CHOSEN if data == IMAGENET else ())),

@@ -52,6 +52,7 @@ class Training:
     schedule: str | RateSchedule = "constant"
     augment: str = "none"
     weights: str | None = None
+    drop_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Recipe:
     passive: str | None = None
     also: tuple[str, ...] = ()
     """Other tables that have the same row."""
+    share: float = 1.0
+    """Of the training set."""
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -111,22 +114,39 @@ class LeftOut:
     reason: str
 
 
-ROMAN = {"I": 1, "II": 2, "III": 3, "IV": 4, "V": 5, "VI": 6, "VII": 7}
+ROMAN = {"i": 1, "ii": 2, "iii": 3, "iv": 4, "v": 5, "vi": 6, "vii": 7}
 
 
 def table_name(recipe: str, table: str) -> str:
-    """``Table II`` of the paper that the recipe is of: passive/table-2."""
-    number = table.rpartition(" ")[2]
-    return f"{recipe.partition('/')[0]}/table-{ROMAN.get(number, number)}"
+    """``Table II`` of the paper that the recipe is of: passive/table-2. Of a section section-iv-b2."""
+    kind, number = table.lower().split(" ")
+    return f"{recipe.partition('/')[0]}/{kind}-{ROMAN.get(number, number) if kind == 'table' else number}"
 
 
 def grouped(recipes: Iterable[Recipe]) -> list[tuple[Recipe, ...]]:
-    """The recipes that one comparison is made of: all but their strategies are alike, and they share a baseline."""
-    groups: dict[Any, list[Recipe]] = {}
+    """The recipes that one comparison is made of: all but their strategies are alike, no two inject different sets, and
+    they share a baseline."""
+    groups: list[list[Recipe]] = []
     for recipe in recipes:
-        own = (getattr(recipe, name) for name in ("data", "passive", "model", "image_size", "training", "seeds"))
-        groups.setdefault(tuple(map(repr, own)), []).append(recipe)
-    return [tuple(group) for group in groups.values()]
+        fitting = (group for group in groups if all(_share_a_baseline(recipe, other) for other in group))
+        group = next(fitting, None)
+        if group is None:
+            groups.append(group := [])
+        group.append(recipe)
+    return [tuple(group) for group in groups]
+
+
+def _share_a_baseline(a: Recipe, b: Recipe) -> bool:
+    alike = ("data", "share", "model", "image_size", "training", "seeds")
+    same = all(getattr(a, name) == getattr(b, name) for name in alike)
+    return (
+        same and a.published.metric == b.published.metric and (a.passive == b.passive or None in (a.passive, b.passive))
+    )
+
+
+def passive_of(group: Iterable[Recipe]) -> str | None:
+    """The set that its recipes inject."""
+    return next((recipe.passive for recipe in group if recipe.passive), None)
 
 
 def milestones(*epochs: int, of: int, gamma: float) -> step:
@@ -143,6 +163,7 @@ def scaled(group: Sequence[Recipe], scale: float, rows: int, classes: int) -> tu
     """
     training = group[0].training
     size, epochs = training.batch_size, training.epochs
+    rows = round(group[0].share * rows)
     kept = min(rows, max(round(scale * rows), LEAST_BATCHES * size, classes))
     least = max(_least_epochs(recipe, -(-kept // size)) for recipe in group)
     fewer = replace(training, epochs=min(epochs, max(round(scale * epochs), least)))
@@ -179,7 +200,7 @@ def comparison_arguments(
     return {
         "data": recipe.data,
         "test": test,
-        "passive": recipe.passive,
+        "passive": passive_of(group),
         "image_size": recipe.image_size,
         "model": recipe.model,
         "out": out,

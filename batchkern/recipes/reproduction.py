@@ -12,7 +12,7 @@ from batchkern.compare.arms import BASELINE
 from batchkern.compare.statistics import converged, interval, paired_difference
 from batchkern.errors import UserError
 from batchkern.files import read_file
-from batchkern.recipes.base import EPOCHS, MEDIAN, MILLISECONDS, TOP5, TRAINING, Recipe
+from batchkern.recipes.base import EPOCHS, MEDIAN, MILLISECONDS, TOP5, TRAINING, Recipe, passive_of
 
 KIND = "batchkern reproduction"
 FILE = "reproduction.json"
@@ -151,7 +151,7 @@ def reproduction(group: Sequence[Recipe], results: dict[str, Any]) -> dict[str, 
     rows += [_row(None, arm, (None, None), figure, None, None) for arm, figure in controls.items()]
     return {
         "data": first.data,
-        "passive": first.passive,
+        "passive": passive_of(group),
         "model": first.model,
         "metric": first.published.metric,
         "epochs": first.training.epochs,

@@ -39,12 +39,14 @@ class Run:
     """Modules that train beside the model and are no part of it."""
     least_rows: int = 1
     """Fewest rows of a batch in training: batch norm may need two on each rank."""
+    drop_last: bool = False
+    """The last, smaller batch of an epoch is left out."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes of the training; a loss takes ``group=run.ranks.group``."""
 
     @property
     def batches_per_epoch(self) -> int:
-        return count_batches(self.rows, self.batch_size, self.least_rows)
+        return count_batches(self.rows, self.batch_size, self.least_rows, self.drop_last)
 
 
 @dataclass

@@ -123,7 +123,7 @@ class Stepwise(Strategy):
             subset = shuffled[: round(self.fractions[step] * batches.rows)]
             order = torch.randperm(len(subset), generator=generator(seed, "epoch", self.epoch))
             size = self.batch_multiples[step] * batches.batch_size
-            index_batches = cut(subset[order], size, batches.least)
+            index_batches = cut(subset[order], size, batches.least, batches.drop_last)
             first, length = self.bounds[step], self.bounds[step + 1] - self.bounds[step]
             rate = self.rate(step, self.epoch - first, length, size)
             while self.place < len(index_batches):
