@@ -24,6 +24,7 @@ from batchkern.data import (
     load_pair,
     match_shape,
     subset,
+    validation_split,
     with_label_noise,
 )
 from batchkern.data import images as images_module
@@ -655,6 +656,23 @@ def test_subsets_are_nested():
     small, large = (set(subset(data, rows).images[:, 0, 0, 0].tolist()) for rows in (10, 30))
     assert small < large
     assert small != set(range(10))
+
+
+def test_a_validation_set_is_held_out_of_the_training_set():
+    data = labelled([40, 20, 4])
+    rest, held = validation_split(data, 0.25)
+    found = [part.images[:, 0, 0, 0].tolist() for part in (rest, held)]
+    assert sorted(found[0] + found[1]) == sorted(data.images[:, 0, 0, 0].tolist())
+    assert held.labels.bincount().tolist() == [10, 5, 1]
+    assert (rest.name, held.name) == (data.name, f"{data.name} (validation)")
+    again = validation_split(data, 0.25)[1]
+    assert torch.equal(held.images, again.images)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 0.03, 0.97, True, "0.5", float("nan")])
+def test_a_validation_set_that_is_none(fraction):
+    with pytest.raises(UserError, match=r"validation (must be in \(0, 1\), got|is 0\.\d+, \d+ of its 64 images; 3 at)"):
+        validation_split(labelled([40, 20, 4]), fraction)
 
 
 @pytest.mark.parametrize("rows", [1, 61, 0, -3, 2.5, True])

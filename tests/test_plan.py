@@ -26,6 +26,18 @@ def test_every_row_once_an_epoch(rows, batch_size, epochs, seed):
     assert all(b.rate is None and b.number is None and b.inject is None and not b.reset_optimizer for b in plan)
 
 
+@given(rows=st.integers(1, 60), size=st.integers(1, 20))
+def test_the_last_smaller_batch_is_dropped_if_it_is_not_the_only_one(rows, size):
+    order = torch.randperm(rows)
+    batches = cut(order, size, min(2, size), drop_last=True)
+    assert count_batches(rows, size, min(2, size), drop_last=True) == len(batches)
+    if rows < size:
+        assert [len(batch) for batch in batches] == [rows]
+    else:
+        assert [len(batch) for batch in batches] == [size] * (rows // size)
+        assert torch.equal(torch.cat(batches), order[: size * (rows // size)])
+
+
 def test_each_epoch_has_another_order_and_the_same_seed_the_same():
     orders = [torch.cat(EpochBatches(50, 7, 3, seed).epoch(e)).tolist() for seed in (0, 1) for e in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == 6

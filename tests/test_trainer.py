@@ -763,6 +763,21 @@ def test_a_last_batch_of_one_row_stays_where_the_model_can_do_with_it():
 
 
 @pytest.mark.parametrize(
+    ("strategies", "sizes"),
+    [
+        ([], [8] * 10),
+        ([HardBatches(0.4)], [8] * 10),
+        ([Stepwise(fractions=(0.45, 1.0), batch_multiples=(1, 2))], [8] * 2 + [16] * 2),  # of 20 images, and of 44
+    ],
+)
+def test_the_last_smaller_batch_of_an_epoch_is_left_out(strategies, sizes):
+    run = trainer(strategies, net(), images(44), epochs=2, drop_last=True)
+    row = run.fit()
+    assert [len(batch) for batch in run.fed] == sizes
+    assert row["updates"] == len(sizes)
+
+
+@pytest.mark.parametrize(
     ("strategies", "options", "sentence"),
     [
         ([], {"batch_size": 1}, "batch_size is 1, but the model, as by batch norm, needs 2 rows"),

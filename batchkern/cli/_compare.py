@@ -29,6 +29,7 @@ from batchkern.cli._options import (
     ScheduleOption,
     SmoothingOption,
     TestOption,
+    ValidationOption,
     WeightDecayOption,
     WeightsOption,
     initial_weights,
@@ -61,6 +62,7 @@ def compare(
     ] = ("updates, cost"),
     train_rows: Annotated[int | None, option(help="train on so many images, the same in all runs")] = None,
     test_rows: Annotated[int | None, option(help="test on so many images, the same in all runs")] = None,
+    validation: ValidationOption = None,
     noise: NoiseOption = 0.0,
     clean_labels: CleanLabelsOption = None,
     jobs: Annotated[int | None, option(help="runs side by side; default: CPU cores, or one on each GPU")] = None,
@@ -107,6 +109,7 @@ def compare(
         budgets=tuple(dict.fromkeys(word for word in budget.replace(",", " ").split())),
         train_rows=train_rows,
         test_rows=test_rows,
+        validation=validation,
         noise=noise,
         clean_labels=clean_labels,
         training={

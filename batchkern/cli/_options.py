@@ -57,6 +57,10 @@ NoiseOption = Annotated[float, option(help="give so large a part of the training
 CleanLabelsOption = Annotated[
     str | None, option(help="column of --data with the right labels, where those it trains on are known to be noisy")
 ]
+ValidationOption = Annotated[
+    float | None,
+    option(help="hold out so large a part of the training images, in (0, 1), and test on it in place of the test data"),
+]
 DeviceOption = Annotated[str | None, option(help="cpu, cuda or cuda:N; default: cuda where there is one")]
 OverwriteOption = Annotated[bool, option("--overwrite", help="replace the files that batchkern wrote in --out")]
 

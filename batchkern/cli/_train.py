@@ -34,6 +34,7 @@ from batchkern.cli._options import (
     SmoothingOption,
     StrategyOption,
     TestOption,
+    ValidationOption,
     WeightDecayOption,
     WeightsOption,
     initial_weights,
@@ -41,7 +42,7 @@ from batchkern.cli._options import (
 )
 from batchkern.cli._streams import visible
 from batchkern.compare import check_passive, slug
-from batchkern.data import load, load_pair, with_label_noise
+from batchkern.data import load, load_pair, validation_split, with_label_noise
 from batchkern.plots import kept_fractions
 from batchkern.rundir import RUN_FILES
 from batchkern.strategies import parse
@@ -66,6 +67,7 @@ def train(
     augment: AugmentOption = "none",
     label_smoothing: SmoothingOption = 0.0,
     image_size: ImageSizeOption = None,
+    validation: ValidationOption = None,
     noise: NoiseOption = 0.0,
     clean_labels: CleanLabelsOption = None,
     weights: WeightsOption = None,
@@ -84,6 +86,8 @@ def train(
     """Train a model, with any combination of strategies."""
     check_passive([strategy], passive)
     train_set, test_set = load_pair(data, test, image_size=image_size, clean_labels=clean_labels)
+    if validation is not None:
+        train_set, test_set = validation_split(train_set, validation)
     if noise:
         train_set = with_label_noise(train_set, noise, seed)
     strategies = parse(strategy, passive=None if passive is None else load(passive, image_size=image_size))

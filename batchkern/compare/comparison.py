@@ -11,7 +11,7 @@ from typing import Any
 
 from batchkern.compare.arms import ARMS, BASELINE, BUDGETS, check_passive, described, slug, with_controls
 from batchkern.configure import check_flags, check_kind, check_number, count
-from batchkern.data import ImageData, load, load_pair, subset, with_label_noise
+from batchkern.data import ImageData, load, load_pair, subset, validation_split, with_label_noise
 from batchkern.errors import UserError
 from batchkern.rundir import CHECKPOINT, CONFIG, METRICS
 from batchkern.strategies import Trimming, parse
@@ -37,6 +37,7 @@ class Comparison:
         seeds: 0, 1, ... up to so many.
         budgets: of :data:`BUDGETS`. An arm trains for as many epochs as use up what the baseline uses in its own, and
             its learning rate decays over these. An arm with the same epochs in both budgets trains once.
+        validation: hold out this fraction of the training set, and test on it in place of the test set.
         train_rows, test_rows: use a stratified part of this size, the same in all runs.
         noise: fraction of the training labels that are replaced by wrong ones, drawn anew for each seed.
         clean_labels: a column of the data that says what noisy labels ought to be.
@@ -55,6 +56,7 @@ class Comparison:
     controls: bool = True
     seeds: int = 3
     budgets: tuple[str, ...] = ("updates",)
+    validation: float | None = None
     train_rows: int | None = None
     test_rows: int | None = None
     noise: float = 0.0
@@ -105,7 +107,14 @@ class Comparison:
     def trainer(self, run: RunOf, *, write: bool, device: str | None = None) -> Trainer:
         """The training of one run. Its device changes nothing but where it runs."""
         train, test, passive = load_data(
-            self.data, self.test, self.passive, self.image_size, self.clean_labels, self.train_rows, self.test_rows
+            self.data,
+            self.test,
+            self.passive,
+            self.image_size,
+            self.clean_labels,
+            self.validation,
+            self.train_rows,
+            self.test_rows,
         )
         if self.noise:
             train = with_label_noise(train, self.noise, run.seed)
@@ -150,12 +159,15 @@ def load_data(
     passive: str | None,
     image_size: int | None,
     clean_labels: str | None,
+    validation: float | None,
     train_rows: int | None,
     test_rows: int | None,
 ) -> tuple[ImageData, ImageData, ImageData | None]:
     """Loaded once in each process."""
     injected = None if passive is None else load(passive, image_size=image_size)
     train, held_out = load_pair(data, test, image_size=image_size, clean_labels=clean_labels)
+    if validation is not None:
+        train, held_out = validation_split(train, validation)
     train = train if train_rows is None else subset(train, train_rows)
     held_out = held_out if test_rows is None else subset(held_out, test_rows)
     return train, held_out, injected

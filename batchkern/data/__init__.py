@@ -5,7 +5,7 @@ return `ImageData`, which hands out uint8 rows for any index tensor. `Feed` turn
 augmented batches on the device. Which rows make up a batch is decided elsewhere, by the index plan.
 """
 
-from batchkern.data.derived import subset, with_label_noise
+from batchkern.data.derived import subset, validation_split, with_label_noise
 from batchkern.data.feed import AUGMENTATIONS, Feed
 from batchkern.data.images import ImageData, StreamedImages, TensorImages, match_shape
 from batchkern.data.loading import load, load_pair
@@ -20,5 +20,6 @@ __all__ = [
     "load_pair",
     "match_shape",
     "subset",
+    "validation_split",
     "with_label_noise",
 ]

@@ -1,10 +1,11 @@
-"""Data sets made from others: a smaller one, one with wrong labels."""
+"""Data sets made from others: a smaller one, a part to look at while one searches, one with wrong labels."""
 
 from __future__ import annotations
 
 from numbers import Real
 
 import torch
+from torch import Tensor
 
 from batchkern.data.images import ImageData
 from batchkern.errors import UserError, whole
@@ -23,6 +24,33 @@ def subset(data: ImageData, rows: int) -> ImageData:
         raise UserError(
             f"{data.name}: a part of it must have {present} (its classes) to {len(data)} rows, got {rows!r}"
         )
+    return data.select(_stratified(data, count))
+
+
+def validation_split(data: ImageData, fraction: float) -> tuple[ImageData, ImageData]:
+    """The images without ``fraction`` of them, and that part, the same in every run, each class with its share: to
+    choose settings by, so that the test set is looked at once, at the end.
+
+    Raises:
+        UserError: ``fraction`` is not in (0, 1), or either part would have fewer images than there are classes.
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 < fraction < 1:
+        raise UserError(f"validation must be in (0, 1), got {fraction!r}")
+    present, count = len(data.labels.unique()), round(float(fraction) * len(data))
+    if not present <= count <= len(data) - present:
+        raise UserError(
+            f"{data.name}: validation is {fraction}, {count} of its {len(data)} images; {present} at least must be in "
+            "it and in the rest, one for each class"
+        )
+    held = torch.zeros(len(data), dtype=torch.bool)
+    held[_stratified(data, count)] = True
+    rest, part = (data.select(chosen.nonzero().flatten()) for chosen in (~held, held))
+    part.name = f"{data.name} (validation)"
+    return rest, part
+
+
+def _stratified(data: ImageData, count: int) -> Tensor:
+    """Ascending positions of so many images."""
     # Within a class the j-th image of a fixed shuffle stands at (j + 1/2) / size: the first of all classes together.
     shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     order = shuffled[data.labels[shuffled].argsort(stable=True)]
@@ -32,7 +60,7 @@ def subset(data: ImageData, rows: int) -> ImageData:
     place = (torch.arange(len(data)) - starts[labels]).double()
     first = place == 0  # of each class at least one, however rare it is
     rank = torch.where(first, -1.0, (place + 0.5) / sizes[labels])
-    return data.select(order[rank.argsort(stable=True)[:count]].sort().values)
+    return order[rank.argsort(stable=True)[:count]].sort().values
 
 
 def with_label_noise(data: ImageData, fraction: float, seed: int) -> ImageData:
