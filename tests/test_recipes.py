@@ -714,6 +714,7 @@ def _section(paper):
     for r in recipes:
         figures = zip((r.published.baseline, r.published.method), r.published.intervals)
         shown = ", ".join(f"{value:g}" + ("" if half is None else f" ± {half:g}") for value, half in figures)
+        shown += "" if r.published.metric == metric else f" ({r.published.metric})"
         lines.append(f"| `{r.name}` | {r.table} | `{r.strategy}` | {shown} | not yet measured |")
     lines += ["", "Chosen, where the paper leaves it open:", ""]
     for sentence in dict.fromkeys(sentence for r in recipes for sentence in r.chosen):

@@ -1,4 +1,5 @@
-"""The figures of comparisons of strategies, from their results.json: tables for README.md, findings for docs/."""
+"""The figures of comparisons of strategies, from their results.json, and of reproductions, from their
+reproduction.json: tables for README.md and docs/, findings for docs/."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from batchkern.bench.markdown import table
-from batchkern.bench.results import COMPARISON, Results
+from batchkern.bench.results import COMPARISON, REPRODUCTION, Results
 from batchkern.compare.report import costs, effects
 from batchkern.errors import UserError
+from batchkern.recipes.reproduction import HEADINGS, cells, tally
 from batchkern.strategies import parse
 
 KEPT = ("reach", "gap (points)", "epochs", "cost")
@@ -33,6 +35,21 @@ def strategies(results: Results, budget: str) -> str:
         [f"`{own[0]}`", *own[1:], *(cost[place] for place in places)] for own, cost in zip(arms, lines, strict=True)
     ]
     return table([*effect, *(headings[place] for place in places)], rows)
+
+
+def reproduced(results: Results) -> str:
+    """Published beside measured, after the size of the trainings."""
+    if results.sort != REPRODUCTION:
+        return ""
+    groups = results.content["groups"]
+    sizes = dict.fromkeys(
+        f"{group['epochs']} epochs of {group['train_rows']:,} images, {group['seeds']} seeds" for group in groups
+    )
+    metrics = dict.fromkeys(group["metric"] for group in groups)
+    what = f"`{results.content['name']}` at scale {results.content['scale']:g}: {'; '.join(sizes)}."
+    rows = [[f"`{text}`" if place == 1 else text for place, text in enumerate(row)] for row in cells(groups)]
+    shown = table([f"recipe (test {', '.join(metrics)}, %)", *HEADINGS[1:]], rows)
+    return f"{what}\n\n{shown}\n\n{tally(groups)}"
 
 
 def findings(results: dict[str, Any], strategy: str) -> list[str]:

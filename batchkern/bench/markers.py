@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchkern.bench.comparisons import strategies
+from batchkern.bench.comparisons import reproduced, strategies
 from batchkern.bench.operations import linear, operations, planned
 from batchkern.bench.results import Results, facts, load, read_text, rendering
 from batchkern.bench.tables import accuracy, confident, growth_table, language, training
@@ -31,6 +31,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "confident": confident,
     "strategies": strategies,
     "language": language,
+    "reproduced": reproduced,
 }
 """Renderers, each from results and the marker's arguments; they give nothing where a file has nothing of their kind."""
 ARGUMENTS = {"strategies": ("BUDGET",)}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from batchkern.bench.comparisons import findings, strategies
+from batchkern.bench.comparisons import findings, reproduced, strategies
 from batchkern.bench.markdown import paragraphs
 from batchkern.bench.operations import detail, name
-from batchkern.bench.results import COMPARISON, Results, facts, read_text, rendering
+from batchkern.bench.results import COMPARISON, REPRODUCTION, Results, facts, read_text, rendering
 from batchkern.bench.tables import about, accuracy, confident, growth_table, language, sweeps, training
 from batchkern.compare.arms import BUDGETS, slug
 from batchkern.errors import UserError, require
@@ -34,6 +34,8 @@ def _section(results: Results, plots: bool) -> str:
     heading = f"## {results.path.absolute().parent.name}/{results.path.name}"
     if results.sort == COMPARISON:
         return paragraphs(heading, facts(results), *_comparison(results))
+    if results.sort == REPRODUCTION:
+        return paragraphs(heading, facts(results), reproduced(results))
     operations = results.rows("operations")
     by_op = {
         op: [row for row in operations if row["op"] == op] for op in dict.fromkeys(row["op"] for row in operations)

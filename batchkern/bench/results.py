@@ -15,7 +15,7 @@ from batchkern.bench.markdown import quantity
 from batchkern.errors import UserError
 from batchkern.files import read_file
 
-BENCHMARK, COMPARISON, LANGUAGE = "benchmark", "comparison", "language"
+BENCHMARK, COMPARISON, LANGUAGE, REPRODUCTION = "benchmark", "comparison", "language", "reproduction"
 REQUIRED = {
     "operations": ("op", "shape", "variant"),
     "growth": ("op", "along", "variant", "sizes"),
@@ -41,7 +41,7 @@ UNKNOWN = datetime.min.replace(tzinfo=timezone.utc)
 class Results:
     path: Path
     sort: str
-    """One of :data:`BENCHMARK`, :data:`COMPARISON`, :data:`LANGUAGE`."""
+    """One of :data:`BENCHMARK`, :data:`COMPARISON`, :data:`LANGUAGE`, :data:`REPRODUCTION`."""
     content: dict[str, Any]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
@@ -76,6 +76,8 @@ class Results:
     @property
     def subject(self) -> tuple[Any, ...]:
         """What a newer file must be of, too, to be in place of this one: comparisons of other data are not."""
+        if self.sort == REPRODUCTION:
+            return (self.sort, self.content["name"])
         if self.sort != COMPARISON:
             return (self.sort,)
         settings = self.content["settings"]
@@ -111,7 +113,7 @@ def load(path: Path) -> Results:
         raise UserError(
             f"{path} is no file of results: it must name its machine and device, as those do that make bench writes"
         )
-    if sort != COMPARISON:
+    if sort not in (COMPARISON, REPRODUCTION):
         _check_rows(path, content)
     return Results(path, sort, content)
 
@@ -121,6 +123,8 @@ def _sort(content: Any) -> str | None:
         return None
     if content.get("kind") == "batchkern comparison" and "summary" in content:
         return COMPARISON
+    if content.get("kind") == "batchkern reproduction" and "groups" in content:
+        return REPRODUCTION
     if content.get("kind") == LANGUAGE_KIND and "settings" in content:
         return LANGUAGE
     machine = content.get("machine")
@@ -189,7 +193,8 @@ def facts(results: Results) -> str:
     machine = {**results.content.get("environment", {}), **results.machine}
     stamp = STAMP.match(results.path.name)
     commit = machine.get("commit") or (stamp[2] if stamp else None)
-    if results.sort == COMPARISON:  # names no processor; the folder does
+    of_runs = results.sort in (COMPARISON, REPRODUCTION)
+    if of_runs:  # names no processor; the folder does
         name, threads = results.path.absolute().parent.name, machine.get("threads_per_run")
     else:
         name, threads = machine.get("gpu") or machine.get("cpu") or machine["device"], machine.get("threads")
@@ -197,7 +202,7 @@ def facts(results: Results) -> str:
     if machine.get("planned"):
         said.append("not measured yet")
     elif threads and not machine.get("gpu"):
-        said.append(f"{threads} thread{'s' * (threads != 1)}" + " a run" * (results.sort == COMPARISON))
+        said.append(f"{threads} thread{'s' * (threads != 1)}" + " a run" * of_runs)
     if machine.get("torch"):
         said.append(f"torch {machine['torch']}")
     if commit:

@@ -237,6 +237,6 @@ def tally(groups: Sequence[Mapping[str, Any]]) -> str:
     chance = [row for row in known if abs(row["difference"][0]) <= row["difference"][1]]
     return (
         f"Of {len(known)} rows with an interval of the measured difference (95 %, Student's t, paired by seed), the "
-        f"published difference lies within it in {len(agree)}. Zero lies within it in {len(chance)}: these do not tell "
-        "an effect from chance."
+        f"published difference lies within it in {len(agree)}. Zero lies within it in {len(chance)}, whose runs do not "
+        "tell an effect from chance."
     )
