@@ -33,9 +33,13 @@ class SampleLog:
         """``(rows,)`` bool: kept in the epoch before."""
 
     def observe(self, indices: Tensor, losses: Tensor, kept: Tensor | None) -> None:
-        """Rows ``(b,)`` of a batch, their losses, and the positions in it of those kept; ``None``: all."""
+        """Rows ``(b,)`` of a batch, their losses, and the positions in it of those kept; ``None``: all.
+
+        The loss of a row that is there several times is the highest of them: the same whatever the order is in which a
+        GPU comes to them.
+        """
         rows = indices.to(self.last_loss.device)
-        self.last_loss.index_copy_(0, rows, losses.float())
+        self.last_loss.scatter_reduce_(0, rows, losses.float(), "amax", include_self=False)
         counted = rows if kept is None else rows[kept]
         self.times_kept.index_add_(0, counted, torch.ones_like(counted, dtype=torch.int32))
 

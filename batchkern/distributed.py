@@ -67,10 +67,16 @@ class Share:
         return x if self.world == 1 else F.pad(x[: self.real], (0, 0, self.start, self.rows - self.start - self.real))
 
     def ignore_filling(self, target: Tensor) -> Tensor:
-        """``target (each,)`` with :data:`IGNORED` at the filling."""
-        return (
-            target if self.real == self.each else F.pad(target[: self.real], (0, self.each - self.real), value=IGNORED)
-        )
+        """``target (each,)`` with :data:`IGNORED` at the filling; probabilities ``(each, C)`` stay as they are."""
+        if self.real == self.each or target.is_floating_point():
+            return target
+        return F.pad(target[: self.real], (0, self.each - self.real), value=IGNORED)
+
+    def counts(self, target: Tensor) -> Tensor:
+        """``(each,)`` bool, on the device of ``target``: which rows are not filling."""
+        if target.is_floating_point():
+            return torch.arange(self.each, device=target.device) < self.real
+        return target != IGNORED
 
 
 class Ranks:

@@ -125,9 +125,27 @@ class Learner:
         self.counts.updates += 1
 
     def _rows(self, step: Step, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Images and labels of this rank, at ``positions`` of the batch."""
-        images, target = self.feed.batch(step.batch.indices, self.counts.updates, positions)
+        """Images and targets of this rank, at ``positions`` of the batch."""
+        images, target = self._transformed(step, positions, self.strategies)
         return images, step.share.ignore_filling(target)
+
+    def _transformed(self, step: Step, positions: Tensor, strategies: Sequence[Strategy]) -> tuple[Tensor, Tensor]:
+        """Rows of the batch as ``strategies`` make them, one after the other."""
+        if not strategies:
+            return self.feed.batch(step.batch.indices, step.update, positions)
+        *before, last = strategies
+        images, target = self._transformed(step, positions, before)
+
+        def fetch(others: Tensor) -> tuple[Tensor, Tensor]:
+            """From the rows at hand, if they have all of ``others``."""
+            places = torch.full((len(step.batch.indices),), -1).index_put((positions,), torch.arange(len(positions)))
+            at = places[others]
+            if bool((at < 0).any()):
+                return self._transformed(step, others, before)
+            at = at.to(images.device)
+            return images[at], target[at]
+
+        return last.transform(step, positions, images, target, fetch)
 
     def _active_update(self, step: Step) -> None:
         """From this rank's rows; what strategies see and what is counted is of the whole batch."""
@@ -152,13 +170,14 @@ class Learner:
         beside = step.batch.beside
 
         def objective() -> tuple[Tensor, Tensor]:
-            penalty: Tensor | float = 0.0
+            penalty: Tensor | None = None
             if perturbation is None or perturbation.own_update:
                 logits = self.model(images)
             else:
                 logits, penalty = self._perturbed(perturbation, images, target)
             loss, losses = owner.loss(step, logits, target)
-            loss = loss + penalty
+            for term in (penalty, *(strategy.penalty(step) for strategy in self.strategies)):
+                loss = loss if term is None else loss + term
             if beside is not None:
                 assert beside.inject is not None
                 loss = loss + beside.inject(Step(self.run, beside, step.update))
@@ -222,5 +241,6 @@ class Learner:
 
 
 def _figures(logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
-    """``(2, rows)``: the loss, and whether the prediction is right."""
-    return torch.stack([losses, (logits.detach().argmax(1) == target).to(losses.dtype)])
+    """``(2, rows)``: the loss, and whether the prediction is right: of mixed images, the class of the most weight."""
+    labels = target.argmax(1) if target.is_floating_point() else target
+    return torch.stack([losses, (logits.detach().argmax(1) == labels).to(losses.dtype)])

@@ -58,6 +58,7 @@ class _Figures(_Row, total=False):
     passive_updates: Whole
     passive_accuracy: float | None
     virtual_kl: float | None
+    srip_sigma: float | None
     noise_scale: float | None
 
 

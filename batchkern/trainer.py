@@ -190,6 +190,7 @@ class Trainer(Learner):
                 least_rows=least,
                 drop_last=drop_last,
                 ranks=ranks,
+                images_vary=augment != "none" or any(type(s).transform is not Strategy.transform for s in strategies),
             ),
             strategies,
             self._feed(train, ranks.device, augment=augment, seed=derived_seed(seed, "augment")),

@@ -23,7 +23,12 @@ from training import RecordingTrainer, flat, images, net, trainer
 
 from batchkern.errors import UserError
 from batchkern.strategies import (
+    SRIP,
+    BatchAugmentation,
+    CutMix,
+    Cutout,
     HardBatches,
+    Mixup,
     PassiveInjection,
     RandomSelection,
     Stepwise,
@@ -64,11 +69,26 @@ SCENARIOS: dict[str, Callable[[], list[Any]]] = {
         PassiveInjection(PASSIVE, 2),
     ],
     "an idle layer": lambda: [],
+    "mixed": lambda: [Mixup(1.0), StochasticAugmentation(**STRONG)],
+    "mixed and trimmed": lambda: [Cutout(3), Mixup(1.0), Trimming(0.8, 0.3), PassiveInjection(PASSIVE, 3)],
+    "mixed, compact trimming": lambda: [CutMix(), Trimming(0.5, backward="compact")],
+    "mixed, random rows": lambda: [Mixup(1.0), RandomSelection("rows", 0.7, 0.3)],
+    "mixed, copied, random rows alone": lambda: [
+        CutMix(),
+        BatchAugmentation(2),
+        RandomSelection("rows", 0.7, 0.3, backward="compact"),
+    ],
+    "a mixed batch of one row": lambda: [Mixup(1.0), HardBatches(0.5), Trimming(0.5)],
+    "cut out, copied, isometric": lambda: [Cutout(), BatchAugmentation(2), SRIP(0.1)],
 }
+SOME = ("compact trimming", "augmentation", "passive", "a batch of one row", "mixed", "a mixed batch of one row")
+"""Those that three ranks train."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "baseline": {"augment": "crop+flip", "label_smoothing": 0.1, "schedule": "cosine"},
     "passive": {"optimizer": "adamw", "lr": 1e-3},
     "hard, trimmed, augmented, passive": {"augment": "flip"},
+    "mixed": {"label_smoothing": 0.1, "augment": "crop+flip"},
+    "a mixed batch of one row": {"train": images(9), "batch_size": 4},
     "a batch of one row": {"train": images(9), "batch_size": 4},  # of the last batch, only the first rank has a row
 }
 
@@ -127,7 +147,7 @@ def all_scenarios(folder: Path) -> dict[str, Any]:
 
 
 def some_scenarios(folder: Path) -> dict[str, Any]:
-    return {name: trained(name) for name in ("compact trimming", "augmentation", "passive", "a batch of one row")}
+    return {name: trained(name) for name in SOME}
 
 
 # --- what idles, what decides ---------------------------------------------------------------------------------------

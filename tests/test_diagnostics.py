@@ -52,6 +52,14 @@ def test_the_next_epoch_by_hand():
     assert row["kept_mislabelled"] == pytest.approx(2 / 3)  # two of three visits
 
 
+def test_of_the_copies_of_a_row_the_highest_loss_is_kept():
+    """Whatever it was before, and the row counts as often as it was kept."""
+    log = log_of_five()
+    log.observe(torch.tensor([1, 4, 1, 4, 0]), torch.tensor([0.3, 0.1, 0.2, 0.4, 0.6]), torch.tensor([0, 1, 2]))
+    assert log.last_loss.tolist() == pytest.approx([0.6, 0.3, 0.2, 0.3, 0.4])
+    assert log.times_kept.tolist() == [1, 3, 0, 1, 1]
+
+
 def test_a_log_goes_on_from_its_state():
     one, other = log_of_five(), SampleLog(5, torch.device("cpu"), torch.zeros(5, dtype=torch.bool))
     one.end_epoch()

@@ -142,6 +142,8 @@ def flat_end(result: dict) -> torch.Tensor:
 
 NARROWED = ("compact trimming", "random rows alone")
 """Scenarios in which not all rows of a batch are fetched for the pass that counts."""
+MIXED = tuple(name for name in ranks.SCENARIOS if "mixed" in name)
+"""Those in which a rank fetches the rows that its own are mixed with, too."""
 
 
 def test_rows_that_are_chosen_without_losses_are_alone_fetched_and_dealt_out_evenly(pair):
@@ -153,7 +155,7 @@ def test_rows_that_are_chosen_without_losses_are_alone_fetched_and_dealt_out_eve
         assert len(left) == len(right) == -(-len(rows) // 2)
 
 
-@pytest.mark.parametrize("name", [name for name in ranks.SCENARIOS if name not in NARROWED])
+@pytest.mark.parametrize("name", [name for name in ranks.SCENARIOS if name not in (*NARROWED, *MIXED)])
 def test_the_plan_is_sharded_without_overlap(name, pair):
     plan = [indices for indices, _ in one_process(name)["taken"]]
     shares = [rank["all_scenarios"][name]["taken"] for rank in pair]

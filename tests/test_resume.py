@@ -28,7 +28,12 @@ from training import flat, images, net, single_thread, trainer, without_plots
 from batchkern.errors import UserError
 from batchkern.rundir import CHECKPOINT, METRICS, WEIGHTS
 from batchkern.strategies import (
+    SRIP,
+    BatchAugmentation,
+    CutMix,
+    Cutout,
     HardBatches,
+    Mixup,
     PassiveInjection,
     RandomSelection,
     Stepwise,
@@ -50,6 +55,8 @@ SCENARIOS = {
     "summed": lambda: [PassiveInjection(PASSIVE, 4, summed=True)],
     "random rows": lambda: [RandomSelection()],
     "random batches": lambda: [RandomSelection("batches", delta=0.5)],
+    "mixed": lambda: [Cutout(3), Mixup(1.0), BatchAugmentation(2), SRIP(0.1)],
+    "cutmix": lambda: [CutMix(probability=0.5), Trimming(0.7, 0.3), SRIP()],
     "all": lambda: [
         HardBatches(0.5),
         Trimming(),

@@ -1,4 +1,4 @@
-"""Five published ways of training with mini-batches, and the control; one module a paper.
+"""Published ways of training with mini-batches, what their papers compare them with, and the control; one module each.
 
 ``parse("trimming(end=0.3)+passive(every=20)")`` reads the notation of the command line.
 """
@@ -16,16 +16,26 @@ from typing import Any
 
 from batchkern.errors import UserError
 from batchkern.strategies.base import Perturbation, Run, Step, Strategy
+from batchkern.strategies.batch_augmentation import BatchAugmentation
+from batchkern.strategies.cutmix import CutMix
+from batchkern.strategies.cutout import Cutout
 from batchkern.strategies.hard_batches import HardBatches
+from batchkern.strategies.mixup import Mixup
 from batchkern.strategies.passive_injection import PassiveInjection
 from batchkern.strategies.random_selection import RandomSelection
+from batchkern.strategies.srip import SRIP
 from batchkern.strategies.stepwise import Stepwise
 from batchkern.strategies.stochastic_augmentation import StochasticAugmentation
 from batchkern.strategies.trimming import Trimming
 
 __all__ = [
+    "SRIP",
     "STRATEGIES",
+    "BatchAugmentation",
+    "CutMix",
+    "Cutout",
     "HardBatches",
+    "Mixup",
     "PassiveInjection",
     "Perturbation",
     "RandomSelection",
@@ -42,7 +52,19 @@ __all__ = [
 
 STRATEGIES: dict[str, type[Strategy]] = {
     cls.name: cls
-    for cls in (Trimming, HardBatches, Stepwise, StochasticAugmentation, PassiveInjection, RandomSelection)
+    for cls in (
+        Trimming,
+        HardBatches,
+        Stepwise,
+        StochasticAugmentation,
+        PassiveInjection,
+        RandomSelection,
+        Cutout,
+        Mixup,
+        CutMix,
+        BatchAugmentation,
+        SRIP,
+    )
 }
 
 LONGEST = 10_000

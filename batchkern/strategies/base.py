@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from batchkern.configure import check_flags, check_number, count, describe_choice
 from batchkern.data import ImageData
 from batchkern.distributed import Ranks, Share
 from batchkern.errors import UserError
-from batchkern.ops import trimmed_cross_entropy
+from batchkern.ops import cross_entropy, trimmed_cross_entropy, trimmed_mean
 from batchkern.plan import Batch, EpochBatches, count_batches
 
 
@@ -43,6 +44,8 @@ class Run:
     """The last, smaller batch of an epoch is left out."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes of the training; a loss takes ``group=run.ranks.group``."""
+    images_vary: bool = True
+    """A row that stands in a batch twice gives two images: by the trainer's augmentation or a strategy's transform."""
 
     @property
     def batches_per_epoch(self) -> int:
@@ -107,6 +110,26 @@ def run_with_virtual(
     return logits[: len(images)], logits[len(images) :]
 
 
+Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Positions ``(q,)`` in the whole batch -> the images and targets there."""
+
+
+def as_probabilities(target: Tensor, classes: int) -> Tensor:
+    """Targets as probabilities ``(B, classes)`` float32, whether they are labels ``(B,)`` or probabilities already."""
+    return target if target.is_floating_point() else one_hot(target, classes).float()
+
+
+def selected_mean(
+    step: Step, logits: Tensor, target: Tensor, keep: float, *, among: Tensor | None = None, **band: Any
+) -> tuple[Tensor, Tensor]:
+    """The mean loss of the rows that ``trimmed_mean`` keeps, and the losses ``(B,)`` detached, as :meth:`Strategy.loss`
+    returns them; ``among``: ``(B,)`` bool, the rows that may be kept."""
+    losses = cross_entropy(logits, target, label_smoothing=step.run.label_smoothing, reduction="none")
+    mask = step.share.counts(target)
+    mask = mask if among is None else mask & among.to(mask.device)
+    return trimmed_mean(losses, keep, mask=mask, group=step.run.ranks.group, **band), losses.detach()
+
+
 class Strategy:
     """A way of choosing samples, batches and what each counts. Subclasses are dataclasses: their fields are options."""
 
@@ -137,6 +160,22 @@ class Strategy:
         """The stream of batches: ``upstream``, changed. Continues from loaded state."""
         return upstream
 
+    def transform(
+        self, step: Step, positions: Tensor, images: Tensor, target: Tensor, fetch: Fetch
+    ) -> tuple[Tensor, Tensor]:
+        """Images ``(p, C, H, W)`` and targets, changed: what the model is given of a batch of the training set.
+
+        Strategies transform in the order in which the trainer was given them. Which rows are at hand differs: the whole
+        batch, one rank's, or those worth a full pass. So this is a pure function of the seed, the update and the places
+        of the rows in the whole batch.
+
+        Args:
+            positions: ``(p,)`` int64 on the CPU, the places of the rows at hand in ``step.batch.indices``.
+            target: labels ``(p,)`` int64, or probabilities ``(p, classes)``; either may be returned.
+            fetch: other rows of the batch, as this strategy would be given them.
+        """
+        return images, target
+
     def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
         """Positions in the batch worth a full pass, or ``None`` for all; ``score()`` gives all losses ``(B,)``."""
         return None
@@ -144,12 +183,19 @@ class Strategy:
     def perturb(self, step: Step) -> Perturbation | None:
         return None
 
+    def penalty(self, step: Step) -> Tensor | None:
+        """A 0-dim term of the weights, added to the loss of an active update; the same on every rank."""
+        return None
+
     def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The loss, and per-sample losses ``(B,)`` detached, of this rank's rows (``step.share``).
 
-        Averaged over ranks, the gradient of the loss is to be that of the whole batch, as ``group`` makes it. Rows with
-        the target -100 fill up a share, and count nowhere.
+        Averaged over ranks, the gradient of the loss is to be that of the whole batch, as ``group`` makes it. Targets
+        are labels ``(B,)`` or, where a strategy mixes images, probabilities ``(B, classes)``. Rows that fill up a share
+        count nowhere: ``step.share.counts(target)`` has the others.
         """
+        if target.is_floating_point() and step.share.world > 1:
+            return selected_mean(step, logits, target, 1.0)
         smoothing, group = step.run.label_smoothing, step.run.ranks.group
         return trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True, group=group)
 

@@ -9,13 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from batchkern.distributed import IGNORED
 from batchkern.errors import UserError
-from batchkern.ops import cross_entropy, trimmed_mean
 from batchkern.plan import Batch, EpochBatches, Replay
 from batchkern.schedules import linear
 from batchkern.seeding import generator
-from batchkern.strategies.base import Run, Step, Strategy
+from batchkern.strategies.base import Run, Step, Strategy, selected_mean
 from batchkern.strategies.hard_batches import check_delta, check_delta_of
 from batchkern.strategies.trimming import check_keep, kept_rows
 
@@ -79,9 +77,7 @@ class RandomSelection(Strategy):
             return super().loss(step, logits, target)
         chosen = self._choose(step, step.share.rows)
         counts = step.share.take(torch.zeros(step.share.rows, dtype=torch.bool).index_fill(0, chosen, True))
-        losses = cross_entropy(logits, target, label_smoothing=step.run.label_smoothing, reduction="none")
-        mask = counts.to(target.device) & (target != IGNORED)
-        return trimmed_mean(losses, 1.0, mask=mask, group=step.run.ranks.group), losses.detach()
+        return selected_mean(step, logits, target, 1.0, among=counts)
 
     def _choose(self, step: Step, rows: int) -> Tensor:
         """Positions in a batch of ``rows``."""

@@ -12,13 +12,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from batchkern.distributed import IGNORED
 from batchkern.errors import UserError
 from batchkern.models import has_batch_norm
-from batchkern.ops import cross_entropy, select_rows, trimmed_cross_entropy, trimmed_mean
+from batchkern.ops import select_rows, trimmed_cross_entropy
 from batchkern.ops.trimmed_mean import Order
 from batchkern.schedules import EpochSchedule, linear
-from batchkern.strategies.base import Run, Step, Strategy
+from batchkern.strategies.base import Run, Step, Strategy, selected_mean
 
 PLAIN = {"order": "highest", "skip": 0.0, "above": None}
 """The selection that the operation makes in the pass of the losses."""
@@ -115,13 +114,13 @@ class Trimming(Strategy):
         return self._chosen(step, score())
 
     def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        keep = 1.0 if step.narrowed else self.keep(step.batch.epoch, step.run.epochs)
-        smoothing, group = step.run.label_smoothing, step.run.ranks.group
-        if step.narrowed or self._band == PLAIN:
+        if step.narrowed:
+            return super().loss(step, logits, target)
+        keep = self.keep(step.batch.epoch, step.run.epochs)
+        if self._band == PLAIN and (step.share.world == 1 or not target.is_floating_point()):
+            smoothing, group = step.run.label_smoothing, step.run.ranks.group
             return trimmed_cross_entropy(logits, target, keep, label_smoothing=smoothing, per_sample=True, group=group)
-        losses = cross_entropy(logits, target, label_smoothing=smoothing, reduction="none")
-        mean = trimmed_mean(losses, keep, mask=target != IGNORED, group=group, **self._band)
-        return mean, losses.detach()
+        return selected_mean(step, logits, target, keep, **self._band)
 
     def kept(self, step: Step, losses: Tensor) -> Tensor | None:
         return None if step.kept in (None, len(losses)) else self._chosen(step, losses)

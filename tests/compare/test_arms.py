@@ -83,6 +83,8 @@ def test_arms_without_a_passive_set():
         ("trimming(end=0.3)+augmentation(eta=1)", "random(select=rows,end=0.3)+augmentation(eta=1)"),
         ("passive+hard-batches+trimming", "passive+random(select=batches)+random(select=rows)"),
         ("random(select=rows)", None),
+        ("cutout+mixup+batch-augmentation+srip", None),
+        ("cutmix+trimming(end=0.3)", "cutmix+random(select=rows,end=0.3)"),
     ],
 )
 def test_the_control_of_an_arm(arm, control):
@@ -147,6 +149,8 @@ def test_a_control_selects_as_much_as_its_arm(arm):
         "passive(every=3,summed=True)+augmentation(two_step=True)",
         "augmentation(two_step=True)",
         "stepwise(fractions=(.5,1),batch_multiples=(1,2))+trimming(backward=compact)+passive(every=2)",
+        "mixup+trimming(end=0.3,backward=compact)+srip",
+        "cutout+batch-augmentation(copies=3)+passive(every=3)",
     ],
 )
 def test_a_forecast_is_what_the_training_then_counts(arm):
@@ -178,6 +182,7 @@ def matched(arm, budget, epochs=15, rows=40):
         ("stepwise(fractions=(.5,1),batch_multiples=(1,1))", 19, 20),
         # A passive batch for each active one is twice the work, and no update more.
         ("passive(every=1)", 15, 8),
+        ("cutout+batch-augmentation(copies=3)", 15, 5),
         ("augmentation(omega=0,two_step=True)", 15, 7),  # 7.5: of two as near, the shorter
         # Rows that were dropped by chance need no pass at all: at a quarter, four times as many epochs.
         ("random(start=0.25,end=0.25,backward=compact)", 15, 60),

@@ -25,6 +25,7 @@ from batchkern.strategies import (
     HardBatches,
     PassiveInjection,
     RandomSelection,
+    Step,
     Stepwise,
     StochasticAugmentation,
     Trimming,
@@ -46,6 +47,11 @@ SENSIBLE = [
     "random(select=batches,delta=0.5)+trimming+augmentation(two_step=True)+passive(every=4)",
     "stepwise(fractions=(0.5,1),batch_multiples=(1,2),reset_optimizer=True)+random+augmentation(per=epoch)",
     "augmentation(omega=0)+trimming(start=0.5,backward=compact)",
+    "mixup+trimming+augmentation(two_step=True)+passive(every=2)",
+    "hard-batches(delta=0.5)+cutmix(probability=0.5)+srip",
+    "stepwise(fractions=(0.5,1),batch_multiples=(1,2))+mixup(alpha=1)+batch-augmentation(copies=2)+passive(every=3)",
+    "cutout+batch-augmentation(copies=3)+random+srip(coefficient=0.01)",
+    "mixup(alpha=1)+trimming(start=0.5,backward=compact)",
 ]
 NONSENSE = [
     ("hard-batches+stepwise", "the batch plan"),
@@ -56,6 +62,10 @@ NONSENSE = [
     ("trimming+augmentation+trimming(end=0.3)", "the loss"),
     ("augmentation+augmentation(eta=1)", "the virtual samples"),
     ("passive+passive(every=3)", "the passive head"),
+    ("mixup+cutmix", "how images are mixed"),
+    ("cutout+cutout(size=2)", "the mask"),
+    ("batch-augmentation+batch-augmentation(copies=2)", "the copies of a batch"),
+    ("srip+srip(coefficient=1)", "the isometry of weights"),
 ]
 
 
@@ -169,6 +179,38 @@ def test_the_trainer_refuses_what_parse_refuses(strategies):
         check_combination(strategies)
     with pytest.raises(UserError, match=f"{names} both decide"):
         trainer(strategies)
+
+
+@pytest.mark.parametrize("text", ["cutout+mixup(alpha=1)", "mixup(alpha=1)+cutout", "cutout(size=2)+cutmix"])
+def test_rows_are_the_same_whichever_are_at_hand(text):
+    """A rank's rows, those worth a full pass, in any order: those of the whole batch."""
+    run = trainer(parse(text), augment="crop+flip")
+    step = Step(run.run, next(iter(run.batches)), 0)
+    whole_images, whole_target = run._rows(step, torch.arange(8))
+    assert whole_target.shape == (8, 4)
+    assert not torch.equal(whole_images, run.feed.batch(step.batch.indices, 0)[0])
+    for positions in ([0, 1, 2, 3], [4, 5, 6, 7], [6, 1], [3]):
+        some, target = run._rows(step, torch.tensor(positions))
+        assert torch.equal(some, whole_images[positions])
+        assert torch.equal(target, whole_target[positions])
+
+
+def test_transforms_apply_in_the_order_given():
+    """An image that is cut out and then mixed has half of the other image in its square, or is zero there."""
+    parts = {}
+    for text in ("cutout", "mixup(alpha=1)", "cutout+mixup(alpha=1)", "mixup(alpha=1)+cutout"):
+        run = trainer(parse(text))
+        parts[text] = run, Step(run.run, next(iter(run.batches)), 0)
+    (run, step), everything = parts["cutout"], torch.arange(8)
+    plain, labels = run.feed.batch(step.batch.indices, 0)
+    cut, _ = run._rows(step, everything)
+    weight, partners = parts["mixup(alpha=1)"][0].strategies[0]._draw(step)
+    first, _ = parts["cutout+mixup(alpha=1)"][0]._rows(step, everything)
+    torch.testing.assert_close(first, weight * cut + (1 - weight) * cut[partners])
+    then, target = parts["mixup(alpha=1)+cutout"][0]._rows(step, everything)
+    torch.testing.assert_close(then, (weight * plain + (1 - weight) * plain[partners]).where(cut != 0, 0))
+    classes = F.one_hot(labels, 4)
+    torch.testing.assert_close(target, weight * classes + (1 - weight) * classes[partners])
 
 
 def test_one_object_twice_is_refused():

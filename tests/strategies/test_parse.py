@@ -9,8 +9,13 @@ from training import images
 
 from batchkern.errors import UserError
 from batchkern.strategies import (
+    SRIP,
     STRATEGIES,
+    BatchAugmentation,
+    CutMix,
+    Cutout,
     HardBatches,
+    Mixup,
     PassiveInjection,
     RandomSelection,
     Stepwise,
@@ -49,6 +54,9 @@ PASSIVE = images(20)
         ("trimming(above=99999999999999999999)", [Trimming(above=1e20)]),
         ("trimming(backward='mask\\u0065d')", [Trimming()]),
         ("trimming+stepwise+augmentation", [Trimming(), Stepwise(), StochasticAugmentation()]),
+        ("cutout+batch-augmentation(copies=2)", [Cutout(), BatchAugmentation(2)]),
+        ("cutout(size=8)+mixup(alpha=1)", [Cutout(8), Mixup(1)]),
+        ("cutmix(probability=0.5)+srip(coefficient=1e-3)", [CutMix(probability=0.5), SRIP(1e-3)]),
     ],
 )
 def test_accepted(text, expected):
@@ -64,7 +72,8 @@ def test_the_passive_set_is_filled_in_where_none_is_named():
 def test_all_strategies_have_a_name():
     passive = parse("+".join(["trimming", "passive", "hard-batches", "augmentation"]), passive=PASSIVE)
     assert [type(s) for s in passive] == [Trimming, PassiveInjection, HardBatches, StochasticAugmentation]
-    assert set(STRATEGIES) == {"trimming", "hard-batches", "stepwise", "augmentation", "passive", "random"}
+    papers = {"trimming", "hard-batches", "stepwise", "augmentation", "passive", "random"}
+    assert set(STRATEGIES) == papers | {"cutout", "mixup", "cutmix", "batch-augmentation", "srip"}
 
 
 @pytest.mark.parametrize(
@@ -147,6 +156,12 @@ def test_all_strategies_have_a_name():
         ("tri\0mming", "not of the form"),
         ("trimming(\N{SLIGHTLY SMILING FACE}=1)", "not of the form"),
         ("\udcff", "not of the form"),
+        ("cutout(size=0)", "size must be a whole number of at least 1, got 0"),
+        ("cutout(size=half)", "size must be a whole number"),
+        ("mixup(alpha=0)", "alpha must be a number above 0, got 0"),
+        ("batch-augmentation(copies=1)", "copies must be a whole number of at least 2, got 1"),
+        ("batch-augmentation(copies=None)", "copies must be a whole number"),
+        ("srip(coefficient=-1)", "coefficient must be a number of at least 0, got -1"),
         ("trimming+trimming", "trimming and trimming both decide the loss"),
         ("hard-batches+stepwise", "hard-batches and stepwise both decide the batch plan"),
     ],

@@ -1,0 +1,48 @@
+"""Batch augmentation: E. Hoffer, T. Ben-Nun, I. Hubara, N. Giladi, T. Hoefler, D. Soudry, "Augment your batch: better
+training with larger batches", 2019 (arXiv:1901.09335), equation 3."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from batchkern.configure import count
+from batchkern.plan import Batch, EpochBatches
+from batchkern.strategies.base import Run, Strategy
+
+
+@dataclass
+class BatchAugmentation(Strategy):
+    """Each sample of a batch is in it several times, each time with a transformation of its own.
+
+    A batch of B samples becomes one of ``copies * B`` images, whose losses are averaged; the number of updates and the
+    learning rate stay those of batches of B. The transformations are those of the trainer (``augment``) and of other
+    strategies: with :class:`Cutout` it is what the paper has on CIFAR.
+
+    Args:
+        copies: M, at least 2; the paper takes 2 to 64.
+    """
+
+    name: ClassVar[str] = "batch-augmentation"
+    owns = frozenset({"the copies of a batch"})
+
+    copies: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.copies = count("copies", self.copies, 2)
+
+    def setup(self, run: Run) -> None:
+        if not run.images_vary:
+            warnings.warn(
+                "BatchAugmentation: the copies of an image are all the same, because augment is 'none' and no strategy "
+                "changes images; use augment='crop+flip', say, or Cutout() beside it",
+                stacklevel=2,
+            )
+
+    def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in upstream:
+            own = batch.inject is None
+            yield replace(batch, indices=batch.indices.repeat(self.copies)) if own else batch
