@@ -88,6 +88,7 @@ def _told(rows: Rows) -> dict[str, list[dict[str, float]]]:
         "how often samples were kept so far": {"times_kept": "times (median)"} if selects else {},
         "accuracy on passive batches (%)": {"passive_accuracy": "before each update"},
         "KL of virtual samples": {"virtual_kl": "mean of the epoch"},
+        "deviation from an isometry": {"srip_sigma": "sum over layers, mean of the epoch"},
         "noise scale": {"noise_scale": "rate x subset / batch"},
     }
     told = {}
@@ -197,6 +198,7 @@ DIAGNOSTICS = {
     "dropped_loss": "median last loss of those dropped",
     "noise_scale": "noise scale of stepwise",
     "virtual_kl": "KL of virtual samples",
+    "srip_sigma": "deviation of weights from an isometry",
     "passive_accuracy": "accuracy on passive batches (%)",
 }
 """Panels of the diagnostics of a comparison: key in the rows, title."""

@@ -820,7 +820,11 @@ STRATEGIES = [
         ("the lowest are not asked for", '{"order": self.order, ', '{"order": "highest", '),
         ("nothing is skipped", '"skip": self.skip, ', '"skip": 0.0, '),
         ("rows above are not counted", "step.kept = int(chosen.sum())", "pass"),
-        ("kept rows are trimmed once more", "keep = 1.0 if step.narrowed else", "keep = 0.5 if step.narrowed else"),
+        (
+            "kept rows are trimmed once more",
+            "if step.narrowed:\n            return super()",
+            "if not step:\n            return super()",
+        ),
     ),
     *within(
         "strategies",
@@ -864,6 +868,91 @@ STRATEGIES = [
             'generator(seed, "epoch", self.epoch)',
             'generator(seed, "epoch")',
         ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/cutout.py",
+        ("tests/strategies/test_cutout.py",),
+        ("a square begins at its centre", "(centre[:, None] - size // 2)", "centre[:, None]"),
+        ("the squares of all updates are the same", '"cutout", step.update)', '"cutout", step.batch.epoch)'),
+        ("a square may be larger than the image", "self.size > shorter:", "self.size > 2 * shorter:"),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/mixup.py",
+        ("tests/strategies/test_mixup.py",),
+        ("both images weigh the same", "weight * own + (1 - weight) * others", "(own + others) / 2"),
+        (
+            "labels are those of the partners",
+            "mix(images, others, weight), mix(own,",
+            "mix(images, others, weight), mix(theirs,",
+        ),
+        ("lambda is uniform", "betavariate(self.alpha, self.alpha)", "betavariate(1, 1)"),
+        ("partners are the same in all updates", '"mixup partners", update)', '"mixup partners", 0)'),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/mixup.py",
+        ("tests/strategies/test_mixup.py", "-k", "at_hand"),
+        (
+            "a rank's rows are mixed with the first ones",
+            "fetch(partners[positions])",
+            "fetch(partners[: len(positions)])",
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/cutmix.py",
+        ("tests/strategies/test_cutmix.py",),
+        (
+            "lambda is that before rounding and the border",
+            "return images, mix(own, theirs, weight)",
+            "return images, mix(own, theirs, 0.5)",
+        ),
+        ("the box has 1 - lambda of each side", "math.sqrt(1 - weight)", "1 - weight"),
+        (
+            "batches are mixed with the other probability",
+            "numbers.random() >= self.probability",
+            "numbers.random() < self.probability",
+        ),
+        (
+            "height and width are exchanged",
+            "half_y, half_x = height * ratio / 2, width * ratio / 2",
+            "half_x, half_y = height * ratio / 2, width * ratio / 2",
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/batch_augmentation.py",
+        ("tests/strategies/test_batch_augmentation.py",),
+        ("passive batches are copied", "own = batch.inject is None", "own = True"),
+        (
+            "copies of a sample are neighbours",
+            "batch.indices.repeat(self.copies)",
+            "batch.indices.repeat_interleave(self.copies)",
+        ),
+        ("copies that are the same are not warned of", "if not run.images_vary:", "if run.images_vary:"),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/srip.py",
+        ("tests/strategies/test_srip.py",),
+        ("sigma is that of W^T W", "transposed @ (transposed.T @ v) - v", "transposed @ (transposed.T @ v)"),
+        (
+            "one power iteration",
+            "return times(once / once.norm().clamp(min=torch.finfo(once.dtype).tiny)).norm()",
+            "return once.norm()",
+        ),
+        ("the schedule is late", "if progress >= begin)", "if progress > begin or begin == 0)"),
+        ("vectors are those of the first update", '"srip", step.update)', '"srip", 0)'),
+        ("the penalty is computed in bfloat16", "enabled=False):", "enabled=True, dtype=torch.bfloat16):"),
+        ("lambda is in the diagnostic", "self.sigma_sum + total.detach()", "self.sigma_sum + factor * total.detach()"),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/base.py",
+        ("tests/strategies/test_random_selection.py", "tests/strategies/test_mixup.py"),
+        ("all rows count", "mask if among is None else mask & among.to(mask.device)", "mask"),
     ),
     *within(
         "strategies",
@@ -1044,6 +1133,27 @@ TRAINING = [
     *within(
         "training",
         "batchkern/learner.py",
+        ("tests/strategies/test_mixup.py",),
+        ("transforms apply from the last to the first", "*before, last = strategies", "last, *before = strategies"),
+        (
+            "partners are as the data set has them",
+            "return self._transformed(step, others, before)",
+            "return self._transformed(step, others, [])",
+        ),
+    ),
+    *within(
+        "training",
+        "batchkern/learner.py",
+        ("tests/strategies/test_mixup.py",),
+        (
+            "a mixed image is right as its own class",
+            "target.argmax(1) if target.is_floating_point() else target",
+            "target.argmin(1) if target.is_floating_point() else target",
+        ),
+    ),
+    *within(
+        "training",
+        "batchkern/learner.py",
         ("tests/strategies/test_trimming.py",),
         (
             "batch norm counts a batch twice",
@@ -1215,6 +1325,7 @@ DISTRIBUTED = [
         RANKS,
         ("the loss of ranks is their sum", "parts[:, -1].mean()", "parts[:, -1].sum()"),
         ("figures include the filling", "return whole[:, : share.rows], parts", "return whole, parts"),
+        ("mixed filling counts", "torch.arange(self.each, device=target.device) < self.real", "target.sum(1) > 0"),
     ),
     *within(
         "trainer",

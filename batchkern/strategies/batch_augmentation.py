@@ -19,10 +19,10 @@ class BatchAugmentation(Strategy):
 
     A batch of B samples becomes one of ``copies * B`` images, whose losses are averaged; the number of updates and the
     learning rate stay those of batches of B. The transformations are those of the trainer (``augment``) and of other
-    strategies: with :class:`Cutout` it is what the paper has on CIFAR.
+    strategies, such as :class:`Cutout`.
 
     Args:
-        copies: M, at least 2; the paper takes 2 to 64.
+        copies: M, at least 2.
     """
 
     name: ClassVar[str] = "batch-augmentation"
