@@ -91,6 +91,7 @@ ARMS = [
     "hard-batches(delta=0.4)+trimming",
     "stepwise(fractions=(.5,1),batch_multiples=(1,2))+passive(every=2)",
     "augmentation(omega=0,two_step=True)+trimming(start=0.5)",
+    "batch-augmentation(copies=2)+trimming(start=0.5)",
 ]
 
 
@@ -142,6 +143,7 @@ def watched(arm, monkeypatch, **options):
     return run, [[rows for _, rows in epoch] for epoch in contributed[:-1]]
 
 
+@pytest.mark.filterwarnings("ignore:BatchAugmentation")
 @pytest.mark.parametrize("arm", ARMS)
 def test_kept_is_what_the_gradient_sees(arm, monkeypatch):
     run, epochs = watched(arm, monkeypatch)

@@ -71,7 +71,7 @@ def test_the_trainers_augmentation_differs_from_copy_to_copy():
 
 def test_fixed_batches_are_copied_and_batches_of_another_set_are_not():
     passive = PassiveInjection(images(20, seed=5, classes=3), 3)
-    run = trainer([BatchAugmentation(2), passive, Cutout(2), HardBatches(0.5)])
+    run = trainer([passive, BatchAugmentation(2), Cutout(2), HardBatches(0.5)])
     row = run.fit()
     assert row["updates"] == 12
     assert row["passive_updates"] == 4
