@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from batchkern.compare.arms import BASELINE
 from batchkern.schedules import RateSchedule, step
-from batchkern.strategies import HardBatches, PassiveInjection, Stepwise, Trimming, parse
+from batchkern.strategies import HardBatches, PassiveInjection, Stepwise, Strategy, Trimming, parse
 
 LEAST_BATCHES = 10
 """A scaled training set keeps so many batches, which every published strategy can select from."""
@@ -171,7 +171,10 @@ def scaled(group: Sequence[Recipe], scale: float, rows: int, classes: int) -> tu
 
 
 def _least_epochs(recipe: Recipe, batches: int) -> int:
-    (strategy,) = parse(recipe.strategy, passive="")
+    return max(_least_epochs_of(strategy, batches) for strategy in parse(recipe.strategy, passive=""))
+
+
+def _least_epochs_of(strategy: Strategy, batches: int) -> int:
     if isinstance(strategy, Stepwise):
         return len(strategy.fractions)
     if isinstance(strategy, PassiveInjection):
