@@ -147,6 +147,11 @@ class Learner:
 
         return last.transform(step, positions, images, target, fetch)
 
+    def _prepare(self, ahead: Tensor | None) -> None:
+        """This rank's rows of the next batch, while this one is computed."""
+        if ahead is not None:
+            self.feed.prepare(ahead, self.ranks.share(len(ahead)).positions)
+
     def _active_update(self, step: Step) -> None:
         """From this rank's rows; what strategies see and what is counted is of the whole batch."""
         scored: list[Tensor] = []
@@ -165,6 +170,8 @@ class Learner:
         owner = self.owner("the loss")
         rows = self.narrow(step, score)
         images, target = whole() if rows is None else self._narrowed(step, rows, whole() if scored else None)
+        if rows is None or scored:  # else the next batch is not going to be asked for as a whole either
+            self._prepare(step.batch.ahead)
         perturbation = self.owner("the virtual samples").perturb(step)
         outcome: list[Tensor] = []
         beside = step.batch.beside

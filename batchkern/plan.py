@@ -38,6 +38,9 @@ class Batch:
     """Computes this batch's loss in place of the trainer, for a batch that is not of the training set."""
     beside: Batch | None = None
     """One with ``inject``, whose loss is added to this batch's: one update for both."""
+    ahead: Tensor | None = None
+    """Rows of the next batch of the same data, where the plan knows them already. A hint: streamed images are decoded
+    ahead by it, and nothing depends on it."""
 
 
 def cut(order: Tensor, size: int, least: int = 1, drop_last: bool = False) -> tuple[Tensor, ...]:
@@ -100,9 +103,15 @@ class EpochBatches:
         total = self.epochs * self.per_epoch
         while self.taken < total:
             epoch, place = divmod(self.taken, self.per_epoch)
-            progress = self.taken / total
+            progress, indices = self.taken / total, self.indices(self.taken)
             self.taken += 1
-            yield Batch(self.epoch(epoch)[place], epoch, progress, ends_epoch=place + 1 == self.per_epoch)
+            ahead = self.indices(self.taken) if self.taken < total else None
+            yield Batch(indices, epoch, progress, ends_epoch=place + 1 == self.per_epoch, ahead=ahead)
+
+    def indices(self, number: int) -> Tensor:
+        """Of the batch of this number, counted from 0 over all epochs."""
+        epoch, place = divmod(number, self.per_epoch)
+        return self.epoch(epoch)[place]
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}
@@ -138,7 +147,15 @@ class Replay:
             epoch, progress = self.updates // len(fixed), self.updates / total
             self.updates += 1
             ends_epoch = self.updates % len(fixed) == 0
-            yield Batch(fixed[number], epoch, progress, ends_epoch, number=number)
+            following = self._known(len(fixed)) if self.updates < total else None
+            ahead = None if following is None else fixed[following]
+            yield Batch(fixed[number], epoch, progress, ends_epoch, number=number, ahead=ahead)
+
+    def _known(self, batches: int) -> int | None:
+        """The number of the next batch, unless a round must be chosen first."""
+        if self.updates < batches:
+            return self.updates
+        return self.order[self.place] if self.place < len(self.order) else None
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self), order=list(self.order))

@@ -317,7 +317,8 @@ class Trainer(Learner):
         label = "+".join(s.name for s in self.strategies) or "baseline"
         stop = StopRequest(several=self.ranks.world > 1)
         shown = self.progress and self.ranks.rank == 0
-        with self._directory_held():
+        with self._directory_held(), contextlib.ExitStack() as ending:
+            ending.callback(self.feed.forget)
             with self._own_rng(), stop.heeded(), ProgressBar(label, enabled=shown) as bar:
                 for batch in self.plan():
                     started = time.perf_counter()
@@ -469,13 +470,17 @@ class Trainer(Learner):
         training = self.model.training
         self.model.eval()
         try:
-            batches = list(enumerate(torch.arange(len(feed.data)).split(EVALUATION_BATCH)))
-            for place, indices in batches[self.ranks.rank :: self.ranks.world]:
-                images, target = feed.batch(indices, None)
+            batches = torch.arange(len(feed.data)).split(EVALUATION_BATCH)
+            mine = range(self.ranks.rank, len(batches), self.ranks.world)
+            for place in mine:
+                images, target = feed.batch(batches[place], None)
+                if place + self.ranks.world < len(batches):
+                    feed.prepare(batches[place + self.ranks.world])
                 with self._autocast():
                     logits = self.model(images)
                     inferred = (s.infer(self.run, images) for s in self.strategies)
                     scores = next((x for x in inferred if x is not None), logits)
                 yield place, target, logits, scores
         finally:
+            feed.forget()
             self.model.train(training)

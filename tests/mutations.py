@@ -859,13 +859,13 @@ STRATEGIES = [
         ("the rate of the steps in between", "1 / (10 * n)", "1 / 10 * n"),
         (
             "a step begins an epoch late",
-            "bisect.bisect_right(self.bounds, self.epoch)",
-            "bisect.bisect_left(self.bounds, self.epoch)",
+            "bisect.bisect_right(self.bounds, epoch)",
+            "bisect.bisect_left(self.bounds, epoch)",
         ),
         ("a decay is late by rounding", "self.decay_every * step_epochs) + 1e-9)", "self.decay_every * step_epochs))"),
         (
             "each epoch of the training is in the same order",
-            'generator(seed, "epoch", self.epoch)',
+            'generator(seed, "epoch", epoch)',
             'generator(seed, "epoch")',
         ),
     ),
@@ -1256,6 +1256,22 @@ TRAINING = [
     ),
     *within(
         "training",
+        "batchkern/learner.py",
+        ("tests/test_trainer.py", "-k", "decoded_ahead"),
+        ("rows that were chosen without losses are decoded ahead", "if rows is None or scored:  #", "if True:  #"),
+    ),
+    *within(
+        "training",
+        "batchkern/strategies/stepwise.py",
+        ("tests/test_trainer.py", "-k", "decoded_ahead"),
+        (
+            "an epoch names its own first batch",
+            "ahead = of_epoch(self.epoch + 1)[0]",
+            "ahead = of_epoch(self.epoch)[0]",
+        ),
+    ),
+    *within(
+        "training",
         "batchkern/plan.py",
         ("tests/test_plan.py",),
         (
@@ -1264,6 +1280,12 @@ TRAINING = [
             "else rows // size",
         ),
         ("a last batch that is too small stays", "len(batches[-1]) < least:", "len(batches[-1]) < 0:"),
+        ("a batch names itself as the next", "ahead = self.indices(self.taken) if", "ahead = indices if"),
+        (
+            "a replay names a batch of a round that is not chosen yet",
+            "return self.order[self.place] if self.place < len(self.order) else None",
+            "return self.order[self.place % len(self.order)] if self.order else None",
+        ),
         ("each epoch is in the same order", 'generator(self.seed, "epoch", epoch)', 'generator(self.seed, "epoch")'),
         ("a saved order goes on changing", "dict(vars(self), order=list(self.order))", "dict(vars(self))"),
     ),
@@ -1605,6 +1627,39 @@ DATA = [
             "    os.register_at_fork(after_in_child=_pool.cache_clear)\n",
             "    pass\n",
         ),
+    ),
+    *within(
+        "data",
+        "batchkern/data/decode.py",
+        ("tests/data/test_feed.py",),
+        (
+            "what was prepared is taken for another batch",
+            "return self._process == os.getpid() and self.positions == list(positions)",
+            "return self._process == os.getpid()",
+        ),
+        (
+            "a fork waits for threads that it does not have",
+            "return self._process == os.getpid() and self.positions == list(positions)",
+            "return self.positions == list(positions)",
+        ),
+        ("what nobody wants is decoded all the same", "            if self._dropped:\n", "            if False:\n"),
+        (
+            "threads go by the size in the file alone",
+            "filter(None, (self.source, self.size))",
+            "filter(None, (self.source,))",
+        ),
+    ),
+    *within(
+        "data",
+        "batchkern/data/feed.py",
+        ("tests/data/test_feed.py",),
+        (
+            "memory is used again while somebody holds a part of it",
+            "if borrower() is None and memory.shape == shape]",
+            "if memory.shape == shape]",
+        ),
+        ("memory is never used again", "memory = free[0] if free else torch.empty(", "memory = torch.empty("),
+        ("a batch that was prepared is decoded again", "return ahead.result()", "pass"),
     ),
     *within(
         "data",

@@ -38,6 +38,41 @@ def test_the_last_smaller_batch_is_dropped_if_it_is_not_the_only_one(rows, size)
         assert torch.equal(torch.cat(batches), order[: size * (rows // size)])
 
 
+def hints(plan):
+    """Whether each batch names the one after it; ``None`` where it names none."""
+    plan = list(plan)
+    following = [b.indices for b in plan[1:]] + [None]
+    return [None if b.ahead is None else torch.equal(b.ahead, n) for b, n in zip(plan, following, strict=True)]
+
+
+@pytest.mark.parametrize("taken", [0, 4, 5, 14])
+def test_each_batch_names_the_next_one_also_across_epochs(taken):
+    batches = EpochBatches(9, 2, 3, 0)
+    batches.taken = taken
+    stream = iter(batches)
+    for number in range(taken + 1, 16):
+        next(stream)
+        assert batches.state_dict() == {"taken": number}  # the hint has taken nothing
+    assert hints(EpochBatches(9, 2, 3, 0)) == [True] * 14 + [None]
+
+
+def test_a_replay_names_the_next_batch_within_a_round():
+    """Rounds of three begin after 5, 8, 11 and 14 updates of 15; which batches they have is not known before."""
+    asked = []
+
+    def choose(round_):
+        asked.append(round_)
+        return [(round_ + 2 * i) % 5 for i in range(3)]
+
+    replay = Replay()
+    stream = replay.plan(EpochBatches(9, 2, 3, 0), choose)
+    for number in range(1, 16):
+        next(stream)
+        assert asked == list(range(-(-max(0, number - 5) // 3)))
+    expected = [None if number in (5, 8, 11, 14, 15) else True for number in range(1, 16)]
+    assert hints(Replay().plan(EpochBatches(9, 2, 3, 0), choose)) == expected
+
+
 def test_each_epoch_has_another_order_and_the_same_seed_the_same():
     orders = [torch.cat(EpochBatches(50, 7, 3, seed).epoch(e)).tolist() for seed in (0, 1) for e in (0, 1, 2)]
     assert len({tuple(order) for order in orders}) == 6

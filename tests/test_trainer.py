@@ -31,7 +31,7 @@ from training import (
 )
 
 import batchkern
-from batchkern.data import TensorImages, load
+from batchkern.data import TensorImages, decode, load
 from batchkern.errors import UserError
 from batchkern.rundir import CHECKPOINT, CONFIG, METRICS, WEIGHTS
 from batchkern.strategies import (
@@ -237,21 +237,111 @@ def test_evaluation_leaves_the_model_in_the_mode_it_was_in(training):
     assert run.model.norm.training is training
 
 
-def test_streamed_images_train_to_the_same_weights_as_those_in_memory(tmp_path, monkeypatch):
+@pytest.fixture
+def streamed(tmp_path, monkeypatch):
+    """The same images, streamed."""
     datasets = pytest.importorskip("datasets")
     pil = pytest.importorskip("PIL.Image")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def write(data):
+        cells = [pil.fromarray(image.numpy()) for image in data.images[:, 0]]
+        label = datasets.ClassLabel(names=list(data.classes))
+        features = datasets.Features({"image": datasets.Image(), "label": label})
+        table = datasets.Dataset.from_dict({"image": cells, "label": data.labels.tolist()}, features=features)
+        table.to_parquet(tmp_path / f"{data.name}.parquet")
+        found = load(str(tmp_path / f"{data.name}.parquet"), memory_limit=0)
+        assert not isinstance(found, TensorImages)
+        return found
+
+    return write
+
+
+def test_streamed_images_train_to_the_same_weights_as_those_in_memory(streamed):
     data = images(44)
-    cells = [pil.fromarray(image.numpy()) for image in data.images[:, 0]]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(data.classes))})
-    table = datasets.Dataset.from_dict({"image": cells, "label": data.labels.tolist()}, features=features)
-    table.to_parquet(tmp_path / "train.parquet")
-    streamed = load(str(tmp_path / "train.parquet"), memory_limit=0)
-    assert not isinstance(streamed, TensorImages)
-    runs = [trainer([HardBatches(0.5)], train=d, epochs=EPOCHS, augment="crop+flip") for d in (data, streamed)]
+    runs = [trainer([HardBatches(0.5)], train=d, epochs=EPOCHS, augment="crop+flip") for d in (data, streamed(data))]
     for run in runs:
         run.fit()
     assert furthest(runs[0].weights, runs[1].weights) == 0
+
+
+# --- decoding ahead -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """Of each batch for which one was prepared, whether it was that one; small images are decoded ahead as well."""
+    found, is_of = [], decode.Reading.is_of
+
+    def noted(self, positions):
+        found.append(is_of(self, positions))
+        return found[-1]
+
+    monkeypatch.setattr(decode.Reading, "is_of", noted)
+    monkeypatch.setattr(decode, "_LARGE", 0)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("strategies", "ahead"),
+    [
+        (lambda passive: [], 17),  # all of 18 but the first
+        (lambda passive: [Trimming(0.5, 0.5, backward="compact")], 17),
+        (lambda passive: [RandomSelection(backward="compact", start=0.5, end=0.5)], 0),  # of rows of its own
+        (lambda passive: [HardBatches(0.5)], 5 + 4 * 2),  # but the first of each round, which is not chosen yet
+        (lambda passive: [Stepwise((0.5, 1.0), (1, 2))], 3 + 3 + 3 - 1),
+        (lambda passive: [PassiveInjection(passive, 4)], 17 + 3),
+        (lambda passive: [PassiveInjection(passive, 4, summed=True)], 17 + 3),
+    ],
+)
+def test_what_is_decoded_ahead_is_the_next_batch(strategies, ahead, streamed, taken):
+    data, ends = images(44), []
+    for train, passive in ((data, PASSIVE), (streamed(data), streamed(PASSIVE))):
+        run = trainer(strategies(passive), train=train, epochs=EPOCHS, augment="crop+flip")
+        run.fit()
+        ends.append((run, [{k: v for k, v in row.items() if k != "seconds"} for row in run.history]))
+        assert run.feed._ahead is None
+        assert run.batches.state_dict() == ends[0][0].batches.state_dict()
+    assert furthest(ends[0][0].weights, ends[1][0].weights) == 0
+    assert ends[0][1] == ends[1][1]
+    assert taken == [True] * ahead
+
+
+@pytest.mark.parametrize("update", [5, 6, 7])
+def test_a_training_that_ends_between_a_hint_and_its_batch_goes_on_the_same(update, streamed, taken, tmp_path):
+    """Before, at and after the end of an epoch of 6 updates, with the next batch decoded and not taken."""
+    data = images(44)
+    expected = trainer(train=data, epochs=EPOCHS, augment="crop+flip")
+    expected.fit()
+    train = streamed(data)
+    settings = {"train": train, "epochs": EPOCHS, "augment": "crop+flip", "out": tmp_path / "run"}
+    first = trainer(checkpoint_every=1, **settings)
+    descend = first._descend
+
+    def killed(objective):
+        if first.counts.updates == update:
+            assert first.feed._ahead is not None
+            raise KeyboardInterrupt
+        return descend(objective)
+
+    first._descend = killed
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    assert first.feed._ahead is None
+    second = trainer(resume=True, **settings)
+    second.fit()
+    assert furthest(second.weights, expected.weights[update:]) == 0
+    assert taken == [True] * (update + 17 - update)
+
+
+def test_evaluation_decodes_ahead(streamed, taken, monkeypatch):
+    monkeypatch.setattr("batchkern.trainer.EVALUATION_BATCH", 8)
+    data = images(44)
+    run = trainer(train=data, test=data)
+    ours = run.predict(streamed(data))
+    assert torch.equal(ours, run.predict(data))
+    assert len(ours.unique()) > 1
+    assert taken == [True] * 5
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------

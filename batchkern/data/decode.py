@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -19,6 +19,10 @@ from batchkern.errors import UserError, require
 
 # Encoded images held at a time while only their headers are read.
 _HEADERS = 64
+# Pixels from which on an image is worth a thread. Pillow releases the GIL while it decodes and resizes, not while it
+# opens a file. Two threads took 1.4 to 1.7 times as long as one for JPEGs of 32 x 32, 1.1 times at 128 x 128, 0.55 to
+# 0.9 times at 256 x 256 (two busy cores).
+_LARGE = 128 * 128
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -36,7 +40,7 @@ class Cells:
         channels: 1 or 3, to which every image is converted; None: as it is in the file.
         size: (H, W) that every image is to have; None: as it is in the file.
         resize: what becomes of an image of another size: it is resized, or refused.
-        threaded: whether several threads decode, which pays for images over about 128 x 128 (`large`).
+        source: (H, W) of the first image, as it is in the file; None: not known yet.
     """
 
     name: str
@@ -47,10 +51,15 @@ class Cells:
     channels: int | None = None
     size: tuple[int, int] | None = None
     resize: bool = False
-    threaded: bool = False
+    source: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def threaded(self) -> bool:
+        """Whether there is so much work in an image, as it is or as it is to be, that several threads pay."""
+        return max((height * width for height, width in filter(None, (self.source, self.size))), default=0) > _LARGE
 
     def decode(self, positions: Sequence[int]) -> list[Any]:
         """The images at `positions`: a list of uint8 arrays (C, H, W).
@@ -59,13 +68,20 @@ class Cells:
             UserError: an image is missing, cannot be decoded, or is of another size than it may be; the
                 sentence names its row and file.
         """
-        rows = self.index[list(positions)].tolist()
-        cells = list(zip(rows, self.dataset[rows][self.column], strict=True))
         if not self.threaded:
-            return self._decode_block(cells)
-        step = -(-len(cells) // (4 * _threads())) or 1
-        blocks = _pool().map(self._decode_block, [cells[i : i + step] for i in range(0, len(cells), step)])
+            return list(self.images(positions))
+        blocks = _pool().map(lambda block: list(self.images(block)), _blocks(positions))
         return [image for block in blocks for image in block]
+
+    def reading(self, positions: Sequence[int], out: Tensor) -> Reading:
+        """The same, into `out`."""
+        return Reading(self, positions, out)
+
+    def images(self, positions: Sequence[int]) -> Iterator[Any]:
+        """As `decode`, one after another, by this thread."""
+        rows = self.index[list(positions)].tolist()
+        for row, cell in zip(rows, self.dataset[rows][self.column], strict=True):
+            yield self._decode_one(row, cell)
 
     def any_colour(self, positions: Tensor) -> bool:
         """Whether one of the images at `positions` (m,) int64 has colour, by their headers alone."""
@@ -81,9 +97,6 @@ class Cells:
                 except Exception as error:
                     raise self._unreadable(row, cell, error) from error
         return False
-
-    def _decode_block(self, cells: list[tuple[int, Any]]) -> list[Any]:
-        return [self._decode_one(row, cell) for row, cell in cells]
 
     def _decode_one(self, row: int, cell: Any) -> Any:
         # Pillow's plugins raise what they like for a broken file: OSError, SyntaxError, struct.error, ...
@@ -137,13 +150,57 @@ def to_array(image: Any, channels: int | None, size: tuple[int, int] | None) -> 
     return array[None] if grey else array.transpose(2, 0, 1)
 
 
-def large(image: Any) -> bool:
-    """Whether arrays (C, H, W) like this one are worth decoding in threads.
+class Reading:
+    """Images on their way into one tensor. What goes wrong on it is said by `result`.
 
-    Pillow releases the GIL while it decodes, not while it opens a file. Two threads took 1.4 to 1.7 times
-    as long as one for JPEGs of 32 x 32, 1.1 times at 128 x 128, 0.55 to 0.9 times at 256 x 256 (two busy cores).
+    Args:
+        cells: the images, of known channels and size.
+        positions: which of them.
+        out: uint8 (len(positions), C, H, W) on the CPU, to be filled.
     """
-    return image.shape[1] * image.shape[2] > 128 * 128
+
+    def __init__(self, cells: Cells, positions: Sequence[int], out: Tensor) -> None:
+        self.cells, self.positions, self.out = cells, list(positions), out
+        self._process = os.getpid()
+        self._dropped = False
+        self._blocks: list[Future[None]] = []
+
+    def start(self) -> None:
+        """Lets threads begin, where they pay; does not wait for them."""
+        if self.cells.threaded and not self._blocks:
+            blocks = zip(_blocks(self.positions), _blocks(self.out.numpy()), strict=True)
+            self._blocks = [_pool().submit(self._fill, *block) for block in blocks]
+
+    def result(self) -> Tensor:
+        """`out`, filled.
+
+        Raises:
+            UserError: as `Cells.decode`, of the first image that cannot be read.
+        """
+        try:
+            self.start()
+            if not self.cells.threaded:
+                self._fill(self.positions, self.out.numpy())
+            for block in self._blocks:
+                block.result()
+        except BaseException:  # Ctrl-C, too
+            self.drop()
+            raise
+        return self.out
+
+    def drop(self) -> None:
+        """Nobody waits for it any more: threads stop behind the image they are at."""
+        self._dropped = True
+
+    def is_of(self, positions: Sequence[int]) -> bool:
+        """Whether it is of these images; never in a process forked off since, which does not have the threads."""
+        return self._process == os.getpid() and self.positions == list(positions)
+
+    def _fill(self, positions: Sequence[int], slots: Any) -> None:
+        for slot, image in zip(slots, self.cells.images(positions), strict=True):
+            if self._dropped:
+                return
+            slot[...] = image
 
 
 def decode_all(cells: Cells, channels: int) -> Tensor:
@@ -164,6 +221,12 @@ def decode_all(cells: Cells, channels: int) -> Tensor:
         for slot, image in zip(images[start:].numpy(), decoded, strict=False):
             slot[...] = image  # a grey image is repeated over three channels
     return images
+
+
+def _blocks(rows: Any) -> list[Any]:
+    """A sequence or an array in pieces for the threads, a few for each."""
+    step = -(-len(rows) // (4 * _threads())) or 1
+    return [rows[i : i + step] for i in range(0, len(rows), step)]
 
 
 def _threads() -> int:

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from batchkern.data.images import ImageData, TensorImages
+from batchkern.data.decode import Reading
+from batchkern.data.images import ImageData, StreamedImages, TensorImages
 from batchkern.errors import UserError
 from batchkern.seeding import checked_seed
+
+# Bytes of the largest piece of memory that the C library keeps when it is freed, instead of giving it back (glibc).
+_KEPT_BY_MALLOC = 1 << 25
 
 AUGMENTATIONS = ("none", "flip", "crop", "crop+flip")
 
@@ -19,7 +26,7 @@ class Feed:
     """Hands out batches of `data` on `device`.
 
     Images in memory are copied to the device once, as uint8, and every batch is made there; streamed ones are
-    decoded on the CPU and copied batch by batch.
+    decoded on the CPU and copied batch by batch. Of these one batch may be decoded ahead (`prepare`).
 
     Args:
         data: the images.
@@ -60,6 +67,28 @@ class Feed:
         self._shift = (-mean.double() / std.double()).float().view(-1, 1, 1).to(self.device)
         self._labels = data.labels.to(self.device)
         self._images = data.images.to(self.device) if isinstance(data, TensorImages) else None
+        self._ahead: Reading | None = None
+        self._memory = _Memory()
+
+    def prepare(self, indices: Tensor, positions: Tensor | None = None) -> None:
+        """Says which batch comes next, as for `batch`: threads decode it in the meantime, where images are streamed.
+
+        Small images are left to `batch`: most of their time is Python's, of which one thread runs at a time. It is
+        a hint, and nothing else: without it, or with a wrong one, `batch` gives the same, only later. An image that
+        cannot be read is told by `batch`. The last hint counts.
+        """
+        if isinstance(self.data, StreamedImages) and self.data.cells.threaded:
+            if self._ahead is not None:
+                self._ahead.drop()
+            self._ahead = self._reading(_chosen(indices, positions))
+            self._ahead.start()
+
+    def forget(self) -> None:
+        """Gives up what was prepared, so that nothing is decoded for nobody, and memory kept for the next batch."""
+        self._memory = _Memory()
+        if self._ahead is not None:
+            self._ahead.drop()
+            self._ahead = None
 
     def batch(self, indices: Tensor, step: int | None, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The images at `indices` (b,) int64, on any device, repeats allowed.
@@ -75,19 +104,42 @@ class Feed:
             `positions`.
         """
         whole = len(indices)
-        if positions is not None:
-            indices = indices[positions.to(indices.device)]
+        indices = _chosen(indices, positions)
         on_device = indices.to(self.device)
         if self._images is not None:
             images = self._images.index_select(0, on_device)
         else:
-            images = self.data.rows(indices.cpu())
-            if self.device.type == "cuda":
-                images = images.pin_memory()
-            images = images.to(self.device, non_blocking=True)
+            images = self._read(indices).to(self.device, non_blocking=True)
         if step is not None and self.augment != "none":
             images = self._augmented(images, step, whole, positions)
-        return images.float().mul_(self._scale).add_(self._shift), self._labels.index_select(0, on_device)
+        return self._normalised(images), self._labels.index_select(0, on_device)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """uint8 (b, C, H, W) -> float32, on the device."""
+        if self.device.type != "cpu" or images.numel() * 4 <= _KEPT_BY_MALLOC:
+            return images.float().mul_(self._scale).add_(self._shift)
+        # By NumPy, in this thread alone: torch's would wait for each other while others decode.
+        out, scale, shift = self._memory.tensor(images.shape), self._scale.numpy(), self._shift.numpy()
+        for slot, image in zip(out.numpy(), images.numpy(), strict=True):  # one at a time stays in the cache
+            np.multiply(image, scale, out=slot)
+            slot += shift
+        return out
+
+    def _read(self, indices: Tensor) -> Tensor:
+        """uint8 (b, C, H, W) on the CPU, pinned for a GPU; as far as they were prepared, those."""
+        if not isinstance(self.data, StreamedImages):
+            images = self.data.rows(indices.cpu())
+            return images.pin_memory() if self.device.type == "cuda" else images
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead.is_of(indices.tolist()):
+            return ahead.result()
+        if ahead is not None:
+            ahead.drop()
+        return self._reading(indices).result()
+
+    def _reading(self, indices: Tensor) -> Reading:
+        assert isinstance(self.data, StreamedImages)
+        return self.data.reading(indices.cpu(), pinned=self.device.type == "cuda")
 
     def _augmented(self, images: Tensor, step: int, whole: int, positions: Tensor | None) -> Tensor:
         """uint8 (b, C, H, W) -> the same: one gather over the padded pixels, a window for each image."""
@@ -111,6 +163,29 @@ class Feed:
             images = F.pad(images, (pad_x, pad_x, pad_y, pad_y))
         pixels = (y[:, :, None] * images.shape[3] + x[:, None, :]).view(count, 1, -1).expand(-1, channels, -1)
         return images.flatten(2).gather(2, pixels).view(count, channels, height, width)
+
+
+class _Memory:
+    """Memory of large batches that nobody holds any more, for the next ones.
+
+    To touch new pages takes several times as long as the arithmetic on them.
+    """
+
+    def __init__(self) -> None:
+        self._lent: list[tuple[Tensor, weakref.ref[Any]]] = []
+
+    def tensor(self, shape: torch.Size) -> Tensor:
+        """float32, of any values. At most two are kept, the last batch and the one that replaces it."""
+        free = [memory for memory, borrower in self._lent if borrower() is None and memory.shape == shape]
+        memory = free[0] if free else torch.empty(shape, dtype=torch.float32)
+        view = memory.numpy()[...]  # lives as long as the storage of any tensor that shares it
+        lent = [(other, borrower) for other, borrower in self._lent if borrower() is not None]
+        self._lent = [*lent[-1:], (memory, weakref.ref(view))]
+        return torch.from_numpy(view)
+
+
+def _chosen(indices: Tensor, positions: Tensor | None) -> Tensor:
+    return indices if positions is None else indices[positions.to(indices.device)]
 
 
 def _key(seed: int, step: int) -> int:

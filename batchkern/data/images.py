@@ -16,7 +16,7 @@ from torch import Tensor
 from batchkern.errors import UserError, whole
 
 if TYPE_CHECKING:
-    from batchkern.data.decode import Cells
+    from batchkern.data.decode import Cells, Reading
 
 # Streamed data are too many to look at twice: statistics and the channel count come from this many of their
 # rows, evenly spaced.
@@ -158,7 +158,8 @@ class TensorImages(ImageData):
 class StreamedImages(ImageData):
     """Images that are decoded, by a few threads, when their batch is due; only the labels are in memory.
 
-    Nothing is read ahead: which batch comes next may depend on the losses of this one.
+    A `Feed` that is told the next batch decodes it ahead (`Feed.prepare`): which one it is may depend on the losses of
+    this one.
 
     Args:
         cells: the undecoded images, with the channels and the size that they are to have.
@@ -178,10 +179,12 @@ class StreamedImages(ImageData):
             UserError: an image cannot be decoded, or is of another size than the first one while no size was
                 asked for; the sentence names its row and file.
         """
-        out = torch.empty(len(indices), *self.shape, dtype=torch.uint8)
-        for slot, image in zip(out.numpy(), self.cells.decode(indices.tolist()), strict=True):
-            slot[...] = image
-        return out
+        return self.reading(indices).result()
+
+    def reading(self, indices: Tensor, *, pinned: bool = False) -> Reading:
+        """The images at `indices` (b,) int64 on the CPU, to be decoded; into pinned memory where asked."""
+        out = torch.empty(len(indices), *self.shape, dtype=torch.uint8, pin_memory=pinned)
+        return self.cells.reading(indices.tolist(), out)
 
     def _selected(self, positions: Tensor) -> StreamedImages:
         cells = replace(self.cells, index=self.cells.index[positions])

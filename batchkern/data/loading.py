@@ -10,7 +10,7 @@ from itertools import zip_longest
 from numbers import Real
 from typing import Any
 
-from batchkern.data.decode import decode_all, large
+from batchkern.data.decode import decode_all
 from batchkern.data.images import ImageData, StreamedImages, TensorImages, match_shape, sample_rows
 from batchkern.data.labels import UnlabelledError, check_clean_labels
 from batchkern.data.sources import Table, held_out, open_source, read_table
@@ -48,7 +48,7 @@ def load(
         split: which split.
         image_size: resize all images to this many pixels square, bilinear with antialiasing.
         memory_limit: in bytes; where the decoded uint8 images would take more, they are streamed: decoded
-            when their batch is due.
+            for their batch, again and again.
 
     Returns:
         Images of one channel if all are grey or black and white, of three otherwise. 16-bit greys keep their
@@ -170,7 +170,7 @@ def _decoded(
         return data if image_size is None else match_shape(data, (data.shape[0], image_size, image_size))
     first = part.cells.decode([0])[0]
     size = (image_size, image_size) if image_size is not None else first.shape[1:]
-    cells = replace(part.cells, size=size, resize=image_size is not None, threaded=large(first))
+    cells = replace(part.cells, size=size, resize=image_size is not None, source=first.shape[1:])
     channels = 3 if len(first) == 3 or cells.any_colour(sample_rows(len(cells))) else 1
     if len(cells) * channels * size[0] * size[1] > memory_limit:
         data = StreamedImages(replace(cells, channels=channels), part.labels, classes)

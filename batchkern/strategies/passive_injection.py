@@ -112,13 +112,15 @@ class PassiveInjection(Strategy):
             yield active
 
     def _passive_batch(self, epoch: int, progress: float, ends_epoch: bool, rate: float | None) -> Batch:
-        of_passive, place = divmod(self.injected, self.batches.per_epoch)
+        indices = self.batches.indices(self.injected)
         self.injected += 1
-        indices = self.batches.epoch(of_passive)[place]
-        return Batch(indices, epoch, progress, ends_epoch, rate, inject=self._passive_loss)
+        ahead = self.batches.indices(self.injected)
+        return Batch(indices, epoch, progress, ends_epoch, rate, inject=self._passive_loss, ahead=ahead)
 
     def _passive_loss(self, step: Step) -> Tensor:
-        images, target = self.feed.batch(step.share.take(step.batch.indices), None)
+        images, target = self.feed.batch(step.batch.indices, None, step.share.positions)
+        if step.batch.ahead is not None:
+            self.feed.prepare(step.batch.ahead, step.run.ranks.share(len(step.batch.ahead)).positions)
         model = step.run.model
         with frozen_statistics(model) if self.freeze_bn else nullcontext(), in_place(model, self.head):
             logits = model(images)
@@ -129,6 +131,7 @@ class PassiveInjection(Strategy):
         return trimmed_cross_entropy(logits, target, 1.0, group=ranks.group)
 
     def finish(self, run: Run) -> None:
+        self.feed.forget()
         if HEAD in run.extras:  # not where a finished training is asked to go on
             del run.extras[HEAD]
 

@@ -7,10 +7,12 @@ import bisect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from batchkern.configure import check_number, count
 from batchkern.errors import UserError
@@ -111,21 +113,30 @@ class Stepwise(Strategy):
 
     def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
         """Eq. 10's noise scale, rate * M_i / b_i, of the step that the epoch belongs to, at the rate of its end."""
-        step = bisect.bisect_right(self.bounds, row["epoch"]) - 1
+        step = self._step(row["epoch"])
         batch_size = self.batch_multiples[step] * self.run_batch_size
         return {"noise_scale": row["lr"] * round(self.fractions[step] * self.rows) / batch_size}
+
+    def _step(self, epoch: int) -> int:
+        """Which step an epoch belongs to."""
+        return bisect.bisect_right(self.bounds, epoch) - 1
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
         seed = batches.seed
         shuffled = torch.randperm(batches.rows, generator=generator(seed, "subsets"))
-        while self.epoch < batches.epochs:
-            step = bisect.bisect_right(self.bounds, self.epoch) - 1
+
+        @lru_cache(maxsize=2)
+        def of_epoch(epoch: int) -> tuple[Tensor, ...]:
+            step = self._step(epoch)
             subset = shuffled[: round(self.fractions[step] * batches.rows)]
-            order = torch.randperm(len(subset), generator=generator(seed, "epoch", self.epoch))
+            order = torch.randperm(len(subset), generator=generator(seed, "epoch", epoch))
             size = self.batch_multiples[step] * batches.batch_size
-            index_batches = cut(subset[order], size, batches.least, batches.drop_last)
+            return cut(subset[order], size, batches.least, batches.drop_last)
+
+        while self.epoch < batches.epochs:
+            step, index_batches = self._step(self.epoch), of_epoch(self.epoch)
             first, length = self.bounds[step], self.bounds[step + 1] - self.bounds[step]
-            rate = self.rate(step, self.epoch - first, length, size)
+            rate = self.rate(step, self.epoch - first, length, self.batch_multiples[step] * batches.batch_size)
             while self.place < len(index_batches):
                 progress = (self.epoch + self.place / len(index_batches)) / batches.epochs
                 begins = step > 0 and self.epoch == first and self.place == 0
@@ -134,7 +145,12 @@ class Stepwise(Strategy):
                 indices = index_batches[self.place]
                 self.place += 1
                 ends_epoch = self.place == len(index_batches)
-                yield Batch(indices, self.epoch, progress, ends_epoch, rate, reset_optimizer=reset, weights=weights)
+                ahead = None if ends_epoch else index_batches[self.place]
+                if ends_epoch and self.epoch + 1 < batches.epochs:
+                    ahead = of_epoch(self.epoch + 1)[0]
+                yield Batch(
+                    indices, self.epoch, progress, ends_epoch, rate, reset_optimizer=reset, weights=weights, ahead=ahead
+                )
             self.epoch, self.place = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
