@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from batchkern import schedules
-from batchkern.data import ImageData, TensorImages
+from batchkern.data import ImageData, StreamedImages, TensorImages
 from batchkern.errors import UserError, whole
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -299,7 +299,7 @@ def uses_all_parameters(model: nn.Module, shape: tuple[int, int, int], device: t
 
 
 def describe_data(data: ImageData) -> dict[str, Any]:
-    return {
+    described = {
         "name": data.name,
         "rows": len(data),
         "classes": len(data.classes),
@@ -308,6 +308,9 @@ def describe_data(data: ImageData) -> dict[str, Any]:
         # Streamed images are too many to read before each training.
         "images_crc32": zlib.crc32(data.images.contiguous().numpy().data) if isinstance(data, TensorImages) else None,
     }
+    if isinstance(data, StreamedImages) and data.cells.crop:
+        described["center_crop"] = True
+    return described
 
 
 def describe_model(model: nn.Module | str) -> str:

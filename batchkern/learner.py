@@ -147,10 +147,10 @@ class Learner:
 
         return last.transform(step, positions, images, target, fetch)
 
-    def _prepare(self, ahead: Tensor | None) -> None:
+    def _prepare(self, ahead: Tensor | None, update: int) -> None:
         """This rank's rows of the next batch, while this one is computed."""
         if ahead is not None:
-            self.feed.prepare(ahead, self.ranks.share(len(ahead)).positions)
+            self.feed.prepare(ahead, update, self.ranks.share(len(ahead)).positions)
 
     def _active_update(self, step: Step) -> None:
         """From this rank's rows; what strategies see and what is counted is of the whole batch."""
@@ -171,7 +171,7 @@ class Learner:
         rows = self.narrow(step, score)
         images, target = whole() if rows is None else self._narrowed(step, rows, whole() if scored else None)
         if rows is None or scored:  # else the next batch is not going to be asked for as a whole either
-            self._prepare(step.batch.ahead)
+            self._prepare(step.batch.ahead, step.update + 1)
         perturbation = self.owner("the virtual samples").perturb(step)
         outcome: list[Tensor] = []
         beside = step.batch.beside

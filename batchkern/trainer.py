@@ -76,7 +76,8 @@ class Trainer(Learner):
         schedule: ``"constant"``, ``"cosine"``, ``"step"``, with numbers of its own as in ``"step(milestones=(0.3, 0.6),
             gamma=0.1)"``, or ``f(progress) -> factor`` on the learning rate.
         amp: autocast to ``"bf16"`` or ``"fp16"`` (with loss scaling), or ``"none"``.
-        augment: ``"none"``, ``"flip"``, ``"crop"``, ``"crop+flip"``.
+        augment: ``"none"``, ``"flip"``, ``"crop"``, ``"crop+flip"``, ``"resized-crop"``, ``"resized-crop+flip"``, as
+            :class:`batchkern.data.Feed` takes them.
         label_smoothing: in [0, 1], of the training loss.
         classifier: name of the model's last linear layer, where the last one registered is not it.
         seed: of the weights, the order, the augmentation and every choice. :meth:`fit` seeds torch's generators.
@@ -475,7 +476,7 @@ class Trainer(Learner):
             for place in mine:
                 images, target = feed.batch(batches[place], None)
                 if place + self.ranks.world < len(batches):
-                    feed.prepare(batches[place + self.ranks.world])
+                    feed.prepare(batches[place + self.ranks.world], None)
                 with self._autocast():
                     logits = self.model(images)
                     inferred = (s.infer(self.run, images) for s in self.strategies)

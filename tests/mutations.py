@@ -1634,13 +1634,13 @@ DATA = [
         ("tests/data/test_feed.py",),
         (
             "what was prepared is taken for another batch",
-            "return self._process == os.getpid() and self.positions == list(positions)",
+            "return self._process == os.getpid() and same",
             "return self._process == os.getpid()",
         ),
         (
             "a fork waits for threads that it does not have",
-            "return self._process == os.getpid() and self.positions == list(positions)",
-            "return self.positions == list(positions)",
+            "return self._process == os.getpid() and same",
+            "return same",
         ),
         ("what nobody wants is decoded all the same", "            if self._dropped:\n", "            if False:\n"),
         (
@@ -1660,6 +1660,44 @@ DATA = [
         ),
         ("memory is never used again", "memory = free[0] if free else torch.empty(", "memory = torch.empty("),
         ("a batch that was prepared is decoded again", "return ahead.result()", "pass"),
+    ),
+    *within(
+        "data",
+        "batchkern/data/crops.py",
+        ("tests/data/test_crops.py",),
+        (
+            "the longer side is rounded, not cut",
+            "int(shorter * max(height, width)",
+            "round(shorter * max(height, width)",
+        ),
+        ("an odd margin is cut, not rounded", "(round((side - size) / 2) for", "((side - size) // 2 for"),
+        ("aspects are even, not their logarithms", "** aspect\n", "* aspect\n"),
+        ("windows never end at the lower edge", "int(top * (height - h + 1))", "int(top * (height - h))"),
+        ("the central window is at the top", "Window((height - h) // 2,", "Window(0,"),
+        ("what is outside of the window has a part in it", "clamp(min=0) * inside", "clamp(min=0)"),
+        ("without antialiasing", "scale.clamp(min=1)", "scale.clamp(min=1, max=1)"),
+        ("every update has the same windows", 'generator(seed, "window", step)', 'generator(seed, "window")'),
+    ),
+    *within(
+        "data",
+        "batchkern/data/decode.py",
+        ("tests/data/test_crops.py",),
+        (
+            "what was prepared is taken for another update",
+            "and self.numbers == _listed(numbers, len(positions))",
+            "",
+        ),
+        (
+            "random windows are cut from the centre",
+            "if numbers is not None:",
+            "if numbers is not None and not self.crop:",
+        ),
+    ),
+    *within(
+        "data",
+        "batchkern/data/loading.py",
+        ("tests/data/test_crops.py",),
+        ("a training set that fits is held cut", "0 if center_crop else memory_limit", "memory_limit"),
     ),
     *within(
         "data",

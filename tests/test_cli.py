@@ -155,6 +155,23 @@ def test_options_reach_the_trainer(batchkern):
     }
 
 
+def test_images_that_are_cut_out_are_another_training(batchkern):
+    write([0, 1] * 10)
+    words = ["train", *QUICK, "--data", "set.parquet", "--image-size", 8, "--batch-size", 8]
+    status, _, err = batchkern(*words, "--center-crop", "--augment", "resized-crop+flip")
+    assert (status, err) == (0, "")
+    (config,) = Path("runs").glob(f"*/{CONFIG}")
+    settings = json.loads(config.read_text())["settings"]
+    assert (settings["augment"], settings["train"]["center_crop"]) == ("resized-crop+flip", True)
+    assert settings["train"]["images_crc32"] is None
+    status, _, err = batchkern(*words, "--augment", "resized-crop+flip", "--resume", "--out", config.parent)
+    assert status == 2
+    assert "was trained with other settings and cannot be resumed: " in err
+    assert "'center_crop': True" in err
+    status, _, err = batchkern("train", *QUICK, "--data", "set.parquet", "--center-crop")
+    assert (status, "image_size (--image-size) must say how large" in err) == (2, True)
+
+
 def test_a_warning_is_one_line(batchkern):
     status, _, err = batchkern(
         "train", *QUICK, "--batch-size", 700, "--model", "resnet8", "--strategy", "trimming(backward=compact)"

@@ -776,7 +776,7 @@ def test_batch_is_normalised(tmp_path, device, streamed):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (16, 40), (5, 8)])
-@pytest.mark.parametrize("augment", AUGMENTATIONS)
+@pytest.mark.parametrize("augment", [kind for kind in AUGMENTATIONS if "resized" not in kind])
 def test_augmented_rows_are_windows_of_the_padded_image(augment, height, width, device):
     count = 96
     pixels = random_pixels(count, height, width)
@@ -841,7 +841,9 @@ def test_streamed_and_memory_batches_are_equal(tmp_path):
 
 def test_feed_refuses_bad_arguments():
     pixels = random_pixels(2)
-    with pytest.raises(UserError, match=r"augment must be one of none, flip, crop, crop\+flip, not 'mixup'"):
+    with pytest.raises(
+        UserError, match=r"augment must be one of none, .*crop\+flip, resized-crop, resized-crop\+flip, not 'mixup'"
+    ):
         feed_of(pixels, "mixup")
     with pytest.raises(UserError, match=r"std must be of shape \(3,\), one per channel, not \(1,\)"):
         feed_of(pixels, std=(0.1,))

@@ -195,7 +195,7 @@ def test_shares_make_up_the_batch(rows, world):
     assert all(torch.equal(share.take(x), x[share.positions]) for share in shares)
 
 
-@pytest.mark.parametrize("augment", ["none", "flip", "crop+flip"])
+@pytest.mark.parametrize("augment", ["none", "flip", "crop+flip", "resized-crop+flip"])
 def test_rows_of_a_batch_are_augmented_as_in_the_whole(augment):
     data = images(30)
     mean, std = data.statistics()

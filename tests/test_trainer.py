@@ -271,13 +271,13 @@ def test_streamed_images_train_to_the_same_weights_as_those_in_memory(streamed):
 @pytest.fixture
 def taken(monkeypatch):
     """Of each batch for which one was prepared, whether it was that one; small images are decoded ahead as well."""
-    found, is_of = [], decode.Reading.is_of
+    found, gives = [], decode.Reading.gives
 
-    def noted(self, positions):
-        found.append(is_of(self, positions))
+    def noted(self, *args):
+        found.append(gives(self, *args))
         return found[-1]
 
-    monkeypatch.setattr(decode.Reading, "is_of", noted)
+    monkeypatch.setattr(decode.Reading, "gives", noted)
     monkeypatch.setattr(decode, "_LARGE", 0)
     return found
 

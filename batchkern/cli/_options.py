@@ -32,6 +32,13 @@ StrategyOption = Annotated[
 ]
 PassiveOption = Annotated[str | None, option(help="data that the strategy passive injects, e.g. photo-patches")]
 ImageSizeOption = Annotated[int | None, option(help="resize all images to so many pixels square")]
+CenterCropOption = Annotated[
+    bool,
+    option(
+        "--center-crop",
+        help="cut the square of --image-size out of each image's centre, as for ImageNet, instead of squeezing",
+    ),
+]
 ModelOption = Annotated[
     str, option(help="cnn, resnet8, 20, 44 or 56, wrn22-10, wrn18-2, vgg16-cifar, alexnet, or any of timm")
 ]
@@ -51,7 +58,7 @@ ScheduleOption = Annotated[
     str, option(help='of the learning rate: constant, cosine, step, or "step(milestones=(0.3, 0.6), gamma=0.1)"')
 ]
 AmpOption = Annotated[str, option(help="mixed precision: none, bf16 or fp16")]
-AugmentOption = Annotated[str, option(help="none, flip, crop or crop+flip")]
+AugmentOption = Annotated[str, option(help="none, flip, crop, crop+flip, resized-crop or resized-crop+flip")]
 SmoothingOption = Annotated[float, option(help="label smoothing of the training loss, in [0, 1]")]
 NoiseOption = Annotated[float, option(help="give so large a part of the training images a wrong label, in [0, 1)")]
 CleanLabelsOption = Annotated[

@@ -15,6 +15,7 @@ from batchkern.cli._options import (
     AmpOption,
     AugmentOption,
     BatchSizeOption,
+    CenterCropOption,
     ClassifierOption,
     CleanLabelsOption,
     DataOption,
@@ -67,6 +68,7 @@ def train(
     augment: AugmentOption = "none",
     label_smoothing: SmoothingOption = 0.0,
     image_size: ImageSizeOption = None,
+    center_crop: CenterCropOption = False,
     validation: ValidationOption = None,
     noise: NoiseOption = 0.0,
     clean_labels: CleanLabelsOption = None,
@@ -85,12 +87,15 @@ def train(
 ) -> None:
     """Train a model, with any combination of strategies."""
     check_passive([strategy], passive)
-    train_set, test_set = load_pair(data, test, image_size=image_size, clean_labels=clean_labels)
+    train_set, test_set = load_pair(
+        data, test, image_size=image_size, center_crop=center_crop, clean_labels=clean_labels
+    )
     if validation is not None:
         train_set, test_set = validation_split(train_set, validation)
     if noise:
         train_set = with_label_noise(train_set, noise, seed)
-    strategies = parse(strategy, passive=None if passive is None else load(passive, image_size=image_size))
+    injected = None if passive is None else load(passive, image_size=image_size, center_crop=center_crop)
+    strategies = parse(strategy, passive=injected)
     if out is None:
         source = Path(data).stem if Path(data).exists() else data
         names = "+".join(s.name for s in strategies) or "baseline"

@@ -28,7 +28,7 @@ class Comparison:
     """What is compared.
 
     Args:
-        data, test: as :func:`batchkern.data.load_pair` takes them.
+        data, test, image_size, center_crop: as :func:`batchkern.data.load_pair` takes them.
         model: a name for :func:`batchkern.models.build`.
         out: its directory, with a directory ``<arm>/<epochs>-epochs/seed-<s>`` for each run.
         passive: the passive set, where an arm injects one.
@@ -52,6 +52,7 @@ class Comparison:
     test: str | None = None
     passive: str | None = None
     image_size: int | None = None
+    center_crop: bool = False
     arms: tuple[str, ...] = ARMS
     controls: bool = True
     seeds: int = 3
@@ -68,7 +69,7 @@ class Comparison:
     def __post_init__(self) -> None:
         if count("seeds", self.seeds) > MOST_SEEDS:
             raise UserError(f"seeds must be at most {MOST_SEEDS}, got {self.seeds}")
-        check_flags(controls=self.controls, overwrite=self.overwrite, resume=self.resume)
+        check_flags(center_crop=self.center_crop, controls=self.controls, overwrite=self.overwrite, resume=self.resume)
         for name in ("arms", "budgets"):
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
@@ -111,6 +112,7 @@ class Comparison:
             self.test,
             self.passive,
             self.image_size,
+            self.center_crop,
             self.clean_labels,
             self.validation,
             self.train_rows,
@@ -158,14 +160,16 @@ def load_data(
     test: str | None,
     passive: str | None,
     image_size: int | None,
+    center_crop: bool,
     clean_labels: str | None,
     validation: float | None,
     train_rows: int | None,
     test_rows: int | None,
 ) -> tuple[ImageData, ImageData, ImageData | None]:
     """Loaded once in each process."""
-    injected = None if passive is None else load(passive, image_size=image_size)
-    train, held_out = load_pair(data, test, image_size=image_size, clean_labels=clean_labels)
+    size: dict[str, Any] = {"image_size": image_size, "center_crop": center_crop}
+    injected = None if passive is None else load(passive, **size)
+    train, held_out = load_pair(data, test, clean_labels=clean_labels, **size)
     if validation is not None:
         train, held_out = validation_split(train, validation)
     train = train if train_rows is None else subset(train, train_rows)

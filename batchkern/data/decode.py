@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchkern.data.crops import Window, around_centre, random_window
 from batchkern.data.images import CHUNK
 from batchkern.data.wording import printable
 from batchkern.errors import UserError, require
@@ -23,6 +24,8 @@ _HEADERS = 64
 # opens a file. Two threads took 1.4 to 1.7 times as long as one for JPEGs of 32 x 32, 1.1 times at 128 x 128, 0.55 to
 # 0.9 times at 256 x 256 (two busy cores).
 _LARGE = 128 * 128
+Numbers = Sequence[Sequence[float]]
+"""What `random_window` takes."""
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -40,6 +43,8 @@ class Cells:
         channels: 1 or 3, to which every image is converted; None: as it is in the file.
         size: (H, W) that every image is to have; None: as it is in the file.
         resize: what becomes of an image of another size: it is resized, or refused.
+        crop: whether the shorter side is resized and the central square cut out, where `size` is square; else
+            images are resized whatever their aspect.
         source: (H, W) of the first image, as it is in the file; None: not known yet.
     """
 
@@ -51,6 +56,7 @@ class Cells:
     channels: int | None = None
     size: tuple[int, int] | None = None
     resize: bool = False
+    crop: bool = False
     source: tuple[int, int] | None = None
 
     def __len__(self) -> int:
@@ -73,15 +79,16 @@ class Cells:
         blocks = _pool().map(lambda block: list(self.images(block)), _blocks(positions))
         return [image for block in blocks for image in block]
 
-    def reading(self, positions: Sequence[int], out: Tensor) -> Reading:
-        """The same, into `out`."""
-        return Reading(self, positions, out)
+    def reading(self, positions: Sequence[int], out: Tensor, numbers: Tensor | None = None) -> Reading:
+        """The same, into `out`; with `numbers` random windows of the images as they are in the file."""
+        return Reading(self, positions, out, _listed(numbers, len(positions)))
 
-    def images(self, positions: Sequence[int]) -> Iterator[Any]:
+    def images(self, positions: Sequence[int], numbers: Sequence[Numbers | None] | None = None) -> Iterator[Any]:
         """As `decode`, one after another, by this thread."""
         rows = self.index[list(positions)].tolist()
-        for row, cell in zip(rows, self.dataset[rows][self.column], strict=True):
-            yield self._decode_one(row, cell)
+        cells = self.dataset[rows][self.column]
+        for row, cell, own in zip(rows, cells, numbers or [None] * len(rows), strict=True):
+            yield self._decode_one(row, cell, own)
 
     def any_colour(self, positions: Tensor) -> bool:
         """Whether one of the images at `positions` (m,) int64 has colour, by their headers alone."""
@@ -98,13 +105,14 @@ class Cells:
                     raise self._unreadable(row, cell, error) from error
         return False
 
-    def _decode_one(self, row: int, cell: Any) -> Any:
+    def _decode_one(self, row: int, cell: Any, numbers: Numbers | None) -> Any:
         # Pillow's plugins raise what they like for a broken file: OSError, SyntaxError, struct.error, ...
         try:
             image = self.feature.decode_example(cell)
             size = (image.height, image.width)
             if self.size is None or self.resize or size == self.size:
-                return to_array(image, self.channels, self.size)
+                image = converted(image, self.channels)
+                return to_array(image if self.size is None else self._fitted(image, self.size, numbers))
         except Exception as error:
             raise self._unreadable(row, cell, error) from error
         raise UserError(
@@ -112,6 +120,15 @@ class Cells:
             f"but row {int(self.index[0])} is {self.size[0]}x{self.size[1]}; resize them all with image_size "
             f"(--image-size)"
         )
+
+    def _fitted(self, image: Any, size: tuple[int, int], numbers: Numbers | None) -> Any:
+        """The part of a PIL image that is to be shown, at its size."""
+        if numbers is not None:
+            return resized(_cut(image, random_window(numbers, image.height, image.width)), size)
+        if self.crop and size[0] == size[1]:
+            whole, window = around_centre(image.height, image.width, size[0])
+            return _cut(resized(image, whole), window)
+        return resized(image, size)
 
     def _unreadable(self, row: int, cell: Any, error: Exception) -> UserError:
         path = (cell or {}).get("path")
@@ -125,8 +142,8 @@ class Cells:
         return UserError(f"{self.name}: {where} is not a readable image: {reason}")
 
 
-def to_array(image: Any, channels: int | None, size: tuple[int, int] | None) -> Any:
-    """A PIL image as a uint8 array (C, H, W) of these channels and this size, or its own where None.
+def converted(image: Any, channels: int | None) -> Any:
+    """A PIL image as a grey or an RGB one, of these channels, or its own where None.
 
     Its own channels are 1 for black and white or grey images (without their alpha channel), 3 for all others.
     Integer modes are taken as 16-bit and keep their high byte.
@@ -141,13 +158,25 @@ def to_array(image: Any, channels: int | None, size: tuple[int, int] | None) -> 
         image = image.convert("RGBA")  # which Pillow would ask for, with a warning for each image
     grey = channels == 1 or (channels is None and image.mode in GREY_MODES)
     mode = "L" if grey else "RGB"
-    if image.mode != mode:
-        image = image.convert(mode)
-    if size is not None and (image.height, image.width) != size:
-        # Pillow's bilinear filter widens with the reduction, which is antialiasing.
-        image = image.resize((size[1], size[0]), pillow.Resampling.BILINEAR)
-    array = numpy.asarray(image)
-    return array[None] if grey else array.transpose(2, 0, 1)
+    return image if image.mode == mode else image.convert(mode)
+
+
+def resized(image: Any, size: tuple[int, int]) -> Any:
+    """A PIL image at (H, W). Pillow's bilinear filter widens with the reduction, which is antialiasing."""
+    if (image.height, image.width) == size:
+        return image
+    return image.resize((size[1], size[0]), require("PIL.Image", "train").Resampling.BILINEAR)
+
+
+def _cut(image: Any, window: Window) -> Any:
+    top, left, height, width = window
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_array(image: Any) -> Any:
+    """A grey or RGB PIL image as a uint8 array (C, H, W)."""
+    array = require("numpy", "train").asarray(image)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 class Reading:
@@ -157,10 +186,11 @@ class Reading:
         cells: the images, of known channels and size.
         positions: which of them.
         out: uint8 (len(positions), C, H, W) on the CPU, to be filled.
+        numbers: for each what `random_window` takes, or None: no random window.
     """
 
-    def __init__(self, cells: Cells, positions: Sequence[int], out: Tensor) -> None:
-        self.cells, self.positions, self.out = cells, list(positions), out
+    def __init__(self, cells: Cells, positions: Sequence[int], out: Tensor, numbers: Sequence[Numbers | None]) -> None:
+        self.cells, self.positions, self.out, self.numbers = cells, list(positions), out, list(numbers)
         self._process = os.getpid()
         self._dropped = False
         self._blocks: list[Future[None]] = []
@@ -168,8 +198,8 @@ class Reading:
     def start(self) -> None:
         """Lets threads begin, where they pay; does not wait for them."""
         if self.cells.threaded and not self._blocks:
-            blocks = zip(_blocks(self.positions), _blocks(self.out.numpy()), strict=True)
-            self._blocks = [_pool().submit(self._fill, *block) for block in blocks]
+            parts = map(_blocks, (self.positions, self.out.numpy(), self.numbers))
+            self._blocks = [_pool().submit(self._fill, *block) for block in zip(*parts, strict=True)]
 
     def result(self) -> Tensor:
         """`out`, filled.
@@ -180,7 +210,7 @@ class Reading:
         try:
             self.start()
             if not self.cells.threaded:
-                self._fill(self.positions, self.out.numpy())
+                self._fill(self.positions, self.out.numpy(), self.numbers)
             for block in self._blocks:
                 block.result()
         except BaseException:  # Ctrl-C, too
@@ -192,12 +222,13 @@ class Reading:
         """Nobody waits for it any more: threads stop behind the image they are at."""
         self._dropped = True
 
-    def is_of(self, positions: Sequence[int]) -> bool:
-        """Whether it is of these images; never in a process forked off since, which does not have the threads."""
-        return self._process == os.getpid() and self.positions == list(positions)
+    def gives(self, positions: Sequence[int], numbers: Tensor | None) -> bool:
+        """Whether it is of these; never in a process that was forked off since, which does not have the threads."""
+        same = self.positions == list(positions) and self.numbers == _listed(numbers, len(positions))
+        return self._process == os.getpid() and same
 
-    def _fill(self, positions: Sequence[int], slots: Any) -> None:
-        for slot, image in zip(slots, self.cells.images(positions), strict=True):
+    def _fill(self, positions: Sequence[int], slots: Any, numbers: Sequence[Numbers | None]) -> None:
+        for slot, image in zip(slots, self.cells.images(positions, numbers), strict=True):
             if self._dropped:
                 return
             slot[...] = image
@@ -221,6 +252,11 @@ def decode_all(cells: Cells, channels: int) -> Tensor:
         for slot, image in zip(images[start:].numpy(), decoded, strict=False):
             slot[...] = image  # a grey image is repeated over three channels
     return images
+
+
+def _listed(numbers: Tensor | None, count: int) -> list[Numbers | None]:
+    """Of each of `count` images."""
+    return [None] * count if numbers is None else numbers.tolist()
 
 
 def _blocks(rows: Any) -> list[Any]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchkern.data.crops import random_window, resized_windows, window_numbers
 from batchkern.data.decode import Reading
 from batchkern.data.images import ImageData, StreamedImages, TensorImages
 from batchkern.errors import UserError
@@ -19,7 +20,7 @@ from batchkern.seeding import checked_seed
 # Bytes of the largest piece of memory that the C library keeps when it is freed, instead of giving it back (glibc).
 _KEPT_BY_MALLOC = 1 << 25
 
-AUGMENTATIONS = ("none", "flip", "crop", "crop+flip")
+AUGMENTATIONS = ("none", "flip", "crop", "crop+flip", "resized-crop", "resized-crop+flip")
 
 
 class Feed:
@@ -34,7 +35,9 @@ class Feed:
         device: where the batches are to be.
         augment: "none"; "flip": left and right, every second image on average; "crop": a random window of the
             image's size from the image padded on every side with an eighth of its size in black (4 pixels at
-            32); "crop+flip": both, as the CIFAR papers do.
+            32); "crop+flip": both, as the CIFAR papers do; "resized-crop": a random window of 0.08 to 1 of the
+            image's area and of an aspect of 3/4 to 4/3, resized (`crops.random_window`), of streamed images cut from
+            what is in the file; "resized-crop+flip": both, as ImageNet's papers do.
         seed: of the augmentation.
 
     Raises:
@@ -61,6 +64,7 @@ class Feed:
         self.data = data
         self.device = torch.device(device)
         self.augment = augment
+        self._kinds = augment.split("+")
         self.seed = checked_seed(seed)
         # (pixel / 255 - mean) / std = pixel * scale + shift
         self._scale = (1 / (255 * std.double())).float().view(-1, 1, 1).to(self.device)
@@ -70,7 +74,7 @@ class Feed:
         self._ahead: Reading | None = None
         self._memory = _Memory()
 
-    def prepare(self, indices: Tensor, positions: Tensor | None = None) -> None:
+    def prepare(self, indices: Tensor, step: int | None, positions: Tensor | None = None) -> None:
         """Says which batch comes next, as for `batch`: threads decode it in the meantime, where images are streamed.
 
         Small images are left to `batch`: most of their time is Python's, of which one thread runs at a time. It is
@@ -80,7 +84,8 @@ class Feed:
         if isinstance(self.data, StreamedImages) and self.data.cells.threaded:
             if self._ahead is not None:
                 self._ahead.drop()
-            self._ahead = self._reading(_chosen(indices, positions))
+            numbers = self._window_numbers(len(indices), step, positions)
+            self._ahead = self._reading(_chosen(indices, positions), numbers)
             self._ahead.start()
 
     def forget(self) -> None:
@@ -103,13 +108,15 @@ class Feed:
             float32 (b, C, H, W) normalised images, and int64 (b,) labels, both on the device; p of each with
             `positions`.
         """
-        whole = len(indices)
+        whole, numbers = len(indices), self._window_numbers(len(indices), step, positions)
         indices = _chosen(indices, positions)
         on_device = indices.to(self.device)
-        if self._images is not None:
-            images = self._images.index_select(0, on_device)
+        if isinstance(self.data, StreamedImages):
+            images = self._read(indices, numbers).to(self.device, non_blocking=True)
         else:
-            images = self._read(indices).to(self.device, non_blocking=True)
+            images = self._held(on_device)
+            if numbers is not None:
+                images = resized_windows(images, [random_window(own, *images.shape[2:]) for own in numbers.tolist()])
         if step is not None and self.augment != "none":
             images = self._augmented(images, step, whole, positions)
         return self._normalised(images), self._labels.index_select(0, on_device)
@@ -125,21 +132,31 @@ class Feed:
             slot += shift
         return out
 
-    def _read(self, indices: Tensor) -> Tensor:
-        """uint8 (b, C, H, W) on the CPU, pinned for a GPU; as far as they were prepared, those."""
-        if not isinstance(self.data, StreamedImages):
-            images = self.data.rows(indices.cpu())
-            return images.pin_memory() if self.device.type == "cuda" else images
+    def _held(self, indices: Tensor) -> Tensor:
+        """uint8 (b, C, H, W) on the device, of images that are not streamed."""
+        if self._images is not None:
+            return self._images.index_select(0, indices)
+        return self.data.rows(indices.cpu()).to(self.device)
+
+    def _read(self, indices: Tensor, numbers: Tensor | None) -> Tensor:
+        """uint8 (b, C, H, W) on the CPU, pinned for a GPU, of streamed images: those that were prepared, or others."""
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.is_of(indices.tolist()):
+        if ahead is not None and ahead.gives(indices.tolist(), numbers):
             return ahead.result()
         if ahead is not None:
             ahead.drop()
-        return self._reading(indices).result()
+        return self._reading(indices, numbers).result()
 
-    def _reading(self, indices: Tensor) -> Reading:
+    def _reading(self, indices: Tensor, numbers: Tensor | None) -> Reading:
         assert isinstance(self.data, StreamedImages)
-        return self.data.reading(indices.cpu(), pinned=self.device.type == "cuda")
+        return self.data.reading(indices.cpu(), numbers, pinned=self.device.type == "cuda")
+
+    def _window_numbers(self, whole: int, step: int | None, positions: Tensor | None) -> Tensor | None:
+        """For each row that is made (`positions` of `whole`), where windows are drawn."""
+        if step is None or "resized-crop" not in self._kinds:
+            return None
+        numbers = window_numbers(self.seed, step, whole)
+        return numbers if positions is None else numbers[positions.cpu()]
 
     def _augmented(self, images: Tensor, step: int, whole: int, positions: Tensor | None) -> Tensor:
         """uint8 (b, C, H, W) -> the same: one gather over the padded pixels, a window for each image."""
@@ -153,10 +170,10 @@ class Feed:
 
         y = torch.arange(height, device=self.device).expand(count, -1)
         x = torch.arange(width, device=self.device).expand(count, -1)
-        if "flip" in self.augment:
+        if "flip" in self._kinds:
             flipped = torch.rand(whole, 1, generator=generator, dtype=torch.float32) < 0.5
             x = torch.where(own(flipped), x.flip(1), x)
-        if "crop" in self.augment:
+        if "crop" in self._kinds:
             pad_y, pad_x = max(1, height // 8), max(1, width // 8)
             y = y + own(torch.randint(2 * pad_y + 1, (whole, 1), generator=generator))
             x = x + own(torch.randint(2 * pad_x + 1, (whole, 1), generator=generator))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from batchkern.data.crops import around_centre
 from batchkern.errors import UserError, whole
 
 if TYPE_CHECKING:
@@ -181,10 +182,13 @@ class StreamedImages(ImageData):
         """
         return self.reading(indices).result()
 
-    def reading(self, indices: Tensor, *, pinned: bool = False) -> Reading:
-        """The images at `indices` (b,) int64 on the CPU, to be decoded; into pinned memory where asked."""
+    def reading(self, indices: Tensor, numbers: Tensor | None = None, *, pinned: bool = False) -> Reading:
+        """The images at `indices` (b,) int64 on the CPU, to be decoded; into pinned memory where asked.
+
+        With `numbers` (`crops.window_numbers`), of each image as it is in the file a random window, resized.
+        """
         out = torch.empty(len(indices), *self.shape, dtype=torch.uint8, pin_memory=pinned)
-        return self.cells.reading(indices.tolist(), out)
+        return self.cells.reading(indices.tolist(), out, numbers)
 
     def _selected(self, positions: Tensor) -> StreamedImages:
         cells = replace(self.cells, index=self.cells.index[positions])
@@ -205,7 +209,8 @@ def match_shape(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
     """`data` as images of `shape` (C, H, W), so that a model built for that shape takes them.
 
     RGB becomes grey by its luminance (ITU-R 601: 0.299, 0.587, 0.114), grey becomes RGB by repeating it; then
-    the images are resized, bilinear with antialiasing, whatever their aspect. `data` itself if it fits.
+    the images are resized, bilinear with antialiasing, whatever their aspect, but for streamed ones that are cut out
+    by `center_crop` (`load`): these are, at the new size, if that is square. `data` itself if it fits.
 
     Raises:
         UserError: C is not 1 or 3, or H or W is not positive.
@@ -218,6 +223,13 @@ def match_shape(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
             raise UserError(f"shape must be (C, H, W) with C = 1 or 3 and H, W >= 1, not {shape!r}")
     matching.clean_labels = data.clean_labels
     return matching
+
+
+def centre_of(data: TensorImages, size: int) -> TensorImages:
+    """The central size x size pixels of each image, once its shorter side is round(size / 0.875)."""
+    (height, width), (top, left, _, _) = around_centre(*data.shape[1:], size)
+    images = data.reshaped((data.shape[0], height, width)).images[:, :, top : top + size, left : left + size]
+    return TensorImages(images.contiguous(), data.labels, data.classes, name=data.name)
 
 
 def _checked_classes(name: str, classes: Sequence[str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from numbers import Real
 from typing import Any
 
 from batchkern.data.decode import decode_all
-from batchkern.data.images import ImageData, StreamedImages, TensorImages, match_shape, sample_rows
+from batchkern.data.images import ImageData, StreamedImages, TensorImages, centre_of, match_shape, sample_rows
 from batchkern.data.labels import UnlabelledError, check_clean_labels
 from batchkern.data.sources import Table, held_out, open_source, read_table
 from batchkern.data.wording import shortened
@@ -27,6 +27,7 @@ def load(
     *,
     split: str = "train",
     image_size: int | None = None,
+    center_crop: bool = False,
     memory_limit: int = MEMORY_LIMIT,
 ) -> ImageData:
     """One split of a data set of labelled images.
@@ -47,6 +48,10 @@ def load(
             is of another type: none). Strings in one of these three are classes too, in sorted order.
         split: which split.
         image_size: resize all images to this many pixels square, bilinear with antialiasing.
+        center_crop: instead of squeezing an image into the square, resize its shorter side to
+            round(image_size / 0.875), and cut the square out of the centre (of 256 pixels 224, as for ImageNet).
+            The split "train" is then streamed, whatever the limit, so that augment="resized-crop" cuts its windows
+            out of what is in the files; but built-in sources, which have none.
         memory_limit: in bytes; where the decoded uint8 images would take more, they are streamed: decoded
             for their batch, again and again.
 
@@ -60,11 +65,12 @@ def load(
             row has no label or one out of range, all rows are of one class, an image cannot be decoded, or
             sizes are mixed without `image_size` (for streamed images: when its batch is due).
     """
-    image_size = _checked_size(image_size)
+    image_size = _checked_size(image_size, center_crop)
     _check_limit(memory_limit)
     name, splits = open_source(source)
     part = _part(name, splits, split)
-    return _decoded(part, _classes(part), image_size, memory_limit)
+    limit = 0 if center_crop and split == "train" else memory_limit
+    return _decoded(part, _classes(part), image_size, center_crop, limit)
 
 
 def load_pair(
@@ -72,6 +78,7 @@ def load_pair(
     test: str | os.PathLike[str] | None = None,
     *,
     image_size: int | None = None,
+    center_crop: bool = False,
     clean_labels: str | None = None,
     memory_limit: int = MEMORY_LIMIT,
 ) -> tuple[ImageData, ImageData]:
@@ -83,7 +90,8 @@ def load_pair(
             label), else its only split. None: "test" or "validation" of `train`, likewise; where it has
             neither, a fixed fifth of each class is held out from its split "train", the same in every run
             whatever its seeds.
-        image_size, memory_limit: as for `load`, the limit for each set by itself.
+        image_size, center_crop, memory_limit: as for `load`, the limit for each set by itself. With `center_crop` the
+            training set is streamed, and the test set where the limit says so.
         clean_labels: a column of `train` that says what its labels ought to be, where they are known to be noisy: of
             integers, the same ones as for the labels, or of classes, which are matched by their names where the
             labels have names too.
@@ -96,7 +104,7 @@ def load_pair(
             a test label is not a training class; or a clean label is not; or the images differ in size without
             `image_size`.
     """
-    image_size = _checked_size(image_size)
+    image_size = _checked_size(image_size, center_crop)
     _check_limit(memory_limit)
     name, splits = open_source(train)
     train_part = _part(name, splits, "train", clean_labels)
@@ -117,8 +125,8 @@ def load_pair(
         assert clean_labels is not None
         check_clean_labels(name, train_part.clean, clean_labels, len(classes), train_part.cells.index)
     _check_test_classes(test_part, train_part, classes)
-    train_data = _decoded(train_part, classes, image_size, memory_limit)
-    test_data = _decoded(test_part, classes, image_size, memory_limit)
+    train_data = _decoded(train_part, classes, image_size, center_crop, 0 if center_crop else memory_limit)
+    test_data = _decoded(test_part, classes, image_size, center_crop, memory_limit)
     if test_data.shape[1:] != train_data.shape[1:]:
         sizes = [f"{data.shape[1]}x{data.shape[2]}" for data in (test_data, train_data)]
         raise UserError(
@@ -161,16 +169,23 @@ def _test_part(source: str, splits: Mapping[str, Any], classes: tuple[str, ...])
 
 
 def _decoded(
-    part: TensorImages | Table, classes: tuple[str, ...], image_size: int | None, memory_limit: int
+    part: TensorImages | Table,
+    classes: tuple[str, ...],
+    image_size: int | None,
+    center_crop: bool,
+    memory_limit: int,
 ) -> ImageData:
     """In memory where that fits, else streamed."""
     data: ImageData
     if isinstance(part, TensorImages):
         data = TensorImages(part.images, part.labels, classes, name=part.name)
+        if center_crop:
+            assert image_size is not None
+            return centre_of(data, image_size)
         return data if image_size is None else match_shape(data, (data.shape[0], image_size, image_size))
     first = part.cells.decode([0])[0]
     size = (image_size, image_size) if image_size is not None else first.shape[1:]
-    cells = replace(part.cells, size=size, resize=image_size is not None, source=first.shape[1:])
+    cells = replace(part.cells, size=size, resize=image_size is not None, crop=center_crop, source=first.shape[1:])
     channels = 3 if len(first) == 3 or cells.any_colour(sample_rows(len(cells))) else 1
     if len(cells) * channels * size[0] * size[1] > memory_limit:
         data = StreamedImages(replace(cells, channels=channels), part.labels, classes)
@@ -180,12 +195,16 @@ def _decoded(
     return data
 
 
-def _checked_size(image_size: int | None) -> int | None:
+def _checked_size(image_size: int | None, center_crop: bool) -> int | None:
     size = whole(image_size)
     if image_size is not None and size is None:
         raise UserError(f"image_size must be a whole number of pixels, not {image_size!r}")
     if size is not None and not 4 <= size <= LARGEST:
         raise UserError(f"image_size must be 4 to {LARGEST} pixels, not {size}")
+    if not isinstance(center_crop, bool):
+        raise UserError(f"center_crop must be True or False, not {center_crop!r:.60}")
+    if center_crop and size is None:
+        raise UserError("center_crop cuts a square out of each image: image_size (--image-size) must say how large")
     return size
 
 

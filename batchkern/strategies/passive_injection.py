@@ -120,7 +120,7 @@ class PassiveInjection(Strategy):
     def _passive_loss(self, step: Step) -> Tensor:
         images, target = self.feed.batch(step.batch.indices, None, step.share.positions)
         if step.batch.ahead is not None:
-            self.feed.prepare(step.batch.ahead, step.run.ranks.share(len(step.batch.ahead)).positions)
+            self.feed.prepare(step.batch.ahead, None, step.run.ranks.share(len(step.batch.ahead)).positions)
         model = step.run.model
         with frozen_statistics(model) if self.freeze_bn else nullcontext(), in_place(model, self.head):
             logits = model(images)

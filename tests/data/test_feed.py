@@ -42,13 +42,13 @@ def same(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> bo
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each batch, whether it was the one that had been prepared."""
     found: list[bool] = []
-    is_of = decode.Reading.is_of
+    gives = decode.Reading.gives
 
     def noted(self: Any, *args: Any) -> bool:
-        found.append(is_of(self, *args))
+        found.append(gives(self, *args))
         return found[-1]
 
-    monkeypatch.setattr(decode.Reading, "is_of", noted)
+    monkeypatch.setattr(decode.Reading, "gives", noted)
     return found
 
 
@@ -57,8 +57,8 @@ def test_batches_in_order_are_those_of_images_in_memory(streamed: StreamedImages
     for step, indices in enumerate(ORDERS):
         batch = ours.batch(indices, step)
         if step + 1 < len(ORDERS):
-            ours.prepare(ORDERS[step + 1])
-            theirs.prepare(ORDERS[step + 1])
+            ours.prepare(ORDERS[step + 1], step + 1)
+            theirs.prepare(ORDERS[step + 1], step + 1)
         assert same(batch, theirs.batch(indices, step))
     assert taken == [True] * (len(ORDERS) - 1)
     assert ours._ahead is theirs._ahead is None
@@ -67,7 +67,7 @@ def test_batches_in_order_are_those_of_images_in_memory(streamed: StreamedImages
 def test_what_was_prepared_is_not_decoded_again(streamed: StreamedImages, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, positions = feed_of(streamed), torch.tensor([4, 0, 2])
     expected = ours.batch(ORDERS[0], None, positions)
-    ours.prepare(ORDERS[0], positions)
+    ours.prepare(ORDERS[0], None, positions)
     assert ours._ahead is not None
     ours._ahead.result()
     monkeypatch.setattr(decode.Cells, "images", None)
@@ -78,14 +78,14 @@ def test_a_hint_that_is_not_followed_is_harmless(streamed: StreamedImages, taken
     ours, theirs = feed_of(streamed, "flip"), feed_of(in_memory(streamed), "flip")
     asked = [(ORDERS[1], None), (ORDERS[0].flip(0), None), (ORDERS[0], torch.tensor([1])), (ORDERS[0][[3, 3]], None)]
     for step, (indices, positions) in enumerate(asked):
-        ours.prepare(ORDERS[0])
+        ours.prepare(ORDERS[0], step)
         wrong = ours._ahead
         assert same(ours.batch(indices, step, positions), theirs.batch(indices, step, positions))
         assert wrong is not None
         assert wrong._dropped
         assert ours._ahead is None
-    ours.prepare(ORDERS[1])
-    ours.prepare(ORDERS[2])  # the last one counts
+    ours.prepare(ORDERS[1], 9)
+    ours.prepare(ORDERS[2], 9)  # the last one counts
     assert same(ours.batch(ORDERS[2], 9), theirs.batch(ORDERS[2], 9))
     assert taken == [False] * 4 + [True]
 
@@ -94,9 +94,9 @@ def test_a_broken_image_is_told_when_its_batch_is_due(tmp_path: Path) -> None:
     cells = [*PIXELS[:5], {"bytes": b"junk", "path": "a\n.png"}, *PIXELS[6:9]]
     ours = feed_of(load(write_parquet(tmp_path / "a.parquet", cells, [0, 1, 1] * 3), memory_limit=1))
     broken, whole = torch.tensor([1, 5, 2]), torch.tensor([8, 0])
-    ours.prepare(broken)
+    ours.prepare(broken, None)
     assert torch.equal(ours.batch(whole, None)[1], torch.tensor([1, 0]))
-    ours.prepare(broken)
+    ours.prepare(broken, None)
     with pytest.raises(UserError, match=r"a\.parquet: row 5 \(a\\n\.png\) is not a readable image: its format is unkn"):
         ours.batch(broken, None)
     assert ours.batch(whole, None)[1].tolist() == [1, 0]
@@ -106,7 +106,7 @@ def test_small_images_are_decoded_when_they_are_due(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", random_pixels(6), [0, 1] * 3)
     for size, ahead in ((None, False), (8, False), (128, False), (129, True)):
         ours = feed_of(load(path, image_size=size, memory_limit=1))
-        ours.prepare(torch.arange(4))
+        ours.prepare(torch.arange(4), None)
         assert (ours._ahead is not None) == ahead
         ours.forget()
         assert ours._ahead is None
@@ -116,14 +116,14 @@ def test_what_is_given_up_is_not_decoded(streamed: StreamedImages, monkeypatch: 
     decoded: list[int] = []
     one = decode.Cells._decode_one
 
-    def slow(self: Any, row: int, cell: Any) -> Any:
+    def slow(self: Any, row: int, *args: Any) -> Any:
         decoded.append(row)
         time.sleep(0.02)
-        return one(self, row, cell)
+        return one(self, row, *args)
 
     monkeypatch.setattr(decode.Cells, "_decode_one", slow)
     ours = feed_of(streamed)
-    ours.prepare(torch.arange(21))
+    ours.prepare(torch.arange(21), None)
     given_up = ours._ahead
     ours.forget()
     assert given_up is not None
@@ -144,14 +144,14 @@ def test_a_process_that_ends_waits_for_nothing_and_says_nothing(tmp_path: Path) 
         "feed = Feed(data, mean=torch.zeros(3), std=torch.ones(3), device='cpu')\n"
         "rows = torch.arange(21)\n"
         "expected = feed.batch(rows, None)[0]\n"
-        "feed.prepare(rows)\n"
+        "feed.prepare(rows, None)\n"
         "child = os.fork()\n"
         "signal.alarm(20)\n"
         "if child == 0:\n"
         "    os._exit(0 if feed.batch(rows, None)[0].equal(expected) else 3)\n"
         "assert os.waitpid(child, 0)[1] == 0, 'the child hangs, or decodes something else'\n"
         "assert feed.batch(rows, None)[0].equal(expected)\n"
-        "feed.prepare(rows)\n"
+        "feed.prepare(rows, None)\n"
     )
     command = [sys.executable, "-c", code, path, str(tmp_path / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

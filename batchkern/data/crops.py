@@ -1,0 +1,90 @@
+"""The part of an image that is shown: its centre for evaluation, a random window for training (C. Szegedy et al.,
+"Going Deeper with Convolutions", CVPR 2015, section 6), by the rules of torchvision's Resize and CenterCrop, and of its
+RandomResizedCrop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from batchkern.seeding import generator
+
+_INSIDE = 0.875  # a side of the central square, of the image's shorter side: 224 of 256
+_SCALE = (0.08, 1.0)  # area of a random window, of the image's
+_ASPECT = (3 / 4, 4 / 3)  # width / height of a random window
+_TRIES = 10
+
+
+class Window(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def around_centre(height: int, width: int, size: int) -> tuple[tuple[int, int], Window]:
+    """To which (height, width) an image is resized, so that its shorter side is round(size / 0.875), and the central
+    window of size x size pixels of that."""
+    shorter = round(size / _INSIDE)
+    longer = int(shorter * max(height, width) / min(height, width))
+    resized = (longer, shorter) if width <= height else (shorter, longer)
+    top, left = (round((side - size) / 2) for side in resized)
+    return resized, Window(top, left, size, size)
+
+
+def window_numbers(seed: int, step: int, count: int) -> Tensor:
+    """What :func:`random_window` takes, for each image of a batch: (count, 10, 4) float64 in [0, 1), on the CPU."""
+    return torch.rand(count, _TRIES, 4, generator=generator(seed, "window", step), dtype=torch.float64)
+
+
+def random_window(numbers: Sequence[Sequence[float]], height: int, width: int) -> Window:
+    """A window of 0.08 to 1 of the image's area, evenly, whose aspect is 3/4 to 4/3, evenly in its logarithm, anywhere
+    in the image; the largest central one of nearest aspect where ten of them would not fit.
+
+    Args:
+        numbers: ten tries of four numbers in [0, 1): area, aspect, top, left.
+        height, width: of the image.
+    """
+    for area, aspect, top, left in numbers:
+        pixels = height * width * (_SCALE[0] + area * (_SCALE[1] - _SCALE[0]))
+        ratio = _ASPECT[0] * (_ASPECT[1] / _ASPECT[0]) ** aspect
+        h, w = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return Window(int(top * (height - h + 1)), int(left * (width - w + 1)), h, w)
+    h, w = height, width
+    if width / height < _ASPECT[0]:
+        h = round(width / _ASPECT[0])
+    elif width / height > _ASPECT[1]:
+        w = round(height * _ASPECT[1])
+    return Window((height - h) // 2, (width - w) // 2, h, w)
+
+
+def resized_windows(images: Tensor, windows: Sequence[Window]) -> Tensor:
+    """Of each of uint8 (b, C, H, W) its window, resized to (H, W): bilinear with antialiasing, as Pillow does it, to
+    within one grey level (Pillow rounds between the two directions)."""
+    top, left, high, wide = torch.tensor(windows).view(-1, 4).to(images.device).unbind(1)
+    rows = _weights(top, high, images.shape[2])[:, None]
+    columns = _weights(left, wide, images.shape[3])[:, None]
+    # In float64 the order of a sum decides nothing, so that a row is the same in any part of its batch.
+    return (rows @ images.double() @ columns.mT).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _weights(start: Tensor, length: Tensor, size: int) -> Tensor:
+    """Of `size` pixels, those `start` to `start + length` become `size` again: float64 (b, to, from), rows of sum 1.
+
+    A triangle around the place of each new pixel, as wide as the reduction asks for, cut off at the window's ends.
+    """
+    start, length = start.double()[:, None, None], length.double()[:, None, None]
+    places = torch.arange(size, device=start.device, dtype=torch.float64) + 0.5
+    scale = length / size
+    distance = (places - (start + places[:, None] * scale)).abs()
+    inside = (places > start) & (places < start + length)
+    weights = (1 - distance / scale.clamp(min=1)).clamp(min=0) * inside
+    return weights / weights.sum(2, keepdim=True)
