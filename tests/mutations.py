@@ -1576,8 +1576,8 @@ DATA = [
         ("the sign of the shift", "(-mean.double() / std.double())", "(mean.double() / std.double())"),
         (
             "windows never begin at the last place",
-            "y = y + own(torch.randint(2 * pad_y + 1,",
-            "y = y + own(torch.randint(2 * pad_y,",
+            "top = own(torch.randint(2 * pad_y + 1,",
+            "top = own(torch.randint(2 * pad_y,",
         ),
         ("every update is augmented alike", 'f"{seed}/{step}"', 'f"{seed}"'),
         (
@@ -1675,7 +1675,7 @@ DATA = [
         ("windows never end at the lower edge", "int(top * (height - h + 1))", "int(top * (height - h))"),
         ("the central window is at the top", "Window((height - h) // 2,", "Window(0,"),
         ("what is outside of the window has a part in it", "clamp(min=0) * inside", "clamp(min=0)"),
-        ("without antialiasing", "scale.clamp(min=1)", "scale.clamp(min=1, max=1)"),
+        ("new pixels lie at the corners", "places[:, None] * length / size", "(places[:, None] - 0.5) * length / size"),
         ("every update has the same windows", 'generator(seed, "window", step)', 'generator(seed, "window")'),
     ),
     *within(

@@ -67,8 +67,8 @@ def random_window(numbers: Sequence[Sequence[float]], height: int, width: int) -
 
 
 def resized_windows(images: Tensor, windows: Sequence[Window]) -> Tensor:
-    """Of each of uint8 (b, C, H, W) its window, resized to (H, W): bilinear with antialiasing, as Pillow does it, to
-    within one grey level (Pillow rounds between the two directions)."""
+    """Of each of uint8 (b, C, H, W) its window, enlarged to (H, W): bilinear, as Pillow does it, to within one grey
+    level (Pillow rounds between the two directions)."""
     top, left, high, wide = torch.tensor(windows).view(-1, 4).to(images.device).unbind(1)
     rows = _weights(top, high, images.shape[2])[:, None]
     columns = _weights(left, wide, images.shape[3])[:, None]
@@ -79,12 +79,12 @@ def resized_windows(images: Tensor, windows: Sequence[Window]) -> Tensor:
 def _weights(start: Tensor, length: Tensor, size: int) -> Tensor:
     """Of `size` pixels, those `start` to `start + length` become `size` again: float64 (b, to, from), rows of sum 1.
 
-    A triangle around the place of each new pixel, as wide as the reduction asks for, cut off at the window's ends.
+    A triangle around the place of each new pixel, cut off at the window's ends. It is one pixel wide on either side:
+    a window is no larger than what it becomes, so there is nothing to antialias.
     """
     start, length = start.double()[:, None, None], length.double()[:, None, None]
     places = torch.arange(size, device=start.device, dtype=torch.float64) + 0.5
-    scale = length / size
-    distance = (places - (start + places[:, None] * scale)).abs()
+    distance = (places - (start + places[:, None] * length / size)).abs()
     inside = (places > start) & (places < start + length)
-    weights = (1 - distance / scale.clamp(min=1)).clamp(min=0) * inside
+    weights = (1 - distance).clamp(min=0) * inside
     return weights / weights.sum(2, keepdim=True)

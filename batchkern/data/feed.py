@@ -117,7 +117,7 @@ class Feed:
             images = self._held(on_device)
             if numbers is not None:
                 images = resized_windows(images, [random_window(own, *images.shape[2:]) for own in numbers.tolist()])
-        if step is not None and self.augment != "none":
+        if step is not None and {"flip", "crop"} & set(self._kinds):
             images = self._augmented(images, step, whole, positions)
         return self._normalised(images), self._labels.index_select(0, on_device)
 
@@ -159,8 +159,7 @@ class Feed:
         return numbers if positions is None else numbers[positions.cpu()]
 
     def _augmented(self, images: Tensor, step: int, whole: int, positions: Tensor | None) -> Tensor:
-        """uint8 (b, C, H, W) -> the same: one gather over the padded pixels, a window for each image."""
-        count, channels, height, width = images.shape
+        """uint8 (b, C, H, W) -> the same, flipped; with windows one gather over the padded pixels, too."""
         # Drawn on the CPU, whatever the device: a GPU's generator would give other numbers.
         generator = torch.Generator().manual_seed(_key(self.seed, step))
 
@@ -168,16 +167,19 @@ class Feed:
             """Of numbers drawn for the whole batch, those of the rows that are made."""
             return (drawn if positions is None else drawn[positions]).to(self.device)
 
-        y = torch.arange(height, device=self.device).expand(count, -1)
-        x = torch.arange(width, device=self.device).expand(count, -1)
+        flipped = torch.zeros(whole, 1, dtype=torch.bool)
         if "flip" in self._kinds:
             flipped = torch.rand(whole, 1, generator=generator, dtype=torch.float32) < 0.5
-            x = torch.where(own(flipped), x.flip(1), x)
-        if "crop" in self._kinds:
-            pad_y, pad_x = max(1, height // 8), max(1, width // 8)
-            y = y + own(torch.randint(2 * pad_y + 1, (whole, 1), generator=generator))
-            x = x + own(torch.randint(2 * pad_x + 1, (whole, 1), generator=generator))
-            images = F.pad(images, (pad_x, pad_x, pad_y, pad_y))
+        if "crop" not in self._kinds:
+            return torch.where(own(flipped)[:, :, None, None], images.flip(3), images)
+        count, channels, height, width = images.shape
+        x = torch.arange(width, device=self.device).expand(count, -1)
+        x = torch.where(own(flipped), x.flip(1), x)
+        pad_y, pad_x = max(1, height // 8), max(1, width // 8)
+        top = own(torch.randint(2 * pad_y + 1, (whole, 1), generator=generator))
+        y = torch.arange(height, device=self.device) + top
+        x = x + own(torch.randint(2 * pad_x + 1, (whole, 1), generator=generator))
+        images = F.pad(images, (pad_x, pad_x, pad_y, pad_y))
         pixels = (y[:, :, None] * images.shape[3] + x[:, None, :]).view(count, 1, -1).expand(-1, channels, -1)
         return images.flatten(2).gather(2, pixels).view(count, channels, height, width)
 
