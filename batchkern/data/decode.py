@@ -126,8 +126,7 @@ class Cells:
         if numbers is not None:
             return resized(_cut(image, random_window(numbers, image.height, image.width)), size)
         if self.crop and size[0] == size[1]:
-            whole, window = around_centre(image.height, image.width, size[0])
-            return _cut(resized(image, whole), window)
+            return _centre(image, size[0])
         return resized(image, size)
 
     def _unreadable(self, row: int, cell: Any, error: Exception) -> UserError:
@@ -166,6 +165,19 @@ def resized(image: Any, size: tuple[int, int]) -> Any:
     if (image.height, image.width) == size:
         return image
     return image.resize((size[1], size[0]), require("PIL.Image", "train").Resampling.BILINEAR)
+
+
+def _centre(image: Any, size: int) -> Any:
+    """The central square of a PIL image, resized."""
+    whole, window = around_centre(image.height, image.width, size)
+    if max(whole) <= 16 * min(whole):
+        return _cut(resized(image, whole), window)
+    # What is never shown of a very long image might not fit into memory: only the window is made of it, where its
+    # pixels may differ by a rounding from those of the whole.
+    across, down = image.width / whole[1], image.height / whole[0]
+    top, left, height, width = window
+    box = (left * across, top * down, (left + width) * across, (top + height) * down)
+    return image.resize((size, size), require("PIL.Image", "train").Resampling.BILINEAR, box=box)
 
 
 def _cut(image: Any, window: Window) -> Any:

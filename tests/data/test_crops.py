@@ -54,6 +54,26 @@ def test_the_centre_is_torchvisions(tmp_path: Path, size: int, channels: int) ->
     assert torch.equal(feed_of(train, "crop").batch(torch.tensor([3, 1]), None)[0].round(), expected[[3, 1]].float())
 
 
+@pytest.mark.parametrize(("height", "width"), [(7, 150), (150, 7)])
+def test_of_a_very_long_image_no_more_is_resized_than_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, height: int, width: int
+) -> None:
+    made: list[int] = []
+    resize = PIL_Image.Image.resize
+
+    def noted(self: Any, size: tuple[int, int], *args: Any, **options: Any) -> Any:
+        made.append(size[0] * size[1])
+        return resize(self, size, *args, **options)
+
+    image = random_pixels(1, height, width)[0]
+    usual = transforms.Compose([transforms.Resize(37), transforms.CenterCrop(32)])
+    expected = as_tensor(np.array(usual(PIL_Image.fromarray(image)))[None])[0]
+    monkeypatch.setattr(PIL_Image.Image, "resize", noted)
+    got = load(photos(tmp_path, [image] * 7), image_size=32, center_crop=True).rows(torch.tensor([1]))[0]
+    assert int((got.int() - expected.int()).abs().max()) <= 1
+    assert made == [32 * 32]
+
+
 def test_which_sets_are_streamed(tmp_path: Path) -> None:
     path = photos(tmp_path)
     for crop in (True, False):
