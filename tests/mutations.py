@@ -925,7 +925,8 @@ STRATEGIES = [
         "strategies",
         "batchkern/strategies/batch_augmentation.py",
         ("tests/strategies/test_batch_augmentation.py",),
-        ("passive batches are copied", "own = batch.inject is None", "own = True"),
+        ("passive batches are copied", "if batch.inject is None else batch", ""),
+        ("the next batch is named without its copies", "batch.ahead.repeat(self.copies)", "batch.ahead"),
         (
             "copies of a sample are neighbours",
             "batch.indices.repeat(self.copies)",

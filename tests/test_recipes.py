@@ -333,12 +333,12 @@ def test_published_intervals_are_of_the_hard_batch_paper_alone():
         ("stepwise/food101-b12-res2net50_26w_4s", 100, 12, "sgd", 0.001, 0.9, 0.0001, "none", 5),
         ("stepwise/food101-three-steps-res2net50_26w_4s", 60, 24, "sgd", 0.001, 0.9, 0.0001, "none", 5),
         ("augmentation/cifar10-resnet44", 164, 128, "sgd", 0.1, 0.9, 0.0001, "crop+flip", 5),
-        ("augmentation/imagenet-vgg16", 74, 256, "sgd", 0.01, 0.9, 0.0005, "crop+flip", 5),
+        ("augmentation/imagenet-vgg16", 74, 256, "sgd", 0.01, 0.9, 0.0005, "resized-crop+flip", 5),
         ("augmentation/cifar10-alexnet", 164, 128, "sgd", 0.01, 0.9, 0.0005, "crop+flip", 5),
-        ("augmentation/imagenet-alexnet", 90, 128, "sgd", 0.01, 0.9, 0.0005, "crop+flip", 5),
+        ("augmentation/imagenet-alexnet", 90, 128, "sgd", 0.01, 0.9, 0.0005, "resized-crop+flip", 5),
         ("passive/cifar10-resnet56", 250, 128, "sgd", 0.1, 0.9, 0.0005, "crop+flip", 5),
         ("passive/svhn-resnet56", 250, 128, "sgd", 0.1, 0.9, 0.0005, "crop", 5),
-        ("passive/imagenet-resnet50", 120, 256, "sgd", 0.1, 0.9, 0.0001, "crop+flip", 5),
+        ("passive/imagenet-resnet50", 120, 256, "sgd", 0.1, 0.9, 0.0001, "resized-crop+flip", 5),
     ],
 )
 def test_settings(name, epochs, batch_size, optimizer, lr, momentum, weight_decay, augment, seeds):
@@ -356,6 +356,12 @@ def test_settings(name, epochs, batch_size, optimizer, lr, momentum, weight_deca
         "drop_last": name.startswith("hard-batches/"),
     }
     assert recipe.seeds == seeds
+
+
+def test_imagenet_is_cut_out_of_the_centre_and_nothing_else_is():
+    for name, recipe in RECIPES.items():
+        assert recipe.center_crop == ("/imagenet-" in name) == ("resized-crop" in recipe.training.augment)
+        assert comparison_arguments([recipe], out=Path("there"))["center_crop"] == recipe.center_crop
 
 
 @pytest.mark.parametrize(
@@ -642,6 +648,7 @@ def test_arguments_of_the_comparison():
         "test": "own",
         "passive": "tanganke/gtsrb",
         "image_size": 32,
+        "center_crop": False,
         "model": "resnet56",
         "out": Path("there"),
         "arms": ("baseline", "passive(every=100)"),

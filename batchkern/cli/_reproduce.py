@@ -108,7 +108,8 @@ def reproduce(
     kept: list[int | None] = [None] * len(groups)
     for place, group in enumerate(groups):
         if scale * group[0].share < 1:
-            train, _ = load_pair(group[0].data, test, image_size=group[0].image_size)
+            first = group[0]
+            train, _ = load_pair(first.data, test, image_size=first.image_size, center_crop=first.center_crop)
             groups[place], kept[place] = scaled(group, scale, len(train), len(train.classes))
     if scale < 1:
         warning.append(_not_comparable(scale, groups, kept))
@@ -231,9 +232,10 @@ def description(group: Sequence[Recipe]) -> str:
             f"strategy   {row.strategy}",
         ]
     share = f"{recipe.share:.1%} of the training images of " if recipe.share < 1 else ""
+    cut = " of the centre" if recipe.center_crop else ""
     begins = {None: "random weights", PRETRAINED: "the weights that timm has for it"}.get(training.weights)
     lines += [
-        f"data       {share}{recipe.data}, {recipe.image_size} x {recipe.image_size} pixels, augmentation: "
+        f"data       {share}{recipe.data}, {recipe.image_size} x {recipe.image_size} pixels{cut}, augmentation: "
         f"{training.augment}",
         *([f"injected   {passive_of(group)}"] if passive_of(group) else []),
         f"network    {recipe.model}, begins with {begins or training.weights}",

@@ -34,7 +34,7 @@ _RESNET_IMAGENET = Training(
     batch_size=256,
     epochs=90,
     schedule=milestones(30, 60, of=90, gamma=0.1),
-    augment="crop+flip",
+    augment="resized-crop+flip",
 )
 _VGG_IMAGENET = Training(
     lr=0.01,
@@ -43,7 +43,7 @@ _VGG_IMAGENET = Training(
     batch_size=256,
     epochs=74,
     schedule=milestones(25, 50, of=74, gamma=0.1),
-    augment="crop+flip",
+    augment="resized-crop+flip",
 )
 
 _ALEXNET_CIFAR = replace(_RESNET_CIFAR, lr=0.01, weight_decay=5e-4)
@@ -75,8 +75,7 @@ _ALEXNET_IMAGENET_CHOSEN = (
     "one column, without local response normalisation. Its first fully connected layer is too wide for a dense basis."
 )
 _IMAGENET_CHOSEN = (
-    "Images are resized to 224 x 224 for training and test; crops are taken from the image padded by an eighth, not "
-    "from a larger one."
+    "How images become 224 x 224 pixels is not said: random resized crops and flips; at the test the centre of 256."
 )
 _IMAGENET_ETA = "eta on ImageNet is not given: 0.1, the other of the paper's two values being 0.01."
 _RESNET_IMAGENET_CHOSEN = "He et al. decay where the error plateaus: epochs 30 and 60 of 90."
@@ -141,6 +140,7 @@ RECIPES = tuple(
         data=data,
         model=model,
         image_size=size,
+        center_crop=data == IMAGENET,
         strategy=strategy,
         training=training,
         seeds=5,

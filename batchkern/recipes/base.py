@@ -98,6 +98,8 @@ class Recipe:
     """Other tables that have the same row."""
     share: float = 1.0
     """Of the training set."""
+    center_crop: bool = False
+    """As of :func:`batchkern.data.load`."""
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ def grouped(recipes: Iterable[Recipe]) -> list[tuple[Recipe, ...]]:
 
 
 def _share_a_baseline(a: Recipe, b: Recipe) -> bool:
-    alike = ("data", "share", "model", "image_size", "training", "seeds")
+    alike = ("data", "share", "model", "image_size", "center_crop", "training", "seeds")
     same = all(getattr(a, name) == getattr(b, name) for name in alike)
     return (
         same and a.published.metric == b.published.metric and (a.passive == b.passive or None in (a.passive, b.passive))
@@ -205,6 +207,7 @@ def comparison_arguments(
         "test": test,
         "passive": passive_of(group),
         "image_size": recipe.image_size,
+        "center_crop": recipe.center_crop,
         "model": recipe.model,
         "out": out,
         "arms": (BASELINE, *(recipe.strategy for recipe in group)),

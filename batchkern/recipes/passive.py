@@ -36,7 +36,7 @@ _IMAGENET = Training(
     batch_size=256,
     epochs=120,
     schedule=milestones(30, 60, 90, of=120, gamma=0.1),
-    augment="crop+flip",
+    augment="resized-crop+flip",
 )
 
 _OF_PASSIVE = (
@@ -62,8 +62,8 @@ _VGG_CHOSEN = (
 _IMAGENET_CHOSEN = (
     *_CHOSEN,
     "Weight decay is used but not given: 1e-4.",
-    "Images are resized to 224 x 224 for training and test; crops are taken from the image padded by an eighth, not "
-    "from a larger one.",
+    "How images become 224 x 224 pixels is not said: random resized crops and flips, and for the test the centre of "
+    "256; those of the injected set are cut out of their centre too.",
 )
 
 
@@ -109,6 +109,7 @@ def _imagenet(
     recipe = _recipe(
         name, table, IMAGENET, passive, model, figures, training=_IMAGENET, chosen=_IMAGENET_CHOSEN, image_size=224
     )
+    recipe = replace(recipe, center_crop=True)
     if top5 is None:
         return recipe
     return replace(recipe, published=replace(recipe.published, beside={TOP5: top5}), also=also)

@@ -44,5 +44,8 @@ class BatchAugmentation(Strategy):
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
         for batch in upstream:
-            own = batch.inject is None
-            yield replace(batch, indices=batch.indices.repeat(self.copies)) if own else batch
+            yield self._copied(batch) if batch.inject is None else batch
+
+    def _copied(self, batch: Batch) -> Batch:
+        ahead = None if batch.ahead is None else batch.ahead.repeat(self.copies)
+        return replace(batch, indices=batch.indices.repeat(self.copies), ahead=ahead)

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -98,3 +99,12 @@ def test_copies_that_differ_are_not(others, augment):
 def test_wrong_options_are_refused_at_once(copies):
     with pytest.raises(UserError, match="copies must be a whole number"):
         BatchAugmentation(copies)
+
+
+def test_a_batch_names_the_next_one_with_its_copies():
+    run = trainer([BatchAugmentation(3)], epochs=2, augment="flip")
+    plan = list(run.plan())
+    assert len(plan) > 2
+    for batch, following in pairwise(plan):
+        assert torch.equal(batch.ahead, following.indices)
+    assert plan[-1].ahead is None
