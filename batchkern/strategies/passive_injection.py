@@ -118,9 +118,9 @@ class PassiveInjection(Strategy):
         return Batch(indices, epoch, progress, ends_epoch, rate, inject=self._passive_loss, ahead=ahead)
 
     def _passive_loss(self, step: Step) -> Tensor:
-        images, target = self.feed.batch(step.batch.indices, None, step.share.positions)
-        if step.batch.ahead is not None:
-            self.feed.prepare(step.batch.ahead, None, step.run.ranks.share(len(step.batch.ahead)).positions)
+        images, target = self.feed.batch(step.share.take(step.batch.indices), None)
+        if (ahead := step.batch.ahead) is not None:
+            self.feed.prepare(step.run.ranks.share(len(ahead)).take(ahead), None)
         model = step.run.model
         with frozen_statistics(model) if self.freeze_bn else nullcontext(), in_place(model, self.head):
             logits = model(images)
