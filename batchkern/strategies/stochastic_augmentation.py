@@ -61,7 +61,6 @@ class StochasticAugmentation(Strategy):
     owns = frozenset({"the virtual samples"})
 
     omega: float = math.pi / 3
-    omega_end: float | None = None
     gaussian: int = 2
     dropout: int = 2
     eta: float = 0.1
@@ -72,9 +71,10 @@ class StochasticAugmentation(Strategy):
     layers: tuple[str, ...] = ()
     two_step: bool = False
     per: Literal["iteration", "epoch"] = "iteration"
-    labels: Literal["soft", "trained", "hard"] = "soft"
     vote: bool = True
+    labels: Literal["soft", "trained", "hard"] = "soft"
     vote_layer: str | None = None
+    omega_end: float | None = None
     fired: int = field(default=0, init=False, repr=False)
     kl_sum: float | Tensor = field(default=0.0, init=False, repr=False)
 
