@@ -148,7 +148,7 @@ class Trainer(Learner):
             "strategies": [strategy.describe() for strategy in strategies],
             "epochs": epochs,
             "batch_size": batch_size,
-            "drop_last": drop_last,
+            "drop_last": drop_last or None,  # as of runs from before there was such a thing
             "optimizer": describe_choice(optimizer),
             "lr": lr,
             "momentum": momentum,

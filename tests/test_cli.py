@@ -128,7 +128,7 @@ def test_options_reach_the_trainer(batchkern):
         *("--passive", "photo-patches", "--model", "resnet8", "--epochs", 1, "--batch-size", 20, "--lr", 0.01),
         *("--optimizer", "adamw", "--momentum", 0.8, "--weight-decay", 0.1, "--schedule", "step", "--amp", "bf16"),
         *("--augment", "crop", "--label-smoothing", 0.1, "--image-size", 12, "--classifier", "fc", "--seed", 7),
-        *("--device", "cpu", "--checkpoint-every", 1, "--out", "x/y"),
+        *("--device", "cpu", "--checkpoint-every", 1, "--out", "x/y", "--drop-last"),
     )
     assert (status, err) == (0, "")
     settings = json.loads(Path("x/y", CONFIG).read_text())["settings"]
@@ -141,6 +141,8 @@ def test_options_reach_the_trainer(batchkern):
         "model": "resnet8",
         "epochs": 1,
         "batch_size": 20,
+        "drop_last": True,
+        "weights": None,
         "optimizer": "adamw",
         "lr": 0.01,
         "momentum": 0.8,
