@@ -96,7 +96,7 @@ def test_an_update_takes_from_its_planning_to_the_next(strategy: str, monkeypatc
 
 def test_planning_is_part_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    clock.takes(EpochBatches, "epoch", lambda batches, epoch: 2.0)
+    clock.takes(EpochBatches, "epoch", lambda batches, epoch: 1.0)  # once for the batch, once for the one after it
     clock.takes(bench.BareLoop, "update", lambda bare: 100.0)
     clock.takes(Trainer, "_end_epoch", lambda trainer, epoch: 1000.0)
     stopwatch, _ = timed(trainings("baseline"))
