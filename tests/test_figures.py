@@ -66,7 +66,9 @@ def unsourced(text: str, tables: bool) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "docs" / "token-selection.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [README, ROOT / "docs" / "token-selection.md", ROOT / "docs" / "recipes.md"], ids=lambda page: page.name
+)
 def test_blocks_are_those_of_their_files(page):
     assert blocks(page, page.read_text())
     assert check(page) == []

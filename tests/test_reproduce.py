@@ -170,9 +170,7 @@ def test_reproduces_a_table(batchkern, table, tmp_path):
         line += rf"passive/{recipe} +passive\(every={every}\) +94.4 +{{0}} +\+1.00 +[+]?{{0}} *\n"
     line += r"\(cnn, digits\) +baseline +93.4 +{0} +- +- *\npassive/slow +passive\(every=5\) +94.4 +{0} +\+1.00"
     assert re.search(line.replace("{0}", number).replace("{{0}}", number), out), out
-    assert re.search(
-        r"Of [23] rows with an interval .* lies within it in [0-3]\. Zero lies within it in [0-3], whose", out
-    ), out
+    assert re.search(r"The published difference lies within .* in [0-3] of [23] rows, and zero in [0-3]: ", out), out
     assert len(re.findall(r"baseline, 1 epochs, seed [01]", err)) == 4  # of two comparisons
     kept = json.loads((tmp_path / "there" / "reproduction.json").read_bytes())
     assert (kept["name"], kept["scale"], [group["train_rows"] for group in kept["groups"]]) == (

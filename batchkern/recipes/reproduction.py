@@ -236,7 +236,7 @@ def tally(groups: Sequence[Mapping[str, Any]]) -> str:
     agree = [row for row in known if abs(row["published_difference"] - row["difference"][0]) <= row["difference"][1]]
     chance = [row for row in known if abs(row["difference"][0]) <= row["difference"][1]]
     return (
-        f"Of {len(known)} rows with an interval of the measured difference (95 %, Student's t, paired by seed), the "
-        f"published difference lies within it in {len(agree)}. Zero lies within it in {len(chance)}, whose runs do not "
-        "tell an effect from chance."
+        "The published difference lies within the interval of the measured one (95 %, Student's t, paired by seed) in "
+        f"{len(agree)} of {len(known)} rows, and zero in {len(chance)}: where it does, the runs do not tell an effect from "
+        "chance."
     )

@@ -46,8 +46,8 @@ TABLE = """\
 | passive/cifar10-resnet56-g10 | `passive(every=10)` | 94.1 | 80.80 ± 0.30 | +0.70 | +0.80 ± 0.30 |
 | passive/cifar10-resnet56-g1000 | `passive(every=1000)` | 93.6 | 79.70 ± 0.20 | +0.20 | -0.30 ± 0.20 |
 
-Of 2 rows with an interval of the measured difference (95 %, Student's t, paired by seed), the published difference \
-lies within it in 1. Zero lies within it in 0, whose runs do not tell an effect from chance."""
+The published difference lies within the interval of the measured one (95 %, Student's t, paired by seed) in 1 of 2 \
+rows, and zero in 0: where it does, the runs do not tell an effect from chance."""
 
 
 def test_a_reproduction_is_shown_beside_what_was_published(file):
