@@ -237,6 +237,6 @@ def tally(groups: Sequence[Mapping[str, Any]]) -> str:
     chance = [row for row in known if abs(row["difference"][0]) <= row["difference"][1]]
     return (
         "The published difference lies within the interval of the measured one (95 %, Student's t, paired by seed) in "
-        f"{len(agree)} of {len(known)} rows, and zero in {len(chance)}: where it does, the runs do not tell an effect from "
-        "chance."
+        f"{len(agree)} of {len(known)} rows, and zero in {len(chance)}: where it does, the runs do not tell an effect "
+        "from chance."
     )
