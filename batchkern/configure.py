@@ -37,6 +37,7 @@ def count(name: str, value: int, least: int | None = 1) -> int:
     number = whole(value)
     if number is None or (least is not None and not least <= number < 2**63):
         limit = "" if least is None else f" of at least {least}"
+        limit += " and below 2**63" if number is not None and number >= 2**63 else ""
         raise UserError(f"{name} must be a whole number{limit}, got {value!r}")
     return number
 

@@ -32,6 +32,20 @@ def describe_weights(weights: str | os.PathLike[str] | None) -> Any:
     return {"name": os.fspath(weights), "crc32": zlib.crc32(_read(path))}
 
 
+def check_outside(weights: str | os.PathLike[str] | None, out: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        UserError: the weights lie in the directory that is going to be written, where they might be replaced.
+    """
+    if weights is None or weights == PRETRAINED:
+        return
+    path = Path(os.path.expanduser(os.fspath(weights)))
+    if path.resolve().is_relative_to(Path(out).resolve()):
+        raise UserError(
+            f"weights are {path}, in {os.fspath(out)}, whose files are written: give another output directory"
+        )
+
+
 def load_weights(model: nn.Module, weights: str | os.PathLike[str], classifier: str | None = None) -> None:
     """Gives ``model`` the weights of a file.
 

@@ -43,7 +43,7 @@ from batchkern.data import AUGMENTATIONS, Feed, ImageData
 from batchkern.diagnostics import SampleLog
 from batchkern.distributed import Ranks
 from batchkern.errors import UserError, only_warned
-from batchkern.initial_weights import PRETRAINED, describe_weights, load_weights
+from batchkern.initial_weights import PRETRAINED, check_outside, describe_weights, load_weights
 from batchkern.interrupts import Interrupted, StopRequest
 from batchkern.learner import Counts, Learner
 from batchkern.plan import Batch, EpochBatches
@@ -136,6 +136,8 @@ class Trainer(Learner):
         pretrained = weights == PRETRAINED
         if pretrained and not isinstance(model, str):
             raise UserError("weights are pretrained, but model is a module, and not the name of one of timm's")
+        if out is not None:
+            check_outside(weights, out)
         ranks = Ranks.join(device)
         self.seed = seed
         self.checkpoint_every = checkpoint_every

@@ -65,9 +65,18 @@ class Boxes(CocoDetection):
                 raise UserError(
                     f"{path} does not exist; there must be a folder of images and COCO's JSON of their boxes"
                 )
-        with quiet():
-            super().__init__(str(images), str(annotations))
-        self.classes = {category: place for place, category in enumerate(sorted(self.coco.getCatIds()), 1)}
+        try:
+            with quiet():
+                super().__init__(str(images), str(annotations))
+            files = [image["file_name"] for image in self.coco.loadImgs(self.ids)]
+            self.classes = {category: place for place, category in enumerate(sorted(self.coco.getCatIds()), 1)}
+        except (KeyError, OSError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{annotations} is no file of boxes in COCO's format: {type(error).__name__}: {error}"
+            ) from None
+        missing = next((file for file in files if not (images / file).is_file()), None)
+        if missing:
+            raise UserError(f"{images} has no {missing}, which {annotations} names")
         if not self.ids or not self.classes:
             raise UserError(f"{annotations} has {len(self.ids)} images and {len(self.classes)} categories")
 
@@ -194,7 +203,7 @@ def train(model: nn.Module, data: Boxes, options: argparse.Namespace, seed: int)
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += float(loss)
+            total += float(loss.detach())
         print(f"epoch {epoch + 1}/{options.epochs}  loss {total / len(loader):.3f}", flush=True)
 
 
@@ -299,6 +308,8 @@ def parse() -> argparse.Namespace:
     for name, least in (("epochs", 1), ("batch", 1), ("size", 32), ("trained_layers", 0), ("seeds", 1), ("workers", 0)):
         if getattr(options, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    if options.trained_layers > 5:
+        parser.error(f"--trained-layers must be at most 5, got {options.trained_layers}")
     if not 0 < options.lr < float("inf"):
         parser.error(f"--lr must be above 0, got {options.lr}")
     if options.model not in ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"):
@@ -319,13 +330,15 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     options = parse()
     try:
+        for weights in options.backbone.values():  # before anything is drawn or trained
+            detector(options.model, weights, 1, size=options.size, trained_layers=options.trained_layers)
         if options.drawn:
             options.train, options.test = draw(options.drawn, "train", 48), draw(options.drawn, "test", 24)
         rows = run_all(options)
         print("\n" + summary(rows))
         if options.json:
             write_file(options.json, (json.dumps(rows, indent=1) + "\n").encode())
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"detection.py: {error}", file=sys.stderr)
         return 2
     return 0

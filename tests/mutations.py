@@ -1374,6 +1374,7 @@ DISTRIBUTED = [
         ("a file's missing names are ignored", "if missing or unknown:", "if unknown:"),
         ("a file's unknown names are ignored", "if missing or unknown:", "if missing:"),
         ("weights that are not finite are taken", "if not torch.isfinite(tensor).all():", "if False:"),
+        ("weights may lie where they are written over", ".is_relative_to(Path(out).resolve())", " == Path(out)"),
         ("a run's directory is read as a file", "if not path.is_dir():", "if True:"),
         ("weights in another file are other weights", '"crc32": zlib.crc32(_read(path))', '"crc32": hash(path)'),
     ),
@@ -1425,7 +1426,8 @@ DISTRIBUTED = [
             '["test_accuracy"][ends - 1]',
             '["test_accuracy"][min(ends, len(run["curve"]["test_accuracy"]) - 1)]',
         ),
-        ("a user's file is replaced", "        known = False\n", "        known = True\n"),
+        ("a user's file is replaced", "        earlier = None\n", "        return\n"),
+        ("another reproduction is replaced", "(resume and earlier == name)", "resume"),
     ),
     *within(
         "distributed",

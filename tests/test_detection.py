@@ -163,11 +163,39 @@ def test_from_the_command_line(run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "is no file of boxes in COCO's format: JSONDecodeError"),
+        ("{}", "is no file of boxes in COCO's format: KeyError: 'categories'|has 0 images and 0 categories"),
+        (None, "cannot be read|is no file of boxes in COCO's format: IsADirectoryError"),
+        ("moved", "has no 0.png, which .*moved.json names"),
+    ],
+)
+def test_boxes_that_are_none(drawn, tmp_path, content, sentence):
+    file = tmp_path / "moved.json"
+    if content is None:
+        file.mkdir()
+    else:
+        file.write_text(drawn[1].read_text() if content == "moved" else content)
+    with pytest.raises(UserError, match=sentence):
+        example.Boxes(tmp_path if content == "moved" else drawn[0], file)
+
+
+def test_nothing_is_drawn_for_backbones_that_are_none(tmp_path, monkeypatch, capsys):
+    words = ["--backbone", f"a={tmp_path}", "--model", "resnet18", "--drawn", str(tmp_path / "drawn")]
+    monkeypatch.setattr(sys, "argv", ["detection.py", *words])
+    assert example.main() == 2
+    assert "is no file of weights" in capsys.readouterr().err
+    assert not (tmp_path / "drawn").exists()
+
+
+@pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (["--drawn", "x"], "the following arguments are required: --backbone"),
         (["--backbone", "a=b"], "--train and --test, both, or --drawn"),
         (["--backbone", "a", "--drawn", "x"], "--backbone must be NAME=RUN"),
+        (["--backbone", "a=b", "--drawn", "x", "--trained-layers", "6"], "--trained-layers must be at most 5, got 6"),
         (["--backbone", "a=b", "--drawn", "x", "--size", "8"], "--size must be at least 32, got 8"),
         (["--backbone", "a=b", "--drawn", "x", "--model", "vgg"], "--model must be resnet18, .* got 'vgg'"),
     ],

@@ -13,6 +13,7 @@ from training import CLASSES, SHAPE, Net, images, single_thread
 pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
 
+from batchkern.compare import Comparison
 from batchkern.errors import UserError
 from batchkern.initial_weights import describe_weights, load_weights
 from batchkern.models import build
@@ -147,6 +148,19 @@ def test_what_is_no_file_of_weights_is_refused(tmp_path):
         trainer(network(), tmp_path)
     with pytest.raises(UserError, match=r"weights must be a path, or the word pretrained, got 7"):
         trainer(network(), 7)
+
+
+@pytest.mark.parametrize("options", [{"overwrite": True}, {"resume": True}, {}])
+def test_weights_are_not_written_over(tmp_path, options):
+    """A run that begins with its own weights would lose them, and could not go on."""
+    trainer("cnn", out=tmp_path / "run", epochs=1).fit()
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    for weights in (tmp_path / "run", tmp_path / "run" / "model.safetensors"):
+        with pytest.raises(UserError, match=r"^weights are .*, in .*run, whose files are written: give another output"):
+            trainer("cnn", weights, out=tmp_path / "run", **options)
+    with pytest.raises(UserError, match=r"^weights are .*, whose files are written"):
+        Comparison("digits", "cnn", tmp_path, training={"weights": tmp_path / "run"}, arms=("baseline",))
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
 
 
 # --- of timm ---------------------------------------------------------------------------------------------------------

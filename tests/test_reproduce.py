@@ -25,6 +25,7 @@ from batchkern.data import load_pair, sources
 from batchkern.recipes import LEFT_OUT, RECIPES, TABLES, beside
 
 one_thread = single_thread()
+SETTINGS = {"train": {"rows": 9}, "test": {"name": "digits"}}
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def planned(monkeypatch):
     def run(comparison, **options):
         comparison["out"].mkdir(parents=True)
         asked.append(comparison | options)
-        return {"summary": [], "runs": [], "settings": {"train": {"rows": 9}}, "environment": {}}
+        return {"summary": [], "runs": [], "settings": SETTINGS, "environment": {}}
 
     monkeypatch.setattr(_reproduce, "Comparison", dict)
     monkeypatch.setattr(_reproduce, "run", run)
@@ -146,6 +147,8 @@ def test_reproduces_a_recipe_on_other_data(batchkern, tiny, tmp_path):
     assert len(re.findall(r"(baseline|passive\(every=5\)), 2 epochs, seed [01]: test accuracy", err, re.MULTILINE)) == 4
     assert (tmp_path / "there" / "baseline" / "2-epochs" / "seed-1").is_dir()
     # What is there is not replaced unless asked for.
+    refused(batchkern, words, "there/reproduction.json holds the reproduction of passive/cifar10-resnet56 already")
+    (tmp_path / "there" / "reproduction.json").unlink()
     refused(batchkern, words, "there holds a comparison already")
 
 
@@ -178,7 +181,7 @@ def test_reproduces_a_table(batchkern, table, tmp_path):
         0.1,
         [1280, 1280],
     )
-    results = json.loads((tmp_path / "there" / "cifar10-resnet56" / "results.json").read_bytes())
+    results = json.loads((tmp_path / "there" / "passive-cifar10-resnet56" / "results.json").read_bytes())
     entry = next(entry for entry in results["summary"] if entry["arm"] == "passive(every=2)")
     row = next(row for row in kept["groups"][0]["rows"] if row["recipe"] == "passive/twice")
     assert row["measured"][0] == pytest.approx(100 * entry["test_accuracy"]["mean"])
@@ -186,9 +189,12 @@ def test_reproduces_a_table(batchkern, table, tmp_path):
         [100 * entry["difference"]["baseline"][name] for name in ("mean", "half_width")]
     )
     # Nothing is trained before all directories are known to be free.
-    shutil.rmtree(tmp_path / "there" / "cifar10-resnet56")
-    refused(batchkern, words, "there/slow holds a comparison already")
-    assert not (tmp_path / "there" / "cifar10-resnet56").exists()
+    refused(batchkern, words, "there/reproduction.json holds the reproduction of passive/table-9 already; resume it")
+    refused(batchkern, [table[0].name, *words[1:], "--resume"], "holds the reproduction of passive/table-9 already")
+    (tmp_path / "there" / "reproduction.json").unlink()
+    shutil.rmtree(tmp_path / "there" / "passive-cifar10-resnet56")
+    refused(batchkern, words, "there/passive-slow holds a comparison already")
+    assert not (tmp_path / "there" / "passive-cifar10-resnet56").exists()
 
 
 def test_one_set_cannot_stand_for_several(batchkern):
@@ -197,8 +203,35 @@ def test_one_set_cannot_stand_for_several(batchkern):
         batchkern, words, "--data is digits, but trimming/table-1 has the data sets .*svhn.*, .*cifar100; name"
     )
     assert out == ""
+    words = ("trimming/table-1", "--test", "digits")
+    assert refused(batchkern, words, "--test is digits, but trimming/table-1 has the data sets") == ""
+    words = ("trimming/cifar10-*", "--passive", "digits")
+    assert refused(batchkern, words, "--passive is digits, but no row of trimming/cifar10-. injects a data set") == ""
     words = ("passive/cifar10-resnet56*", "--passive", "digits")
     assert refused(batchkern, words, "--passive is digits, but .* has the data sets .*svhn.*, tanganke/gtsrb;") == ""
+
+
+def test_other_weights_are_told(batchkern, tiny, planned, tmp_path):
+    status, out, err = batchkern(tiny.name, "--weights", "mine", "--out", "o")
+    assert status == 0, err
+    assert planned[0]["training"]["weights"] == "mine"
+    assert "network    cnn, begins with those of mine\n" in out
+    assert out.count("Comparable with the paper only with random weights: these begin with those of mine.") == 2
+
+
+def test_rows_of_two_papers_have_a_directory_each(batchkern, planned):
+    words = ("*/cifar10-vgg16-cifar", "--data", "digits", "--passive", "digits", "--out", "o")
+    status, _, err = batchkern(*words)
+    assert status == 0, err
+    places = [str(asked["out"]) for asked in planned]
+    assert places == ["o/augmentation-cifar10-vgg16-cifar", "o/passive-cifar10-vgg16-cifar"]
+
+
+def test_an_output_that_is_a_file(batchkern, tiny, tmp_path):
+    (tmp_path / "afile").write_text("mine")
+    words = (tiny.name, "--data", "digits", "--passive", "digits", "--out", "afile")
+    refused(batchkern, words, "afile (exists and is not|is not|cannot)")
+    assert (tmp_path / "afile").read_text() == "mine"
 
 
 def test_a_file_of_the_users_is_not_replaced(batchkern, tiny, tmp_path):
@@ -321,14 +354,28 @@ def test_what_the_papers_give_beside_accuracies():
     assert [row[1:] for row in headline[3:]] == [("43", "-"), ("34", "-"), ("-20.9 %", "-")]
 
 
+def test_accuracies_at_the_end_of_each_step():
+    """Of a strategy of five steps in ten epochs: after the second, the fourth, ..., the mean over seeds."""
+    recipe = RECIPES["stepwise/cifar100-resnet50-sets"]
+    recipe = replace(recipe, training=replace(recipe.training, epochs=10))
+    curve = [0.01 * epoch for epoch in range(10)]
+    rows = beside(recipe, {"runs": runs(recipe.strategy, curve, [1])})[3:]
+    assert [row[0] for row in rows] == [f"accuracy (%) after step {n}, {recipe.strategy}" for n in range(1, 6)]
+    assert [row[1] for row in rows] == ["35.79", "46.73", "52.52", "55.29", "57.28"]
+    assert [float(row[2]) for row in rows] == pytest.approx([1.05, 3.15, 5.25, 7.35, 9.45])
+
+
 def test_top5_and_medians():
     recipe = RECIPES["stepwise/cifar100-resnet50"]
     found = runs("baseline", [0.5], [1], test_top5_accuracy=0.8) + runs("stepwise", [0.5], [1])
     assert [row[1:] for row in beside(recipe, {"runs": found})] == [("88.62", "84"), ("90.72", "-"), ("+2.10", "-")]
     recipe = RECIPES["augmentation/cifar10-resnet44"]
-    found = runs("baseline", [0.9, 0.1, 0.2, 0.4, 0.5, 0.3], [1]) + runs(recipe.strategy, [0.4, 0.6], [1])
+    found = runs("baseline", [0.9, 0.1, 0.2, 0.4, 0.5, 0.3], [1])
+    found += runs(recipe.strategy, [0.1, 0.5, 0.9, 0.4, 0.6], [1])
     rows = beside(recipe, {"runs": found})
     assert [row[1:] for row in rows] == [("6.92", "68.5"), ("3.23", "47.5"), ("-3.69", "-21.00")]
+    short = runs("baseline", [0.1, 0.2, 0.4, 0.5], [1])  # of four epochs
+    assert [row[2] for row in beside(recipe, {"runs": short})] == ["-", "-", "-"]
 
 
 def test_they_are_shown(capsys):
@@ -374,7 +421,7 @@ def test_data_that_cannot_be_had(batchkern, monkeypatch, scale):
 def test_failed_runs_are_told(batchkern, tiny, monkeypatch):
     failed = {"arm": tiny.strategy, "seed": 1, "rows": [], "error": "the loss is nan"}
     monkeypatch.setattr(_reproduce, "Comparison", dict)
-    found = {"summary": [], "runs": [failed], "settings": {"train": {"rows": 9}}, "environment": {}}
+    found = {"summary": [], "runs": [failed], "settings": SETTINGS, "environment": {}}
     monkeypatch.setattr(_reproduce, "run", lambda comparison, **options: comparison["out"].mkdir(parents=True) or found)
     out = refused(
         batchkern, (tiny.name,), r"1 of 1 runs failed, the first is arm passive\(every=5\), seed 1: the loss is"

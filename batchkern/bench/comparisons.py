@@ -43,7 +43,9 @@ def reproduced(results: Results) -> str:
         return ""
     groups = results.content["groups"]
     sizes = dict.fromkeys(
-        f"{group['epochs']} epochs of {group['train_rows']:,} images, {group['seeds']} seeds" for group in groups
+        f"{group['epochs']} epoch{'s' * (group['epochs'] > 1)} of {group['train_rows']:,} images, "
+        f"{group['seeds']} seeds"
+        for group in groups
     )
     metrics = dict.fromkeys(group["metric"] for group in groups)
     what = f"`{results.content['name']}` at scale {results.content['scale']:g}: {'; '.join(sizes)}."

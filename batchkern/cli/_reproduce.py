@@ -90,7 +90,8 @@ def reproduce(
         )
     chosen = select(name)
     check_range("scale", scale, 0, 1, open_low=True)
-    _check_one("data", data or test, [recipe.data for recipe in chosen], name)
+    _check_one("data", data, [recipe.data for recipe in chosen], name)
+    _check_one("test", test, [recipe.data for recipe in chosen], name)
     _check_one("passive", passive, [recipe.passive for recipe in chosen], name)
     groups = grouped(
         replace(
@@ -98,11 +99,12 @@ def reproduce(
             data=data or recipe.data,
             passive=recipe.passive and (passive or recipe.passive),
             seeds=recipe.seeds if seeds is None else seeds,
+            training=recipe.training if weights is None else replace(recipe.training, weights=str(weights)),
         )
         for recipe in chosen
     )
     out = out or Path("runs", "reproduce-" + slug(name))
-    places = [out] if len(groups) == 1 else [out / slug(group[0].name.partition("/")[2]) for group in groups]
+    places = [out] if len(groups) == 1 else [out / slug(group[0].name) for group in groups]
     print("\n\n".join(map(description, groups)), flush=True)
     warning = _other_data(chosen, groups)
     kept: list[int | None] = [None] * len(groups)
@@ -121,7 +123,6 @@ def reproduce(
                 out=place,
                 test=test,
                 train_rows=rows,
-                weights=weights,
                 amp=amp,
                 device=device,
                 overwrite=overwrite,
@@ -130,12 +131,12 @@ def reproduce(
         )
         for group, place, rows in zip(groups, places, kept, strict=True)
     ]
-    check_replaceable(out / FILE)
+    check_replaceable(out / FILE, name, overwrite=overwrite, resume=resume)
     if len(groups) > 1:
         _check_places(places, overwrite=overwrite, resume=resume)
     found = [run(comparison, jobs=jobs, report=print_run) for comparison in comparisons]
     rows = [reproduction(group, results) for group, results in zip(groups, found, strict=True)]
-    write_file(out / FILE, record(name, scale, rows, found[0]["environment"]))
+    write_file(out / FILE, record(name, scale, amp, rows, found[0]["environment"]))
     if len(chosen) == 1:
         print_tables(side_by_side(groups[0][0], found[0]))
     else:
@@ -150,8 +151,10 @@ def reproduce(
 
 
 def _check_one(option: str, given: str | None, published: list[str | None], name: str) -> None:
-    """One set cannot stand for several."""
+    """One set cannot stand for several, nor for none."""
     sets = list(dict.fromkeys(filter(None, published)))
+    if given is not None and not sets:
+        raise UserError(f"--{option} is {given}, but no row of {name} injects a data set: leave it out")
     if given is not None and len(sets) > 1:
         raise UserError(
             f"--{option} is {given}, but {name} has the data sets {', '.join(sets)}; name rows of one of them, as in "
@@ -171,12 +174,27 @@ def _other_data(published: Sequence[Recipe], groups: Sequence[Sequence[Recipe]])
     by_name = {recipe.name: recipe for recipe in own}
     pairs = [(by_name[recipe.name], recipe) for recipe in published]
     sets = [(a.data, b.data) for a, b in pairs] + [(a.passive, b.passive) for a, b in pairs]
-    return [f"Comparable with the paper only if {own} is {its}." for own, its in dict.fromkeys(sets) if own != its]
+    warning = [f"Comparable with the paper only if {own} is {its}." for own, its in dict.fromkeys(sets) if own != its]
+    begun = dict.fromkeys((_beginning(a), _beginning(b)) for a, b in pairs if _beginning(a) != _beginning(b))
+    warning += [f"Comparable with the paper only with {its}: these begin with {given}." for given, its in begun]
+    return warning
+
+
+def _beginning(recipe: Recipe) -> str:
+    """What its networks begin with."""
+    weights = recipe.training.weights
+    names = {None: "random weights", PRETRAINED: "the weights that timm has"}
+    return names.get(weights, f"those of {weights}")
+
+
+def _epochs(group: Sequence[Recipe]) -> str:
+    epochs = group[0].training.epochs
+    return f"{epochs} epoch{'s' * (epochs > 1)}"
 
 
 def _not_comparable(scale: float, groups: Sequence[Sequence[Recipe]], kept: Sequence[int | None]) -> str:
     sizes = dict.fromkeys(
-        f"{group[0].training.epochs} epochs of {rows:,} training rows" for group, rows in zip(groups, kept, strict=True)
+        f"{_epochs(group)} of {rows:,} training rows" for group, rows in zip(groups, kept, strict=True)
     )
     return f"NOT COMPARABLE WITH THE PAPER: at scale {scale:g} these are {', '.join(sizes)}."
 
@@ -233,12 +251,11 @@ def description(group: Sequence[Recipe]) -> str:
         ]
     share = f"{recipe.share:.1%} of the training images of " if recipe.share < 1 else ""
     cut = " of the centre" if recipe.center_crop else ""
-    begins = {None: "random weights", PRETRAINED: "the weights that timm has for it"}.get(training.weights)
     lines += [
         f"data       {share}{recipe.data}, {recipe.image_size} x {recipe.image_size} pixels{cut}, augmentation: "
         f"{training.augment}",
         *([f"injected   {passive_of(group)}"] if passive_of(group) else []),
-        f"network    {recipe.model}, begins with {begins or training.weights}",
+        f"network    {recipe.model}, begins with {_beginning(recipe)}",
         f"optimizer  {training.optimizer}, lr {training.lr:g}, momentum {training.momentum:g}, "
         f"weight decay {training.weight_decay:g}, {schedule_text(recipe)}",
         f"training   {training.epochs} epochs, batches of {training.batch_size}, {recipe.seeds} seeds",

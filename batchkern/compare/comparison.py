@@ -13,6 +13,7 @@ from batchkern.compare.arms import ARMS, BASELINE, BUDGETS, check_passive, descr
 from batchkern.configure import check_flags, check_kind, check_number, count
 from batchkern.data import ImageData, load, load_pair, subset, validation_split, with_label_noise
 from batchkern.errors import UserError
+from batchkern.initial_weights import check_outside
 from batchkern.rundir import CHECKPOINT, CONFIG, METRICS
 from batchkern.strategies import Trimming, parse
 from batchkern.trainer import Trainer
@@ -80,6 +81,7 @@ class Comparison:
         unknown = ", ".join(str(key) for key in self.training if key not in TRAINING)
         if unknown:
             raise UserError(f"training must have arguments of Trainer that hold for all runs, got {unknown:.60}")
+        check_outside(self.training.get("weights"), self.out)
         object.__setattr__(self, "out", Path(self.out))
         object.__setattr__(self, "seeds", int(self.seeds))
         object.__setattr__(self, "noise", check_number("noise", self.noise))

@@ -55,14 +55,15 @@ LEFT_OUT: tuple[LeftOut, ...] = tuple(rows for paper in _PAPERS for rows in pape
 
 
 def select(name: str) -> tuple[Recipe, ...]:
-    """The recipes that a name stands for: one of them, a table of :data:`TABLES`, or a pattern such as passive/svhn-*.
+    """The recipes that a name stands for: one of them, a table of :data:`TABLES`, or a pattern of
+    the shell such as passive/svhn-*.
 
     Raises:
         UserError: there is none; the sentence lists near ones.
     """
     if name in TABLES:
         return tuple(RECIPES[recipe.name] for recipe in TABLES[name])
-    found = tuple(RECIPES[key] for key in fnmatch.filter(RECIPES, name)) if "*" in name else ()
+    found = tuple(RECIPES[key] for key in fnmatch.filter(RECIPES, name)) if set(name) & set("*?[") else ()
     if name in RECIPES or found:
         return found or (RECIPES[name],)
     near = difflib.get_close_matches(name, [*RECIPES, *TABLES], n=4, cutoff=0.5)

@@ -160,8 +160,8 @@ def scaled(group: Sequence[Recipe], scale: float, rows: int, classes: int) -> tu
     """The recipes of a group with fewer epochs, and the training rows to keep of ``rows``.
 
     Both are multiplied by ``scale``, in (0, 1], as far as the strategies can still do what they do: a training set
-    keeps 10 batches and a row for each class; epochs are at least two, or one a step, or as many as inject a passive
-    batch.
+    keeps 10 batches and a row for each class; there is an epoch at least, or two for what selects by the losses of the
+    first, one a step, or as many as inject a passive batch.
     """
     training = group[0].training
     size, epochs = training.batch_size, training.epochs
@@ -192,7 +192,6 @@ def comparison_arguments(
     out: Path,
     test: str | None = None,
     train_rows: int | None = None,
-    weights: Path | None = None,
     amp: str = "none",
     device: str | None = None,
     overwrite: bool = False,
@@ -201,7 +200,6 @@ def comparison_arguments(
     """The arguments of the :class:`batchkern.compare.Comparison` that a group of recipes is: the baseline, each
     strategy and its random control, for as many epochs each, as the papers have it."""
     recipe = group[0]
-    given = {} if weights is None else {"weights": weights}
     return {
         "data": recipe.data,
         "test": test,
@@ -214,7 +212,7 @@ def comparison_arguments(
         "seeds": recipe.seeds,
         "budgets": ("epochs",),
         "train_rows": train_rows,
-        "training": {**vars(recipe.training), **given, "amp": amp, "device": device},
+        "training": {**vars(recipe.training), "amp": amp, "device": device},
         "overwrite": overwrite,
         "resume": resume,
     }

@@ -69,6 +69,11 @@ def _of_last(name: str) -> Callable[[Outcome], float | None]:
     return per_cent
 
 
+def _median_of_last_five(outcome: Outcome) -> float | None:
+    accuracies = outcome["curve"]["test_accuracy"][-5:]
+    return None if len(accuracies) < 5 else 100 - 100 * statistics.median(accuracies)
+
+
 def _converged(outcome: Outcome) -> float | None:
     losses = outcome["curve"].get("train_loss")
     return converged(losses) if losses else None
@@ -77,7 +82,7 @@ def _converged(outcome: Outcome) -> float | None:
 BESIDE: dict[str, tuple[Callable[[Outcome], float | None], Callable[[list[float]], float]]] = {
     TOP5: (_of_last("test_top5_accuracy"), statistics.fmean),
     TRAINING: (_of_last("train_set_accuracy"), statistics.fmean),
-    MEDIAN: (lambda run: 100 - 100 * statistics.median(run["curve"]["test_accuracy"][-5:]), statistics.fmean),
+    MEDIAN: (_median_of_last_five, statistics.fmean),
     EPOCHS: (_converged, statistics.median),
     MILLISECONDS: (lambda run: 1000 * run["final"]["seconds"] / run["final"]["updates"], statistics.fmean),
 }
@@ -152,7 +157,10 @@ def reproduction(group: Sequence[Recipe], results: dict[str, Any]) -> dict[str, 
     return {
         "data": first.data,
         "passive": passive_of(group),
+        "test": results["settings"]["test"]["name"],
+        "share": first.share,
         "model": first.model,
+        "weights": results["settings"].get("weights"),
         "metric": first.published.metric,
         "epochs": first.training.epochs,
         "train_rows": results["settings"]["train"]["rows"],
@@ -161,25 +169,35 @@ def reproduction(group: Sequence[Recipe], results: dict[str, Any]) -> dict[str, 
     }
 
 
-def record(name: str, scale: float, groups: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]) -> bytes:
+def record(
+    name: str, scale: float, amp: str, groups: Sequence[Mapping[str, Any]], environment: Mapping[str, Any]
+) -> bytes:
     """What reproduction.json holds."""
-    head = {"kind": KIND, "name": name, "scale": scale, "environment": environment}
+    head = {"kind": KIND, "name": name, "scale": scale, "amp": amp, "environment": environment}
     return (json.dumps(head | {"groups": groups}, indent=1) + "\n").encode()
 
 
-def check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path, name: str, *, overwrite: bool, resume: bool) -> None:
     """
     Raises:
-        UserError: a file of that name is there, and is not of a reproduction.
+        UserError: a file of that name is there, and is not of a reproduction, or is of one that is neither overwritten
+            nor goes on.
     """
     try:
-        known = json.loads(read_file(path)).get("kind") == KIND
-    except FileNotFoundError:
+        content = json.loads(read_file(path))
+        earlier = content["name"] if content["kind"] == KIND else None
+    except (FileNotFoundError, NotADirectoryError):
         return
-    except (AttributeError, OSError, ValueError):
-        known = False
-    if not known:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError, ValueError):
+        earlier = None
+    if earlier is None:
         raise UserError(f"{path} is there, and is not of a reproduction; give another directory")
+    if not (overwrite or (resume and earlier == name)):
+        raise UserError(
+            f"{path} holds the reproduction of {earlier} already; resume it, overwrite it, or give another directory"
+        )
 
 
 def _row(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from batchkern.errors import UserError
+from batchkern.configure import check_range
 from batchkern.seeding import derived_seed, generator
 from batchkern.strategies.base import Fetch, Step, Strategy, as_probabilities
 
@@ -19,9 +18,12 @@ MIXING = frozenset({"how images are mixed"})
 """What mixup and cutmix both decide."""
 
 
+MOST = 1e6
+"""Of alpha: far above it numbers of that distribution can no longer be drawn."""
+
+
 def check_alpha(alpha: float) -> None:
-    if not 0 < alpha < math.inf:
-        raise UserError(f"alpha must be a number above 0, got {alpha}")
+    check_range("alpha", alpha, 0, MOST, open_low=True)
 
 
 def mix(own: Tensor, others: Tensor, weight: float) -> Tensor:

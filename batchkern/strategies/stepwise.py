@@ -43,7 +43,8 @@ class Stepwise(Strategy):
         rates: the rates themselves, one a step, as factors on lambda, for mean gradients; in place of eq. 9. Ones keep
             lambda constant (Table VII).
         reset_optimizer: forget the optimizer's state (momentum) at the start of each step.
-        share_weights: carry weights over. Without, each step starts from the initial weights (Tables I and IV).
+        share_weights: carry weights over. Without, each step starts from the initial weights (Tables I and IV); heads
+            that other strategies train beside the model go on.
     """
 
     name: ClassVar[str] = "stepwise"
@@ -77,6 +78,10 @@ class Stepwise(Strategy):
             raise UserError(f"gradients must be sum or mean, got {self.gradients!r}")
         if self.divisor not in ("step", "run"):
             raise UserError(f"divisor must be step or run, got {self.divisor!r}")
+        for name, default in (("gradients", "sum"), ("divisor", "step")):
+            if self.rates is not None and getattr(self, name) != default:
+                value = getattr(self, name)
+                raise UserError(f"{name} is {value!r}, but rates take the place of eq. 9, which it is of: leave it out")
         if self.rates is not None:
             self.rates = tuple(check_number("rates", x) for x in self.rates)
             if len(self.rates) != len(f) or not all(0 < x < math.inf for x in self.rates):

@@ -50,8 +50,8 @@ class StochasticAugmentation(Strategy):
         per: decide, and draw the basis, once per ``"iteration"`` (eq. 4 and Algorithm 1) or once per ``"epoch"``
             (section 3's opening).
         labels: of virtual samples. ``"soft"``: the raw rows' outputs, as constants (eq. 10); ``"trained"``: the same,
-            with a gradient into them (eq. 11 as it is written); ``"hard"``: the rows' own labels, by cross entropy
-            (eq. 9, which the paper sets its own against).
+            with a gradient into them (eq. 11 as it is written); ``"hard"``: the rows' own labels, by the cross
+            entropy of the loss (eq. 9, which the paper sets its own against).
         vote: decide by majority at inference; ties go to the raw prediction, then to the lower class.
         vote_layer: the module at whose input the virtual samples of the vote are made; default: the first of
             ``layers``.
@@ -203,7 +203,8 @@ class StochasticAugmentation(Strategy):
         if not share.real:
             mean = virtual.sum()  # the mean over no samples would be NaN
         elif self.labels == "hard":
-            mean = cross_entropy(virtual, torch.cat([target] * (self.gaussian + self.dropout)))
+            copies = torch.cat([target] * (self.gaussian + self.dropout))
+            mean = cross_entropy(virtual, copies, label_smoothing=step.run.label_smoothing)
         else:
             divergence = soft_label_kl(raw, virtual, reference_grad=self.labels == "trained")
             assert isinstance(divergence, Tensor)

@@ -29,11 +29,11 @@ def file(tmp_path):
         }
         for arm, (mean, half) in figures.items()
     ]
-    results = {"summary": entries, "runs": [], "settings": {"train": {"rows": 2000}}}
+    results = {"summary": entries, "runs": [], "settings": {"train": {"rows": 2000}, "test": {"name": "digits"}}}
     path = tmp_path / "some-machine" / "2026-11-29-abc1234-passive.json"
     path.parent.mkdir()
     rows = [reproduction(group, results)]
-    path.write_bytes(record("passive/cifar10-*", 0.04, rows, {"torch": "2.11.0", "threads_per_run": 1}))
+    path.write_bytes(record("passive/cifar10-*", 0.04, "none", rows, {"torch": "2.11.0", "threads_per_run": 1}))
     return path
 
 

@@ -196,7 +196,7 @@ def test_torchvisions_mixup_with_the_same_lambda_and_partners():
         torch.testing.assert_close(own, other, rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0, float("inf")])
+@pytest.mark.parametrize("alpha", [0.0, -1.0, float("inf"), 1e308])
 def test_wrong_options_are_refused_at_once(alpha):
-    with pytest.raises(UserError, match="alpha must be a number above 0, got"):
+    with pytest.raises(UserError, match="alpha must be (in|above)"):
         Mixup(alpha)

@@ -158,7 +158,7 @@ def test_all_strategies_have_a_name():
         ("\udcff", "not of the form"),
         ("cutout(size=0)", "size must be a whole number of at least 1, got 0"),
         ("cutout(size=half)", "size must be a whole number"),
-        ("mixup(alpha=0)", "alpha must be a number above 0, got 0"),
+        ("mixup(alpha=0)", "alpha must be above 0, got 0"),
         ("batch-augmentation(copies=1)", "copies must be a whole number of at least 2, got 1"),
         ("batch-augmentation(copies=None)", "copies must be a whole number"),
         ("srip(coefficient=-1)", "coefficient must be a number of at least 0, got -1"),

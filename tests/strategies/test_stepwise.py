@@ -123,7 +123,7 @@ def test_the_mean_convention_divides_by_the_batch_size():
         ({"divisor": "run"}, [1, 2 / 50, 3 / 50, 4 / 50, 1]),
         ({"divisor": "run", "gradients": "mean"}, [1 / BATCH, *[0.1 / (5 * BATCH)] * 3, 1 / BATCH]),
         ({"rates": (1, 0.5, 2, 0.25, 1)}, [1, 0.5, 2, 0.25, 1]),
-        ({"rates": [1.0] * 5, "gradients": "mean", "divisor": "run"}, [1.0] * 5),
+        ({"rates": [1.0] * 5}, [1.0] * 5),
     ],
 )
 def test_other_rates(options, rates):
@@ -329,3 +329,9 @@ def test_a_strategy_serves_a_second_run():
     second = stepwise_run(strategy)
     second.fit()
     assert furthest(first.weights, second.weights) == 0
+
+
+@pytest.mark.parametrize("options", [{"gradients": "mean"}, {"divisor": "run"}])
+def test_rates_take_the_place_of_what_eq_9_is_read_as(options):
+    with pytest.raises(UserError, match=f"{next(iter(options))} is .*, but rates take the place of eq. 9"):
+        Stepwise((0.5, 1.0), (1, 1), rates=(1.0, 1.0), **options)

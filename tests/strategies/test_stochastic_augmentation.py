@@ -221,6 +221,15 @@ def test_other_labels_of_virtual_samples(labels, reading, two_step):
     assert furthest(run.weights, paper_loop(run, draws, two_step=two_step)) > DIFFERENT
 
 
+def test_hard_labels_are_smoothed_as_the_loss_is():
+    run, _ = augmented_run(labels="hard", epochs=1, options={"label_smoothing": 0.2})
+    step = fake_step(run.run)
+    raw, virtual, target = torch.randn(8, 4), torch.randn(32, 4), torch.arange(8) % 4
+    found = run.strategies[0]._penalty(step, raw, virtual, target)
+    expected = F.cross_entropy(virtual, target.repeat(4), label_smoothing=0.2)
+    assert float(found) == pytest.approx(STRONG["eta"] * float(expected), rel=1e-5)
+
+
 def test_hard_labels_have_a_figure_of_their_own():
     run, _ = augmented_run(labels="hard", epochs=1)
     assert run.history[-1]["virtual_loss"] > 0
