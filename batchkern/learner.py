@@ -147,15 +147,18 @@ class Learner:
 
         return last.transform(step, positions, images, target, fetch)
 
-    def _prepare(self, ahead: Tensor | None, update: int) -> None:
-        """This rank's rows of the next batch, while this one is computed."""
-        if ahead is not None:
-            self.feed.prepare(ahead, update, self.ranks.share(len(ahead)).positions)
+    def _whole(self, step: Step) -> tuple[Tensor, Tensor]:
+        """All of this rank's rows of the batch; those of the next one are decoded in the meantime. Where rows are
+        chosen without losses nobody asks for the whole, and nothing is decoded ahead."""
+        self.feed.prepare(step.batch.indices, step.update, step.share.positions)
+        if (ahead := step.batch.ahead) is not None:
+            self.feed.prepare(ahead, step.update + 1, self.ranks.share(len(ahead)).positions)
+        return self._rows(step, step.share.positions)
 
     def _active_update(self, step: Step) -> None:
         """From this rank's rows; what strategies see and what is counted is of the whole batch."""
         scored: list[Tensor] = []
-        whole = cache(partial(self._rows, step, step.share.positions))
+        whole = cache(partial(self._whole, step))
 
         def score() -> Tensor:
             """A pass for the losses alone. It leaves batch norm's running statistics to the full pass."""
@@ -170,8 +173,6 @@ class Learner:
         owner = self.owner("the loss")
         rows = self.narrow(step, score)
         images, target = whole() if rows is None else self._narrowed(step, rows, whole() if scored else None)
-        if rows is None or scored:  # else the next batch is not going to be asked for as a whole either
-            self._prepare(step.batch.ahead, step.update + 1)
         perturbation = self.owner("the virtual samples").perturb(step)
         outcome: list[Tensor] = []
         beside = step.batch.beside

@@ -476,9 +476,10 @@ class Trainer(Learner):
             batches = torch.arange(len(feed.data)).split(EVALUATION_BATCH)
             mine = range(self.ranks.rank, len(batches), self.ranks.world)
             for place in mine:
+                for due in (place, place + self.ranks.world):
+                    if due < len(batches):
+                        feed.prepare(batches[due], None)
                 images, target = feed.batch(batches[place], None)
-                if place + self.ranks.world < len(batches):
-                    feed.prepare(batches[place + self.ranks.world], None)
                 with self._autocast():
                     logits = self.model(images)
                     inferred = (s.infer(self.run, images) for s in self.strategies)

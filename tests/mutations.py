@@ -1259,7 +1259,11 @@ TRAINING = [
         "training",
         "batchkern/learner.py",
         ("tests/test_trainer.py", "-k", "decoded_ahead"),
-        ("rows that were chosen without losses are decoded ahead", "if rows is None or scored:  #", "if True:  #"),
+        (
+            "another batch than the next one is decoded ahead",
+            "self.feed.prepare(ahead, step.update + 1,",
+            "self.feed.prepare(ahead[:-1], step.update + 1,",
+        ),
     ),
     *within(
         "training",
@@ -1663,6 +1667,16 @@ DATA = [
         ),
         ("memory is never used again", "memory = free[0] if free else torch.empty(", "memory = torch.empty("),
         ("a batch that was prepared is decoded again", "return ahead.result()", "pass"),
+        (
+            "a batch that is named twice is decoded twice",
+            "                return\n            for old",
+            "                pass\n            for old",
+        ),
+        (
+            "what was named before the last two is decoded all the same",
+            "                old.drop()\n",
+            "                pass\n",
+        ),
     ),
     *within(
         "data",

@@ -31,7 +31,7 @@ from training import (
 )
 
 import batchkern
-from batchkern.data import TensorImages, decode, load
+from batchkern.data import Feed, TensorImages, decode, load
 from batchkern.errors import UserError
 from batchkern.rundir import CHECKPOINT, CONFIG, METRICS, WEIGHTS
 from batchkern.strategies import (
@@ -270,14 +270,28 @@ def test_streamed_images_train_to_the_same_weights_as_those_in_memory(streamed):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Of each batch for which one was prepared, whether it was that one; small images are decoded ahead as well."""
-    found, gives = [], decode.Reading.gives
+    """Of each batch of streamed images, whether they were being decoded when the batch before it was asked for; small
+    images are decoded ahead as well."""
+    found, asked, read, reading, result = [], Counter(), Feed._read, Feed._reading, decode.Reading.result
 
-    def noted(self, *args):
-        found.append(gives(self, *args))
-        return found[-1]
+    def counted(self, *args):
+        images = read(self, *args)
+        asked[id(self)] += 1
+        return images
 
-    monkeypatch.setattr(decode.Reading, "gives", noted)
+    def begun(self, *args):
+        made = reading(self, *args)
+        made.feed, made.before = id(self), asked[id(self)]
+        return made
+
+    def noted(self):
+        if hasattr(self, "feed"):
+            found.append(self.before < asked[self.feed])
+        return result(self)
+
+    monkeypatch.setattr(Feed, "_read", counted)
+    monkeypatch.setattr(Feed, "_reading", begun)
+    monkeypatch.setattr(decode.Reading, "result", noted)
     monkeypatch.setattr(decode, "_LARGE", 0)
     return found
 
@@ -300,11 +314,11 @@ def test_what_is_decoded_ahead_is_the_next_batch(strategies, ahead, streamed, ta
         run = trainer(strategies(passive), train=train, epochs=EPOCHS, augment="crop+flip")
         run.fit()
         ends.append((run, [{k: v for k, v in row.items() if k != "seconds"} for row in run.history]))
-        assert run.feed._ahead is None
+        assert not run.feed._ahead
         assert run.batches.state_dict() == ends[0][0].batches.state_dict()
     assert furthest(ends[0][0].weights, ends[1][0].weights) == 0
     assert ends[0][1] == ends[1][1]
-    assert taken == [True] * ahead
+    assert taken.count(True) == ahead
 
 
 @pytest.mark.parametrize("update", [5, 6, 7])
@@ -320,18 +334,18 @@ def test_a_training_that_ends_between_a_hint_and_its_batch_goes_on_the_same(upda
 
     def killed(objective):
         if first.counts.updates == update:
-            assert first.feed._ahead is not None
+            assert first.feed._ahead
             raise KeyboardInterrupt
         return descend(objective)
 
     first._descend = killed
     with pytest.raises(KeyboardInterrupt):
         first.fit()
-    assert first.feed._ahead is None
+    assert not first.feed._ahead
     second = trainer(resume=True, **settings)
     second.fit()
     assert furthest(second.weights, expected.weights[update:]) == 0
-    assert taken == [True] * (update + 17 - update)
+    assert taken.count(True) == update + 17 - update
 
 
 def test_evaluation_decodes_ahead(streamed, taken, monkeypatch):
@@ -341,7 +355,7 @@ def test_evaluation_decodes_ahead(streamed, taken, monkeypatch):
     ours = run.predict(streamed(data))
     assert torch.equal(ours, run.predict(data))
     assert len(ours.unique()) > 1
-    assert taken == [True] * 5
+    assert taken == [False] + [True] * 5
 
 
 # --- what is measured -----------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Feed:
     """Hands out batches of `data` on `device`.
 
     Images in memory are copied to the device once, as uint8, and every batch is made there; streamed ones are
-    decoded on the CPU and copied batch by batch. Of these one batch may be decoded ahead (`prepare`).
+    decoded on the CPU and copied batch by batch, those of the next batch ahead of it (`prepare`).
 
     Args:
         data: the images.
@@ -71,7 +71,7 @@ class Feed:
         self._shift = (-mean.double() / std.double()).float().view(-1, 1, 1).to(self.device)
         self._labels = data.labels.to(self.device)
         self._images = data.images.to(self.device) if isinstance(data, TensorImages) else None
-        self._ahead: Reading | None = None
+        self._ahead: list[Reading] = []
         self._memory = _Memory()
 
     def prepare(self, indices: Tensor, step: int | None, positions: Tensor | None = None) -> None:
@@ -79,21 +79,24 @@ class Feed:
 
         Small images are left to `batch`: most of their time is Python's, of which one thread runs at a time. It is
         a hint, and nothing else: without it, or with a wrong one, `batch` gives the same, only later. An image that
-        cannot be read is told by `batch`. The last hint counts.
+        cannot be read is told by `batch`. The last two hints count, so that the next batch may be named before this one
+        is asked for: it is decoded while this one becomes floats.
         """
         if isinstance(self.data, StreamedImages) and self.data.cells.threaded:
-            if self._ahead is not None:
-                self._ahead.drop()
-            numbers = self._window_numbers(len(indices), step, positions)
-            self._ahead = self._reading(_chosen(indices, positions), numbers)
-            self._ahead.start()
+            numbers, rows = self._window_numbers(len(indices), step, positions), _chosen(indices, positions)
+            if any(ahead.gives(rows.tolist(), numbers) for ahead in self._ahead):
+                return
+            for old in self._ahead[:-1]:
+                old.drop()
+            self._ahead = [*self._ahead[-1:], self._reading(rows, numbers)]
+            self._ahead[-1].start()
 
     def forget(self) -> None:
         """Gives up what was prepared, so that nothing is decoded for nobody, and memory kept for the next batch."""
         self._memory = _Memory()
-        if self._ahead is not None:
-            self._ahead.drop()
-            self._ahead = None
+        for ahead in self._ahead:
+            ahead.drop()
+        self._ahead = []
 
     def batch(self, indices: Tensor, step: int | None, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The images at `indices` (b,) int64, on any device, repeats allowed.
@@ -140,10 +143,11 @@ class Feed:
 
     def _read(self, indices: Tensor, numbers: Tensor | None) -> Tensor:
         """uint8 (b, C, H, W) on the CPU, pinned for a GPU, of streamed images: those that were prepared, or others."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead.gives(indices.tolist(), numbers):
-            return ahead.result()
-        if ahead is not None:
+        rows = indices.tolist()
+        while self._ahead:
+            ahead = self._ahead.pop(0)
+            if ahead.gives(rows, numbers):
+                return ahead.result()
             ahead.drop()
         return self._reading(indices, numbers).result()
 

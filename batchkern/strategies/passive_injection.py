@@ -118,9 +118,11 @@ class PassiveInjection(Strategy):
         return Batch(indices, epoch, progress, ends_epoch, rate, inject=self._passive_loss, ahead=ahead)
 
     def _passive_loss(self, step: Step) -> Tensor:
-        images, target = self.feed.batch(step.share.take(step.batch.indices), None)
+        indices = step.share.take(step.batch.indices)
         if (ahead := step.batch.ahead) is not None:
+            self.feed.prepare(indices, None)
             self.feed.prepare(step.run.ranks.share(len(ahead)).take(ahead), None)
+        images, target = self.feed.batch(indices, None)
         model = step.run.model
         with frozen_statistics(model) if self.freeze_bn else nullcontext(), in_place(model, self.head):
             logits = model(images)

@@ -40,36 +40,49 @@ def same(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> bo
 
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Of each batch, whether it was the one that had been prepared."""
+    """Of each batch that is read, whether it had been prepared."""
     found: list[bool] = []
-    gives = decode.Reading.gives
+    read = Feed._read
 
-    def noted(self: Any, *args: Any) -> bool:
-        found.append(gives(self, *args))
-        return found[-1]
+    def noted(self: Feed, indices: torch.Tensor, numbers: torch.Tensor | None) -> torch.Tensor:
+        found.append(any(ahead.gives(indices.tolist(), numbers) for ahead in self._ahead))
+        return read(self, indices, numbers)
 
-    monkeypatch.setattr(decode.Reading, "gives", noted)
+    monkeypatch.setattr(Feed, "_read", noted)
     return found
 
 
 def test_batches_in_order_are_those_of_images_in_memory(streamed: StreamedImages, taken: list[bool]) -> None:
     ours, theirs = feed_of(streamed, "crop+flip"), feed_of(in_memory(streamed), "crop+flip")
     for step, indices in enumerate(ORDERS):
-        batch = ours.batch(indices, step)
         if step + 1 < len(ORDERS):
-            ours.prepare(ORDERS[step + 1], step + 1)
-            theirs.prepare(ORDERS[step + 1], step + 1)
-        assert same(batch, theirs.batch(indices, step))
-    assert taken == [True] * (len(ORDERS) - 1)
-    assert ours._ahead is theirs._ahead is None
+            for each in (ours, theirs):
+                each.prepare(indices, step)  # which it is already, but for the first
+                each.prepare(ORDERS[step + 1], step + 1)
+            assert len(ours._ahead) == 2
+        assert same(ours.batch(indices, step), theirs.batch(indices, step))
+    assert taken == [True] * len(ORDERS)
+    assert ours._ahead == theirs._ahead == []
+
+
+def test_a_batch_is_decoded_once_however_often_it_is_named(streamed: StreamedImages) -> None:
+    ours = feed_of(streamed)
+    ours.prepare(ORDERS[0], None)
+    ours.prepare(ORDERS[1], None)
+    first, second = ours._ahead
+    ours.prepare(ORDERS[0], None)
+    assert ours._ahead == [first, second]
+    ours.prepare(ORDERS[2], None)
+    assert ours._ahead[0] is second
+    assert first._dropped
+    assert not second._dropped
 
 
 def test_what_was_prepared_is_not_decoded_again(streamed: StreamedImages, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, positions = feed_of(streamed), torch.tensor([4, 0, 2])
     expected = ours.batch(ORDERS[0], None, positions)
     ours.prepare(ORDERS[0], None, positions)
-    assert ours._ahead is not None
-    ours._ahead.result()
+    ours._ahead[0].result()
     monkeypatch.setattr(decode.Cells, "images", None)
     assert same(ours.batch(ORDERS[0], None, positions), expected)
 
@@ -79,13 +92,12 @@ def test_a_hint_that_is_not_followed_is_harmless(streamed: StreamedImages, taken
     asked = [(ORDERS[1], None), (ORDERS[0].flip(0), None), (ORDERS[0], torch.tensor([1])), (ORDERS[0][[3, 3]], None)]
     for step, (indices, positions) in enumerate(asked):
         ours.prepare(ORDERS[0], step)
-        wrong = ours._ahead
+        (wrong,) = ours._ahead
         assert same(ours.batch(indices, step, positions), theirs.batch(indices, step, positions))
-        assert wrong is not None
         assert wrong._dropped
-        assert ours._ahead is None
-    ours.prepare(ORDERS[1], 9)
-    ours.prepare(ORDERS[2], 9)  # the last one counts
+        assert not ours._ahead
+    ours.prepare(ORDERS[1], 9)  # which nobody asks for
+    ours.prepare(ORDERS[2], 9)
     assert same(ours.batch(ORDERS[2], 9), theirs.batch(ORDERS[2], 9))
     assert taken == [False] * 4 + [True]
 
@@ -107,9 +119,9 @@ def test_small_images_are_decoded_when_they_are_due(tmp_path: Path) -> None:
     for size, ahead in ((None, False), (8, False), (128, False), (129, True)):
         ours = feed_of(load(path, image_size=size, memory_limit=1))
         ours.prepare(torch.arange(4), None)
-        assert (ours._ahead is not None) == ahead
+        assert bool(ours._ahead) == ahead
         ours.forget()
-        assert ours._ahead is None
+        assert not ours._ahead
 
 
 def test_what_is_given_up_is_not_decoded(streamed: StreamedImages, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,9 +136,8 @@ def test_what_is_given_up_is_not_decoded(streamed: StreamedImages, monkeypatch: 
     monkeypatch.setattr(decode.Cells, "_decode_one", slow)
     ours = feed_of(streamed)
     ours.prepare(torch.arange(21), None)
-    given_up = ours._ahead
+    (given_up,) = ours._ahead
     ours.forget()
-    assert given_up is not None
     for block in given_up._blocks:
         block.result(timeout=20)
     assert len(decoded) < 21
