@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from batchkern.errors import UserError, require
 from batchkern.files import read_file
 from batchkern.models import find_classifier
+from batchkern.rundir import WEIGHTS
 
 PRETRAINED = "pretrained"
 """In place of a file: what timm has for a model of its own."""
-OF_A_RUN = "model.safetensors"
 
 
 def describe_weights(weights: str | os.PathLike[str] | None) -> Any:
@@ -124,9 +124,9 @@ def _file(weights: str | os.PathLike[str]) -> Path:
     path = Path(os.path.expanduser(os.fspath(weights)))
     if not path.is_dir():
         return path
-    if not (path / OF_A_RUN).exists():
-        raise UserError(f"weights: the directory {path} has no {OF_A_RUN}, as a run has that has ended")
-    return path / OF_A_RUN
+    if not (path / WEIGHTS).exists():
+        raise UserError(f"weights: the directory {path} has no {WEIGHTS}, as a run has that has ended")
+    return path / WEIGHTS
 
 
 def _read(path: Path) -> bytes:

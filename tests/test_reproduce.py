@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import commands
 import pytest
@@ -212,11 +213,13 @@ def test_one_set_cannot_stand_for_several(batchkern):
 
 
 def test_other_weights_are_told(batchkern, tiny, planned, tmp_path):
-    status, out, err = batchkern(tiny.name, "--weights", "mine", "--out", "o")
-    assert status == 0, err
-    assert planned[0]["training"]["weights"] == "mine"
-    assert "network    cnn, begins with those of mine\n" in out
-    assert out.count("Comparable with the paper only with random weights: these begin with those of mine.") == 2
+    for file in ("mine", "pretrained"):  # a file of that name, not what timm has
+        status, out, err = batchkern(tiny.name, "--weights", file, "--out", f"{file}-out")
+        assert status == 0, err
+        assert planned[-1]["training"]["weights"] == Path(file)
+        assert f"network    cnn, begins with those of {file}\n" in out
+        said = f"Comparable with the paper only with random weights: these begin with those of {file}."
+        assert out.count(said) == 2
 
 
 def test_rows_of_two_papers_have_a_directory_each(batchkern, planned):

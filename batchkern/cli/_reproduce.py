@@ -99,7 +99,7 @@ def reproduce(
             data=data or recipe.data,
             passive=recipe.passive and (passive or recipe.passive),
             seeds=recipe.seeds if seeds is None else seeds,
-            training=recipe.training if weights is None else replace(recipe.training, weights=str(weights)),
+            training=recipe.training if weights is None else replace(recipe.training, weights=weights),
         )
         for recipe in chosen
     )
@@ -183,7 +183,7 @@ def _other_data(published: Sequence[Recipe], groups: Sequence[Sequence[Recipe]])
 def _beginning(recipe: Recipe) -> str:
     """What its networks begin with."""
     weights = recipe.training.weights
-    names = {None: "random weights", PRETRAINED: "the weights that timm has"}
+    names: dict[object, str] = {None: "random weights", PRETRAINED: "the weights that timm has"}
     return names.get(weights, f"those of {weights}")
 
 

@@ -51,7 +51,7 @@ class Training:
     optimizer: str = "sgd"
     schedule: str | RateSchedule = "constant"
     augment: str = "none"
-    weights: str | None = None
+    weights: str | Path | None = None
     drop_last: bool = False
 
 
