@@ -602,17 +602,6 @@ WRAPPERS = [
             "torch.full((size,), math.inf,",
             "torch.full((size,), -math.inf,",
         ),
-        ("a saved ledger goes on changing", '{"losses": self.losses.clone()}', '{"losses": self.losses}'),
-    ),
-    *within(
-        "wrappers",
-        "batchkern/ops/trimmed_mean.py",
-        ("tests/ops/test_trimmed_mean.py", *UNCOMPILED),
-        (
-            "masked rows of a group are ranked",
-            "whole.valid, None, None, *band)",
-            "None, None, None, *band)",
-        ),
     ),
     *within(
         "wrappers",
@@ -842,14 +831,37 @@ STRATEGIES = [
         ("tests/strategies/test_hard_batches.py",),
         ("a smaller batch is ranked by its sum", "losses.mean()", "losses.sum()"),
         (
+            "a batch's loss is recorded under the number of the update",
+            "self.rounds.record(step.batch.number, ",
+            "self.rounds.record(step.update % len(self.rounds.ledger), ",
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/parts/rounds.py",
+        ("tests/strategies/test_hard_batches.py",),
+        (
             "both orders are that of the losses",
             'return chosen if self.order == "loss" else sorted(chosen)',
             "return chosen",
         ),
+        ("a saved ledger goes on changing", "losses.clone() for", "losses for"),
+    ),
+    *within(
+        "parts",
+        "batchkern/parts/samplers.py",
+        ("tests/parts/test_samplers.py",),
+        ("a round is planned before its losses", "replay.place == len(replay.order)", "False"),
+        ("a pass ends with a round", "if sampler.epoch_over:\n", "if True:\n"),
+        ("what was read ahead counts as done", '"place": self._finished if self._unfinished else', '"place":'),
+        ("a pass left early loses what was read ahead", "self._go_to(self._finished)  #", "pass  #"),
+        ("losses nobody recorded go unnoticed", "if self._drained and not self.in_flight:", "if False:"),
+        ("a state without its losses is taken", 'if state["unfinished"]:', "if False:"),
+        ("ranks do not weigh their rows", "mean = mean * (rows / len(batch.indices))", "mean = mean / self.world"),
         (
-            "a batch's loss is recorded under the number of the update",
-            "self.ledger.update(step.batch.number, ",
-            "self.ledger.update(step.update % len(self.ledger), ",
+            "all ranks have the same rows",
+            "tensor_split(self.world)[self.rank].tolist()",
+            "tensor_split(self.world)[0].tolist()",
         ),
     ),
     *within(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from batchkern import _backend, reference
 from batchkern.ops import _checks as check
@@ -49,8 +48,10 @@ if _backend.extension is not None:
         return losses.new_empty(k, dtype=torch.int64)
 
 
-class BatchLedger:
+class BatchLedger(nn.Module):
     """The last known loss of each of N batches, kept on the device.
+
+    A module whose one buffer, ``losses``, goes where the module goes and is saved with it.
 
     Args:
         size: N.
@@ -59,9 +60,12 @@ class BatchLedger:
     A batch that has never been seen ranks above every finite loss.
     """
 
+    losses: Tensor
+
     def __init__(self, size: int, device: torch.device | str | None = None) -> None:
+        super().__init__()
         check.count("size", size, low=1)
-        self.losses = torch.full((size,), math.inf, dtype=torch.float32, device=device)
+        self.register_buffer("losses", torch.full((size,), math.inf, dtype=torch.float32, device=device))
 
     def __len__(self) -> int:
         return len(self.losses)
@@ -81,12 +85,3 @@ class BatchLedger:
     def rank(self, fraction: float) -> Tensor:
         """:func:`rank_batches` of the recorded losses."""
         return rank_batches(self.losses, fraction)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"losses": self.losses.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        losses = state["losses"]
-        if losses.shape != self.losses.shape:
-            raise ValueError(f"state has {len(losses)} batches; this ledger has {len(self)}")
-        self.losses.copy_(losses)

@@ -3,27 +3,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from batchkern.errors import UserError
-from batchkern.ops import BatchLedger
-from batchkern.plan import Batch, EpochBatches, Replay
+from batchkern.parts.rounds import HardRounds, check_delta, check_order
+from batchkern.plan import Batch, EpochBatches
 from batchkern.strategies.base import Run, Step, Strategy
-
-
-def check_delta(delta: float) -> None:
-    if not 0 < delta <= 1:
-        raise UserError(f"delta must be in (0, 1], got {delta}")
-
-
-def check_delta_of(delta: float, batches: int) -> None:
-    if math.floor(delta * batches) < 1:
-        raise UserError(f"delta={delta} selects none of {batches} batches; it must be at least {1 / batches:.4g}")
 
 
 @dataclass
@@ -44,34 +32,26 @@ class HardBatches(Strategy):
 
     delta: float = 0.2
     order: Literal["loss", "index"] = "loss"
-    ledger: BatchLedger = field(init=False, repr=False)
-    replay: Replay = field(init=False, repr=False)
+    rounds: HardRounds = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_delta(self.delta)
-        if self.order not in ("loss", "index"):
-            raise UserError(f"order must be loss or index, got {self.order!r}")
+        check_order(self.order)
 
     def setup(self, run: Run) -> None:
-        check_delta_of(self.delta, run.batches_per_epoch)
-        self.ledger = BatchLedger(run.batches_per_epoch, device=run.device)
-        self.replay, self.epochs = Replay(), run.epochs
+        self.rounds = HardRounds(run.batches_per_epoch, self.delta, self.order, run.device)
+        self.epochs = run.epochs
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
-        return self.replay.plan(batches, self._hardest)
-
-    def _hardest(self, round: int) -> list[int]:
-        chosen: list[int] = self.ledger.rank(self.delta).tolist()
-        return chosen if self.order == "loss" else sorted(chosen)
+        return self.rounds.plan(batches)
 
     def observe(self, step: Step, losses: Tensor) -> None:
         if step.batch.number is not None:
-            self.ledger.update(step.batch.number, losses.mean())
+            self.rounds.record(step.batch.number, losses.mean())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ledger": self.ledger.state_dict(), "replay": self.replay.state_dict()}
+        return self.rounds.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.ledger.load_state_dict(state["ledger"])
-        self.replay.load_state_dict(state["replay"], len(self.ledger), self.epochs)
+        self.rounds.load_state_dict(state, self.epochs)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from batchkern.errors import UserError
-from batchkern.plan import Batch, EpochBatches, Replay
+from batchkern.parts.rounds import RandomRounds, check_delta
+from batchkern.plan import Batch, EpochBatches
 from batchkern.schedules import linear
 from batchkern.seeding import generator
 from batchkern.strategies.base import Run, Step, Strategy, selected_mean
-from batchkern.strategies.hard_batches import check_delta, check_delta_of
 from batchkern.strategies.trimming import check_keep, kept_rows
 
 
@@ -39,7 +39,7 @@ class RandomSelection(Strategy):
     end: float = 0.2
     delta: float = 0.2
     backward: Literal["masked", "compact"] = "masked"
-    replay: Replay = field(init=False, repr=False)
+    rounds: RandomRounds | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,17 +53,10 @@ class RandomSelection(Strategy):
 
     def setup(self, run: Run) -> None:
         self.seed, self.epochs = run.seed, run.epochs
-        self.replay = Replay()
-        self.batches = run.batches_per_epoch
-        if self.select == "batches":
-            check_delta_of(self.delta, self.batches)
+        self.rounds = RandomRounds(run.batches_per_epoch, self.delta, run.seed) if self.select == "batches" else None
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
-        return upstream if self.select == "rows" else self.replay.plan(batches, self._random_batches)
-
-    def _random_batches(self, round: int) -> list[int]:
-        order = torch.randperm(self.batches, generator=generator(self.seed, "random batches", round))
-        return order[: int(self.delta * self.batches)].tolist()
+        return upstream if self.rounds is None else self.rounds.plan(batches)
 
     def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
         if self.select == "batches" or self.backward == "masked":
@@ -90,7 +83,8 @@ class RandomSelection(Strategy):
         return self._choose(step, len(losses)).to(losses.device)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"replay": self.replay.state_dict()}
+        return {} if self.rounds is None else self.rounds.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.replay.load_state_dict(state["replay"], self.batches, self.epochs)
+        if self.rounds is not None:
+            self.rounds.load_state_dict(state, self.epochs)

@@ -146,7 +146,7 @@ def test_the_ledger_holds_the_last_loss_of_each_batch():
         loss = F.cross_entropy(model(inputs[rows]), labels[rows])
         expected[number] = loss.item()
         descend(optimizer, loss)
-    assert strategy.ledger.losses.tolist() == pytest.approx([expected[n] for n in range(13)], abs=1e-5)
+    assert strategy.rounds.ledger.losses.tolist() == pytest.approx([expected[n] for n in range(13)], abs=1e-5)
 
 
 def test_only_the_batches_needed_are_loaded():
@@ -162,7 +162,7 @@ def test_trimming_beside_it_leaves_the_untrimmed_loss_in_the_ledger():
     plain, trimmed = HardBatches(1.0), HardBatches(1.0)
     hard_run(plain, epochs=1, lr=1e-12).fit()
     hard_run(trimmed, Trimming(0.3, 0.3), epochs=1, lr=1e-12).fit()
-    assert torch.allclose(plain.ledger.losses, trimmed.ledger.losses, atol=1e-6)
+    assert torch.allclose(plain.rounds.ledger.losses, trimmed.rounds.ledger.losses, atol=1e-6)
 
 
 # --- the plan alone, with made-up losses ----------------------------------------------------------------------------
@@ -216,8 +216,8 @@ def test_updates_for_many_shapes_of_training(kind):
 def test_equal_losses_are_replayed_by_lower_index():
     strategy, run = HardBatches(0.5), fake_run(rows=8, batch_size=1, epochs=2)
     strategy.setup(run)
-    strategy.ledger.update(torch.arange(8), torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 0.0, 0.0]))
-    assert strategy._hardest(0) == [1, 3, 5, 0]
+    strategy.rounds.ledger.update(torch.arange(8), torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 0.0, 0.0]))
+    assert strategy.rounds._hardest(0) == [1, 3, 5, 0]
 
 
 @pytest.mark.parametrize(

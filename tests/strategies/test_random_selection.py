@@ -129,7 +129,7 @@ def test_every_row_is_kept_equally_often():
 def test_every_batch_is_replayed_equally_often():
     strategy, run = RandomSelection("batches", delta=0.25), fake_run(rows=80, batch_size=4)
     strategy.setup(run)
-    rounds = [strategy._random_batches(r) for r in range(2000)]
+    rounds = [strategy.rounds._random(r) for r in range(2000)]
     assert all(len(set(r)) == 5 for r in rounds)
     first = collections.Counter(r[0] for r in rounds)
     anywhere = collections.Counter(n for r in rounds for n in r)

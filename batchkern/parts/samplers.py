@@ -1,0 +1,334 @@
+"""Batch samplers for ``DataLoader(batch_sampler=...)`` whose pass is an epoch, and a loader that keeps it one."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from batchkern.errors import UserError, whole
+from batchkern.parts.rounds import HardRounds, RandomRounds
+from batchkern.plan import Batch, EpochBatches
+from batchkern.seeding import derived_seed
+
+ENDLESS = 2**40
+"""Epochs of a sampler that need not know how many there will be."""
+
+
+class PlannedBatches(Sampler[list[int]]):
+    """Batches by a plan, an epoch a pass. A pass that is left early goes on in the next one.
+
+    Args:
+        rows: of the data set.
+        batch_size: rows of a batch, of all ranks together.
+        seed: of the order; a ``Trainer`` with the same seed has the same batches.
+        drop_last: leave out the last batch of an epoch where it is smaller.
+        group: a process group whose ranks share each batch: each is given a contiguous part of it. Where the parts
+            are not equally large (they differ by one row at most), a loss that takes ``group`` weighs them rightly.
+
+    Raises:
+        UserError: an argument is out of its range.
+    """
+
+    records = False
+    """A batch is finished when its loss is recorded, not when it is delivered."""
+
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        drop_last: bool = False,
+        group: dist.ProcessGroup | None = None,
+        epochs: int = ENDLESS,
+    ) -> None:
+        for name, value in (("rows", rows), ("batch_size", batch_size), ("epochs", epochs)):
+            if (whole(value) or 0) < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, got {value!r}")
+        self.group = group
+        self.world = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        if min(rows, batch_size) < self.world:
+            raise UserError(
+                f"rows and batch_size must be at least {self.world}, one for each rank, got {rows} and {batch_size}"
+            )
+        self.batches = EpochBatches(rows, batch_size, epochs, derived_seed(seed, "order"), self.world, drop_last)
+        self.by_rounds = False
+        """:class:`WholeEpochs` reads: a pass may stop at the end of a round, and it says which batches it delivered."""
+        self.in_flight = 0
+        """Batches that a loader was given and has not delivered yet, while :class:`WholeEpochs` reads."""
+        self.epoch_over = False
+        """What was handed out last ends an epoch."""
+        self._drained = False
+        """Nothing more of the pass follows."""
+        self._unfinished: deque[tuple[Batch, dict[str, Any]]] = deque()
+        """Handed out and not finished, each with the place behind it."""
+        self._finished: dict[str, Any] = {}
+        """The place behind the last batch that is finished, where others are not."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self._unfinished:
+            if self._drained and not self.in_flight:
+                raise RuntimeError(self._too_early())
+            self._go_to(self._finished)  # a pass was left early: what it did not finish is handed out again
+        self._unfinished.clear()
+        self._drained, self.in_flight = False, 0
+        stream = self._stream()
+        while True:
+            if self._unfinished and self._needs_losses():
+                if not self.by_rounds:
+                    raise RuntimeError(self._too_early())
+                self._drained = True
+                return
+            before = self._place()
+            batch = next(stream, None)
+            if batch is None:
+                return
+            if self.by_rounds or self.records:
+                if not self._unfinished:
+                    self._finished = before
+                self._unfinished.append((batch, self._place()))
+                self.in_flight += self.by_rounds
+            self.epoch_over = self._drained = batch.ends_epoch
+            yield batch.indices.tensor_split(self.world)[self.rank].tolist()
+            if batch.ends_epoch:
+                return
+
+    @property
+    def epoch(self) -> int:
+        """How many epochs are finished."""
+        return self._epoch_of(self._finished if self._unfinished else self._place())
+
+    def delivered(self) -> None:
+        """The loader has delivered one more batch. For :class:`WholeEpochs`."""
+        self.in_flight -= 1
+        if not self.records:
+            self._finish()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the last batch that was handed out, as torchdata's ``StatefulDataLoader`` asks for it. Where
+        a loader reads ahead it is not in training yet: save the state of :class:`WholeEpochs`, or of that loader."""
+        return {"place": self._place(), "unfinished": len(self._unfinished)}
+
+    def finished_state(self) -> dict[str, Any]:
+        """The place behind the last batch that is finished."""
+        return {"place": self._finished if self._unfinished else self._place(), "unfinished": 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a state.
+
+        Raises:
+            ValueError: it is not of such a sampler, or losses were missing when it was saved.
+        """
+        if state["unfinished"]:
+            raise ValueError(
+                f"the state was saved before the losses of {state['unfinished']} batches were recorded: save it after "
+                "record(), or where a loader reads ahead save that of WholeEpochs(loader)"
+            )
+        self._unfinished.clear()
+        self._go_to(state["place"])
+
+    def _finish(self) -> Batch:
+        """The oldest batch that is not finished is."""
+        batch, self._finished = self._unfinished.popleft()
+        return batch
+
+    def _too_early(self) -> str:
+        return (
+            f"the next round of batches was asked for before the losses of {len(self._unfinished)} were recorded: call "
+            "record(losses) once for each batch, and where workers or accelerate read ahead, or several batches are "
+            "taken at once, iterate over WholeEpochs(loader) in place of the loader"
+        )
+
+    # --- what the samplers differ in ---------------------------------------------------------------------------
+
+    def _stream(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def _needs_losses(self) -> bool:
+        """The next batch cannot be chosen before all losses are recorded."""
+        return False
+
+    def _place(self) -> dict[str, Any]:
+        return self.batches.state_dict()
+
+    def _go_to(self, place: dict[str, Any]) -> None:
+        self.batches.load_state_dict(place)
+
+    def _epoch_of(self, place: dict[str, Any]) -> int:
+        return int(place["taken"]) // self.batches.per_epoch
+
+
+class EpochBatchSampler(PlannedBatches):
+    """Each epoch a fresh permutation of all rows, cut into batches: the baseline.
+
+    Args:
+        rows, batch_size, seed, drop_last, group: as :class:`PlannedBatches`.
+    """
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.batches.per_epoch
+
+
+class _RoundSampler(EpochBatchSampler):
+    """Rounds over the batches of the first epoch."""
+
+    rounds: HardRounds | RandomRounds
+
+    def _stream(self) -> Iterator[Batch]:
+        return self.rounds.plan(self.batches)
+
+    def _place(self) -> dict[str, Any]:
+        return self.rounds.replay.state_dict()
+
+    def _go_to(self, place: dict[str, Any]) -> None:
+        self.rounds.replay.load_state_dict(place, self.batches.per_epoch, self.batches.epochs)
+
+    def _epoch_of(self, place: dict[str, Any]) -> int:
+        return int(place["updates"]) // self.batches.per_epoch
+
+
+class RandomBatchSampler(_RoundSampler):
+    """The control of :class:`HardBatchSampler`: rounds of floor(delta * N) random batches.
+
+    Args:
+        rows, batch_size, seed, drop_last, group: as :class:`PlannedBatches`.
+        delta: fraction of the batches in a round, in (0, 1].
+    """
+
+    def __init__(self, rows: int, batch_size: int, *, delta: float = 0.2, seed: int = 0, **options: Any) -> None:
+        super().__init__(rows, batch_size, seed=seed, **options)
+        self.rounds = RandomRounds(len(self), delta, seed)
+
+
+class HardBatchSampler(_RoundSampler):
+    """N fixed batches: one epoch over all of them, then rounds over those whose last loss is highest.
+
+    Call :meth:`record` once for each batch, in their order. A round of floor(delta * N) batches is chosen when the
+    losses of all batches before it are recorded. A loader that reads ahead asks earlier, which is an error, unless
+    :class:`WholeEpochs` reads it. A pass is N batches, an epoch in the paper's count of updates (eq. 4).
+
+        sampler = HardBatchSampler(len(dataset), 50, delta=0.2)
+        for x, y in WholeEpochs(DataLoader(dataset, batch_sampler=sampler, num_workers=2)):
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            ...  # the update
+            sampler.record(losses)
+
+    Args:
+        rows, batch_size, seed, drop_last, group: as :class:`PlannedBatches`.
+        delta: fraction of the batches in a round, in (0, 1].
+        order: ``"loss"``: the highest first (Algorithm 2). ``"index"``: as in the first epoch, which is what the
+            official code does.
+
+    Source: S. Sahayam, J. Zakkam, U. Jayaraman, "Can we learn better with hard samples?", 2023, Algorithm 2.
+    """
+
+    records = True
+    rounds: HardRounds
+
+    def __init__(self, rows: int, batch_size: int, *, delta: float = 0.2, order: str = "loss", **options: Any) -> None:
+        super().__init__(rows, batch_size, **options)
+        self.rounds = HardRounds(len(self), delta, order)
+
+    def record(self, losses: Tensor | float) -> None:
+        """Of the oldest batch that has none yet: a loss for each of this rank's rows ``(b,)``, or their mean.
+
+        Raises:
+            RuntimeError: no batch is waiting for its loss.
+            ValueError: another number of losses than the batch has rows.
+        """
+        if not self._unfinished:
+            raise RuntimeError("record(losses) was called, but no batch is waiting for its loss")
+        batch = self._unfinished[0][0]
+        losses = torch.as_tensor(losses, dtype=torch.float32).detach()
+        rows = len(batch.indices.tensor_split(self.world)[self.rank])
+        if losses.dim() and losses.shape != (rows,):
+            raise ValueError(f"losses must be of shape ({rows},), one for each row, or (), got {tuple(losses.shape)}")
+        mean = losses.mean()
+        if self.group is not None:
+            mean = mean * (rows / len(batch.indices))
+            dist.all_reduce(mean, group=self.group)
+        if self.rounds.ledger.losses.device != mean.device:
+            self.rounds.ledger.to(mean.device)
+        assert batch.number is not None
+        self.rounds.record(batch.number, mean)
+        self._finish()
+
+    def _needs_losses(self) -> bool:
+        replay = self.rounds.replay
+        return replay.updates >= len(self) and replay.place == len(replay.order)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | self._losses()
+
+    def finished_state(self) -> dict[str, Any]:
+        return super().finished_state() | self._losses()
+
+    def _losses(self) -> dict[str, Any]:
+        return {"losses": self.rounds.ledger.losses.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.rounds.ledger.load_state_dict({"losses": state["losses"]})
+
+
+class WholeEpochs:
+    """A loader a pass over which is an epoch of its sampler, however far it reads ahead.
+
+    Of a :class:`HardBatchSampler` it takes the batches of a round from the loader, waits until their losses are
+    recorded, and goes on with the next round. Any number of workers, and a loader that ``accelerator.prepare`` made,
+    can be read so; ``persistent_workers=True`` keeps workers from round to round. Its state is the place behind the
+    last batch that it delivered (of a HardBatchSampler: whose loss was recorded), whatever was read ahead.
+
+    Args:
+        loader: a ``DataLoader`` whose ``batch_sampler`` is one of this module.
+
+    Raises:
+        UserError: it has another one, or delivers batches out of order.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        sampler = getattr(loader, "batch_sampler", None)
+        if not isinstance(sampler, PlannedBatches):
+            if isinstance(getattr(sampler, "batch_sampler", None), PlannedBatches):
+                what = "not one within another: give the sampler the ranks' group and do not prepare the loader"
+            else:
+                what = f"such as HardBatchSampler, got {type(sampler).__name__}"
+            raise UserError(f"loader must have a batch_sampler of batchkern.parts, {what}")
+        if not getattr(loader, "in_order", True):
+            raise UserError("loader must deliver batches in order, got in_order=False")
+        self.loader = loader
+        self.batch_sampler = sampler
+
+    def __iter__(self) -> Iterator[Any]:
+        sampler = self.batch_sampler
+        sampler.by_rounds = True
+        try:
+            while True:
+                for batch in self.loader:
+                    sampler.delivered()
+                    yield batch
+                if sampler.epoch_over:
+                    return
+        finally:
+            sampler.by_rounds = False
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)  # type: ignore[arg-type]
+
+    @property
+    def dataset(self) -> Any:
+        return self.loader.dataset
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.batch_sampler.finished_state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.batch_sampler.load_state_dict(state)
