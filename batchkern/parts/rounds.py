@@ -60,8 +60,7 @@ class HardRounds:
         self.ledger.update(number, loss)
 
     def state_dict(self) -> dict[str, Any]:
-        ledger = {name: losses.clone() for name, losses in self.ledger.state_dict().items()}
-        return {"ledger": ledger, "replay": self.replay.state_dict()}
+        return {"ledger": self.ledger.state_dict(), "replay": self.replay.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], epochs: int) -> None:
         self.ledger.load_state_dict(state["ledger"])
