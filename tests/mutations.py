@@ -845,7 +845,6 @@ STRATEGIES = [
             'return chosen if self.order == "loss" else sorted(chosen)',
             "return chosen",
         ),
-        ("a saved ledger goes on changing", "losses.clone() for", "losses for"),
     ),
     *within(
         "parts",
@@ -857,6 +856,7 @@ STRATEGIES = [
         ("a pass left early loses what was read ahead", "self._go_to(self._finished)  #", "pass  #"),
         ("losses nobody recorded go unnoticed", "if self._drained and not self.in_flight:", "if False:"),
         ("a state without its losses is taken", 'if state["unfinished"]:', "if False:"),
+        ("a saved ledger goes on changing", "self.rounds.ledger.losses.clone()", "self.rounds.ledger.losses"),
         ("ranks do not weigh their rows", "mean = mean * (rows / len(batch.indices))", "mean = mean / self.world"),
         (
             "all ranks have the same rows",
