@@ -278,9 +278,11 @@ def test_ranks_share_each_batch_and_know_the_loss_of_all(monkeypatch: pytest.Mon
             reference.record(losses)
             added: list[float] = []
 
-            def all_reduce(x: torch.Tensor, group: str, added: list[float] = added, mean: Any = losses.mean()) -> None:
+            def all_reduce(
+                x: torch.Tensor, group: str, added: list[float] = added, losses: torch.Tensor = losses
+            ) -> None:
                 added.append(float(x))
-                x.copy_(mean)
+                x.copy_(losses.mean())
 
             monkeypatch.setattr(dist, "all_reduce", all_reduce)
             for sampler, share in zip(samplers, losses.split([len(part) for part in parts]), strict=True):
