@@ -866,9 +866,9 @@ STRATEGIES = [
     ),
     *within(
         "strategies",
-        "batchkern/strategies/stepwise.py",
+        "batchkern/parts/subsets.py",
         ("tests/strategies/test_stepwise.py",),
-        ("the rate of the steps in between", "1 / (10 * n)", "1 / 10 * n"),
+        ("the rate of the steps in between", "1 / (10 * self.steps)", "1 / 10 * self.steps"),
         (
             "a step begins an epoch late",
             "bisect.bisect_right(self.bounds, epoch)",
@@ -1279,7 +1279,7 @@ TRAINING = [
     ),
     *within(
         "training",
-        "batchkern/strategies/stepwise.py",
+        "batchkern/parts/subsets.py",
         ("tests/test_trainer.py", "-k", "decoded_ahead"),
         (
             "an epoch names its own first batch",

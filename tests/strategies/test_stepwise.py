@@ -257,11 +257,11 @@ def test_the_samples_cost_the_mean_fraction(fractions, multiples, cost):
 def test_decay_within_a_step():
     """The paper: 20 epochs a step, times gamma at epoch 10."""
     strategy = Stepwise()
-    rates = [strategy.rate(0, epoch, 20, 12) for epoch in range(20)]
+    rates = [strategy.rule.of(0, epoch, 20, 12, 12) for epoch in range(20)]
     assert rates == [1.0] * 10 + [0.1] * 10
-    rates = [strategy.rate(2, epoch, 20, 48) for epoch in range(20)]
+    rates = [strategy.rule.of(2, epoch, 20, 48, 12) for epoch in range(20)]
     assert rates == pytest.approx([1 / 50] * 10 + [0.1 / 50] * 10)
-    assert [strategy.rate(4, epoch, 1, 12) for epoch in range(1)] == [1.0]
+    assert [strategy.rule.of(4, epoch, 1, 12, 12) for epoch in range(1)] == [1.0]
 
 
 def test_decay_is_not_late_by_rounding():
@@ -272,7 +272,9 @@ def test_decay_is_not_late_by_rounding():
             if hundredths * epochs % 100 or hundredths * epochs < 100:
                 continue
             period = hundredths * epochs // 100
-            decays = [round(-torch.tensor(strategy.rate(0, e, epochs, 1)).log2().item()) for e in (period - 1, period)]
+            decays = [
+                round(-torch.tensor(strategy.rule.of(0, e, epochs, 1, 1)).log2().item()) for e in (period - 1, period)
+            ]
             assert decays == [0, 1] or period == epochs, (hundredths, epochs)
 
 
