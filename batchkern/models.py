@@ -329,6 +329,10 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+class AttachedHead(nn.ModuleDict):
+    """Layers that ``batchkern.parts.SecondHead`` has attached to a model, and that are not the model's own."""
+
+
 def find_classifier(model: nn.Module, name: str | None = None) -> tuple[str, nn.Linear]:
     """The layer that turns features into logits: its name in `model.named_modules()`, and the module.
 
@@ -340,7 +344,10 @@ def find_classifier(model: nn.Module, name: str | None = None) -> tuple[str, nn.
         UserError: no such module, or it is not an `nn.Linear`; the sentence lists those that are.
     """
     modules = dict(model.named_modules())
-    linear = {key: module for key, module in modules.items() if isinstance(module, nn.Linear)}
+    attached = tuple(f"{key}." for key, module in modules.items() if isinstance(module, AttachedHead))
+    linear = {
+        k: module for k, module in modules.items() if isinstance(module, nn.Linear) and not k.startswith(attached)
+    }
     listed = f"its Linear modules are {', '.join(linear)}" if linear else "it has no Linear module"
     if name is not None:
         if name in linear:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,18 +15,21 @@ from torch.nn.modules.conv import _ConvNd
 from batchkern.errors import UserError
 from batchkern.models import find_classifier
 
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]
+
 CONVOLUTIONS = "convolutions"
 ALL_BUT_THE_CLASSIFIER = "all but the classifier"
 
 
 def second_head(
-    model: nn.Module, classes: int, images: Tensor, *, shared: str = CONVOLUTIONS, classifier: str | None = None
+    model: nn.Module, classes: int, example: Inputs, *, shared: str = CONVOLUTIONS, classifier: str | None = None
 ) -> nn.ModuleDict:
     """Copies of the layers that run behind the trunk. The copy of the classifier is new, with logits for ``classes``.
 
     Args:
-        model: images (B, C, H, W) -> logits. It is not changed.
-        images: a batch that the model can take. It runs once, to see which layer runs behind which.
+        model: inputs -> logits ``(..., classes)``, or an output that has ``logits``. It is not changed.
+        example: inputs that the model can take, a tensor, or a tuple or a dict of arguments. It runs once, to see which
+            layer runs behind which.
         shared: what the trunk is.
             - ``"convolutions"``: all up to the last convolution, and up to the first linear layer behind it; of a model
               of timm, all that its ``forward_head`` does not run; without convolutions all but the classifier;
@@ -38,7 +41,7 @@ def second_head(
         UserError: there is no such module, or the model cannot be cut there.
     """
     last, _ = find_classifier(model, classifier)
-    begun, ended, head_begins = _order(model, images)
+    begun, ended, head_begins = _order(model, example)
     if last not in begun:
         raise UserError(f"the classifier {last!r} does not run; name the model's last linear layer")
     cut = _cut(model, shared, last, begun, ended, head_begins)
@@ -54,9 +57,25 @@ def second_head(
         raise UserError(f"shared is {shared!r}, but the classifier {last!r} is a part of that; name a module before it")
     old = head[_key(last)]
     assert isinstance(old, nn.Linear)
-    head[_key(last)] = nn.Linear(old.in_features, classes, old.bias is not None, old.weight.device, old.weight.dtype)
-    _check_logits(model, head, images, classes)
+    head[_key(last)] = _like(old, classes)
+    _check_logits(model, head, example, classes)
     return head
+
+
+def second_classifier(model: nn.Module, classes: int, *, classifier: str | None = None) -> nn.ModuleDict:
+    """As :func:`second_head` with ``"all but the classifier"``, which no example is needed for."""
+    name, old = find_classifier(model, classifier)
+    return nn.ModuleDict({_key(name): _like(old, classes)})
+
+
+def _like(old: nn.Linear, classes: int) -> nn.Linear:
+    return nn.Linear(old.in_features, classes, old.bias is not None, old.weight.device, old.weight.dtype)
+
+
+def _run(model: nn.Module, example: Inputs) -> Any:
+    if isinstance(example, Tensor):
+        return model(example)
+    return model(**example) if isinstance(example, Mapping) else model(*example)
 
 
 @contextlib.contextmanager
@@ -88,7 +107,7 @@ def _name(key: str) -> str:
 
 
 @torch.no_grad()
-def _order(model: nn.Module, images: Tensor) -> tuple[dict[str, list[int]], dict[str, list[int]], int | None]:
+def _order(model: nn.Module, example: Inputs) -> tuple[dict[str, list[int]], dict[str, list[int]], int | None]:
     """When each module begins and ends, in moments counted from 0; and when timm's ``forward_head`` begins."""
     begun: dict[str, list[int]] = {}
     ended: dict[str, list[int]] = {}
@@ -112,7 +131,7 @@ def _order(model: nn.Module, images: Tensor) -> tuple[dict[str, list[int]], dict
     training = model.training
     model.eval()
     try:
-        model(images)
+        _run(model, example)
     finally:
         model.train(training)
         if watched:
@@ -150,18 +169,19 @@ def _cut(
     return min((moment for moment in linear if moment > max(convolutions)), default=max(convolutions))
 
 
-def _check_logits(model: nn.Module, head: nn.ModuleDict, images: Tensor, classes: int) -> None:
+def _check_logits(model: nn.Module, head: nn.ModuleDict, example: Inputs, classes: int) -> None:
     training = model.training
     try:
         with torch.no_grad(), in_place(model, head):
             model.eval()
-            shape = tuple(model(images).shape)
+            output = _run(model, example)
+            shape = tuple(getattr(output, "logits", output).shape)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the model cannot have a second head: {str(error).splitlines()[0]}") from error
     finally:
         model.train(training)
         head.train()
-    if shape != (len(images), classes):
+    if shape[-1] != classes:
         raise UserError(
             f"a second head for {classes} classes gives logits of shape {shape}: is its classifier the last?"
         )

@@ -14,6 +14,7 @@ from training import images, single_thread
 
 from batchkern.errors import UserError
 from batchkern.models import build, find_classifier
+from batchkern.parts.virtual_samples import DENSE_LIMIT
 from batchkern.recipes import (
     LEFT_OUT,
     RECIPES,
@@ -28,7 +29,6 @@ from batchkern.recipes import (
 )
 from batchkern.recipes.base import EPOCHS, MEDIAN, TOP5, TRAINING
 from batchkern.strategies import parse
-from batchkern.strategies.stochastic_augmentation import DENSE_LIMIT
 from batchkern.trainer import Trainer
 
 one_thread = single_thread()

@@ -16,6 +16,7 @@ from batchkern.data import ImageData
 from batchkern.distributed import Ranks, Share
 from batchkern.errors import UserError
 from batchkern.ops import cross_entropy, trimmed_cross_entropy, trimmed_mean
+from batchkern.parts.virtual_samples import stacked
 from batchkern.plan import Batch, EpochBatches, count_batches
 
 
@@ -89,25 +90,10 @@ def run_with_virtual(
     model: nn.Module, layer: nn.Module, virtual: Callable[[Tensor], Tensor], images: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Runs ``model`` with the input of ``layer`` replaced by ``virtual(input)``; raw and virtual logits."""
-    calls = 0
-
-    def stack(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal calls
-        calls += 1
-        if not args or not isinstance(args[0], Tensor):
-            raise UserError("virtual samples need a layer whose first argument, not a keyword, is a tensor")
-        return (virtual(args[0]), *args[1:])
-
-    handle = layer.register_forward_pre_hook(stack)
-    try:
-        logits = model(images)
-    finally:
-        handle.remove()
-    if calls != 1:
-        raise UserError(f"virtual samples need a layer that runs once in a forward pass; this one ran {calls} times")
-    if len(logits) == len(images):
-        raise UserError("virtual samples need a layer that the logits depend on")
-    return logits[: len(images)], logits[len(images) :]
+    with stacked(layer, model, virtual) as stack:
+        model(images)
+    assert stack.logits is not None
+    return stack.logits
 
 
 Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -136,6 +122,12 @@ class Strategy:
     name: ClassVar[str]
     owns: frozenset[str] = frozenset()
     """What at most one strategy of a run may decide: ``"the batch plan"``, ``"the loss"``, ..."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} is no function: it is given to batchkern.trainer.Trainer as one of its strategies; "
+            "what it is made of, for a loop of your own, is in batchkern.parts"
+        )
 
     def __post_init__(self) -> None:
         """Numbers and flags are of the kind that their annotation says; those of NumPy become Python's."""

@@ -5,24 +5,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from batchkern.basis import KINDS, Basis, BasisKind, random_basis
-from batchkern.distributed import Share
+from batchkern.basis import BasisKind
 from batchkern.errors import UserError
 from batchkern.models import find_classifier
-from batchkern.ops import augment_latent, cross_entropy, soft_label_kl
+from batchkern.ops import cross_entropy, soft_label_kl
+from batchkern.parts.virtual_samples import LatentNoise, check_eta, check_omega, coin, majority
 from batchkern.plan import saved_number
-from batchkern.schedules import bernoulli, linear
+from batchkern.schedules import linear
 from batchkern.seeding import derived_seed, generator
 from batchkern.strategies.base import Perturbation, Run, Step, Strategy, run_with_virtual
-
-DENSE_LIMIT = 8192
-"""Widest latent space for which a dense Q x Q basis is formed (256 MiB)."""
 
 
 @dataclass
@@ -40,11 +37,9 @@ class StochasticAugmentation(Strategy):
         omega: in [0, pi / 2]; pi / 3 augments every second iteration on average.
         omega_end: that of the last epoch, linear in between; default: it stays (section 3.2 names a changing
             probability as the more delicate case).
-        gaussian, dropout: copies of each kind; together M, at least 1.
         eta: weight of the penalty, at least 0; the paper's search found 0.01 and 0.1.
-        sigma, tau: standard deviation and clip of the noise, in the units of the layer's input; not in the paper.
-        drop_prob: of the dropout copies, in [0, 1).
-        basis: ``"normalized"`` (the paper's), ``"orthogonal"``, ``"hadamard"`` (no Q x Q matrix) or ``"none"``.
+        gaussian, dropout, sigma, tau, drop_prob, basis: of the virtual samples, as
+            :class:`batchkern.parts.virtual_samples.LatentNoise` takes them.
         layers: names of eligible modules; default: the model's classifier, its last linear layer.
         two_step: Algorithm 1: one update for the loss, then one for the penalty, in place of the one update of eq. 11.
         per: decide, and draw the basis, once per ``"iteration"`` (eq. 4 and Algorithm 1) or once per ``"epoch"``
@@ -84,20 +79,10 @@ class StochasticAugmentation(Strategy):
         if not all(isinstance(name, str) for name in self.layers):
             raise UserError(f"layers must be names of modules, got {self.layers}")
         for name, value in (("omega", self.omega), ("omega_end", self.omega_end)):
-            if value is not None and not 0 <= value <= math.pi / 2:
-                raise UserError(f"{name} must be in [0, pi/2], got {value}")
-        copies = (self.gaussian, self.dropout)
-        if any(type(n) is not int or n < 0 for n in copies) or sum(copies) < 1:
-            raise UserError(f"gaussian and dropout must be whole numbers that add up to at least 1, got {copies}")
-        if not 0 <= self.drop_prob < 1:
-            raise UserError(f"drop_prob must be in [0, 1), got {self.drop_prob}")
-        for name, value in (("eta", self.eta), ("sigma", self.sigma)):
-            if not 0 <= value < math.inf:
-                raise UserError(f"{name} must be at least 0, got {value}")
-        if not self.tau > 0:
-            raise UserError(f"tau must be above 0, got {self.tau}")
-        if self.basis not in (*KINDS, "none"):
-            raise UserError(f"basis must be one of {', '.join(KINDS)}, none, got {self.basis!r}")
+            if value is not None:
+                check_omega(name, value)
+        check_eta(self.eta)
+        self.noise = LatentNoise(**{option.name: getattr(self, option.name) for option in fields(LatentNoise)})
         if self.per not in ("iteration", "epoch"):
             raise UserError(f"per must be iteration or epoch, got {self.per!r}")
         if self.labels not in ("soft", "trained", "hard"):
@@ -129,7 +114,7 @@ class StochasticAugmentation(Strategy):
         try:
             with torch.no_grad():
                 images = torch.zeros(2, *run.shape, device=run.device, dtype=torch.float32)
-                run_with_virtual(run.model, module, lambda hidden: self.virtual(hidden, 0, 0), images)
+                run_with_virtual(run.model, module, lambda hidden: self.noise(hidden, 0, 0), images)
         except UserError as error:
             raise UserError(f"{option}: {name!r} cannot hold virtual samples: {error}") from error
         except (RuntimeError, TypeError, ValueError) as error:
@@ -144,8 +129,7 @@ class StochasticAugmentation(Strategy):
         seed, moment = step.run.seed, step.update
         decision = ("epoch", step.batch.epoch) if self.per == "epoch" else ("iteration", moment)
         omega = linear(self.omega, self.omega if self.omega_end is None else self.omega_end)
-        fires = bernoulli(min(1.0, max(0.0, math.cos(omega(step.batch.epoch, step.run.epochs)))))
-        if not fires(generator(seed, "augment", *decision)):
+        if not coin(omega(step.batch.epoch, step.run.epochs), seed, *decision):
             return None
         self.fired += 1
         self.fired_in_epoch += 1
@@ -156,44 +140,10 @@ class StochasticAugmentation(Strategy):
         share = step.share
         return Perturbation(
             layer,
-            lambda hidden: self.virtual(hidden, place, of_basis, share),
+            lambda hidden: self.noise(hidden, place, of_basis, share),
             lambda raw, virtual, target: self._penalty(step, raw, virtual, target),
             own_update=self.two_step,
         )
-
-    def virtual(self, hidden: Tensor, seed: int, basis_seed: int, share: Share | None = None) -> Tensor:
-        """``hidden (B, ...)`` and its virtual samples, ``((1 + M) * B, ...)``.
-
-        Numbers are drawn by the row of the batch, so a rank makes the virtual samples of the whole batch, around zeros
-        where the rows are others', and keeps its own: on W ranks W times the work of this layer's noise, and the memory
-        of ``(1 + M)`` whole batches at this layer, for the numbers of one process.
-        """
-        flat = hidden.flatten(1)
-        share = share or Share(len(flat))
-        whole = share.spread(flat)
-        stacked = augment_latent(
-            whole,
-            gaussian=self.gaussian,
-            dropout=self.dropout,
-            sigma=self.sigma,
-            tau=self.tau,
-            drop_prob=self.drop_prob,
-            basis=self._basis(flat, basis_seed),
-            seed=derived_seed(seed, "noise"),
-        )
-        return share.take(stacked.view(-1, *whole.shape), dim=1).reshape(-1, *hidden.shape[1:])
-
-    def _basis(self, flat: Tensor, seed: int) -> Basis | None:
-        width = flat.shape[1]
-        if self.basis == "none":
-            return None
-        if self.basis != "hadamard" and width > DENSE_LIMIT:
-            raise UserError(
-                f"basis={self.basis!r} needs a {width} x {width} matrix at this layer; "
-                f"use basis='hadamard' above {DENSE_LIMIT} features"
-            )
-        numbers = generator(seed, "basis", device=flat.device)
-        return random_basis(width, self.basis, device=flat.device, generator=numbers)
 
     def _penalty(self, step: Step, raw: Tensor, virtual: Tensor, target: Tensor) -> Tensor:
         share = step.share
@@ -203,7 +153,7 @@ class StochasticAugmentation(Strategy):
         if not share.real:
             mean = virtual.sum()  # the mean over no samples would be NaN
         elif self.labels == "hard":
-            copies = torch.cat([target] * (self.gaussian + self.dropout))
+            copies = torch.cat([target] * self.noise.copies)
             mean = cross_entropy(virtual, copies, label_smoothing=step.run.label_smoothing)
         else:
             divergence = soft_label_kl(raw, virtual, reference_grad=self.labels == "trained")
@@ -217,10 +167,8 @@ class StochasticAugmentation(Strategy):
         if not self.vote:
             return None
         seed = derived_seed(run.seed, "vote")
-        raw, virtual = run_with_virtual(run.model, self.voting, lambda hidden: self.virtual(hidden, seed, seed), images)
-        votes = torch.stack([raw, *virtual.chunk(self.gaussian + self.dropout)]).argmax(dim=2)
-        counts = nn.functional.one_hot(votes, run.classes).sum(dim=0).float()
-        return counts + 0.5 * nn.functional.one_hot(votes[0], run.classes)
+        raw, virtual = run_with_virtual(run.model, self.voting, lambda hidden: self.noise(hidden, seed, seed), images)
+        return majority(raw, virtual)
 
     def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
         """The mean divergence, or with hard labels the mean loss, of virtual samples in the epoch, before eta."""

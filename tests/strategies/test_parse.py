@@ -233,3 +233,8 @@ def test_options_survive_the_way_through_text():
     strategy = StochasticAugmentation(omega=math.pi / 5, eta=0.3, two_step=True, per="epoch", layers=("a", "b.c"))
     options = ",".join(f"{key}={value!r}" for key, value in strategy.describe().items() if key != "name")
     assert parse(f"augmentation({options})")[0].describe() == strategy.describe()
+
+
+def test_a_strategy_is_no_loss_function():
+    with pytest.raises(TypeError, match=r"Trimming is no function: .* for a loop of your own, is in batchkern\.parts"):
+        STRATEGIES["trimming"]()(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))

@@ -27,9 +27,10 @@ from training import (
     trainer,
 )
 
-from batchkern import models, reference
+from batchkern import models, parts, reference
 from batchkern.basis import Hadamard, random_basis
 from batchkern.errors import UserError
+from batchkern.parts.virtual_samples import LatentNoise
 from batchkern.seeding import derived_seed, generator
 from batchkern.strategies import StochasticAugmentation, stochastic_augmentation
 
@@ -314,12 +315,16 @@ def test_layers_are_drawn_evenly():
     assert sum((n - 300) ** 2 / 300 for n in drawn.values()) < 13.8  # chi-square, 2 degrees of freedom, p = 0.001
 
 
-def test_the_basis_and_the_noise_are_redrawn_each_time():
+def watch_bases(monkeypatch):
+    bases, draw = [], LatentNoise._basis
+    monkeypatch.setattr(LatentNoise, "_basis", lambda *args: bases.append(draw(*args)) or bases[-1])
+    return bases
+
+
+def test_the_basis_and_the_noise_are_redrawn_each_time(monkeypatch):
     strategy, run = StochasticAugmentation(0.0, dropout=1, gaussian=1), fake_run()
     strategy.setup(run)
-    bases = []
-    draw = strategy._basis
-    strategy._basis = lambda flat, seed: bases.append(draw(flat, seed)) or bases[-1]
+    bases = watch_bases(monkeypatch)
     hidden = torch.randn(5, 16)
     stacks = [strategy.perturb(fake_step(run, update=i)).virtual(hidden) for i in range(4)]
     again = strategy.perturb(fake_step(run, update=0)).virtual(hidden)
@@ -333,11 +338,10 @@ def test_the_basis_and_the_noise_are_redrawn_each_time():
             assert not torch.equal(stacks[i][10:], stacks[j][10:])
 
 
-def test_per_epoch_the_basis_is_that_of_the_epoch():
+def test_per_epoch_the_basis_is_that_of_the_epoch(monkeypatch):
     strategy, run = StochasticAugmentation(0.0, dropout=1, gaussian=1, per="epoch"), fake_run()
     strategy.setup(run)
-    bases, draw = [], strategy._basis
-    strategy._basis = lambda flat, seed: bases.append(draw(flat, seed)) or bases[-1]
+    bases = watch_bases(monkeypatch)
     hidden = torch.randn(5, 16)
     places = ((0, 0), (0, 1), (1, 2))
     stacks = [strategy.perturb(fake_step(run, epoch=e, update=i)).virtual(hidden) for e, i in places]
@@ -448,8 +452,8 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        ("twice", "runs once in a forward pass; this one ran 2 times"),
-        ("never", "runs once in a forward pass; this one ran 0 times"),
+        ("twice", "runs once in a forward pass; this one ran twice"),
+        ("never", "runs once in a forward pass; this one did not run"),
         ("beside", "that the logits depend on"),
         ("keyword", "first argument, not a keyword, is a tensor"),
     ],
@@ -473,7 +477,7 @@ def test_a_layer_inside_a_residual_block_is_refused_at_setup(layer):
 
 
 def test_a_layer_too_wide_for_a_matrix_is_refused_at_setup(monkeypatch):
-    monkeypatch.setattr(stochastic_augmentation, "DENSE_LIMIT", 20)
+    monkeypatch.setattr(parts.virtual_samples, "DENSE_LIMIT", 20)
     trainer([StochasticAugmentation(layers="fc")])
     with pytest.raises(UserError, match="layers: 'hidden'.* basis='normalized' needs a 54 x 54 matrix .*hadamard"):
         trainer([StochasticAugmentation(layers="hidden")])

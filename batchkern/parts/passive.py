@@ -1,0 +1,174 @@
+"""Passive batches in a loop of one's own: P. Singh, P. Mazumder, V. P. Namboodiri, "Passive Batch Injection Training
+Technique", 2020 (arXiv:2006.04406), Algorithm 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from batchkern import schedules
+from batchkern.errors import UserError
+from batchkern.models import AttachedHead, find_classifier
+from batchkern.plan import saved_number
+from batchkern.second_head import CONVOLUTIONS, Inputs, in_place, second_classifier, second_head
+
+NAME = "second_head"
+
+
+class PassiveDict(dict[str, Any]):
+    """A batch of the passive set. A class of its own, since trainers that move batches to a device keep the class."""
+
+
+class PassiveTuple(tuple[Any, ...]):
+    """The same for batches that are tuples."""
+
+
+class PassiveList(list[Any]):
+    """The same for batches that are lists."""
+
+
+def mark_passive(batch: Any) -> Any:
+    """``batch``, a dict, tuple or list of tensors, as one for which :func:`is_passive` is true."""
+    for kind, marked in ((Mapping, PassiveDict), (tuple, PassiveTuple), (list, PassiveList)):
+        if isinstance(batch, kind):
+            return marked(batch)
+    raise UserError(f"passive batches must be dicts, tuples or lists, got {type(batch).__name__}")
+
+
+def is_passive(batch: Any) -> bool:
+    """Whether :class:`inject` took a batch from the passive set."""
+    return isinstance(batch, PassiveDict | PassiveTuple | PassiveList)
+
+
+class inject:
+    """A loader of ``loader``'s batches, and after every g-th of them one of ``passive``, for which :func:`is_passive`
+    is true. A pass is one over ``loader``.
+
+    Batches of ``loader`` are counted over all passes, so a small data set gets its passive batches, too. Epochs may
+    differ in their number of batches by one, so it has no ``len()``.
+
+        for batch in inject(loader, passive_loader, every=100):
+            x, y = batch
+            with head.used_by(batch):  # a SecondHead
+                loss = F.cross_entropy(model(x), y)
+            ...  # the update
+
+    Args:
+        loader: of the training set.
+        passive: of the passive set; begun anew whenever it ends.
+        every: g; or ``f(batches of loader so far)`` -> bool.
+
+    Its state has that of both loaders where they have one, as :class:`batchkern.parts.WholeEpochs` does.
+
+    Raises:
+        UserError: ``every`` is below 1, or ``passive`` is empty.
+    """
+
+    def __init__(self, loader: Any, passive: Iterable[Any], every: int | Callable[[int], bool] = 100) -> None:
+        self.loader, self.passive = loader, passive
+        self.due = every if callable(every) else schedules.every(every)
+        self.active = self.injected = 0
+        """Batches of each kind that were delivered."""
+        self.pending = False
+        """A passive batch comes next."""
+        self._stream = self._endless()
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.pending:
+            yield self._passive()
+        for batch in self.loader:
+            self.active += 1
+            self.pending = self.due(self.active)
+            yield batch
+            if self.pending:
+                yield self._passive()
+
+    def _passive(self) -> Any:
+        self.pending = False
+        self.injected += 1
+        return mark_passive(next(self._stream))
+
+    def _endless(self) -> Iterator[Any]:
+        while True:
+            empty = True
+            for batch in self.passive:
+                empty = False
+                yield batch
+            if empty:
+                raise UserError("passive must have batches, it is empty")
+
+    @property
+    def dataset(self) -> Any:
+        return self.loader.dataset
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {name: getattr(self, name) for name in ("active", "injected", "pending")}
+        for name in ("loader", "passive"):
+            if hasattr(getattr(self, name), "state_dict"):
+                state[name] = getattr(self, name).state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.active, self.injected = saved_number(state, "active"), saved_number(state, "injected")
+        self.pending = bool(state["pending"])
+        for name in ("loader", "passive"):
+            if name in state:
+                getattr(self, name).load_state_dict(state[name])
+        self._stream = self._endless()
+
+
+class SecondHead:
+    """The last layers of a model once more, for the classes of another data set.
+
+    They are attached to the model, as ``second_head`` of its classifier, until :meth:`detach`: its ``parameters()`` and
+    its ``state_dict()`` have them meanwhile. Attach them before the optimizer is made, and before the model is compiled
+    or given to DistributedDataParallel, which needs ``find_unused_parameters=True``.
+
+    In a step that does not use it, the head has no gradient (PyTorch's ``zero_grad`` leaves None), so the optimizer
+    gives it no momentum and no weight decay. The same holds for the model's own last layers in a step on a passive
+    batch.
+
+    Args:
+        model: any module with a linear layer as its classifier.
+        classes: of the passive set.
+        example: inputs that the model can take: a tensor, or a tuple or dict of arguments. With it the head is what
+            runs behind the last convolution, as in the paper, or behind ``shared``; without it the classifier alone.
+        shared: the part that both sets share, as in :func:`batchkern.second_head.second_head`.
+        classifier: name of the model's last linear layer, where the last one registered is not it.
+
+    Raises:
+        UserError: no such module, the model cannot be cut there, or has a second head already.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: int,
+        example: Inputs | None = None,
+        *,
+        shared: str = CONVOLUTIONS,
+        classifier: str | None = None,
+    ) -> None:
+        name, self._classifier = find_classifier(model, classifier)
+        if hasattr(self._classifier, NAME):
+            raise UserError(f"the classifier {name!r} has a {NAME} already; detach() that first")
+        if example is not None:
+            layers = second_head(model, classes, example, shared=shared, classifier=classifier)
+        elif shared != CONVOLUTIONS:
+            raise UserError(f"shared is {shared!r}, which needs an example of the model's inputs to find its end")
+        else:
+            layers = second_classifier(model, classes, classifier=classifier)
+        self.model, self.layers = model, AttachedHead(dict(layers.items()))
+        self._classifier.add_module(NAME, self.layers)  # which calls no children, as an nn.Sequential would
+
+    def used_by(self, batch: Any) -> AbstractContextManager[None]:
+        """Within it the model runs this head in place of its own last layers, if ``batch`` is passive."""
+        return in_place(self.model, self.layers) if is_passive(batch) else nullcontext()
+
+    def detach(self) -> None:
+        """Takes the head away: the model has its own state_dict again."""
+        if getattr(self._classifier, NAME, None) is self.layers:
+            delattr(self._classifier, NAME)
