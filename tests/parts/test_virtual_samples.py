@@ -16,6 +16,7 @@ from training import fake_run, fake_step
 
 from batchkern.errors import UserError
 from batchkern.parts import VirtualSamples
+from batchkern.parts.virtual_samples import LatentNoise
 from batchkern.strategies import StochasticAugmentation
 from batchkern.strategies.base import run_with_virtual
 
@@ -94,16 +95,21 @@ def divergence(raw: Tensor, virtual: Tensor) -> Tensor:
 
 
 def test_each_position_of_a_sequence_is_perturbed_by_itself() -> None:
-    model = Text()
-    seen: list[Tensor] = []
-    virtual = VirtualSamples(model, "mix", **(ALWAYS | {"gaussian": 2, "dropout": 0, "tau": 0.5, "basis": "none"}))  # type: ignore[arg-type]
-    model.mix.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    model(torch.randint(11, (7, 3)))
-    stacked = seen[0].view(3, 7, 3, 6)
-    noise = stacked[1:] - stacked[0]
-    assert len(noise.reshape(-1, 6).unique(dim=0)) == 2 * 7 * 3
-    assert noise.abs().max() <= 0.5 + 1e-6
-    virtual.penalty()
+    noise, hidden = LatentNoise(sigma=0.5), torch.randn(7, 3, 6)
+    stacked = noise(hidden, 1, 2)
+    assert torch.equal(stacked.view(5, 7 * 3, 6), noise(hidden.view(7 * 3, 6), 1, 2).view(5, 7 * 3, 6))
+    assert torch.equal(stacked[:7], hidden)
+    assert noise(torch.randn(7, 3, 4, 5), 1, 2).shape == (35, 3, 4, 5)
+
+
+def test_a_pass_that_was_left_half_way_is_forgotten() -> None:
+    model, x = table(), torch.randn(6, 5)
+    virtual = VirtualSamples(model, "0", **ALWAYS)  # type: ignore[arg-type]
+    assert len(model[0](x)) == 24
+    with torch.no_grad():
+        assert len(model[2](model[1](model[0](x)))) == 6
+    assert len(model(x)) == 6
+    assert virtual.penalty() > 0
 
 
 def test_positions_that_do_not_count() -> None:

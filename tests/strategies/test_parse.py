@@ -237,4 +237,4 @@ def test_options_survive_the_way_through_text():
 
 def test_a_strategy_is_no_loss_function():
     with pytest.raises(TypeError, match=r"Trimming is no function: .* for a loop of your own, is in batchkern\.parts"):
-        STRATEGIES["trimming"]()(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))
+        STRATEGIES["trimming"]()("logits", "target")
