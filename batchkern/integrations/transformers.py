@@ -1,15 +1,23 @@
-"""For ``transformers.Trainer``: a schedule of keep, and evaluation without logits where only the loss is wanted."""
+"""For ``transformers.Trainer``: schedules of keep, evaluation without logits, and the strategies' loaders and heads."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from batchkern.causal_lm import CausalLMPatch
+from batchkern.errors import UserError
 from batchkern.integrations import set_keep
+from batchkern.parts import SecondHead, is_passive
 from batchkern.schedules import EpochSchedule
+
+FILE = "batchkern.pt"
+"""Beside the Trainer's own files in a checkpoint."""
 
 
 class KeepSchedule(TrainerCallback):
@@ -18,16 +26,17 @@ class KeepSchedule(TrainerCallback):
     Args:
         schedule: ``f(step, steps)`` gives keep, as those of ``batchkern.schedules`` do; steps count from 0, and a
             training that is resumed goes on where it was.
+        module: what has ``keep``: a trimmed loss, or a patched model. Default: the Trainer's model.
 
     Raises:
-        ValueError: at the first step, where the model is not patched.
+        ValueError: at the first step, where there is none.
     """
 
-    def __init__(self, schedule: EpochSchedule) -> None:
-        self.schedule = schedule
+    def __init__(self, schedule: EpochSchedule, module: nn.Module | None = None) -> None:
+        self.schedule, self.module = schedule, module
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        set_keep(kwargs["model"], self.schedule, state.global_step, state.max_steps)
+        set_keep(self.module or kwargs["model"], self.schedule, state.global_step, state.max_steps)
 
 
 class PatchedModelMixin:
@@ -51,3 +60,78 @@ class PatchedModelMixin:
         if patch is not None and patch.untrimmed_loss is not None and "loss" in logs:
             logs = {**logs, "untrimmed_loss": float(patch.untrimmed_loss), "keep": float(patch.keep)}
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+class OutputLoss:
+    """A loss of logits and labels as a ``compute_loss_func``, weighed by the labels of all micro-batches of a step.
+
+    Args:
+        loss: logits ``(N, C)``, labels ``(N,)`` -> 0-dim, a mean: such as ``batchkern.parts.BatchLoss``.
+    """
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
+        loss: Tensor = self.loss(logits.flatten(0, -2), labels.flatten())
+        return loss if num_items_in_batch is None else loss * ((labels != -100).sum() / num_items_in_batch)
+
+
+class StrategiesMixin:
+    """For a Trainer with a loader of your own: ``class MyTrainer(StrategiesMixin, Trainer)``.
+
+    Its checkpoints have the loader's state, and that of the virtual samples of a ``BatchLoss``; a resumed training goes
+    on with the batch that comes next. Where epochs differ in length, set ``max_steps``.
+
+    Args:
+        loader: such as ``WholeEpochs`` and ``inject`` of ``batchkern.parts``; it is not prepared by ``accelerate``.
+        second_head: for the passive batches of ``inject``.
+    """
+
+    def __init__(self, *args: Any, loader: Any, second_head: SecondHead | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.loader, self.second_head = loader, second_head
+        trainer: Any = self
+        trainer.args.ignore_data_skip = True  # the loader does it
+
+    def get_train_dataloader(self) -> Any:
+        return self.loader
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **options: Any) -> Any:
+        trainer: Any = self
+        if not is_passive(inputs):
+            return super().compute_loss(model, inputs, *args, **options)  # type: ignore[misc]
+        if self.second_head is None:
+            raise UserError("second_head must be given for passive batches, it is None")
+        own, trainer.compute_loss_func = trainer.compute_loss_func, OutputLoss(F.cross_entropy)
+        try:
+            with self.second_head.used_by(inputs):
+                return super().compute_loss(model, inputs, *args, **options)  # type: ignore[misc]
+        finally:
+            trainer.compute_loss_func = own
+
+    def _stateful(self) -> dict[str, Any]:
+        trainer: Any = self
+        loss = getattr(trainer.compute_loss_func, "loss", None)
+        parts = {"loader": self.loader, "virtual": getattr(loss, "virtual", None)}
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        trainer: Any = self
+        folder = os.path.join(trainer._get_output_dir(trial=trial), f"checkpoint-{trainer.state.global_step}")
+        if trainer.args.should_save:
+            torch.save({name: part.state_dict() for name, part in self._stateful().items()}, os.path.join(folder, FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
+            return
+        if not os.path.isfile(path := os.path.join(checkpoint, FILE)):
+            raise UserError(
+                f"{checkpoint} has no {FILE}, with the place in the training data: it is of another Trainer"
+            )
+        states = torch.load(path, weights_only=True)
+        for name, part in self._stateful().items():
+            part.load_state_dict(states[name])

@@ -74,7 +74,7 @@ class inject:
         """Batches of each kind that were delivered."""
         self.pending = False
         """A passive batch comes next."""
-        self._stream = self._endless()
+        self._stream = _endless(self.passive)
 
     def __iter__(self) -> Iterator[Any]:
         if self.pending:
@@ -90,15 +90,6 @@ class inject:
         self.pending = False
         self.injected += 1
         return mark_passive(next(self._stream))
-
-    def _endless(self) -> Iterator[Any]:
-        while True:
-            empty = True
-            for batch in self.passive:
-                empty = False
-                yield batch
-            if empty:
-                raise UserError("passive must have batches, it is empty")
 
     @property
     def dataset(self) -> Any:
@@ -117,7 +108,17 @@ class inject:
         for name in ("loader", "passive"):
             if name in state:
                 getattr(self, name).load_state_dict(state[name])
-        self._stream = self._endless()
+        self._stream = _endless(self.passive)
+
+
+def _endless(loader: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in loader:
+            empty = False
+            yield batch
+        if empty:
+            raise UserError("passive must have batches, it is empty")
 
 
 class SecondHead:
