@@ -132,3 +132,9 @@ def assert_trained(name: str, made: Parts) -> None:
         torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-6)
     moved = [float((value - of.initial.state_dict()[key]).abs().max()) for key, value in expected.items()]
     assert max(moved) > 1e-2
+
+
+def end_workers(made: Parts) -> None:
+    """Now, and not when the garbage of a trainer is collected, in which they would be waited for."""
+    if isinstance(made.loader, WholeEpochs):
+        made.loader.loader._iterator = None

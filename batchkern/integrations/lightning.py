@@ -1,4 +1,5 @@
-"""For Lightning: a schedule of keep. A ``training_step`` that returns ``self.model(**batch).loss`` needs no more."""
+"""For Lightning: a schedule of keep, and epochs that differ in length. Anything else of ``batchkern.parts``, or of a
+patched model, is used in a ``training_step`` as in any loop, and its state goes into Lightning's checkpoints."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ import lightning
 
 from batchkern.causal_lm import CausalLMPatch
 from batchkern.integrations import set_keep
+from batchkern.parts import WholeEpochs, inject
 from batchkern.schedules import EpochSchedule
 
 
 class KeepSchedule(lightning.Callback):
-    """Sets ``keep`` of the patched model in a LightningModule, and logs the mean loss of all tokens.
+    """Sets ``keep`` of the trimmed losses and the patched model in a LightningModule, and logs the mean loss of all
+    tokens of that model.
 
         Trainer(callbacks=[KeepSchedule(linear(1.0, 0.2))])
 
@@ -21,8 +24,8 @@ class KeepSchedule(lightning.Callback):
             and a training that is resumed goes on where it was.
 
     Raises:
-        ValueError: when training starts without an end (``max_steps=-1`` and ``max_epochs=-1``), or without a patched
-            model.
+        ValueError: when training starts without an end (``max_steps=-1`` and ``max_epochs=-1``), or without a trimmed
+            loss or a patched model.
     """
 
     def __init__(self, schedule: EpochSchedule) -> None:
@@ -38,3 +41,26 @@ class KeepSchedule(lightning.Callback):
         patch = CausalLMPatch.of(pl_module)
         if patch is not None and patch.untrimmed_loss is not None:
             pl_module.log("untrimmed_loss", patch.untrimmed_loss)
+
+
+class VaryingEpochs(lightning.Callback):
+    """For a loader whose epochs differ in length: ``WholeEpochs`` of a ``SubsetSampler``, or ``inject``.
+
+    Without it Lightning reads one batch ahead, and a training resumed within an epoch would leave that batch out.
+
+        loader = inject(WholeEpochs(DataLoader(...)), passive)
+        Trainer(callbacks=[VaryingEpochs(loader)]).fit(module, loader)
+    """
+
+    def __init__(self, loader: WholeEpochs | inject) -> None:
+        self.loader = loader
+        loader.sized = True
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        trainer.reload_dataloaders_every_n_epochs = 1  # it then asks each epoch how long that is
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loader.load_state_dict(state_dict)  # before Lightning asks how long the epoch is

@@ -74,9 +74,14 @@ class inject:
         """Batches of each kind that were delivered."""
         self.pending = False
         """A passive batch comes next."""
+        self.begun = 0
+        """``active`` as the pass under way, or the next one, begins."""
+        self.sized = False
+        """It has a length, that of the pass. Only a trainer that asks each time should see it."""
         self._stream = _endless(self.passive)
 
     def __iter__(self) -> Iterator[Any]:
+        self.begun = self._begin()
         if self.pending:
             yield self._passive()
         for batch in self.loader:
@@ -85,6 +90,17 @@ class inject:
             yield batch
             if self.pending:
                 yield self._passive()
+
+    def _begin(self) -> int:
+        """``begun`` of a pass that is asked for now: a new one, or the rest of one that was left early."""
+        over = self.sized and self.active - self.begun >= len(self.loader) and not self.pending
+        return self.active if over or not hasattr(self.loader, "state_dict") else self.begun
+
+    def __len__(self) -> int:
+        if not self.sized:
+            raise TypeError("passes differ in their number of batches, so there is no len()")
+        own, begun = len(self.loader), self._begin()
+        return own + sum(map(self.due, range(begun + 1, begun + own + 1)))
 
     def _passive(self) -> Any:
         self.pending = False
@@ -96,7 +112,7 @@ class inject:
         return self.loader.dataset
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {name: getattr(self, name) for name in ("active", "injected", "pending")}
+        state: dict[str, Any] = {name: getattr(self, name) for name in ("active", "injected", "pending", "begun")}
         for name in ("loader", "passive"):
             if hasattr(getattr(self, name), "state_dict"):
                 state[name] = getattr(self, name).state_dict()
@@ -104,7 +120,7 @@ class inject:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.active, self.injected = saved_number(state, "active"), saved_number(state, "injected")
-        self.pending = bool(state["pending"])
+        self.pending, self.begun = bool(state["pending"]), saved_number(state, "begun", self.active)
         for name in ("loader", "passive"):
             if name in state:
                 getattr(self, name).load_state_dict(state[name])

@@ -105,6 +105,10 @@ class PlannedBatches(Sampler[list[int]]):
         """How many epochs are finished."""
         return self._epoch_of(self._finished if self._unfinished else self._place())
 
+    def batches_of(self, epoch: int) -> int:
+        """How many batches an epoch has."""
+        return self.batches.per_epoch
+
     def delivered(self) -> None:
         """The loader has delivered one more batch. For :class:`WholeEpochs`."""
         self.in_flight -= 1
@@ -306,6 +310,8 @@ class WholeEpochs:
             raise UserError("loader must deliver batches in order, got in_order=False")
         self.loader = loader
         self.batch_sampler = sampler
+        self.sized = hasattr(sampler, "__len__")
+        """It has a length. Where that differs from epoch to epoch, only a trainer that asks each time should see it."""
 
     def __iter__(self) -> Iterator[Any]:
         sampler = self.batch_sampler
@@ -321,7 +327,9 @@ class WholeEpochs:
             sampler.by_rounds = False
 
     def __len__(self) -> int:
-        return len(self.batch_sampler)  # type: ignore[arg-type]
+        if not self.sized:
+            raise TypeError("epochs differ in their number of batches, so there is no len()")
+        return self.batch_sampler.batches_of(self.batch_sampler.epoch)
 
     @property
     def dataset(self) -> Any:

@@ -204,7 +204,9 @@ class SubsetSampler(PlannedBatches):
         self.subsets = Subsets(*check_subsets(fractions, batch_multiples), rows, batch_size, epochs)
 
     def batches_of(self, epoch: int) -> int:
-        """How many batches an epoch has."""
+        """How many batches an epoch has; none behind the last."""
+        if epoch >= self.batches.epochs:
+            return 0
         step, plan = self.subsets.step(epoch), self.batches
         return count_batches(self.subsets.sizes[step], self.subsets.batch_sizes[step], plan.least, plan.drop_last)
 
