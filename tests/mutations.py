@@ -1011,6 +1011,42 @@ STRATEGIES = [
     ),
     *within(
         "parts",
+        "batchkern/parts/batch_loss.py",
+        ("tests/parts/test_batch_loss.py",),
+        (
+            "rows that do not count are in the recorded mean",
+            "else (target != self.ignore_index).sum()",
+            "else target.numel()",
+        ),
+        ("the trimmed loss is recorded", "self.sampler.record(losses.sum() / counted)", "self.sampler.record(loss)"),
+    ),
+    *within(
+        "parts",
+        "batchkern/integrations/transformers.py",
+        ("tests/integrations/test_transformers_strategies.py",),
+        ("micro-batches count alike", "loss * ((labels != -100).sum() / num_items_in_batch)", "loss / 2"),
+        ("a resumed training forgets its place", "part.load_state_dict(states[name])", "pass"),
+        (
+            "a batch of the passive set goes into the strategies' loss",
+            "trainer.compute_loss_func, OutputLoss(F.cross_entropy)",
+            "trainer.compute_loss_func, trainer.compute_loss_func",
+        ),
+    ),
+    *within(
+        "parts",
+        "batchkern/integrations/lightning.py",
+        ("tests/integrations/test_lightning_strategies.py",),
+        ("all epochs are as long as the first", "trainer.reload_dataloaders_every_n_epochs = 1", "pass"),
+        ("a batch that was read ahead is left out", "loader.sized = True", "pass"),
+    ),
+    *within(
+        "parts",
+        "batchkern/integrations/__init__.py",
+        ("tests/integrations/test_lightning_strategies.py",),
+        ("trimmed losses keep their keep", "if isinstance(module, LOSSES)", "if False"),
+    ),
+    *within(
+        "parts",
         "batchkern/parts/virtual_samples.py",
         ("tests/parts/test_virtual_samples.py",),
         ("every pass has the same noise", '"augment numbers", moment, *', '"augment numbers", *'),
