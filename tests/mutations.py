@@ -1067,7 +1067,11 @@ STRATEGIES = [
             "        if self.pending:\n            yield",
             "        self.active = 0\n        if self.pending:\n            yield",
         ),
-        ("a resume forgets the passive batch that is due", 'self.pending = bool(state["pending"])', "pass"),
+        (
+            "a resume forgets the passive batch that is due",
+            'self.pending, self.begun = bool(state["pending"]),',
+            "self.pending, self.begun = False,",
+        ),
         ("all batches use the second head", "if is_passive(batch) else nullcontext()", ""),
         ("the head stays", "delattr(self._classifier, NAME)", "pass"),
         (

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from trained import EPOCHS, STRATEGIES, Logits, Named, Parts, assert_trained, end_workers, keep, parts
-from training import single_thread
+from training import SHAPE, single_thread
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 
 from batchkern.errors import UserError
 from batchkern.integrations.transformers import KeepSchedule, OutputLoss, StrategiesMixin
+from batchkern.parts.passive import mark_passive
 
 one_thread = single_thread()
 
@@ -110,6 +111,19 @@ def test_micro_batches_weigh_by_their_labels(tmp_path: Path) -> None:
         assert (ours is None) == (expected is None)
         if ours is not None:
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_loss_of_a_passive_batch_is_that_of_all_its_rows_by_the_second_head(tmp_path: Path) -> None:
+    made = parts("passive", rows=Named)
+    mine, rows = trainer("passive", made, tmp_path), Named(torch.randn(6, *SHAPE), torch.arange(6) % 3)
+    made.loss.keep = 0.2
+    assert made.head is not None
+    batch = mark_passive(torch.utils.data.default_collate([rows[i] for i in range(6)]))
+    expected = batch["labels"]
+    loss = mine.compute_loss(mine.model.eval(), batch, num_items_in_batch=12)
+    with made.head.used_by(batch):
+        logits = made.model(rows.tensors[0])
+    torch.testing.assert_close(loss, F.cross_entropy(logits, expected) / 2)
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
