@@ -33,7 +33,7 @@ from batchkern.rundir import CHECKPOINT, CONFIG, METRICS
 
 CLOSE = 1e-5
 ROOT = Path(__file__).parent.parent
-JOBS = ("all_scenarios", "idle_heads", "timing", "batch_norm", "resumed", "stopped", "wrong", "snippet")
+JOBS = ("all_scenarios", "idle_heads", "timing", "batch_norm", "resumed", "stopped", "wrong", "snippet", "loop")
 one_thread = single_thread()
 
 
@@ -353,3 +353,10 @@ def test_the_documented_loop_selects_over_all_ranks(pair):
     for rank in pair:
         assert (rank["snippet"] - flat(model)).abs().max() <= CLOSE
     assert (flat(net()) - flat(model)).abs().max() > DIFFERENT
+
+
+def test_a_loop_with_hard_batches_on_two_ranks_is_that_of_one_process(pair, folder):
+    weights, losses = ranks.loop(folder)
+    for each in pair:
+        assert furthest(each["loop"][0], weights) < CLOSE
+        torch.testing.assert_close(each["loop"][1], losses)

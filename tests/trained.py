@@ -136,5 +136,5 @@ def assert_trained(name: str, made: Parts) -> None:
 
 def end_workers(made: Parts) -> None:
     """Now, and not when the garbage of a trainer is collected, in which they would be waited for."""
-    if isinstance(made.loader, WholeEpochs):
-        made.loader.loader._iterator = None
+    whole = made.loader.loader if isinstance(made.loader, inject) else made.loader
+    whole.loader._iterator = None

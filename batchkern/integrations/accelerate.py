@@ -1,5 +1,5 @@
-"""For ``accelerate``: a schedule of keep that its checkpoints hold. A loop that trains on ``model(**batch).loss`` needs
-nothing else."""
+"""For ``accelerate``: a schedule of keep that its checkpoints hold. A loop that trains on ``model(**batch).loss``, or
+with ``batchkern.parts``, needs nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class KeepSchedule:
 
     Args:
         accelerator: that of the loop.
-        model: the patched model, before or after ``prepare``.
+        model: what has ``keep``: the patched model, before or after ``prepare``, or a trimmed loss.
         schedule: ``f(step, steps)`` gives keep, as those of ``batchkern.schedules`` do.
         steps: optimizer steps in all.
 

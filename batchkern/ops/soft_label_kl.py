@@ -36,19 +36,20 @@ def soft_label_kl(
         per_sample: also return the divergences ``(M * B,)``, detached.
 
     Returns:
-        The 0-dim mean (float32, or float64 for float64 logits), or ``(mean, divergences)``. NaN when M * B is 0.
+        The 0-dim mean (float32, or float64 for float64 logits), or ``(mean, divergences)``. NaN when B is 0.
 
     Raises:
-        ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or range; M is 0, as where a hook that makes
+            virtual samples did not run.
     """
     check.tensor("reference_logits", reference_logits, dims=2)
     check.tensor("virtual_logits", virtual_logits, dims=2, dtypes=(reference_logits.dtype,))
     check.same_device("virtual_logits", virtual_logits, reference_logits)
     batch, classes = reference_logits.shape
     rows = len(virtual_logits)
-    if virtual_logits.shape[1] != classes or (rows % batch if batch else rows):
+    if virtual_logits.shape[1] != classes or (rows % batch or not rows if batch else rows):
         raise ValueError(
-            f"virtual_logits must have shape (M * {batch}, {classes}) to match reference_logits, "
+            f"virtual_logits must have shape (M * {batch}, {classes}) to match reference_logits, with M at least 1, "
             f"got {tuple(virtual_logits.shape)}"
         )
     check.number("temperature", temperature, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)

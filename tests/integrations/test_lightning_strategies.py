@@ -74,7 +74,8 @@ def fit(name: str, made: Parts, folder: Path, *others: Any, **options: Any) -> C
     return counted
 
 
-@pytest.mark.parametrize(("name", "workers"), [(name, 0) for name in STRATEGIES] + [("hard-batches", 2)])
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("workers", [0, 2])
 def test_weights_are_those_of_the_trainer(name: str, workers: int, tmp_path: Path) -> None:
     made = parts(name, workers)
     counted = fit(name, made, tmp_path)

@@ -133,7 +133,7 @@ LAYOUT = st.sampled_from(sorted(LAYOUTS))
 
 @given(
     batch=st.sampled_from([0, 1, 2, 5]),
-    copies=st.integers(0, 3),
+    copies=st.integers(1, 3),
     classes=st.sampled_from([1, 2, 3, 15, 16, 17, 100, 1000, 4097]),
     dtype=st.sampled_from(DRAWN_DTYPES),
     temperature=st.sampled_from([0.25, 0.3, 1.0, 3.0]),

@@ -56,10 +56,11 @@ def keep_of(name: str, made: Parts, begin: int = 0) -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_prepared_by_accelerate(name: str) -> None:
+@pytest.mark.parametrize("workers", [0, 2])
+def test_prepared_by_accelerate(name: str, workers: int) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)
-    made = parts(name, 2 if name == "hard-batches" else 0, prepare=accelerator.prepare)
+    made = parts(name, workers, prepare=accelerator.prepare)
     keep_of(name, made)
     train(made)
     assert_trained(name, made)
@@ -67,11 +68,11 @@ def test_prepared_by_accelerate(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "stop"), [(name, 13) for name in STRATEGIES] + [("passive", 4), ("hard-batches", 8)])
 def test_killed_and_resumed(name: str, stop: int) -> None:
-    first = parts(name, 2 if name == "hard-batches" else 0)
+    first = parts(name, 2)
     keep_of(name, first)
     train(first, stop=stop)
     states = copy.deepcopy([stateful.state_dict() for stateful in resumable(first)])
-    second = parts(name, 2 if name == "hard-batches" else 0)
+    second = parts(name, 2)
     for stateful, state in zip(resumable(second), states, strict=True):
         stateful.load_state_dict(state)
     keep_of(name, second, stop)
