@@ -132,6 +132,8 @@ def _order(model: nn.Module, example: Inputs) -> tuple[dict[str, list[int]], dic
     model.eval()
     try:
         _run(model, example)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"the model cannot take the example: {str(error).splitlines()[0]}") from error
     finally:
         model.train(training)
         if watched:

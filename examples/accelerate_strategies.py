@@ -71,6 +71,8 @@ def main() -> None:
         patches = rows(data.match_shape(data.load("photo-patches"), (1, 8, 8)))
         loader = inject(loader, accelerator.prepare(DataLoader(patches, batch, shuffle=True)), every=20)
     accelerator.register_for_checkpointing(loader)
+    if loss_of.virtual is not None:
+        accelerator.register_for_checkpointing(loss_of.virtual)
 
     updates = 0
     for epoch in range(epochs):

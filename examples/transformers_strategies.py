@@ -63,10 +63,11 @@ class Lines(Dataset[dict[str, Any]]):
 
 def parts(strategy: str, model: nn.Module, train: Lines, batch: int, epochs: int) -> dict[str, Any]:
     """What of ``MyTrainer``'s arguments a strategy decides, and the number of updates."""
+    head = SecondHead(model, 2) if strategy == "passive" else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     schedule: Any = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     sampler: Any = EpochBatchSampler(len(train), batch)
-    loss, head, callbacks = BatchLoss(), None, []
+    loss, callbacks = BatchLoss(), []
     if strategy == "trimming":
         callbacks = [KeepSchedule(linear(1.0, 0.2), loss)]
     elif strategy == "hard-batches":
@@ -80,9 +81,6 @@ def parts(strategy: str, model: nn.Module, train: Lines, batch: int, epochs: int
     loader: Any = WholeEpochs(DataLoader(train, batch_sampler=sampler))
     updates = sampler.updates if strategy == "stepwise" else epochs * len(sampler)
     if strategy == "passive":
-        head = SecondHead(model, 2)
-        optimizer.add_param_group({"params": list(head.layers.parameters())})
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         loader = inject(loader, DataLoader(Lines("turtle", "tarfile"), batch, shuffle=True), every=20)
         updates += updates // 20
     return {
@@ -91,7 +89,8 @@ def parts(strategy: str, model: nn.Module, train: Lines, batch: int, epochs: int
         "compute_loss_func": OutputLoss(loss),
         "optimizers": (optimizer, schedule),
         "callbacks": callbacks,
-    } | {"updates": updates}
+        "updates": updates,
+    }
 
 
 def main() -> None:

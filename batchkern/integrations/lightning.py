@@ -8,6 +8,7 @@ from typing import Any
 import lightning
 
 from batchkern.causal_lm import CausalLMPatch
+from batchkern.errors import UserError
 from batchkern.integrations import set_keep
 from batchkern.parts import WholeEpochs, inject
 from batchkern.schedules import EpochSchedule
@@ -53,6 +54,8 @@ class VaryingEpochs(lightning.Callback):
     """
 
     def __init__(self, loader: WholeEpochs | inject) -> None:
+        if not isinstance(loader, WholeEpochs | inject):
+            raise UserError(f"loader must be WholeEpochs(...) or inject(...), got {type(loader).__name__}")
         self.loader = loader
         loader.sized = True
 

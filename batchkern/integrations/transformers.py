@@ -65,6 +65,9 @@ class PatchedModelMixin:
 class OutputLoss:
     """A loss of logits and labels as a ``compute_loss_func``, weighed by the labels of all micro-batches of a step.
 
+    A label belongs to the logits at its own place. Those of a causal language model belong to the place before:
+    ``patch_causal_lm`` is for these.
+
     Args:
         loss: logits ``(N, C)``, labels ``(N,)`` -> 0-dim, a mean: such as ``batchkern.parts.BatchLoss``.
     """
@@ -85,7 +88,8 @@ class StrategiesMixin:
     on with the batch that comes next. Where epochs differ in length, set ``max_steps``.
 
     Args:
-        loader: such as ``WholeEpochs`` and ``inject`` of ``batchkern.parts``; it is not prepared by ``accelerate``.
+        loader: such as ``WholeEpochs``, or ``inject`` into one, of ``batchkern.parts``; it is not prepared by
+            ``accelerate``. One without a state is read from its beginning by a resumed training, as Transformers does.
         second_head: for the passive batches of ``inject``.
     """
 
@@ -93,7 +97,8 @@ class StrategiesMixin:
         super().__init__(*args, **options)
         self.loader, self.second_head = loader, second_head
         trainer: Any = self
-        trainer.args.ignore_data_skip = True  # the loader does it
+        if hasattr(loader, "state_dict"):
+            trainer.args.ignore_data_skip = True  # the loader does it
 
     def get_train_dataloader(self) -> Any:
         return self.loader

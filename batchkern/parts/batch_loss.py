@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from batchkern.ops import TrimmedCrossEntropyLoss
+from batchkern.errors import UserError
+from batchkern.ops import TrimmedCrossEntropyLoss, cross_entropy
 from batchkern.parts.samplers import HardBatchSampler
 from batchkern.parts.virtual_samples import VirtualSamples
 
@@ -14,13 +15,14 @@ from batchkern.parts.virtual_samples import VirtualSamples
 class BatchLoss(TrimmedCrossEntropyLoss):
     """Cross entropy of the hardest rows, plus a penalty, for one batch; the loss of the batch is recorded.
 
+    Call it once for each batch of the training set, with logits ``(..., C)`` and a target as ``trimmed_cross_entropy``
+    takes them. In evaluation mode, and without gradients, it is the mean cross entropy of all rows and nothing else.
+
     Args:
         keep: fraction of the rows that count, the hardest; it may be reassigned between steps.
         sampler: is told the mean loss of all rows of the batch.
-        virtual: its penalty is added.
-        options: ``ignore_index``, ``label_smoothing``, ``class_weight``, ``group``, as of ``trimmed_cross_entropy``.
-
-    Call it once a batch of the training set, with logits ``(B, C)`` and a target, as ``trimmed_cross_entropy``.
+        virtual: its penalty is added; of sequences, over the positions that count.
+        ignore_index, label_smoothing, class_weight, group: as of ``trimmed_cross_entropy``.
     """
 
     def __init__(
@@ -29,15 +31,40 @@ class BatchLoss(TrimmedCrossEntropyLoss):
         *,
         sampler: HardBatchSampler | None = None,
         virtual: VirtualSamples | None = None,
-        **options: Any,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(keep, per_sample=True, **options)
+        super().__init__(
+            keep,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            class_weight=class_weight,
+            per_sample=True,
+            group=group,
+        )
+        for name, part, kind in (("sampler", sampler, HardBatchSampler), ("virtual", virtual, VirtualSamples)):
+            if not isinstance(part, kind | None):
+                raise UserError(f"{name} must be a {kind.__name__}, got {type(part).__name__}")
         self.sampler = sampler
         self.virtual = virtual
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        if not self.training or not torch.is_grad_enabled():
+            smoothing, weight = self.label_smoothing, self.class_weight
+            mean: Tensor = cross_entropy(
+                logits, target, weight=weight, ignore_index=self.ignore_index, label_smoothing=smoothing
+            )
+            return mean
         loss, losses = super().forward(logits, target)
+        counts = None if target.is_floating_point() else target != self.ignore_index
         if self.sampler is not None:
-            counted = losses.numel() if target.is_floating_point() else (target != self.ignore_index).sum()
-            self.sampler.record(losses.sum() / counted)
-        return loss if self.virtual is None else loss + self.virtual.penalty()
+            rows = losses.numel() if counts is None else counts.sum().clamp(min=1)
+            self.sampler.record(losses.sum() / rows)
+        return loss if self.virtual is None else loss + self.virtual.penalty(self._positions(counts))
+
+    def _positions(self, counts: Tensor | None) -> Tensor | None:
+        """Of sequences, which positions count, whether or not the target was flattened; None of one row a sample."""
+        shape = self.virtual.shape if self.virtual is not None else None
+        return None if counts is None or shape is None or len(shape) < 2 else counts.view(shape)

@@ -3,44 +3,62 @@ Technique", 2020 (arXiv:2006.04406), Algorithm 1."""
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 from torch import nn
 
 from batchkern import schedules
-from batchkern.errors import UserError
+from batchkern.errors import UserError, whole
 from batchkern.models import AttachedHead, find_classifier
 from batchkern.plan import saved_number
 from batchkern.second_head import CONVOLUTIONS, Inputs, in_place, second_classifier, second_head
 
 NAME = "second_head"
+UNASKED = 3
+"""So many passive batches may be on their way to a trainer that reads ahead."""
 
 
-class PassiveDict(dict[str, Any]):
-    """A batch of the passive set. A class of its own, since trainers that move batches to a device keep the class."""
+class Passive:
+    """Marks a batch of the passive set. It is mixed into the batch's own class, since trainers that move a batch to a
+    device keep its class."""
 
 
-class PassiveTuple(tuple[Any, ...]):
-    """The same for batches that are tuples."""
-
-
-class PassiveList(list[Any]):
-    """The same for batches that are lists."""
+@cache
+def _marked(kind: type) -> type:
+    return type(f"Passive{kind.__name__}", (Passive, kind), {})
 
 
 def mark_passive(batch: Any) -> Any:
-    """``batch``, a dict, tuple or list of tensors, as one for which :func:`is_passive` is true."""
-    for kind, marked in ((Mapping, PassiveDict), (tuple, PassiveTuple), (list, PassiveList)):
-        if isinstance(batch, kind):
-            return marked(batch)
-    raise UserError(f"passive batches must be dicts, tuples or lists, got {type(batch).__name__}")
+    """``batch``, a mapping, tuple or list of tensors, as one for which :func:`is_passive` is true."""
+    if not isinstance(batch, Mapping | UserDict | tuple | list):
+        raise UserError(f"passive batches must be mappings, tuples or lists, got {type(batch).__name__}")
+    kind = _marked(type(batch))
+    return kind(*batch) if hasattr(batch, "_fields") else kind(batch)
+
+
+_recognised = 0
+"""How often a batch was seen to be passive."""
 
 
 def is_passive(batch: Any) -> bool:
-    """Whether :class:`inject` took a batch from the passive set."""
-    return isinstance(batch, PassiveDict | PassiveTuple | PassiveList)
+    """Whether :class:`inject` took a batch from the passive set. Ask before the batch is made anew: the list
+    ``[x.to(device) for x in batch]`` is no longer marked."""
+    global _recognised
+    passive = isinstance(batch, Passive)
+    _recognised += passive
+    return passive
+
+
+def _state(loader: Any) -> Any:
+    """None where it has none, as loaders of accelerate, which only look as if they had."""
+    try:
+        return loader.state_dict()
+    except AttributeError:
+        return None
 
 
 class inject:
@@ -61,10 +79,12 @@ class inject:
         passive: of the passive set; begun anew whenever it ends.
         every: g; or ``f(batches of loader so far)`` -> bool.
 
-    Its state has that of both loaders where they have one, as :class:`batchkern.parts.WholeEpochs` does.
+    Its state has that of both loaders where they have one, as :class:`batchkern.parts.WholeEpochs` does. A loader
+    without a state begins anew, so a state from within its pass is refused.
 
     Raises:
         UserError: ``every`` is below 1, or ``passive`` is empty.
+        RuntimeError: passive batches are delivered, and nobody asks :func:`is_passive` for them.
     """
 
     def __init__(self, loader: Any, passive: Iterable[Any], every: int | Callable[[int], bool] = 100) -> None:
@@ -79,6 +99,9 @@ class inject:
         self.sized = False
         """It has a length, that of the pass. Only a trainer that asks each time should see it."""
         self._stream = _endless(self.passive)
+        self._unasked = 0
+        """Passive batches since one was last recognised."""
+        self._asked = _recognised
 
     def __iter__(self) -> Iterator[Any]:
         self.begun = self._begin()
@@ -94,7 +117,7 @@ class inject:
     def _begin(self) -> int:
         """``begun`` of a pass that is asked for now: a new one, or the rest of one that was left early."""
         over = self.sized and self.active - self.begun >= len(self.loader) and not self.pending
-        return self.active if over or not hasattr(self.loader, "state_dict") else self.begun
+        return self.active if over or _state(self.loader) is None else self.begun
 
     def __len__(self) -> int:
         if not self.sized:
@@ -103,6 +126,13 @@ class inject:
         return own + sum(map(self.due, range(begun + 1, begun + own + 1)))
 
     def _passive(self) -> Any:
+        self._unasked = 0 if _recognised > self._asked else self._unasked + 1
+        self._asked = _recognised
+        if self._unasked > UNASKED:
+            raise RuntimeError(
+                f"{UNASKED} passive batches were delivered and none was recognised: call head.used_by(batch), or "
+                "is_passive(batch), before a batch is made anew, as by [x.to(device) for x in batch]"
+            )
         self.pending = False
         self.injected += 1
         return mark_passive(next(self._stream))
@@ -114,13 +144,18 @@ class inject:
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {name: getattr(self, name) for name in ("active", "injected", "pending", "begun")}
         for name in ("loader", "passive"):
-            if hasattr(getattr(self, name), "state_dict"):
-                state[name] = getattr(self, name).state_dict()
+            if (own := _state(getattr(self, name))) is not None:
+                state[name] = own
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.active, self.injected = saved_number(state, "active"), saved_number(state, "injected")
         self.pending, self.begun = bool(state["pending"]), saved_number(state, "begun", self.active)
+        if "loader" not in state and (self.pending or 0 < self.active - self.begun < len(self.loader)):
+            raise ValueError(
+                f"the state is from within a pass, where a {type(self.loader).__name__} cannot go on: inject into "
+                "WholeEpochs(loader)"
+            )
         for name in ("loader", "passive"):
             if name in state:
                 getattr(self, name).load_state_dict(state[name])
@@ -134,7 +169,7 @@ def _endless(loader: Iterable[Any]) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise UserError("passive must have batches, it is empty")
+            raise UserError("passive must have batches whenever it is begun anew, it has none")
 
 
 class SecondHead:
@@ -146,7 +181,7 @@ class SecondHead:
 
     In a step that does not use it, the head has no gradient (PyTorch's ``zero_grad`` leaves None), so the optimizer
     gives it no momentum and no weight decay. The same holds for the model's own last layers in a step on a passive
-    batch.
+    batch. Detach it before the model is saved for others: its keys would be in the file.
 
     Args:
         model: any module with a linear layer as its classifier.
@@ -169,7 +204,11 @@ class SecondHead:
         shared: str = CONVOLUTIONS,
         classifier: str | None = None,
     ) -> None:
+        if (whole(classes) or 0) < 1:
+            raise UserError(f"classes must be a whole number of at least 1, got {classes!r}")
         name, self._classifier = find_classifier(model, classifier)
+        if not name:
+            raise UserError("model must have its classifier within it, but it is that Linear itself")
         if hasattr(self._classifier, NAME):
             raise UserError(f"the classifier {name!r} has a {NAME} already; detach() that first")
         if example is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchkern.configure import check_number
 from batchkern.errors import UserError
 from batchkern.ops import BatchLedger
 from batchkern.plan import Batch, EpochBatches, Replay
@@ -17,7 +18,7 @@ from batchkern.seeding import generator
 
 
 def check_delta(delta: float) -> None:
-    if not 0 < delta <= 1:
+    if not 0 < check_number("delta", delta) <= 1:
         raise UserError(f"delta must be in (0, 1], got {delta}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
@@ -16,20 +17,14 @@ from batchkern.parts.rounds import HardRounds, RandomRounds
 from batchkern.plan import Batch, EpochBatches
 from batchkern.seeding import derived_seed
 
+ONE_PASS = "another pass over this loader has begun: only the latest one may go on, so look at a batch before the loop"
 ENDLESS = 2**40
 """Epochs of a sampler that need not know how many there will be."""
 
 
 class PlannedBatches(Sampler[list[int]]):
-    """Batches by a plan, an epoch a pass. A pass that is left early goes on in the next one.
-
-    Args:
-        rows: of the data set.
-        batch_size: rows of a batch, of all ranks together.
-        seed: of the order; a ``Trainer`` with the same seed has the same batches.
-        drop_last: leave out the last batch of an epoch where it is smaller.
-        group: a process group whose ranks share each batch: each is given a contiguous part of it. Where the parts
-            are not equally large (they differ by one row at most), a loss that takes ``group`` weighs them rightly.
+    """Batches by a plan, whose pass is an epoch. A pass that is left early goes on in the next one; while one is under
+    way, no other may begin.
 
     Raises:
         UserError: an argument is out of its range.
@@ -59,12 +54,13 @@ class PlannedBatches(Sampler[list[int]]):
                 f"rows and batch_size must be at least {self.world}, one for each rank, got {rows} and {batch_size}"
             )
         self.batches = EpochBatches(rows, batch_size, epochs, derived_seed(seed, "order"), self.world, drop_last)
-        self.by_rounds = False
-        """:class:`WholeEpochs` reads: a pass may stop at the end of a round, and it says which batches it delivered."""
+        self.reader: object | None = None
+        """The pass of a :class:`WholeEpochs` that reads: a pass of the sampler may then stop at the end of a round."""
         self.in_flight = 0
         """Batches that a loader was given and has not delivered yet, while :class:`WholeEpochs` reads."""
         self.epoch_over = False
         """What was handed out last ends an epoch."""
+        self._passes = 0
         self._drained = False
         """Nothing more of the pass follows."""
         self._unfinished: deque[tuple[Batch, dict[str, Any]]] = deque()
@@ -73,30 +69,35 @@ class PlannedBatches(Sampler[list[int]]):
         """The place behind the last batch that is finished, where others are not."""
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self._unfinished:
-            if self._drained and not self.in_flight:
-                raise RuntimeError(self._too_early())
-            self._go_to(self._finished)  # a pass was left early: what it did not finish is handed out again
+        if self._drained and not self.in_flight and len(self._unfinished) > 1:
+            raise RuntimeError(self.too_early())
+        if self._unfinished:  # a pass was left early: what it did not finish is handed out again
+            self._go_to(self._finished)
         self._unfinished.clear()
         self._drained, self.in_flight = False, 0
-        stream = self._stream()
-        while True:
+        self._passes += 1
+        own, stream = self._passes, self._stream()
+        for count in itertools.count():
             if self._unfinished and self._needs_losses():
-                if not self.by_rounds:
-                    raise RuntimeError(self._too_early())
+                if self.reader is None:
+                    raise RuntimeError(self.too_early())
                 self._drained = True
                 return
             before = self._place()
             batch = next(stream, None)
             if batch is None:
+                if not count:
+                    raise RuntimeError(f"the training is over: its sampler was made for {self.batches.epochs} epochs")
                 return
-            if self.by_rounds or self.records:
+            if self.reader is not None or self.records:
                 if not self._unfinished:
                     self._finished = before
                 self._unfinished.append((batch, self._place()))
-                self.in_flight += self.by_rounds
+                self.in_flight += self.reader is not None
             self.epoch_over = self._drained = batch.ends_epoch
             yield batch.indices.tensor_split(self.world)[self.rank].tolist()
+            if own != self._passes:
+                raise RuntimeError(ONE_PASS)
             if batch.ends_epoch:
                 return
 
@@ -109,6 +110,11 @@ class PlannedBatches(Sampler[list[int]]):
         """How many batches an epoch has."""
         return self.batches.per_epoch
 
+    @property
+    def waiting(self) -> int:
+        """How many batches are not finished."""
+        return len(self._unfinished)
+
     def delivered(self) -> None:
         """The loader has delivered one more batch. For :class:`WholeEpochs`."""
         self.in_flight -= 1
@@ -118,11 +124,11 @@ class PlannedBatches(Sampler[list[int]]):
     def state_dict(self) -> dict[str, Any]:
         """The place behind the last batch that was handed out, as torchdata's ``StatefulDataLoader`` asks for it. Where
         a loader reads ahead it is not in training yet: save the state of :class:`WholeEpochs`, or of that loader."""
-        return {"place": self._place(), "unfinished": len(self._unfinished)}
+        return self._state(self._place(), len(self._unfinished))
 
     def finished_state(self) -> dict[str, Any]:
         """The place behind the last batch that is finished."""
-        return {"place": self._finished if self._unfinished else self._place(), "unfinished": 0}
+        return self._state(self._finished if self._unfinished else self._place(), 0)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a state.
@@ -130,6 +136,9 @@ class PlannedBatches(Sampler[list[int]]):
         Raises:
             ValueError: it is not of such a sampler, or losses were missing when it was saved.
         """
+        own = self._state(self._place(), 0)
+        if state.keys() != own.keys() or state["of"] != own["of"]:
+            raise ValueError(f"the state is of another sampler: {state.get('of')}, and this one is {own['of']}")
         if state["unfinished"]:
             raise ValueError(
                 f"the state was saved before the losses of {state['unfinished']} batches were recorded: save it after "
@@ -138,16 +147,27 @@ class PlannedBatches(Sampler[list[int]]):
         self._unfinished.clear()
         self._go_to(state["place"])
 
+    def _state(self, place: dict[str, Any], unfinished: int) -> dict[str, Any]:
+        plan = self.batches
+        of = {"sampler": type(self).__name__, "rows": plan.rows, "batch_size": plan.batch_size, "order": plan.seed}
+        return {"of": of, "place": place, "unfinished": unfinished}
+
     def _finish(self) -> Batch:
         """The oldest batch that is not finished is."""
         batch, self._finished = self._unfinished.popleft()
         return batch
 
-    def _too_early(self) -> str:
-        return (
-            f"the next round of batches was asked for before the losses of {len(self._unfinished)} were recorded: call "
-            "record(losses) once for each batch, and where workers or accelerate read ahead, or several batches are "
-            "taken at once, iterate over WholeEpochs(loader) in place of the loader"
+    def too_early(self) -> str:
+        """What is wrong where the next round is asked for and losses are missing."""
+        missing = f"the next batches were asked for before the losses of {len(self._unfinished)} were recorded: "
+        if self.reader is None:
+            return missing + (
+                "call record(losses) once for each batch, and where workers or accelerate read ahead, iterate over "
+                "WholeEpochs(loader) in place of the loader"
+            )
+        return missing + (
+            "call record(losses) once for each batch; a trainer that takes several micro-batches at once needs rounds "
+            "and epochs of a multiple of them"
         )
 
     # --- what the samplers differ in ---------------------------------------------------------------------------
@@ -173,8 +193,27 @@ class EpochBatchSampler(PlannedBatches):
     """Each epoch a fresh permutation of all rows, cut into batches: the baseline.
 
     Args:
-        rows, batch_size, seed, drop_last, group: as :class:`PlannedBatches`.
+        rows: of the data set.
+        batch_size: rows of a batch, of all ranks together.
+        seed: of the order; a ``Trainer`` with the same seed has the same batches.
+        drop_last: leave out the last batch of an epoch where it is smaller.
+        group: a process group whose ranks share each batch: each is given a contiguous part of it. Where the parts
+            are not equally large (they differ by one row at most), a loss that takes ``group`` weighs them rightly.
+
+    Raises:
+        UserError: an argument is out of its range.
     """
+
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        drop_last: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(rows, batch_size, seed=seed, drop_last=drop_last, group=group)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -203,21 +242,31 @@ class RandomBatchSampler(_RoundSampler):
     """The control of :class:`HardBatchSampler`: rounds of floor(delta * N) random batches.
 
     Args:
-        rows, batch_size, seed, drop_last, group: as :class:`PlannedBatches`.
+        rows, batch_size, seed, drop_last, group: as :class:`EpochBatchSampler`.
         delta: fraction of the batches in a round, in (0, 1].
     """
 
-    def __init__(self, rows: int, batch_size: int, *, delta: float = 0.2, seed: int = 0, **options: Any) -> None:
-        super().__init__(rows, batch_size, seed=seed, **options)
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        *,
+        delta: float = 0.2,
+        seed: int = 0,
+        drop_last: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(rows, batch_size, seed=seed, drop_last=drop_last, group=group)
         self.rounds = RandomRounds(len(self), delta, seed)
 
 
 class HardBatchSampler(_RoundSampler):
     """N fixed batches: one epoch over all of them, then rounds over those whose last loss is highest.
 
-    Call :meth:`record` once for each batch, in their order. A round of floor(delta * N) batches is chosen when the
-    losses of all batches before it are recorded. A loader that reads ahead asks earlier, which is an error, unless
-    :class:`WholeEpochs` reads it. A pass is N batches, an epoch in the paper's count of updates (eq. 4).
+    Call :meth:`record` once for each batch that the loader delivered, in their order. A round of floor(delta * N)
+    batches is chosen when the losses of all batches before it are recorded. A loader that reads ahead asks earlier,
+    which is an error, unless :class:`WholeEpochs` reads it. A pass is N batches, an epoch in the paper's count of
+    updates (eq. 4).
 
         sampler = HardBatchSampler(len(dataset), 50, delta=0.2)
         for x, y in WholeEpochs(DataLoader(dataset, batch_sampler=sampler, num_workers=2)):
@@ -226,7 +275,7 @@ class HardBatchSampler(_RoundSampler):
             sampler.record(losses)
 
     Args:
-        rows, batch_size, seed, drop_last, group: as :class:`PlannedBatches`.
+        rows, batch_size, seed, drop_last, group: as :class:`EpochBatchSampler`.
         delta: fraction of the batches in a round, in (0, 1].
         order: ``"loss"``: the highest first (Algorithm 2). ``"index"``: as in the first epoch, which is what the
             official code does.
@@ -237,8 +286,18 @@ class HardBatchSampler(_RoundSampler):
     records = True
     rounds: HardRounds
 
-    def __init__(self, rows: int, batch_size: int, *, delta: float = 0.2, order: str = "loss", **options: Any) -> None:
-        super().__init__(rows, batch_size, **options)
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        *,
+        delta: float = 0.2,
+        order: str = "loss",
+        seed: int = 0,
+        drop_last: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(rows, batch_size, seed=seed, drop_last=drop_last, group=group)
         self.rounds = HardRounds(len(self), delta, order)
 
     def record(self, losses: Tensor | float) -> None:
@@ -248,8 +307,8 @@ class HardBatchSampler(_RoundSampler):
             RuntimeError: no batch is waiting for its loss.
             ValueError: another number of losses than the batch has rows.
         """
-        if not self._unfinished:
-            raise RuntimeError("record(losses) was called, but no batch is waiting for its loss")
+        if len(self._unfinished) <= self.in_flight:
+            raise RuntimeError("record(losses) was called, but no batch that was delivered is waiting for its loss")
         batch = self._unfinished[0][0]
         losses = torch.as_tensor(losses, dtype=torch.float32).detach()
         rows = len(batch.indices.tensor_split(self.world)[self.rank])
@@ -269,14 +328,8 @@ class HardBatchSampler(_RoundSampler):
         replay = self.rounds.replay
         return replay.updates >= len(self) and replay.place == len(replay.order)
 
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | self._losses()
-
-    def finished_state(self) -> dict[str, Any]:
-        return super().finished_state() | self._losses()
-
-    def _losses(self) -> dict[str, Any]:
-        return {"losses": self.rounds.ledger.losses.clone()}
+    def _state(self, place: dict[str, Any], unfinished: int) -> dict[str, Any]:
+        return super()._state(place, unfinished) | {"losses": self.rounds.ledger.losses.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -314,17 +367,22 @@ class WholeEpochs:
         """It has a length. Where that differs from epoch to epoch, only a trainer that asks each time should see it."""
 
     def __iter__(self) -> Iterator[Any]:
-        sampler = self.batch_sampler
-        sampler.by_rounds = True
+        sampler, own = self.batch_sampler, object()
+        sampler.reader = own
         try:
             while True:
                 for batch in self.loader:
+                    if sampler.reader is not own:
+                        raise RuntimeError(ONE_PASS)
                     sampler.delivered()
                     yield batch
                 if sampler.epoch_over:
                     return
+                if sampler.waiting:
+                    raise RuntimeError(sampler.too_early())
         finally:
-            sampler.by_rounds = False
+            if sampler.reader is own:
+                sampler.reader = None
 
     def __len__(self) -> int:
         if not self.sized:

@@ -32,6 +32,9 @@ BATCH_MULTIPLES = (1, 2, 3, 4, 1)
 def check_subsets(
     fractions: Sequence[float], batch_multiples: Sequence[int]
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    for name, value in (("fractions", fractions), ("batch_multiples", batch_multiples)):
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name} must be a tuple, such as (0.5, 1), got {value!r:.60}")
     f = tuple(check_number("fractions", x) for x in fractions)
     m = tuple(count("batch_multiples", x, None) for x in batch_multiples)
     if not f or any(not 0 < x <= 1 for x in f) or any(a >= b for a, b in pairwise(f)):
@@ -49,13 +52,13 @@ class Subsets:
     ) -> None:
         n = len(fractions)
         if epochs < n:
-            raise UserError(f"epochs must be at least {n}, one a step of Stepwise, got {epochs}")
+            raise UserError(f"epochs must be at least {n}, one for each step, got {epochs}")
         self.sizes = tuple(round(fraction * rows) for fraction in fractions)
         self.batch_sizes = tuple(multiple * batch_size for multiple in batch_multiples)
         for fraction, size, batch in zip(fractions, self.sizes, self.batch_sizes, strict=True):
             if size < batch:
                 raise UserError(
-                    f"Stepwise's subset of {fraction:g} has {size} samples, fewer than one batch of {batch}; "
+                    f"the subset of {fraction:g} has {size} samples, fewer than one batch of {batch}; "
                     "use a smaller batch size or larger fractions"
                 )
         self.bounds = [i * epochs // n for i in range(n + 1)]
@@ -235,8 +238,9 @@ class StepwiseLR(LambdaLR):
     Args:
         optimizer: its rates are those of the first step, lambda.
         sampler: that of the training.
-        interval: how often ``step()`` is called: once an ``"epoch"``, or once an ``"update"``, as Transformers does.
-        options: ``gamma``, ``decay_every``, ``gradients``, ``divisor``, ``rates``, as :class:`Rates` takes them.
+        interval: when ``step()`` is called: after each ``"epoch"``, the rate is then that of the sampler's next epoch;
+            or after each ``"update"``, as Transformers does.
+        gamma, decay_every, gradients, divisor, rates: as :class:`Rates` takes them.
 
     Raises:
         UserError: an argument is out of its range.
@@ -248,18 +252,32 @@ class StepwiseLR(LambdaLR):
         sampler: SubsetSampler,
         *,
         interval: Literal["epoch", "update"] = "epoch",
-        **options: Any,
+        gamma: float = 0.1,
+        decay_every: float = 0.5,
+        gradients: Literal["sum", "mean"] = "sum",
+        divisor: Literal["step", "run"] = "step",
+        rates: Sequence[float] | None = None,
     ) -> None:
+        if not isinstance(sampler, SubsetSampler):
+            raise UserError(f"sampler must be a SubsetSampler, got {type(sampler).__name__}")
         if interval not in ("epoch", "update"):
             raise UserError(f"interval must be epoch or update, got {interval!r}")
-        subsets, rates, epochs = sampler.subsets, Rates(len(sampler.subsets.sizes), **options), sampler.batches.epochs
+        subsets, epochs = sampler.subsets, sampler.batches.epochs
+        rule = Rates(
+            len(subsets.sizes),
+            gamma=gamma,
+            decay_every=decay_every,
+            gradients=gradients,
+            divisor=divisor,
+            rates=rates,
+        )
         ends, updates = [], 0
         for epoch in range(epochs):
             updates += sampler.batches_of(epoch)
             ends.append(updates)
 
         def factor(calls: int) -> float:
-            epoch = calls if interval == "epoch" else bisect.bisect_right(ends, calls)
-            return rates.of_epoch(subsets, min(epoch, epochs - 1), sampler.batches.batch_size)
+            epoch = sampler.epoch if interval == "epoch" else bisect.bisect_right(ends, calls)
+            return rule.of_epoch(subsets, min(epoch, epochs - 1), sampler.batches.batch_size)
 
         super().__init__(optimizer, factor)

@@ -132,6 +132,8 @@ class Stack:
         """Of the layer."""
         self.rows: int | None = None
         """Of the batch that is stacked."""
+        self.parts = 1
+        """1 + M."""
         self.logits: tuple[Tensor, Tensor] | None = None
         """Of the batch, and of its virtual samples."""
 
@@ -157,7 +159,7 @@ class Stack:
         self.calls += 1
         if self.calls > 1:
             raise UserError("virtual samples need a layer that runs once in a forward pass; this one ran twice")
-        self.rows = len(args[0])
+        self.rows, self.parts = len(args[0]), len(stacked) // max(len(args[0]), 1)
         return (stacked, *args[1:])
 
     @torch.compiler.disable
@@ -166,9 +168,13 @@ class Stack:
             return None
         if not isinstance(logits, Tensor):
             raise UserError(f"virtual samples need logits that are a tensor, got {type(logits).__name__}")
-        if len(logits) == self.rows:
-            raise UserError("virtual samples need a layer that the logits depend on")
-        self.logits = logits[: self.rows], logits[self.rows :]
+        if len(logits) == self.rows or len(logits) % self.parts:
+            raise UserError(
+                f"virtual samples need a layer that the logits depend on, but of {self.parts} x {self.rows} rows "
+                f"{len(logits)} logits are made"
+            )
+        own = len(logits) // self.parts  # more than there are rows, where positions of sequences become rows
+        self.logits = logits[:own], logits[own:]
         self.rows = None
         return self.logits[0]
 
@@ -201,7 +207,9 @@ class VirtualSamples(nn.Module):
             ...  # the update
 
     Make it before the model is compiled; a compiled model takes it with breaks of the graph, so not with
-    ``fullgraph=True``. It has no parameters; its state is how many passes there were.
+    ``fullgraph=True``. It has no parameters; its state is how many passes there were. The layers from ``layer`` on see
+    1 + M times the rows: they must run once a pass, with the batch as dimension 0, and take nothing else that has its
+    rows, such as a mask of padding or a skip connection around ``layer``. The classifier always does.
 
     Args:
         model: any module. Inputs of the layer are ``(B, ...)``; of ``(B, T, H)`` each position is perturbed by itself.
@@ -244,13 +252,19 @@ class VirtualSamples(nn.Module):
         modules = dict(model.named_modules())
         if layer is not None and (not layer or layer not in modules):
             raise UserError(f"layer: the model has no module {layer!r}; it has {', '.join(filter(None, modules))}")
+        chosen = modules[name if layer is None else layer]
+        if any(isinstance(getattr(hook, "__self__", None), Stack) for hook in chosen._forward_pre_hooks.values()):
+            raise UserError(f"layer {name if layer is None else layer!r} has virtual samples already; remove() those")
         self.passes = 0
         """Forward passes in training so far, the iteration that random numbers are drawn for."""
         self._idle = False
         """The coin of the latest pass fell on no virtual samples."""
-        self._modules_of_model = (modules[name if layer is None else layer], end)  # a tuple: they are no submodules
+        self._modules_of_model = (chosen, end)  # a tuple: they are no submodules
         self._stack = Stack(*self._modules_of_model, self._virtual)
-        self._begin = model.register_forward_pre_hook(self._stack.begin)
+        self._of_model = (
+            model.register_forward_pre_hook(self._stack.begin, prepend=True),
+            model.register_forward_hook(self._check),
+        )
 
     def _virtual(self, hidden: Tensor) -> Tensor | None:
         layer, _ = self._modules_of_model
@@ -268,6 +282,20 @@ class VirtualSamples(nn.Module):
         place = derived_seed(self.seed, "augment numbers", moment, *([rank] if rank else []))
         return self.noise(hidden, place, place)
 
+    @property
+    def shape(self) -> torch.Size | None:
+        """Of the latest pass's rows, ``(B,)`` or ``(B, T)``; None: it had no virtual samples."""
+        return None if self._stack.logits is None else self._stack.logits[0].shape[:-1]
+
+    @torch.compiler.disable
+    def _check(self, model: nn.Module, args: Any, output: Any) -> None:
+        logits = self._stack.logits
+        if logits is not None and isinstance(output, Tensor) and output.shape[-1:] != logits[0].shape[-1:]:
+            raise UserError(
+                f"classifier must name the layer that the logits come from: the model gives {tuple(output.shape)}, and "
+                f"the last Linear that is registered {tuple(logits[0].shape)}"
+            )
+
     def penalty(self, mask: Tensor | None = None) -> Tensor:
         """eta times the divergence of the latest pass, of virtual samples from their batch; 0 where it had none.
 
@@ -275,6 +303,7 @@ class VirtualSamples(nn.Module):
             mask: of logits ``(B, T, C)``, ``(B, T)`` bool: the positions that count, such as ``labels != -100``.
 
         Raises:
+            UserError: the mask is of another shape or type.
             RuntimeError: no pass went through the layer in training since the last call.
         """
         if self._idle:
@@ -289,6 +318,10 @@ class VirtualSamples(nn.Module):
         self._stack.forget()
         copies = virtual.view(-1, *raw.shape)
         if mask is not None:
+            if mask.dtype != torch.bool or mask.shape != raw.shape[:-1]:
+                raise UserError(
+                    f"mask must be bool of shape {tuple(raw.shape[:-1])}, got {mask.dtype} of {tuple(mask.shape)}"
+                )
             raw, copies = raw[mask], copies[:, mask]
         rows = raw.reshape(-1, raw.shape[-1])
         if not len(rows):
@@ -299,7 +332,8 @@ class VirtualSamples(nn.Module):
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
-        self._begin.remove()
+        for handle in self._of_model:
+            handle.remove()
         self._stack.remove()
 
     def get_extra_state(self) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from trained import EPOCHS, STRATEGIES, Parts, assert_trained, end_workers, keep, parts
-from training import single_thread
+from training import SHAPE, single_thread
 
 pytest.importorskip("lightning")
 
@@ -32,6 +32,11 @@ class Module(lightning.LightningModule):
             with self.made.head.used_by(batch):
                 return F.cross_entropy(self.net(x), y)
         return self.loss(self.net(x), y)
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        """Records nothing, and has no penalty to ask for."""
+        x, y = batch
+        assert self.loss(self.net(x), y) > 0
 
     def configure_optimizers(self) -> Any:
         if self.made.schedule is None:
@@ -70,7 +75,10 @@ def fit(name: str, made: Parts, folder: Path, *others: Any, **options: Any) -> C
     plain = {"max_epochs": EPOCHS, "accelerator": "cpu", "devices": 1, "enable_checkpointing": False}
     resume = options.pop("ckpt_path", None)
     trainer = lightning.Trainer(default_root_dir=folder, callbacks=callbacks, **quiet, **plain | options)
-    trainer.fit(Module(made), made.loader, ckpt_path=resume)
+    held_out = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(torch.randn(9, *SHAPE), torch.arange(9) % 4), 5
+    )
+    trainer.fit(Module(made), made.loader, held_out, ckpt_path=resume)
     return counted
 
 

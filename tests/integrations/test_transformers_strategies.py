@@ -30,9 +30,12 @@ class MyTrainer(StrategiesMixin, Trainer):
 
 def trainer(name: str, made: Parts, folder: Path, **options: Any) -> MyTrainer:
     plain = {"num_train_epochs": EPOCHS, "max_grad_norm": 0.0, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    # An evaluation records nothing, and has no penalty to ask for.
+    plain |= {"eval_strategy": "epoch", "label_names": ["labels"]}
     if name in ("stepwise", "passive"):  # epochs of several lengths
         plain["max_steps"] = made.updates
     arguments = TrainingArguments(folder, disable_tqdm=True, remove_unused_columns=False, **plain | options)
+    held_out = Named(torch.randn(9, *SHAPE), torch.arange(9) % 4)
     schedule = made.schedule or torch.optim.lr_scheduler.LambdaLR(made.optimizer, lambda _: 1.0)
     return MyTrainer(
         Logits(made.model),
@@ -40,6 +43,7 @@ def trainer(name: str, made: Parts, folder: Path, **options: Any) -> MyTrainer:
         optimizers=(made.optimizer, schedule),
         callbacks=[KeepSchedule(keep, made.loss)] if name == "trimming" else [],
         compute_loss_func=OutputLoss(made.loss),
+        eval_dataset=held_out,
         loader=made.loader,
         second_head=made.head,
     )

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from trained import STRATEGIES, Parts, assert_trained, keep, parts
 from training import single_thread
 
-from batchkern.parts import BatchLoss, HardBatchSampler, is_passive
+from batchkern.errors import UserError
+from batchkern.parts import BatchLoss, EpochBatchSampler, HardBatchSampler, VirtualSamples, is_passive
 
 one_thread = single_thread()
 
@@ -103,3 +104,39 @@ def test_the_loss_that_is_recorded_is_the_mean_of_all_rows_that_count() -> None:
     torch.testing.assert_close(
         sampler.rounds.ledger.losses, torch.stack([kept.mean(), F.cross_entropy(logits[:, 0], soft)])
     )
+
+
+def test_in_evaluation_it_is_the_mean_of_all_rows_and_nothing_else() -> None:
+    sampler, model, x = HardBatchSampler(12, 6, delta=0.5), torch.nn.Linear(5, 3), torch.randn(6, 5)
+    loss = BatchLoss(0.3, sampler=sampler, virtual=VirtualSamples(model, omega=0.0), label_smoothing=0.1)
+    target = torch.randint(3, (6,))
+    expected = F.cross_entropy(model.eval()(x), target, label_smoothing=0.1)
+    torch.testing.assert_close(loss.eval()(model(x), target), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(loss.train()(model(x), target), expected)
+    assert sampler.rounds.ledger.losses.isinf().all()
+
+
+def test_of_sequences_the_penalty_is_over_the_positions_that_count() -> None:
+    model = torch.nn.Linear(6, 4)
+    virtual = VirtualSamples(model, omega=0.0, seed=1)
+    x, target = torch.randn(5, 3, 6), torch.randint(4, (5, 3))
+    target[:2, 1:] = -100
+    logits = model(x).flatten(0, 1)
+    loss = BatchLoss(virtual=virtual)(logits, target.flatten())
+    virtual.passes = 0
+    model(x)
+    expected = F.cross_entropy(logits, target.flatten()) + virtual.penalty(target != -100)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_a_batch_without_a_label_that_counts_does_not_rank_hardest() -> None:
+    sampler = HardBatchSampler(12, 6, delta=0.5)
+    next(iter(sampler))
+    BatchLoss(sampler=sampler)(torch.randn(6, 3, requires_grad=True), torch.full((6,), -100))
+    assert sampler.rounds.ledger.losses.min() == 0
+
+
+def test_wrong_parts() -> None:
+    with pytest.raises(UserError, match="sampler must be a HardBatchSampler, got EpochBatchSampler"):
+        BatchLoss(sampler=EpochBatchSampler(12, 6))  # type: ignore[arg-type]

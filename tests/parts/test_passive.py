@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -159,11 +159,62 @@ def test_a_compiled_model_runs_the_head_that_is_meant() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(UserError, match="every must be a whole number of at least 1, got 0"):
         inject([], [], every=0)
-    with pytest.raises(UserError, match="passive must have batches, it is empty"):
+    with pytest.raises(UserError, match="passive must have batches whenever it is begun anew, it has none"):
         list(inject([(1,)], [], every=1))
-    with pytest.raises(UserError, match="passive batches must be dicts, tuples or lists, got Tensor"):
+    with pytest.raises(UserError, match="passive batches must be mappings, tuples or lists, got Tensor"):
         list(inject([(1,)], [torch.zeros(2)], every=1))
     with pytest.raises(UserError, match="shared is '0', which needs an example"):
         SecondHead(net(), 4, shared="0")
     with pytest.raises(UserError, match="has no classifier that could be found"):
         SecondHead(nn.ReLU(), 4)
+    with pytest.raises(UserError, match="it is that Linear itself"):
+        SecondHead(nn.Linear(2, 3), 4)
+    with pytest.raises(UserError, match=r"classes must be a whole number of at least 1, got 2\.5"):
+        SecondHead(net(), 2.5)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the model cannot take the example: mat1 and mat2"):
+        SecondHead(net(), 4, torch.zeros(2, 9))
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+def test_a_batch_keeps_its_class_beside_its_mark() -> None:
+    pair = next(filter(is_passive, inject([0], [Pair(torch.zeros(2), torch.ones(2))], every=1)))
+    assert isinstance(pair, Pair)
+    assert torch.equal(pair.y, torch.ones(2))
+    encoding = pytest.importorskip("transformers").BatchEncoding({"x": torch.zeros(2)})
+    assert is_passive(next(filter(is_passive, inject([0], [encoding], every=1))).to("cpu"))
+
+
+def test_marks_that_a_loop_loses_are_an_error() -> None:
+    """The second head would never train, and the model's own would, on labels that are not its."""
+    head, seen = SecondHead(model := net(), 4), []
+
+    def train() -> None:
+        for batch in inject(stateful(ACTIVE), stateful(PASSIVE), every=1):
+            seen.append(moved := [tensor.to("cpu") for tensor in batch])
+            with head.used_by(moved):
+                model(moved[0])
+
+    with pytest.raises(RuntimeError, match=r"3 passive batches were delivered and none was recognised: call head\."):
+        train()
+    assert len(seen) == 7
+
+
+def test_a_loader_without_a_state_is_read_from_its_beginning() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    prepared = accelerate.Accelerator(cpu=True).prepare(DataLoader(PASSIVE, batch_size=4))
+    loader = inject(stateful(ACTIVE), prepared, every=2)  # which has a method state_dict, and no state
+    next(iter(loader))
+    assert set(loader.state_dict()) == {"active", "injected", "pending", "begun", "loader"}
+    plain = inject(DataLoader(ACTIVE, batch_size=4), DataLoader(PASSIVE, batch_size=4), every=2)
+    whole = plain.state_dict()
+    next(iter(plain))
+    state = plain.state_dict()
+    plain.load_state_dict(whole)
+    with pytest.raises(
+        ValueError, match=r"from within a pass, where a DataLoader cannot go on: inject into WholeEpochs"
+    ):
+        plain.load_state_dict(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def test_batches_whose_losses_nobody_records() -> None:
             next(iter(reader))
         assert sampler.epoch == 0
     sampler = hard()
-    with pytest.raises(RuntimeError, match="no batch is waiting for its loss"):
+    with pytest.raises(RuntimeError, match="no batch that was delivered is waiting for its loss"):
         sampler.record(1.0)
 
 
@@ -239,6 +240,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_rows() -> None:
         (lambda: hard(delta2=1), "delta2"),
         (lambda: HardBatchSampler(ROWS, SIZE, delta=0.05), "delta=0.05 selects none of 19 batches"),
         (lambda: HardBatchSampler(ROWS, SIZE, delta=0.0), r"delta must be in \(0, 1\], got 0.0"),
+        (lambda: HardBatchSampler(ROWS, SIZE, delta="x"), "delta must be a number, got 'x'"),  # type: ignore[arg-type]
         (lambda: hard(order="hardest"), "order must be loss or index, got 'hardest'"),
         (lambda: HardBatchSampler(0, SIZE), "rows must be a whole number of at least 1, got 0"),
         (lambda: HardBatchSampler(ROWS, 2.5), "batch_size must be a whole number of at least 1, got 2.5"),
@@ -289,3 +291,58 @@ def test_ranks_share_each_batch_and_know_the_loss_of_all(monkeypatch: pytest.Mon
                 sampler.record(share)
             assert sum(added) == pytest.approx(float(losses.mean()))
     assert torch.equal(samplers[1].rounds.ledger.losses, reference.rounds.ledger.losses)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_only_the_latest_pass_goes_on(workers: int, wrapped: bool) -> None:
+    """A batch that is looked at within the loop would be given the loss of another one."""
+    sampler, trained = hard(), Trained()
+    reader = (
+        WholeEpochs(loader(sampler, workers))
+        if wrapped
+        else DataLoader(DATA, batch_sampler=sampler, num_workers=workers)
+    )
+    for look_at in (False, True):
+        with pytest.raises(RuntimeError, match="another pass over this loader has begun") if look_at else nullcontext():
+            for (rows,) in reader:
+                sampler.record(trained.loss(rows.tolist()))
+                if look_at and len(trained.batches) == 21:
+                    next(iter(reader))
+            assert not look_at
+        if not wrapped and workers:
+            return  # a second epoch is not for workers that read ahead
+    assert trained.batches == Trained.expected(2)[:21]
+
+
+def test_a_batch_that_is_looked_at_before_the_loop_comes_again() -> None:
+    sampler, trained = hard(), Trained()
+    whole = WholeEpochs(loader(sampler))
+    first = next(iter(whole))[0].tolist()
+    assert train(whole, sampler, trained, 2) == [19] * 2
+    assert trained.batches == Trained.expected(2)
+    assert trained.batches[0] == first
+    one = HardBatchSampler(9, 9, delta=1.0)
+    assert next(iter(one)) == next(iter(one))
+
+
+def test_a_loss_is_of_a_batch_that_was_delivered() -> None:
+    sampler = hard()
+    batches = iter(WholeEpochs(loader(sampler, 2)))
+    next(batches)
+    sampler.record(1.0)
+    with pytest.raises(RuntimeError, match="no batch that was delivered is waiting for its loss"):
+        sampler.record(2.0)  # the workers have more already
+    assert sampler.rounds.ledger.losses.isfinite().sum() == 1
+
+
+def test_states_of_other_samplers_are_refused() -> None:
+    states = [
+        EpochBatchSampler(ROWS, SIZE).state_dict(),
+        HardBatchSampler(ROWS, 5).state_dict(),
+        hard(seed=1).state_dict(),
+        {},
+    ]
+    for state in states:
+        with pytest.raises(ValueError, match=r"the state is of another sampler: .* and this one is .*'batch_size': 4"):
+            hard().load_state_dict(state)

@@ -19,11 +19,11 @@ ROWS, SIZE, EPOCHS = 107, 5, 11
 DATA = TensorDataset(torch.arange(ROWS))
 
 
-def planned(**options: Any) -> list[Batch]:
+def planned(seed: int = 4, **options: Any) -> list[Batch]:
     """Of the strategy, in the trainer."""
     strategy = Stepwise(**options)
     strategy.setup(fake_run(rows=ROWS, batch_size=SIZE, epochs=EPOCHS))
-    batches = EpochBatches(ROWS, SIZE, EPOCHS, derived_seed(4, "order"))
+    batches = EpochBatches(ROWS, SIZE, EPOCHS, derived_seed(seed, "order"))
     return list(strategy.plan(batches, iter(())))
 
 
@@ -52,7 +52,8 @@ def test_batches_and_rates_are_those_of_the_trainer(options: dict[str, Any], int
     assert seen == [(batch.indices.tolist(), batch.epoch, batch.rate) for batch in planned(**options)]
     assert sampler.updates == len(seen)
     assert [sampler.batches_of(epoch) for epoch in (0, 5, 10)] == [5, 5, 22]
-    assert list(reader) == []  # the training is over
+    with pytest.raises(RuntimeError, match="the training is over: its sampler was made for 11 epochs"):
+        next(iter(reader))
 
 
 def test_fractions_and_multiples_of_ones_own() -> None:
@@ -92,9 +93,11 @@ def test_a_state_goes_on_where_training_was(workers: int, stop: int) -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: SubsetSampler(ROWS, SIZE, 4), "epochs must be at least 5, one a step of Stepwise, got 4"),
+        (lambda: SubsetSampler(ROWS, SIZE, 4), "epochs must be at least 5, one for each step, got 4"),
         (lambda: SubsetSampler(ROWS, 30, 5), "subset of 0.2 has 21 samples, fewer than one batch of 30"),
         (lambda: SubsetSampler(ROWS, SIZE, 5, fractions=(0.5, 0.2), batch_multiples=(1, 1)), "fractions must increase"),
+        (lambda: SubsetSampler(ROWS, SIZE, 5, fractions=0.5), "fractions must be a tuple, .* got 0.5"),  # type: ignore[arg-type]
+        (lambda: StepwiseLR(torch.optim.SGD([torch.zeros(1)]), 3), "sampler must be a SubsetSampler, got int"),  # type: ignore[arg-type]
         (lambda: lr(interval="step"), "interval must be epoch or update, got 'step'"),
         (lambda: lr(gamma=0.0), r"gamma must be in \(0, 1\], got 0.0"),
         (lambda: lr(rates=(1, 2)), "rates must be 5 numbers above 0, one a fraction"),
@@ -108,3 +111,29 @@ def test_wrong_arguments(make: Any, says: str) -> None:
 
 def lr(**options: Any) -> StepwiseLR:
     return StepwiseLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), SubsetSampler(ROWS, SIZE, 5), **options)
+
+
+def test_a_finished_training_is_an_error_after_its_state_too() -> None:
+    sampler = SubsetSampler(ROWS, SIZE, EPOCHS)
+    whole = WholeEpochs(loader(sampler, 0))
+    assert sum(len(list(whole)) for _ in range(EPOCHS)) == sampler.updates
+    again = WholeEpochs(loader(SubsetSampler(ROWS, SIZE, EPOCHS), 0))
+    again.load_state_dict(whole.state_dict())
+    for reader in (whole, again):
+        with pytest.raises(RuntimeError, match="the training is over"):
+            next(iter(reader))
+
+
+def test_the_rate_is_that_of_the_samplers_epoch_where_a_pass_is_left_early() -> None:
+    sampler = SubsetSampler(ROWS, SIZE, EPOCHS)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, reader, seen = StepwiseLR(optimizer, sampler), loader(sampler, 0), []
+    for _ in range(12):
+        for place, (rows,) in enumerate(reader):
+            seen.append((len(rows), optimizer.param_groups[0]["lr"]))
+            if place == 2:
+                break
+        optimizer.step()
+        schedule.step()
+    expected = [(len(batch.indices), pytest.approx(batch.rate)) for batch in planned(seed=0)]
+    assert seen == expected[: len(seen)]

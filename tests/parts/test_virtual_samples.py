@@ -261,3 +261,58 @@ def test_layers_that_cannot_hold_them_say_so_in_the_first_pass() -> None:
     VirtualSamples(twice, "0", **ALWAYS)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="runs once in a forward pass; this one ran twice"):
         twice(torch.randn(3, 5))
+
+
+class Positions(nn.Module):
+    """Each position of a sequence is a row of the classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.mix(x)).flatten(0, 1))
+
+
+class HeadFirst(nn.Module):
+    """The classifier is not the last that is registered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Linear(7, 4), nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def test_models_of_other_shapes() -> None:
+    model, x = Positions(), torch.randn(7, 3, 6)
+    plain = model(x)
+    virtual = VirtualSamples(model, "mix", **ALWAYS)  # type: ignore[arg-type]
+    torch.testing.assert_close(model(x), plain)
+    assert virtual.shape == (7 * 3,)
+    assert virtual.penalty() > 0
+    alone = nn.Linear(5, 3)
+    virtual = VirtualSamples(alone, **ALWAYS)  # type: ignore[arg-type]
+    assert alone(torch.randn(6, 5)).shape == (6, 3)
+    assert virtual.penalty() > 0
+    VirtualSamples(wrong := HeadFirst(), **ALWAYS)  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match=r"classifier must name the layer that the logits come from: .* \(6, 4\), .* \(6, 7\)"
+    ):
+        wrong(torch.randn(6, 5))
+    right = HeadFirst()
+    virtual = VirtualSamples(right, classifier="head", **ALWAYS)  # type: ignore[arg-type]
+    right(torch.randn(6, 5))
+    assert virtual.penalty() > 0
+    with pytest.raises(UserError, match=r"layer 'head' has virtual samples already; remove\(\) those"):
+        VirtualSamples(right, classifier="head")
+
+
+def test_masks_of_another_kind() -> None:
+    model = Text()
+    virtual = VirtualSamples(model, **ALWAYS)  # type: ignore[arg-type]
+    for mask in (torch.ones(5, 4, dtype=torch.int64), torch.ones(4, dtype=torch.bool)):
+        model(torch.randint(11, (5, 4)))
+        with pytest.raises(UserError, match=r"mask must be bool of shape \(5, 4\), got torch\."):
+            virtual.penalty(mask)

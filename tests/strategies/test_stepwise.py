@@ -315,7 +315,7 @@ def test_wrong_options_are_refused_at_once(options, named):
 
 
 def test_too_few_epochs():
-    with pytest.raises(UserError, match="epochs must be at least 5, one a step of Stepwise, got 4"):
+    with pytest.raises(UserError, match="epochs must be at least 5, one for each step, got 4"):
         stepwise_run(epochs=4)
 
 
