@@ -1,4 +1,4 @@
-"""What plugs the strategies, and models patched by ``patch_causal_lm``, into the trainers that people use: a file for
+"""What plugs the strategies, and models patched by ``patch_causal_lm``, into the trainers that people use: one file for
 each library.
 
 None of them is imported with batchkern. What works in which library, and what is refused, is in docs/integrations.md.

@@ -337,7 +337,7 @@ class HardBatchSampler(_RoundSampler):
 
 
 class WholeEpochs:
-    """A loader a pass over which is an epoch of its sampler, however far it reads ahead.
+    """A loader whose pass is one epoch of its sampler, however far it reads ahead.
 
     Of a :class:`HardBatchSampler` it takes the batches of a round from the loader, waits until their losses are
     recorded, and goes on with the next round. Any number of workers, and a loader that ``accelerator.prepare`` made,

@@ -326,6 +326,20 @@ def test_a_batch_that_is_looked_at_before_the_loop_comes_again() -> None:
     assert next(iter(one)) == next(iter(one))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_pass_that_was_left_may_end_within_the_next(workers: int) -> None:
+    sampler, trained = hard(), Trained()
+    whole = WholeEpochs(loader(sampler, workers))
+    looked_at = iter(whole)
+    next(looked_at)
+    for place, (rows,) in enumerate(whole):
+        sampler.record(trained.loss(rows.tolist()))
+        if place == 3:
+            del looked_at
+    train(whole, sampler, trained, 1)
+    assert trained.batches == Trained.expected(2)
+
+
 def test_a_loss_is_of_a_batch_that_was_delivered() -> None:
     sampler = hard()
     batches = iter(WholeEpochs(loader(sampler, 2)))
