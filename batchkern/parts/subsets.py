@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal
@@ -33,7 +33,7 @@ def check_subsets(
     fractions: Sequence[float], batch_multiples: Sequence[int]
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
     for name, value in (("fractions", fractions), ("batch_multiples", batch_multiples)):
-        if not isinstance(value, list | tuple):
+        if not isinstance(value, Iterable):
             raise UserError(f"{name} must be a tuple, such as (0.5, 1), got {value!r:.60}")
     f = tuple(check_number("fractions", x) for x in fractions)
     m = tuple(count("batch_multiples", x, None) for x in batch_multiples)
