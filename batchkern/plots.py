@@ -21,6 +21,8 @@ DPI = 120
 
 Rows = Sequence[Mapping[str, Any]]
 """The epochs of a run, as in its metrics.jsonl."""
+Curve = tuple[Sequence[float], Sequence[float]]
+"""x, which increases, and y."""
 
 
 def plot_run(directory: Path) -> None:
@@ -117,30 +119,56 @@ def plot_accuracy(path: Path, arms: Mapping[str, Sequence[Rows]], key: str, labe
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
     """
+    curves = {
+        arm: [([row[key] for row in rows], [100 * row["test_accuracy"] for row in rows]) for rows in runs]
+        for arm, runs in arms.items()
+    }
+    plot_metric(path, curves, label, "test accuracy (%)", title, least=0.0)
+
+
+def plot_metric(
+    path: Path, arms: Mapping[str, Sequence[Curve]], xlabel: str, ylabel: str, title: str, least: float | None = None
+) -> None:
+    """Writes any metric over what was used: a line for each arm, the mean of its seeds, and a band for their range.
+
+    Args:
+        arms: of each arm the curves of its seeds, x and y. An arm without any is left out.
+        least: that the metric can be.
+
+    Raises:
+        UserError: matplotlib is missing, or the file cannot be written.
+    """
     figure = _figure(9, 6, layout="constrained")
     axes = figure.subplots()
-    ends = []
+    ends: list[float] = []
     for place, (arm, runs) in enumerate(arms.items()):
         if runs:
-            x, accuracies = on_common_grid(runs, key)
-            _band(axes, x, accuracies, arm, place)
-            ends += [*accuracies[:, -1], accuracies.max()]
+            x, values = common_grid(runs)
+            _band(axes, x, values, arm, place)
+            ends += [*values[:, -1], values.max() if least is not None else values[:, -1].max()]
     if ends:
         # Not from where the runs begin: that would press how they end, which matters, into a line at the top.
-        span = max(max(ends) - min(ends), 1.0)
-        axes.set_ylim(max(0.0, min(ends) - span), max(ends) + 0.1 * span)
+        span = max(max(ends) - min(ends), 1.0 if least is not None else 1e-3 * abs(max(ends)))
+        low = min(ends) - span
+        axes.set_ylim(low if least is None else max(least, low), max(ends) + (0.1 if least is not None else 1) * span)
         _legend(figure, list(arms), 120)
-    axes.set(title=_literal(title), xlabel=label, ylabel="test accuracy (%)")
+    axes.set(title=_literal(title), xlabel=_literal(xlabel), ylabel=_literal(ylabel))
     axes.set_xlim(left=0)
     axes.grid(alpha=0.25)
     _save(figure, path)
 
 
-def plot_differences(path: Path, groups: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]) -> None:
+def plot_differences(
+    path: Path,
+    groups: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]],
+    label: str = "difference in test accuracy (points)",
+    factor: float = 100.0,
+) -> None:
     """Writes a panel for each group of paired differences: means, 95 % intervals and the seeds they are of.
 
     Args:
-        groups: by title, pairs of a name and a paired difference as in results.json, in accuracy.
+        groups: by title, pairs of a name and a paired difference as in results.json.
+        label: of the axis, on which differences are ``factor`` times as large.
     """
     heights = [len(group) + 2 for group in groups.values()] or [1]
     figure = _figure(9, 1 + 0.35 * sum(heights), layout="constrained")
@@ -149,9 +177,9 @@ def plot_differences(path: Path, groups: Mapping[str, Sequence[tuple[str, Mappin
         for place, (_, difference) in enumerate(group):
             told = difference["p_corrected"] is not None and difference["p_corrected"] < 0.05
             axes.errorbar(
-                100 * difference["mean"],
+                factor * difference["mean"],
                 -place,
-                xerr=None if difference["half_width"] is None else 100 * difference["half_width"],
+                xerr=None if difference["half_width"] is None else factor * difference["half_width"],
                 fmt="o",
                 color=COLOURS[2] if told else COLOURS[1],
                 capsize=3,
@@ -159,8 +187,8 @@ def plot_differences(path: Path, groups: Mapping[str, Sequence[tuple[str, Mappin
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks([-place for place in range(len(group))], [_literal(name) for name, _ in group])
         axes.set_ylim(-len(group) + 0.4, 0.6)
-        axes.set_title(title, fontsize="medium")
-        axes.set_xlabel("difference in test accuracy (points)")
+        axes.set_title(_literal(title), fontsize="medium")
+        axes.set_xlabel(_literal(label))
         axes.grid(alpha=0.25, axis="x")
     _save(figure, path)
 
@@ -259,8 +287,12 @@ def on_common_grid(runs: Sequence[Rows], key: str) -> tuple[NDArray[np.float64],
 
     Seeds take different times. Between its epochs a seed is interpolated; after its last it stays what it was.
     """
-    xs = [np.array([row[key] for row in rows], dtype=float) for rows in runs]
-    ys = [np.array([100 * row["test_accuracy"] for row in rows]) for rows in runs]
+    return common_grid([([row[key] for row in rows], [100 * row["test_accuracy"] for row in rows]) for rows in runs])
+
+
+def common_grid(runs: Sequence[Curve]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The curves of all seeds at the same x ``(points,)``: ``(seeds, points)``."""
+    xs, ys = ([np.array(values, dtype=float) for values in axis] for axis in zip(*runs, strict=True))
     if all(np.array_equal(x, xs[0]) for x in xs):
         return xs[0], np.stack(ys)
     grid = np.linspace(max(x[0] for x in xs), max(x[-1] for x in xs), 200)

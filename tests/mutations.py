@@ -1155,6 +1155,33 @@ STRATEGIES = [
     ),
     *within(
         "compare",
+        "batchkern/analysis.py",
+        ("tests/test_analysis.py",),
+        ("more is always better", "sign, shares = -1 if metric.lower else 1, []", "sign, shares = 1, []"),
+        ("each metric is a family of its own", "values[keys[a]] = {", "values[a] = {"),
+        (
+            "lines of a course stand as in the file",
+            "course = sorted(course, key",
+            "course = list(course) or sorted(course, key",
+        ),
+        ("a failed run counts", 'if value is not None and not last[1].get("error"):', "if value is not None:"),
+        ("values that are no numbers pass", "or not math.isfinite(float(cell)):", "or False:"),
+        ("files are replaced unasked", "if not overwrite and (there", "if False and (there"),
+    ),
+    *within(
+        "compare",
+        "batchkern/compare/tables.py",
+        ("tests/test_analysis.py",),
+        ("less is never better", 'test["mean"] < 0 if self.lower else', 'test["mean"] > 0 if self.lower else'),
+    ),
+    *within(
+        "compare",
+        "batchkern/compare/statistics.py",
+        ("tests/test_analysis.py", "tests/compare/test_statistics.py"),
+        ("tests are not corrected", "    correct([difference for difference in found.values() if difference])\n", ""),
+    ),
+    *within(
+        "compare",
         "batchkern/compare/statistics.py",
         ("tests/compare/test_statistics.py", "-k", "convergence"),
         ("convergence is within a tenth of the fall", "CONVERGED = 0.01", "CONVERGED = 0.1"),
@@ -1597,13 +1624,12 @@ COMPARE = [
     ),
     *within(
         "compare",
-        "batchkern/compare/summary.py",
+        "batchkern/compare/statistics.py",
         STATISTICS,
-        ("one test in two budgets counts twice", "if pair not in tests:", "if True:"),
         (
             "a median of those that got there",
-            "math.inf if x is None else x for x in epochs)",
-            "x for x in epochs if x)",
+            "math.inf if x is None else x for x in reached)",
+            "x for x in reached if x)",
         ),
     ),
     *within(
@@ -1679,7 +1705,7 @@ COMPARE = [
     ),
     *within(
         "compare",
-        "batchkern/compare/report.py",
+        "batchkern/compare/tables.py",
         ("tests/compare/test_report.py",),
         (
             "verdicts by p-values that are not corrected",

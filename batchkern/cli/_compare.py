@@ -167,12 +167,12 @@ def print_run(outcome: dict[str, Any], ended: int, runs: int) -> None:
 def print_comparison(results: dict[str, Any]) -> None:
     for budget in results["settings"]["budgets"]:
         print(f"At {BUDGETS[budget]}:\n")
-        print_tables(*(_filled(rows) for rows in (effects(results, budget), costs(results, budget))))
+        print_tables(*(filled(rows) for rows in (effects(results, budget), costs(results, budget))))
         print("\n" + "\n".join(verdict(results, budget)) + "\n")
     print("\n".join(textwrap.fill(note, 118) for note in notes(results)))
 
 
-def _filled(rows: Sequence[Sequence[str]]) -> Table:
+def filled(rows: Sequence[Sequence[str]]) -> Table:
     table = make_table(*rows[0], numbers=True)
     for row in rows[1:]:
         table.add_row(*row)

@@ -6,13 +6,14 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from batchkern.compare.arms import BASELINE, BUDGETS, cost
-from batchkern.compare.statistics import CONVERGED, LEVEL
+from batchkern.compare.statistics import CONVERGED
+from batchkern.compare.tables import TEST_ACCURACY, Rows, about_tests, effect_rows, judged, shown_arm, shown_reach
 from batchkern.errors import only_warned, require
 from batchkern.files import write_file
 from batchkern.plots import plot_accuracy, plot_diagnostics, plot_differences
@@ -23,16 +24,13 @@ REPORT, CSV = "report.html", "results.csv"
 BUDGET_PLOTS = {"epochs": "accuracy-epochs.png", "updates": "accuracy-updates.png", "cost": "accuracy-cost.png"}
 SECONDS_PLOT, DIFFERENCES_PLOT, DIAGNOSTICS_PLOT = "accuracy-seconds.png", "differences.png", "diagnostics.png"
 REPORT_FILES = (REPORT, CSV, *BUDGET_PLOTS.values(), SECONDS_PLOT, DIFFERENCES_PLOT, DIAGNOSTICS_PLOT)
-FEW_SEEDS = 5
-"""Below this, the note under a comparison warns."""
-
 Results = Mapping[str, Any]
 
 
 def write_report(out: Path, results: Results) -> None:
     """All of :data:`REPORT_FILES` that this comparison has; results.json is written already."""
     jinja2 = require("jinja2", "train")
-    write_file(out / CSV, _csv(results["runs"]).encode(errors="backslashreplace"))
+    write_file(out / CSV, _csv(results).encode(errors="backslashreplace"))
     plots = _write_plots(out, results)
     images = {name: "data:image/png;base64," + base64.b64encode((out / name).read_bytes()).decode() for name in plots}
     environment = jinja2.Environment(
@@ -41,6 +39,7 @@ def write_report(out: Path, results: Results) -> None:
     template = environment.from_string(files(__package__).joinpath("report.html.jinja").read_text())
     page = template.render(
         title=title(results["settings"]),
+        style=files(__package__).joinpath("page.css.jinja").read_text(),
         strategies=_strategies(results["settings"]),
         results=results,
         budgets={
@@ -81,18 +80,7 @@ def verdict(results: Results, budget: str) -> list[str]:
     entries = [entry for entry in _entries(results, budget) if entry["arm"] != BASELINE]
     if not entries:
         return ["Every arm uses up this budget in the same training as the first one: see there."]
-    said = []
-    for name, what in (("baseline", "the baseline"), ("control", "its random control")):
-        tests = [(entry["arm"], entry["difference"].get(name)) for entry in entries]
-        told = [(arm, test) for arm, test in tests if test and test["p_corrected"] is not None]
-        if not told:
-            continue
-        sorts: dict[str, list[str]] = {"Better than": [], "Worse than": [], "No difference found from": []}
-        for arm, test in told:
-            found = test["p_corrected"] < LEVEL
-            sort = ("Better than" if test["mean"] > 0 else "Worse than") if found else "No difference found from"
-            sorts[sort].append(f"{arm} ({_points(test)})" if found else arm)
-        said += [f"{sort} {what}: {', '.join(arms)}." for sort, arms in sorts.items() if arms]
+    said = judged(entries)
     if len(entries) + 1 < len(results["settings"]["arms"]):
         said.append("All other arms train for as long as in the first budget: see there.")
     elif not said:
@@ -105,19 +93,7 @@ def notes(results: Results) -> list[str]:
     settings, environment = results["settings"], results["environment"]
     seeds = len(settings["seeds"])
     about = ["Test accuracy after the last epoch."]
-    if seeds > 1:
-        about.append(
-            f"Means over {seeds} seeds ± half of their 95 % confidence interval (Student's t). Differences are paired: "
-            "the same seed has the same initial weights and order of the data. p: paired t-test, corrected by Holm's "
-            f"method for all {_tests(results)} tests of this comparison; below {LEVEL} a difference counts as found. "
-            "Intervals are of single differences, not corrected."
-        )
-        about.append(
-            "The p-values hold for arms and seeds that were fixed beforehand: who looks, adds seeds or arms and looks "
-            "again will find something sooner or later, whether it is there or not."
-        )
-    if 1 < seeds < FEW_SEEDS:
-        about.append(f"{seeds} seeds are few: only differences that are large beside these intervals can be found.")
+    about += about_tests(seeds, _tests(results), "the same seed has the same initial weights and order of the data.")
     about += [
         "All on one test set, and with settings that were not tuned for any arm: another data set, network or learning "
         "rate may well decide otherwise.",
@@ -157,20 +133,10 @@ def _about_noise(settings: Mapping[str, Any]) -> list[str]:
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
-Rows = list[tuple[str, ...]]
-
 
 def effects(results: Results, budget: str) -> Rows:
     """Headings, then a row for each arm: its accuracy, and by how much it differs."""
-    rows: Rows = [("arm", "test accuracy (%)", "- baseline", "p", "- control", "p")]
-    for entry in _entries(results, budget):
-        accuracy = entry["test_accuracy"]
-        cells = [_percent(accuracy)] if accuracy else ["-"]
-        for name in ("baseline", "control"):
-            test = entry["difference"].get(name)
-            cells += [_points(test), _p(test["p_corrected"])] if test else ["", ""]
-        rows.append((_arm(entry), *cells))
-    return rows
+    return effect_rows(_entries(results, budget))
 
 
 def costs(results: Results, budget: str) -> Rows:
@@ -183,16 +149,16 @@ def costs(results: Results, budget: str) -> Rows:
     rows: Rows = [tuple(heading for heading in headings if shown.get(heading, True))]
     for entry in _entries(results, budget):
         if not entry["test_accuracy"]:
-            rows.append((_arm(entry), *[""] * (len(rows[0]) - 1)))
+            rows.append((shown_arm(entry), *[""] * (len(rows[0]) - 1)))
             continue
-        cells = [_reach(entry["reach"])]
+        cells = [shown_reach(entry["reach"])]
         if shown["converged"]:
             cells.append(f"{entry['converged']['median']:g}" if entry.get("converged") else "")
-        cells += [_percent(entry["gap"]), str(entry["epochs"]), f"{entry['updates']:,.0f}"]
+        cells += [TEST_ACCURACY.value(entry["gap"]), str(entry["epochs"]), f"{entry['updates']:,.0f}"]
         if shown["passive"]:
             cells.append(f"{entry['passive_updates']:,.0f}" if entry["passive_updates"] else "")
         cells += ["" if entry["cost"] is None else f"{entry['cost']:.2f}", f"{entry['seconds']:,.1f}"]
-        rows.append((_arm(entry), *cells))
+        rows.append((shown_arm(entry), *cells))
     return rows
 
 
@@ -208,46 +174,24 @@ def _entries(results: Results, budget: str) -> list[Mapping[str, Any]]:
     ]
 
 
-def _arm(entry: Mapping[str, Any]) -> str:
-    return entry["arm"] + (f" ({len(entry['failed'])} failed)" if entry["failed"] else "")
-
-
-def _percent(value: Mapping[str, Any]) -> str:
-    half = value["half_width"]
-    return f"{100 * value['mean']:.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
-
-
-def _points(test: Mapping[str, Any]) -> str:
-    half = test["half_width"]
-    return f"{100 * test['mean']:+.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
-
-
-def _p(p: float | None) -> str:
-    if p is None:
-        return ""
-    return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-
-
-def _reach(reach: Mapping[str, Any] | None) -> str:
-    if reach is None or not reach["seeds"]:
-        return ""
-    share = f"({reach['reached']}/{reach['seeds']})"
-    return f"never {share}" if reach["median"] is None else f"{reach['median']:.1f} {share}"
-
-
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _csv(runs: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each run: what it is, and the single numbers of its last epoch."""
+def _csv(results: Results) -> str:
+    """A line for each run: what it is, and the single numbers of its last epoch. ``batchkern analyse`` reads it."""
+    settings, runs = results["settings"], results["runs"]
     own = ("arm", "epochs", "seed", "directory", "error")
     finals = [outcome["final"] or {} for outcome in runs]
     numbers = dict.fromkeys(key for row in finals for key, value in row.items() if isinstance(value, int | float))
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow([*own, *numbers])
+    writer.writerow([*own, "budget", "control", "cost", *numbers])
     for outcome, row in zip(runs, finals, strict=True):
-        writer.writerow([*(outcome[key] for key in own), *(row.get(key, "") for key in numbers)])
+        epochs = settings["arm_epochs"].get(outcome["arm"], {})
+        budgets = " ".join(b for b in settings["budgets"] if epochs.get(b) == outcome["epochs"])
+        told = [*(outcome[key] for key in own), budgets, settings["controls"].get(outcome["arm"], "")]
+        told.append(cost(row["samples_forward"], row["samples_backward"]) if row else "")
+        writer.writerow([*told, *(row.get(key, "") for key in numbers)])
     return text.getvalue()
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from batchkern.errors import require
+
+K = TypeVar("K", bound=Hashable)
+Seed = TypeVar("Seed", int, str)
 
 LEVEL = 0.05
 CONVERGED = 0.01
@@ -23,7 +26,7 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> dict[str, Any] | None:
+def paired_difference(values: Mapping[Seed, float], reference: Mapping[Seed, float]) -> dict[str, Any] | None:
     """The mean of ``values - reference`` over the seeds that both have, its interval and its p-value.
 
     The p-value is that of the two-sided paired t-test. Where all differences are equal there is no deviation to judge
@@ -51,6 +54,28 @@ def correct(differences: Sequence[dict[str, Any]]) -> None:
         corrected = adjust([difference["p"] for difference in tested], alpha=LEVEL, method="holm")[1]
         for difference, p in zip(tested, corrected, strict=True):
             difference["p_corrected"] = float(p)
+
+
+def differences(
+    values: Mapping[K, Mapping[Seed, float]], pairs: Iterable[tuple[K, K]]
+) -> dict[tuple[K, K], dict[str, Any] | None]:
+    """The :func:`paired_difference` of each pair of keys, all of them one family of tests for :func:`correct`. A pair
+    that is named twice is one test."""
+    none: dict[Seed, float] = {}
+    found = {(key, other): paired_difference(values.get(key, none), values.get(other, none)) for key, other in pairs}
+    correct([difference for difference in found.values() if difference])
+    return found
+
+
+def median_reach(reached: Sequence[float | None]) -> dict[str, Any]:
+    """The median over the seeds of what :func:`first_reaching` gave; ``None``: more than half never did."""
+    median = statistics.median(math.inf if x is None else x for x in reached) if reached else math.inf
+    return {
+        "median": median if math.isfinite(median) else None,
+        "reached": sum(x is not None for x in reached),
+        "seeds": len(reached),
+        "values": list(reached),
+    }
 
 
 def first_reaching(accuracies: Sequence[float], used: Sequence[float], target: float) -> float | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from batchkern.compare.arms import BASELINE, cost, spent
-from batchkern.compare.statistics import converged, correct, first_reaching, interval, paired_difference
+from batchkern.compare.statistics import converged, differences, first_reaching, interval, median_reach
 
 COUNTS = ("updates", "passive_updates", "samples_forward", "samples_backward", "seconds")
 """What of a run's last row is averaged over the seeds, beside what it reached."""
@@ -32,8 +31,7 @@ def summarise(settings: Mapping[str, Any], runs: Sequence[Outcome]) -> list[dict
     for outcome in runs:
         if outcome["error"] is None:
             ended.setdefault((outcome["arm"], outcome["epochs"]), {})[outcome["seed"]] = outcome
-    tests: dict[tuple[Any, Any], dict[str, Any] | None] = {}
-    entries = []
+    entries, pairs = [], []
     for budget in settings["budgets"]:
         baseline = (BASELINE, settings["arm_epochs"][BASELINE][budget])
         for arm in settings["arms"]:
@@ -44,18 +42,13 @@ def summarise(settings: Mapping[str, Any], runs: Sequence[Outcome]) -> list[dict
             references = {} if arm == BASELINE else {"baseline": baseline}
             if control:
                 references["control"] = (control, settings["arm_epochs"][control][budget])
-            for name, reference in references.items():
-                pair = (key, reference)
-                if pair not in tests:
-                    tests[pair] = paired_difference(_accuracies(ended, key), _accuracies(ended, reference))
-                entry["difference"][name] = tests[pair]
+            pairs += [(entry, name, (key, reference)) for name, reference in references.items()]
             entries.append(entry)
-    correct([test for test in tests.values() if test])
+    accuracies = {key: {s: run["final"]["test_accuracy"] for s, run in own.items()} for key, own in ended.items()}
+    tests = differences(accuracies, [pair for _, _, pair in pairs])
+    for entry, name, pair in pairs:
+        entry["difference"][name] = tests[pair]
     return entries
-
-
-def _accuracies(ended: Mapping[Any, Mapping[int, Outcome]], key: tuple[str, int]) -> dict[int, float]:
-    return {seed: outcome["final"]["test_accuracy"] for seed, outcome in ended.get(key, {}).items()}
 
 
 def _failed(runs: Sequence[Outcome], key: tuple[str, int]) -> list[dict[str, Any]]:
@@ -112,13 +105,7 @@ def _reach(budget: str, ended: Mapping[int, Outcome], baseline: Mapping[int, Out
         one_epoch = _used(budget, plain)[-1] / len(plain["test_accuracy"])
         used = [x / one_epoch for x in _used(budget, own)]
         epochs.append(first_reaching(own["test_accuracy"], used, max(plain["test_accuracy"])))
-    median = statistics.median(math.inf if x is None else x for x in epochs) if epochs else math.inf
-    return {
-        "median": median if math.isfinite(median) else None,
-        "reached": sum(x is not None for x in epochs),
-        "seeds": len(common),
-        "values": epochs,
-    }
+    return median_reach(epochs)
 
 
 def _used(budget: str, curve: Mapping[str, Sequence[float]]) -> list[float]:

@@ -15,6 +15,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("statsmodels")
 pytest.importorskip("matplotlib")
 
+from batchkern.analysis import analyse, read_results
 from batchkern.compare import report
 from batchkern.compare.report import CSV, REPORT, REPORT_FILES, costs, effects, notes, verdict, write_report
 from batchkern.compare.summary import summarise
@@ -197,3 +198,14 @@ def test_a_line_of_csv_for_each_run(tmp_path):
         assert line["error"] == (o["error"] or "")
         assert line["test_accuracy"] == ("" if o["error"] else str(o["final"]["test_accuracy"]))
     assert "kept_loss" not in lines[0]
+
+
+def test_the_csv_of_a_comparison_gives_its_very_tables(tmp_path):
+    found_by_us = results()
+    path = tmp_path / CSV
+    path.write_text(report._csv(found_by_us))
+    found = analyse(read_results(path))
+    assert [table.effects for table in found.tables] == [effects(found_by_us, b) for b in ("updates", "cost")]
+    assert found.tests == report._tests(found_by_us)
+    assert found.tables[0].verdict == [s.replace("random control", "control") for s in verdict(found_by_us, "updates")]
+    assert [row[-1] for row in found.tables[0].usage] == [row[-2] for row in costs(found_by_us, "updates")]

@@ -1,0 +1,52 @@
+"""``batchkern analyse``."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Annotated
+
+from batchkern.analysis import analyse as analysis_of
+from batchkern.analysis import read_results, write_analysis
+from batchkern.cli._compare import filled
+from batchkern.cli._options import OverwriteOption, argument, option
+from batchkern.cli._streams import visible
+from batchkern.cli._tables import print_tables
+from batchkern.errors import UserError
+
+
+def analyse(
+    file: Annotated[Path, argument(help="comma-separated values: a line for each run, with columns arm and seed")],
+    metric: Annotated[
+        list[str] | None, option(help="a column; may be given several times; default: test_accuracy, or all")
+    ] = None,
+    baseline: Annotated[str, option(help="the arm that others are held against")] = "baseline",
+    control: Annotated[
+        list[str] | None, option(help='"sam=random": what else an arm is held against; may be given several times')
+    ] = None,
+    lower: Annotated[
+        list[str] | None, option(help="a metric of which less is better, beside losses, errors and perplexities")
+    ] = None,
+    out: Annotated[Path | None, option(help="write a page of HTML, plots and JSON into this folder")] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Compare results of trainings made anywhere: paired by seed, with intervals and corrected tests.
+
+    Columns arm, seed and one for each metric; data, cost, steps, budget and control are optional. Several lines of a
+    run are its course over cost or steps, and so are columns such as accuracy@100.
+    """
+    controls = {}
+    for pair in control or []:
+        arm, _, other = pair.rpartition("=")
+        if not arm or not other:
+            raise UserError(f"control must be of the form arm=control, got {pair!r}")
+        controls[arm] = other
+    found = analysis_of(read_results(file, metric or ()), baseline=baseline, controls=controls, lower=lower or ())
+    written = write_analysis(found, out, file.name, overwrite=overwrite) if out is not None else []
+    for table in found.tables:
+        print(f"{visible(table.title)}:\n")
+        print_tables(filled(table.effects), filled(table.usage))
+        print("\n" + "\n".join(visible(sentence) for sentence in table.verdict) + "\n")
+    print("\n".join(textwrap.fill(visible(note), 118) for note in found.notes))
+    if out is not None:
+        print(f"in {visible(out)}: {'  '.join(written)}")

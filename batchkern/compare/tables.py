@@ -1,0 +1,124 @@
+"""What arms reached and by how much they differ, as rows of a table and in words, whatever trained them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from batchkern.compare.statistics import LEVEL
+
+FEW_SEEDS = 5
+"""Below this, the notes warn."""
+
+Rows = list[tuple[str, ...]]
+Entry = Mapping[str, Any]
+"""Of an arm: its name, what it reached (under the metric's name: mean, half_width), its paired differences, failed."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown.
+
+    Args:
+        name: as in the results.
+        percent: it is a fraction, shown in percent; its differences are in points.
+        lower: less of it is better.
+    """
+
+    name: str
+    percent: bool = False
+    lower: bool = False
+
+    @property
+    def heading(self) -> str:
+        return self.name.replace("_", " ") + (" (%)" if self.percent else "")
+
+    def value(self, reached: Mapping[str, Any]) -> str:
+        """Mean ± half of its interval."""
+        return self._text(reached, "")
+
+    def difference(self, test: Mapping[str, Any]) -> str:
+        return self._text(test, "+")
+
+    def better(self, test: Mapping[str, Any]) -> bool:
+        return bool(test["mean"] < 0 if self.lower else test["mean"] > 0)
+
+    def _text(self, of: Mapping[str, Any], sign: str) -> str:
+        mean, half = of["mean"], of["half_width"]
+        if self.percent:
+            text = f"{100 * mean:{sign}.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+        else:
+            text = f"{mean:{sign}.4g}" + ("" if half is None else f" ± {half:.2g}")
+        return text
+
+
+TEST_ACCURACY = Metric("test_accuracy", percent=True)
+
+
+def effect_rows(entries: Sequence[Entry], metric: Metric = TEST_ACCURACY) -> Rows:
+    """Headings, then a row for each arm: what it reached, and by how much it differs."""
+    rows: Rows = [("arm", metric.heading, "- baseline", "p", "- control", "p")]
+    for entry in entries:
+        reached = entry[metric.name]
+        cells = [metric.value(reached)] if reached else ["-"]
+        for name in ("baseline", "control"):
+            test = entry["difference"].get(name)
+            cells += [metric.difference(test), shown_p(test["p_corrected"])] if test else ["", ""]
+        rows.append((shown_arm(entry), *cells))
+    return rows
+
+
+def judged(entries: Sequence[Entry], metric: Metric = TEST_ACCURACY, control: str = "its random control") -> list[str]:
+    """What the paired differences allow to say."""
+    said = []
+    for name, what in (("baseline", "the baseline"), ("control", control)):
+        tests = [(entry["arm"], entry["difference"].get(name)) for entry in entries]
+        told = [(arm, test) for arm, test in tests if test and test["p_corrected"] is not None]
+        if not told:
+            continue
+        sorts: dict[str, list[str]] = {"Better than": [], "Worse than": [], "No difference found from": []}
+        for arm, test in told:
+            found = test["p_corrected"] < LEVEL
+            sort = ("Better than" if metric.better(test) else "Worse than") if found else "No difference found from"
+            sorts[sort].append(f"{arm} ({metric.difference(test)})" if found else arm)
+        said += [f"{sort} {what}: {', '.join(arms)}." for sort, arms in sorts.items() if arms]
+    return said
+
+
+def shown_arm(entry: Entry) -> str:
+    return entry["arm"] + (f" ({len(entry['failed'])} failed)" if entry["failed"] else "")
+
+
+def shown_p(p: float | None) -> str:
+    if p is None:
+        return ""
+    return "<0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
+def shown_reach(reach: Mapping[str, Any] | None, form: str = ".1f") -> str:
+    """When an arm was as good as the baseline at its best: the median over the seeds, and how many of them were."""
+    if reach is None or not reach["seeds"]:
+        return ""
+    share = f"({reach['reached']}/{reach['seeds']})"
+    return f"never {share}" if reach["median"] is None else f"{reach['median']:{form}} {share}"
+
+
+def about_tests(seeds: int, tests: int, pairing: str) -> list[str]:
+    """How to read intervals and p-values.
+
+    Args:
+        pairing: what the runs of one seed have in common.
+    """
+    if seeds < 2:
+        return []
+    about = [
+        f"Means over {seeds} seeds ± half of their 95 % confidence interval (Student's t). Differences are paired: "
+        f"{pairing} p: paired t-test, corrected by Holm's method for all {tests} tests of this comparison; below "
+        f"{LEVEL} a difference counts as found. Intervals are of single differences, not corrected.",
+        "The p-values hold for arms and seeds that were fixed beforehand: who looks, adds seeds or arms and looks "
+        "again will find something sooner or later, whether it is there or not.",
+    ]
+    if seeds < FEW_SEEDS:
+        about.append(f"{seeds} seeds are few: only differences that are large beside these intervals can be found.")
+    return about

@@ -1,0 +1,40 @@
+"""``batchkern analyse``: what it prints, writes and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import warm
+
+pytest.importorskip("typer")
+pytest.importorskip("scipy")
+pytest.importorskip("statsmodels")
+
+TEXT = "arm,seed,top1,loss\n" + "".join(
+    f"{arm},{seed},{base + 0.01 * seed * (1 + (arm == 'sam'))},{1 - base}\n"
+    for arm, base in (("plain", 0.6), ("sam", 0.7), ("random", 0.65))
+    for seed in range(5)
+)
+
+
+def test_tables_a_page_and_what_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "my results.csv").write_text(TEXT)
+    words = ["-m", "batchkern", "analyse", "my results.csv", "--baseline", "plain", "--control", "sam=random"]
+    done = warm.run(*words, "--metric", "top1", "--out", "page", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Better than the baseline: sam (+0.12 ± 0.02)." in done.stdout
+    assert "loss" not in done.stdout
+    assert (tmp_path / "page" / "analysis.html").exists()
+    for more, says in (
+        (["--out", "page"], "analysis.html is there; give overwrite"),
+        (["--control", "sam"], "control must be of the form arm=control, got 'sam'"),
+        (["--baseline", "none"], "baseline: there is no arm 'none'; there are plain, sam, random"),
+    ):
+        done = warm.run(*words, *more, cwd=tmp_path)
+        assert done.returncode == 2
+        assert says in done.stderr
+        assert "Traceback" not in done.stderr
+    done = warm.run("-m", "batchkern", "analyse", "missing.csv", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "missing.csv" in done.stderr
