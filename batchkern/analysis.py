@@ -16,7 +16,7 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -29,35 +29,58 @@ from batchkern.files import make_directory, read_file, write_file
 from batchkern.plots import plot_differences, plot_metric
 
 REQUIRED = ("arm", "seed")
-OPTIONAL = ("data", "budget", "control", "cost", "steps", "error")
+AXES = ("cost", "steps")
+OTHERS = ("data", "budget", "control", "error")
+RESERVED = (*REQUIRED, *AXES, *OTHERS)
 """Columns with a meaning; others are metrics."""
 USUAL = "test_accuracy"
 """Where there is a column of this name, and nothing was said, it is the metric."""
-LESS_IS_BETTER = ("loss", "error", "perplexity")
-"""Parts of the names of metrics."""
-WIDE = re.compile(r"(.+)@(\d+(?:\.\d+)?(?:e\d+)?)")
+LESS_IS_BETTER = {"loss", "error", "perplexity", "seconds", "time", "memory"}
+"""Words in the names of metrics."""
+WIDE = re.compile(r"(.+)\[(\d+(?:\.\d+)?(?:e\d+)?)\]")
 """A column that has a metric after so many steps."""
+NOTHING = {"", "none", "null", "false", "nan"}
+"""What a column of words has where nothing is to be said."""
+LARGEST = 1e150
+"""Of numbers; the squares of larger ones are none."""
 
 Curve = tuple[list[float], list[float]]
 
 
 @dataclass
 class Run:
-    """One training. Metrics are its last ones; without any, it failed."""
+    """One training."""
 
     arm: str
     seed: str
     metrics: dict[str, float]
+    """The last ones. Without any, the run failed."""
     data: str = ""
     """The data set."""
     budgets: tuple[str, ...] = ("",)
     """What its arm has in common with others at this length: ``updates``, ``cost``."""
     control: str = ""
-    """The arm that selects as much at random."""
+    """The arm that this one is held against beside the baseline."""
     used: dict[str, float] = field(default_factory=dict)
     """``cost``, ``steps``."""
     curves: dict[str, Curve] = field(default_factory=dict)
-    """Of metrics, over the cost or, without that, the steps."""
+    """Of metrics, over one of these."""
+
+    @property
+    def group(self) -> frozenset[str]:
+        """Runs of an arm with the same budgets belong together."""
+        return frozenset(self.budgets)
+
+
+@dataclass
+class Results:
+    """What a file has."""
+
+    runs: list[Run]
+    axis: str = "steps"
+    """What courses are over: ``cost`` or ``steps``."""
+    left_out: tuple[str, ...] = ()
+    """Columns without a number, that are no metric."""
 
 
 @dataclass
@@ -69,6 +92,8 @@ class Table:
     entries: list[dict[str, Any]]
     curves: dict[str, list[Curve]]
     """Of each arm, one a seed."""
+    elsewhere: int = 0
+    """Arms that have the runs of an earlier table, and are told there."""
 
     @property
     def effects(self) -> Rows:
@@ -92,9 +117,12 @@ class Table:
     @property
     def verdict(self) -> list[str]:
         """What the paired differences allow to say."""
-        return judged(self.entries, self.metric, "its control") or [
-            "Fewer than two pairs of runs: there is no telling chance from effect."
-        ]
+        said = judged(self.entries, self.metric, "its control")
+        if not said and len(self.entries) > 1:
+            said.append("Fewer than two pairs of runs: there is no telling chance from effect.")
+        if self.elsewhere:
+            said.append("All other arms have the same runs at the first budget: see there.")
+        return said or ["There is no other arm."]
 
 
 @dataclass
@@ -102,295 +130,382 @@ class Analysis:
     """All tables, whose tests are one family."""
 
     tables: list[Table]
-    seeds: int
     tests: int
-    along: str = "steps"
-    """What curves are over."""
+    axis: str
+    about: list[str]
+    """What a reader of the tables should know of the file."""
 
     @property
     def notes(self) -> list[str]:
         """How to read the tables."""
-        pairing = "they are worth as much as the runs of one seed have in common, such as initial weights."
-        notes = about_tests(self.seeds, self.tests, pairing)
         entries = [entry for table in self.tables for entry in table.entries]
+        pairing = "they are worth as much as the runs of one seed have in common, such as initial weights."
+        notes = about_tests(max(entry["of"] for entry in entries), self.tests, pairing) if self.tests else []
         if any(entry["reach"] for entry in entries):
             notes.append(
-                "Reach: when an arm first was as good as the baseline of its seed at its best, as a share of all that "
-                "this baseline used (median over the seeds; in brackets how many got there)."
+                "Reach: when an arm first was as good as the baseline of its seed at its best, as a share of all the "
+                f"{self.axis} of this baseline (median over the seeds; in brackets how many got there)."
             )
         if any(entry["cost"] for entry in entries):
-            notes.append("Cost: relative to the baseline.")
-        short = sorted({entry["arm"] for entry in entries if entry["seeds"] < self.seeds})
+            notes.append("Cost: relative to the baseline, over the seeds that both have.")
+        short = dict.fromkeys(entry["arm"] for entry in entries if entry["seeds"] + len(entry["failed"]) < entry["of"])
         if short:
             notes.append(
-                f"Of {', '.join(short)} not all {self.seeds} seeds have ended; pairs are of those that both have."
+                f"Not every seed of the others is there of {', '.join(short)}; pairs are of those that both have."
             )
-        return notes
+        metrics = dict.fromkeys(table.metric for table in self.tables)
+        directions = (f"{metric.name} ({'less' if metric.lower else 'more'} is better)" for metric in metrics)
+        return [*notes, f"Metrics: {', '.join(directions)}.", *self.about]
 
 
-def read_results(path: Path, metrics: Sequence[str] = ()) -> list[Run]:
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Line:
+    """Of a file, with its number."""
+
+    path: Path
+    number: int
+    cells: dict[str, str]
+
+    def value(self, column: str) -> float | None:
+        """
+        Raises:
+            UserError: the cell has something else than a number.
+        """
+        cell = self.cells.get(column, "")
+        if not cell:
+            return None
+        value = _number(cell)
+        if value is None or abs(value) > LARGEST or (column in AXES and value < 0):
+            least = " of at least 0" if column in AXES else f" up to {LARGEST:g}"
+            self.wrong(column, f"must be a number{least}, or empty where a run failed, got {cell!r:.60}")
+        return value
+
+    def wrong(self, column: str, what: str) -> None:
+        raise UserError(f"{self.path}, line {self.number}, column {column}: {what}")
+
+
+def _number(cell: str) -> float | None:
+    try:
+        value = float(cell)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and "_" not in cell else None
+
+
+def read_results(path: Path, metrics: Sequence[str] = ()) -> Results:
     """The runs of a file of comma-separated values.
 
     - ``arm`` and ``seed`` are any names; an arm and a seed are a run, on each data set and at each budget.
     - ``data``, ``budget`` (several words: one run for all of them), ``control`` (an arm), ``cost``, ``steps`` are
-      optional. ``error``: a run with a word there has failed, as has one without a metric.
-    - Any other column of numbers is a metric. Where a run has several lines, they are its course, over ``cost`` or
-      ``steps``, and its last counts. A column ``accuracy@100`` has the metric after 100 steps.
+      optional. ``error``, unless it has numbers: a run with a word there has failed, as has one without a metric.
+    - Any other column that has a number is a metric. Where a run has several lines, they are its course, over ``cost``
+      or ``steps``, and the last line that has the metric counts. A column ``accuracy[100]`` has it after 100 steps.
 
     Args:
         metrics: names of columns; default: ``test_accuracy`` if there is such a column, else all of them.
 
     Raises:
-        UserError: the file is none of this kind; the sentence has the line and the column.
-        OSError: it cannot be read.
+        UserError: the file cannot be read, or is none of this kind; the sentence has the line and the column.
     """
     lines, header = _lines(path)
-    chosen, wide = _metrics(path, header, lines, metrics)
-    courses: dict[tuple[str, str, str, str], list[tuple[int, dict[str, str]]]] = {}
-    for number, line in lines:
+    if all(_number(line.cells["error"]) is not None for line in lines if line.cells.get("error")):
+        words = [name for name in RESERVED if name != "error"]  # an error is a metric, too
+    else:
+        words = list(RESERVED)
+    wide: dict[str, dict[float, str]] = {}
+    for name in header:
+        match = None if name in words else WIDE.fullmatch(name)
+        if match and wide.setdefault(match[1], {}).setdefault(float(match[2]), name) != name:
+            raise UserError(f"{path} has two columns of {match[1]} after {match[2]} steps")
+    columns = [name for name in header if name not in words and not WIDE.fullmatch(name)]
+    with_numbers = [c for c in columns if any(_number(line.cells[c]) is not None for line in lines)]
+    known = list(dict.fromkeys([*with_numbers, *wide]))
+    for name in metrics:
+        if name not in known:
+            raise UserError(f"{path} has no metric {name!r}; it has {', '.join(known) or 'none'}")
+    chosen = list(dict.fromkeys(metrics)) or ([USUAL] if USUAL in known else known)
+    if not chosen:
+        raise UserError(f"{path} has no metric: no column has a number, but for {', '.join(words)}")
+    courses: dict[tuple[str, ...], list[_Line]] = {}
+    for line in lines:
         for name in REQUIRED:
-            if not line[name]:
-                raise UserError(f"{path}, line {number}, column {name}: must not be empty")
-        key = (line.get("data", ""), line["arm"], " ".join(line.get("budget", "").split()), line["seed"])
-        courses.setdefault(key, []).append((number, line))
-    return [_run(path, key, course, chosen, wide) for key, course in courses.items()]
+            if not line.cells[name]:
+                line.wrong(name, "must not be empty")
+        budgets = sorted(set(line.cells.get("budget", "").split()))
+        seed = _number(line.cells["seed"])
+        name = str(int(seed)) if seed is not None and seed == int(seed) else line.cells["seed"]
+        courses.setdefault((line.cells.get("data", ""), line.cells["arm"], name, *budgets), []).append(line)
+    axis = _axis(header, courses.values(), bool(wide))
+    failing = "error" if "error" in words else ""
+    runs = [_run(key, course, axis, chosen, wide, failing) for key, course in courses.items()]
+    return Results(runs, axis, tuple(name for name in columns if name not in with_numbers and name != "directory"))
 
 
-def _lines(path: Path) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
-    """Each with its number in the file, and the header."""
+def _lines(path: Path) -> tuple[list[_Line], list[str]]:
+    """And the header, without columns that have no name."""
     try:
         text = read_file(path).decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    lines = []
+    lines: list[_Line] = []
+    header: list[str] = []
     try:
-        header = [name.strip() for name in next(reader, [])]
-        for name in REQUIRED:
-            if name not in header:
-                raise UserError(f"{path} has no column {name}; its first line has {', '.join(header) or 'nothing'}")
-        if twice := [name for name in header if header.count(name) > 1]:
-            raise UserError(f"{path} has two columns {twice[0]!r}")
         for cells in reader:
+            cells = [cell.strip() for cell in cells]
             if not any(cells):
+                continue
+            if not header:
+                header = [name.lower() if name.lower() in RESERVED else name for name in cells]
                 continue
             if len(cells) != len(header):
                 wrong = f"must have {len(header)} cells, as the first line, got {len(cells)}"
                 raise UserError(f"{path}, line {reader.line_num}: {wrong}")
-            named = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
-            lines.append((reader.line_num, named))
+            named = {name: cell for name, cell in zip(header, cells, strict=True) if name}
+            lines.append(_Line(path, reader.line_num, named))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
+    for name in REQUIRED:
+        if name not in header:
+            other = next((mark for mark in (";", "\t") if mark in "".join(header)), None)
+            hint = f"; it seems to be separated by {other!r}, not by commas" if other else ""
+            raise UserError(f"{path} has no column {name}; its first line has {', '.join(header) or 'nothing'}{hint}")
+    header = [name for name in header if name]
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise UserError(f"{path} has two columns {twice[0]!r}")
     if not lines:
         raise UserError(f"{path} has no run: only a first line")
     return lines, header
 
 
-def _metrics(
-    path: Path, header: Sequence[str], lines: Sequence[tuple[int, dict[str, str]]], asked: Sequence[str]
-) -> tuple[list[str], dict[str, list[tuple[float, str]]]]:
-    """The metrics, and of those that have columns for their course: steps and column, in order."""
-    wide: dict[str, list[tuple[float, str]]] = {}
-    for name in header:
-        if match := WIDE.fullmatch(name):
-            wide.setdefault(match[1], []).append((float(match[2]), name))
-    others = [name for name in header if name not in (*REQUIRED, *OPTIONAL) and not WIDE.fullmatch(name)]
-    known = [*others, *(name for name in wide if name not in others)]
-    if unknown := [name for name in asked if name not in known]:
-        raise UserError(f"{path} has no metric {unknown[0]!r}; it has {', '.join(known) or 'none'}")
-    numbers = [name for name in known if name in wide or _is_number(next((r[name] for _, r in lines if r[name]), ""))]
-    chosen = list(dict.fromkeys(asked)) or ([USUAL] if USUAL in numbers else numbers)
-    if not chosen:
-        raise UserError(f"{path} has no metric: a column of numbers beside {', '.join(header)}")
-    return chosen, {name: sorted(columns) for name, columns in wide.items() if name in chosen}
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
+def _axis(header: Sequence[str], courses: Iterable[list[_Line]], wide: bool) -> str:
+    """The column that tells the lines of every run apart."""
+    several = [course for course in courses if len(course) > 1]
+    if not several:
+        return "steps" if wide or "cost" not in header else "cost"
+    if wide:
+        several[0][1].wrong(
+            "arm", f"is that of line {several[0][0].number}, too; columns have the courses of this file"
+        )
+    apart = [
+        axis
+        for axis in AXES
+        if all(
+            None not in (own := [line.value(axis) for line in course]) and len(set(own)) == len(own)
+            for course in several
+        )
+    ]
+    if not apart:
+        for course in several:
+            for place, line in enumerate(course[1:], 1):
+                if all(line.cells.get(axis, "") in ("", *(o.cells.get(axis) for o in course[:place])) for axis in AXES):
+                    first = course[0]
+                    line.wrong(
+                        "arm",
+                        f"{first.cells['arm']!r}, seed {first.cells['seed']!r} stands in line {first.number} already; "
+                        "lines of one run need another cost, or steps, in each; runs on other data a column data",
+                    )
+        several[0][0].wrong("steps", "or cost, one of them, must tell the lines of every run apart")
+    return apart[0]
 
 
 def _run(
-    path: Path,
-    key: tuple[str, str, str, str],
-    course: list[tuple[int, dict[str, str]]],
+    key: tuple[str, ...],
+    course: list[_Line],
+    axis: str,
     metrics: Sequence[str],
-    wide: Mapping[str, Sequence[tuple[float, str]]],
+    wide: Mapping[str, Mapping[float, str]],
+    failing: str,
 ) -> Run:
-    data, arm, budget, seed = key
-
-    def number(line: tuple[int, dict[str, str]], column: str) -> float | None:
-        cell = line[1].get(column, "")
-        if not cell:
-            return None
-        if not _is_number(cell) or not math.isfinite(float(cell)):
-            what = f"must be a number, or empty where a run failed, got {cell!r:.60}"
-            raise UserError(f"{path}, line {line[0]}, column {column}: {what}")
-        return float(cell)
-
-    along = next((name for name in ("cost", "steps") if course[0][1].get(name)), None)
-    if len(course) > 1:
-        places = {line[0]: number(line, along) if along else None for line in course}
-        known = [place for place in places.values() if place is not None]
-        if len(set(known)) < len(course):
-            raise UserError(
-                f"{path}, line {course[1][0]}: arm {arm!r}, seed {seed!r} stands in line {course[0][0]} already; a run "
-                "with several lines needs another cost, or number of steps, in each"
-            )
-        course = sorted(course, key=lambda line: places[line[0]] or 0.0)
+    data, arm, seed, *_ = key
+    budgets = tuple(dict.fromkeys(course[0].cells.get("budget", "").split())) or ("",)
+    course = sorted(course, key=lambda line: line.value(axis) or 0.0)
     last = course[-1]
-    run = Run(arm, seed, {}, data, tuple(budget.split()) or ("",), last[1].get("control", ""))
-    run.used = {name: value for name in ("cost", "steps") if (value := number(last, name)) is not None}
+    run = Run(arm, seed, {}, data, budgets, last.cells.get("control", ""))
+    run.used = {name: value for name in AXES if (value := last.value(name)) is not None}
+    failed = failing and any(line.cells.get(failing, "").lower() not in NOTHING for line in course)
     for metric in metrics:
-        points = [(number(line, along), number(line, metric)) for line in course] if along else []
-        points = [(x, number(last, column)) for x, column in wide.get(metric, ())] or points
-        curve = [(x, y) for x, y in points if x is not None and y is not None]
-        value = number(last, metric)
-        if value is None and metric in wide and curve:
-            value = curve[-1][1]
-        if value is not None and not last[1].get("error"):
-            run.metrics[metric] = value
-            if len(curve) > 1:
-                run.curves[metric] = [x for x, _ in curve], [y for _, y in curve]
+        if metric in wide and not last.cells.get(metric):
+            points = [(x, last.value(column)) for x, column in sorted(wide[metric].items())]
+        else:
+            points = [(line.value(axis) or 0.0, line.value(metric)) for line in course]
+        curve = [(x, y) for x, y in points if y is not None]
+        if curve and not failed:
+            run.metrics[metric] = curve[-1][1]
+            run.curves[metric] = [x for x, _ in curve], [y for _, y in curve]
     return run
 
 
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+
 def analyse(
-    runs: Sequence[Run],
+    results: Results | Sequence[Run],
     *,
     baseline: str = "baseline",
     controls: Mapping[str, str] | None = None,
     lower: Sequence[str] = (),
+    higher: Sequence[str] = (),
 ) -> Analysis:
     """A table for each data set, budget and metric; all their tests are one family (Holm).
 
     Args:
         baseline: the arm that others are held against.
-        controls: of arms, beside those that the runs name: what each is held against, too.
-        lower: metrics of which less is better, beside those with "loss", "error" or "perplexity" in their names.
+        controls: of arms, in place of those that the runs name: what each is held against, too.
+        lower, higher: metrics of which less, or more, is better. By default less of a loss, an error, a perplexity,
+            of seconds, time and memory.
 
     Raises:
-        UserError: there is no such arm, or an arm is in one budget twice.
+        UserError: there is no such arm or metric, an arm is its own control, or is in one budget twice.
     """
-    arms = list(dict.fromkeys(run.arm for run in runs))
-    held_against = {run.arm: run.control for run in runs if run.control} | dict(controls or {})
-    for what, name in (("baseline", baseline), *(("control", name) for pair in held_against.items() for name in pair)):
-        if name not in arms:
-            raise UserError(f"{what}: there is no arm {name!r}; there are {', '.join(arms)}")
+    results = results if isinstance(results, Results) else Results(list(results))
+    runs = results.runs
     metrics = list(dict.fromkeys(name for run in runs for name in run.metrics))
     if not metrics:
         raise UserError("no run has a metric: all have failed")
-    if unknown := [name for name in lower if name not in metrics]:
-        raise UserError(f"lower: there is no metric {unknown[0]!r}; there are {', '.join(metrics)}")
-    shown = {name: _shown(name, runs, name in lower) for name in metrics}
-    datas = list(dict.fromkeys(run.data for run in runs))
-    budgets = list(dict.fromkeys(budget for run in runs for budget in run.budgets))
+    for what, names in (("lower", lower), ("higher", higher)):
+        if unknown := [name for name in names if name not in metrics]:
+            raise UserError(f"{what}: there is no metric {unknown[0]!r}; there are {', '.join(metrics)}")
+    shown = {name: _shown(name, runs, name in lower, name in higher) for name in metrics}
+    held_against = _held_against(runs, baseline, controls or {})
+    about = [f"No metric, since without a number: {', '.join(results.left_out)}."] if results.left_out else []
     values: dict[Any, dict[str, float]] = {}
     tables, pairs = [], []
-    for data in datas:
-        first: dict[str, tuple[str, ...]] = {}
-        for budget in budgets:
-            own = _of_budget(runs, data, budget)
-            if own and baseline not in own:
-                raise UserError(f"there is no run of the baseline {baseline!r}" + _where(data, budget))
-            # An arm with the runs of the first budget is told there.
-            told = {a: group for a, group in own.items() if a == baseline or first.get(a) != group[0].budgets}
-            told = dict(sorted(told.items(), key=lambda arm: arm[0] != baseline))  # which is the first
-            first = {a: group[0].budgets for a, group in own.items()} | first
-            if len(told) < 2 and len(own) > 1:
-                continue
-            for metric in metrics if own else ():
-                keys = {a: (data, group[0].budgets, a, metric) for a, group in own.items()}
-                for a, group in own.items():
-                    values[keys[a]] = {run.seed: run.metrics[metric] for run in group if metric in run.metrics}
-                entries = []
-                for a, group in told.items():
-                    entry = _entry(shown[metric], a, group, own[baseline])
-                    entry["control"] = control = held_against.get(a)
-                    against = {"baseline": baseline, "control": control} if a != baseline else {"control": control}
-                    for name, other in against.items():
-                        if other in keys:
-                            pairs.append((entry, name, (keys[a], keys[other])))
-                    entries.append(entry)
-                curves = {a: [run.curves[metric] for run in group if metric in run.curves] for a, group in own.items()}
-                title = ", ".join(filter(None, (shown[metric].heading, data, f"equal {budget}" if budget else "")))
-                tables.append(Table(title, shown[metric], entries, curves))
+    for data in dict.fromkeys(run.data for run in runs):
+        first: dict[str, frozenset[str]] = {}
+        for budget in dict.fromkeys(budget for run in runs if run.data == data for budget in run.budgets):
+            arms = _arms(runs, data, budget, baseline)
+            told = _told(arms, first, baseline)
+            first = {arm: own[0].group for arm, own in arms.items()} | first
+            for metric in metrics:
+                where = ", ".join(filter(None, (shown[metric].heading, data, f"equal {budget}" if budget else "")))
+                if not any(metric in run.metrics for own in arms.values() for run in own):
+                    about.append(f"No run has a value: {where}.")
+                    continue
+                entries = {arm: _entry(metric, arm, own, arms, baseline, shown[metric]) for arm, own in arms.items()}
+                for arm, own in arms.items():
+                    key = (data, own[0].group, arm, metric)
+                    values[key] = {run.seed: run.metrics[metric] for run in own if metric in run.metrics}
+                    control = held_against.get((data, arm), "")
+                    if control and control not in arms:
+                        about.append(f"{arm} has no control {control}: {where}.")
+                    for name, other in (("baseline", baseline), ("control", control)):
+                        if other in arms and other != arm:
+                            pairs.append((entries[arm], name, (key, (data, arms[other][0].group, other, metric))))
+                curves = {arm: [run.curves[metric] for run in own if metric in run.curves] for arm, own in arms.items()}
+                lengths = {
+                    arm: {x[-1] for x, _ in own} for arm, own in curves.items() if any(len(x) > 1 for x, _ in own)
+                }
+                if uneven := [arm for arm, ends in lengths.items() if len(ends) > 1]:
+                    about.append(
+                        f"Courses end at different {results.axis} for the seeds of {', '.join(uneven)}: {where}."
+                    )
+                kept = [entries[arm] for arm in told]
+                tables.append(Table(where, shown[metric], kept, curves if lengths else {}, len(arms) - len(told)))
     tests = differences(values, [pair for _, _, pair in pairs])
     for entry, name, pair in pairs:
         entry["difference"][name] = tests[pair]
-    seeds = len({run.seed for run in runs})
+        if tests[pair] is None and entry["seeds"] and values[pair[1]]:
+            about.append(f"{entry['arm']} has no seed in common with its {name}.")
     tested = sum(test is not None and test["p"] is not None for test in tests.values())
-    return Analysis(tables, seeds, tested, "cost" if any("cost" in run.used for run in runs) else "steps")
+    return Analysis(tables, tested, results.axis, list(dict.fromkeys(about)))
 
 
-def _shown(name: str, runs: Sequence[Run], lower: bool) -> Metric:
+def _shown(name: str, runs: Sequence[Run], lower: bool, higher: bool) -> Metric:
     values = [run.metrics[name] for run in runs if name in run.metrics]
-    percent = "accuracy" in name.lower() and all(0 <= value <= 1 for value in values)
-    return Metric(name, percent, lower or any(word in name.lower() for word in LESS_IS_BETTER))
+    words = set(re.split(r"[^a-z]+", name.lower()))
+    percent = "accuracy" in words and all(0 <= value <= 1 for value in values)
+    return Metric(name, percent, lower or (bool(words & LESS_IS_BETTER) and not higher))
 
 
-def _of_budget(runs: Sequence[Run], data: str, budget: str) -> dict[str, list[Run]]:
-    """The runs of each arm."""
-    own: dict[str, list[Run]] = {}
+def _held_against(runs: Sequence[Run], baseline: str, controls: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    """The control of each arm on each data set."""
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    held: dict[tuple[str, str], str] = {}
+    for run in runs:
+        control = controls.get(run.arm, run.control)
+        if run.arm == baseline or not control:
+            continue
+        if control == run.arm:
+            raise UserError(f"control: arm {control!r} is its own")
+        if held.setdefault((run.data, run.arm), control) != control:
+            raise UserError(f"control: arm {run.arm!r} has two, {held[run.data, run.arm]!r} and {control!r}")
+    for what, name in (
+        ("baseline", baseline),
+        *(("control", x) for x in (*controls, *controls.values(), *held.values())),
+    ):
+        if name not in arms:
+            raise UserError(f"{what}: there is no arm {name!r}; there are {', '.join(arms)}")
+    return held
+
+
+def _arms(runs: Sequence[Run], data: str, budget: str, baseline: str) -> dict[str, list[Run]]:
+    """The runs of each arm on a data set at a budget; the baseline is the first."""
+    arms: dict[str, list[Run]] = {baseline: []}
     for run in runs:
         if run.data == data and budget in run.budgets:
-            own.setdefault(run.arm, []).append(run)
-    for arm, group in own.items():
-        if len({run.budgets for run in group}) > 1:
-            raise UserError(f"arm {arm!r} is twice in the budget {budget!r}, in runs of its own and of several budgets")
-    return own
+            arms.setdefault(run.arm, []).append(run)
+    where = (f" on {data!r}" if data else "") + (f" at the budget {budget!r}" if budget else "")
+    if not arms[baseline]:
+        raise UserError(f"there is no run of the baseline {baseline!r}{where or ' without a budget'}")
+    for arm, own in arms.items():
+        if len({run.group for run in own}) > 1:
+            raise UserError(f"arm {arm!r} stands twice{where}: in runs of this budget, and of several")
+    return arms
 
 
-def _where(data: str, budget: str) -> str:
-    return (f" on {data!r}" if data else "") + (f" in the budget {budget!r}" if budget else "")
+def _told(arms: Mapping[str, list[Run]], first: Mapping[str, frozenset[str]], baseline: str) -> list[str]:
+    """Arms but those that have, as has the baseline, the runs of the first budget: they are told there."""
+    again = {arm for arm, own in arms.items() if first.get(arm) == own[0].group}
+    return [arm for arm in arms if arm == baseline or arm not in again or baseline not in again]
 
 
-def _entry(metric: Metric, arm: str, group: Sequence[Run], baseline: Sequence[Run]) -> dict[str, Any]:
-    ended = {run.seed: run for run in group if metric.name in run.metrics}
-    plain = {run.seed: run for run in baseline if metric.name in run.metrics}
+def _entry(
+    metric: str, arm: str, own: Sequence[Run], arms: Mapping[str, list[Run]], baseline: str, shown: Metric
+) -> dict[str, Any]:
+    ended = {run.seed: run for run in own if metric in run.metrics}
+    plain = {run.seed: run for run in arms[baseline] if metric in run.metrics}
     reached: dict[str, Any] | None = None
     if ended:
-        values = [run.metrics[metric.name] for run in ended.values()]
+        values = [run.metrics[metric] for run in ended.values()]
         mean, half = interval(values)
         reached = {"mean": mean, "half_width": half, "values": values}
+    common = [(ended[seed], plain[seed]) for seed in ended if seed in plain]
+    costs = [(a.used["cost"], b.used["cost"]) for a, b in common if "cost" in a.used and "cost" in b.used]
+    used = sum(b for _, b in costs)
+    steps = [run.used["steps"] for run in ended.values() if "steps" in run.used]
     return {
         "arm": arm,
-        metric.name: reached,
+        "reached": reached,
         "difference": {},
-        "failed": [run.seed for run in group if metric.name not in run.metrics],
+        "failed": [run.seed for run in own if metric not in run.metrics],
         "seeds": len(ended),
-        "reach": _reach(metric, ended, plain),
-        "cost": _relative("cost", ended, plain),
-        "steps": _mean("steps", ended),
+        "of": len({run.seed for runs in arms.values() for run in runs}),
+        "reach": _reach([(a.curves[metric], b.curves[metric]) for a, b in common], shown.lower),
+        "cost": sum(a for a, _ in costs) / used if used else None,
+        "steps": statistics.fmean(steps) if steps else None,
     }
 
 
-def _mean(name: str, ended: Mapping[str, Run]) -> float | None:
-    used = [run.used[name] for run in ended.values() if name in run.used]
-    return statistics.fmean(used) if used else None
-
-
-def _relative(name: str, ended: Mapping[str, Run], plain: Mapping[str, Run]) -> float | None:
-    own, of_baseline = _mean(name, ended), _mean(name, plain)
-    return own / of_baseline if own is not None and of_baseline else None
-
-
-def _reach(metric: Metric, ended: Mapping[str, Run], plain: Mapping[str, Run]) -> dict[str, Any] | None:
-    """In shares of what the baseline of the seed used."""
-    sign, shares = -1 if metric.lower else 1, []
-    for seed, run in ended.items():
-        own, other = run.curves.get(metric.name), plain[seed].curves.get(metric.name) if seed in plain else None
-        if own is None or other is None:
-            continue
-        best = max(sign * y for y in other[1])
-        shares.append(first_reaching([sign * y for y in own[1]], [x / other[0][-1] for x in own[0]], best))
+def _reach(curves: Sequence[tuple[Curve, Curve]], lower: bool) -> dict[str, Any] | None:
+    """Of pairs of an arm's course and the baseline's, in shares of what the baseline used."""
+    sign, shares = -1 if lower else 1, []
+    for (x, y), (base_x, base_y) in curves:
+        if base_x[-1] > 0 and (len(x) > 1 or len(base_x) > 1):
+            best = max(sign * value for value in base_y)
+            shares.append(first_reaching([sign * value for value in y], [at / base_x[-1] for at in x], best))
     return median_reach(shares) if shares else None
 
 
+# --- the page --------------------------------------------------------------------------------------------------------
+
 PAGE, JSON = "analysis.html", "analysis.json"
+PLOTS = re.compile(r"(differences|curves)-\d+\.png")
 
 
 def write_analysis(analysis: Analysis, out: Path, name: str, *, overwrite: bool = False) -> list[str]:
@@ -398,62 +513,59 @@ def write_analysis(analysis: Analysis, out: Path, name: str, *, overwrite: bool 
 
     Args:
         name: of what was analysed, for the title.
-        overwrite: replace those that are there.
+        overwrite: replace the files of an analysis that are there.
 
     Raises:
-        UserError: one is there, or cannot be written.
+        UserError: such a file is there, or one cannot be written.
     """
     jinja2 = require("jinja2", "train")
-    plots: dict[str, tuple[Table, str]] = {}
-    for number, table in enumerate(analysis.tables, 1):
-        plots[f"differences-{number}.png"] = (table, "differences")
-        if any(table.curves.values()):
-            plots[f"curves-{number}.png"] = (table, "curves")
-    names = [PAGE, JSON, *plots]
-    if not overwrite and (there := [file for file in names if os.path.lexists(out / file)]):
-        raise UserError(f"{out / there[0]} is there; give overwrite to replace it")
-    make_directory(out)
     content = {
         "kind": "batchkern analysis",
         "of": name,
         "tests": analysis.tests,
-        "tables": [
-            {"title": table.title, "metric": table.metric.name, "arms": table.entries} for table in analysis.tables
-        ],
+        "tables": [{"title": t.title, "metric": t.metric.name, "arms": t.entries} for t in analysis.tables],
+        "notes": analysis.notes,
     }
-    write_file(out / JSON, json.dumps(content, indent=1).encode())
-    images: dict[str, str] = {}
-    for file, (table, what) in plots.items():
-        with only_warned(f"{out / file} is not drawn"):
-            _draw(out / file, table, what, analysis.along)
-            images[file] = "data:image/png;base64," + base64.b64encode((out / file).read_bytes()).decode()
+    text = json.dumps(content, indent=1, allow_nan=False)
+    make_directory(out)
+    there = sorted(file for file in os.listdir(out) if file in (PAGE, JSON) or PLOTS.fullmatch(file))
+    if there and not overwrite:
+        raise UserError(f"{out / there[0]} is there; give overwrite (--overwrite) to replace it")
+    for file in there:
+        (out / file).unlink()  # a page of fewer tables has fewer plots
+    write_file(out / JSON, text.encode())
+    images: list[list[tuple[str, str]]] = []
+    for number, table in enumerate(analysis.tables, 1):
+        own = []
+        for what in ("differences", *(["curves"] if any(table.curves.values()) else [])):
+            plot = out / f"{what}-{number}.png"
+            with only_warned(f"{plot} is not drawn"):
+                _draw(plot, table, what, analysis.axis)
+                own.append((plot.name, "data:image/png;base64," + base64.b64encode(plot.read_bytes()).decode()))
+        images.append(own)
     folder = files("batchkern.compare")
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    template = environment.from_string(folder.joinpath("analysis.html.jinja").read_text())
-    page = template.render(
+    page = environment.from_string(folder.joinpath("analysis.html.jinja").read_text()).render(
         name=name,
         style=folder.joinpath("page.css.jinja").read_text(),
-        tables=[
-            (table, [(f, images[f]) for f, (own, _) in plots.items() if own is table and f in images])
-            for table in analysis.tables
-        ],
+        tables=list(zip(analysis.tables, images, strict=True)),
         notes=analysis.notes,
     )
     write_file(out / PAGE, page.encode(errors="backslashreplace"))
-    return [PAGE, JSON, *images]
+    return [PAGE, JSON, *(file for own in images for file, _ in own)]
 
 
-def _draw(path: Path, table: Table, what: str, along: str) -> None:
-    unit, factor = ("points", 100.0) if table.metric.percent else ("", 1.0)
+def _draw(path: Path, table: Table, what: str, axis: str) -> None:
+    factor = 100.0 if table.metric.percent else 1.0
     if what == "curves":
         scaled = {arm: [(x, [factor * v for v in y]) for x, y in own] for arm, own in table.curves.items()}
-        plot_metric(path, scaled, along, table.metric.heading, table.title)
+        plot_metric(path, scaled, axis, table.metric.heading, table.title)
         return
     groups = {
         f"arm less {name}": [(e["arm"], e["difference"][name]) for e in table.entries if e["difference"].get(name)]
         for name in ("baseline", "control")
     }
-    label = f"difference in {table.metric.name.replace('_', ' ')}" + (f" ({unit})" if unit else "")
+    label = f"difference in {table.metric.name.replace('_', ' ')}" + (" (points)" if table.metric.percent else "")
     plot_differences(path, {title: group for title, group in groups.items() if group}, label, factor)

@@ -133,7 +133,7 @@ def plot_metric(
 
     Args:
         arms: of each arm the curves of its seeds, x and y. An arm without any is left out.
-        least: that the metric can be.
+        least: that the metric can be, where its last values matter more than its first. Default: all are shown.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -145,12 +145,12 @@ def plot_metric(
         if runs:
             x, values = common_grid(runs)
             _band(axes, x, values, arm, place)
-            ends += [*values[:, -1], values.max() if least is not None else values[:, -1].max()]
-    if ends:
+            ends += [*values[:, -1], values.max()]
+    if ends and least is not None:
         # Not from where the runs begin: that would press how they end, which matters, into a line at the top.
-        span = max(max(ends) - min(ends), 1.0 if least is not None else 1e-3 * abs(max(ends)))
-        low = min(ends) - span
-        axes.set_ylim(low if least is None else max(least, low), max(ends) + (0.1 if least is not None else 1) * span)
+        span = max(max(ends) - min(ends), 1.0)
+        axes.set_ylim(max(least, min(ends) - span), max(ends) + 0.1 * span)
+    if ends:
         _legend(figure, list(arms), 120)
     axes.set(title=_literal(title), xlabel=_literal(xlabel), ylabel=_literal(ylabel))
     axes.set_xlim(left=0)

@@ -19,6 +19,7 @@ pytest.importorskip("jinja2")
 from scipy import stats
 
 from batchkern.analysis import JSON, PAGE, Analysis, analyse, read_results, write_analysis
+from batchkern.compare.statistics import paired_difference
 from batchkern.errors import UserError
 
 
@@ -101,12 +102,14 @@ def test_courses_in_lines_and_in_columns_are_the_same(tmp_path: Path, lower: boo
     lines = [f"{arm},{seed},{100 * (k + 1)},{sign * y}" for arm, seed in runs for k, y in enumerate(course(arm, seed))]
     random.Random(0).shuffle(lines)
     tall = of(tmp_path, "arm,seed,steps,score\n" + "\n".join(lines), lower=["score"] if lower else [])
-    wide = "arm,seed," + ",".join(f"score@{100 * (k + 1)}" for k in range(4)) + "\n"
+    wide = "arm,seed," + ",".join(f"score[{100 * (k + 1)}]" for k in range(4)) + "\n"
     wide += "\n".join(f"{arm},{seed}," + ",".join(str(sign * y) for y in course(arm, seed)) for arm, seed in runs)
     flat = of(tmp_path, wide, lower=["score"] if lower else [])
     for table in (tall.tables[0], flat.tables[0]):
         entries = {entry["arm"]: entry for entry in table.entries}
-        assert sorted(entries["sam"]["score"]["values"]) == sorted(sign * course("sam", seed)[-1] for seed in range(3))
+        assert sorted(entries["sam"]["reached"]["values"]) == sorted(
+            sign * course("sam", seed)[-1] for seed in range(3)
+        )
         shares = []
         for seed in range(3):
             best = max(course("baseline", seed))
@@ -126,40 +129,46 @@ def test_failed_runs_and_missing_seeds_are_told(tmp_path: Path) -> None:
     assert rows["arm"][0] == "accuracy (%)"
     assert rows["sam (2 failed)"][:3] == ("70.00", "+20.00", "")
     assert rows["random"][1] == "+7.50 ± 31.77"
-    assert found.tables[0].usage[2:] == [("sam (2 failed)", "1", "1.88"), ("random", "2", "0.47")]
-    assert any(note.startswith("Of random, sam not all 3 seeds have ended") for note in found.notes)
+    assert found.tables[0].usage[2:] == [("sam (2 failed)", "1", "2.00"), ("random", "2", "0.50")]
+    assert any(note.startswith("Not every seed of the others is there of random;") for note in found.notes)
+    assert "No metric, since without a number: note." in found.notes
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "has no column arm; its first line has nothing"),
-        ("arm,sed,x\n", "has no column seed; its first line has arm, sed, x"),
-        ("arm,seed,x\n", "has no run: only a first line"),
-        ("arm,seed,x,x\na,0,1,1\n", "has two columns 'x'"),
-        ("arm,seed,x\na,0,1\nb,0\n", "line 3: must have 3 cells, as the first line, got 2"),
-        (
-            "arm,seed,x\na,0,1\n\nb,0,abc\n",
-            "line 4, column x: must be a number, or empty where a run failed, got 'abc'",
-        ),
-        ("arm,seed,x\na,0,nan\n", "line 2, column x: must be a number, .* got 'nan'"),
-        ("arm,seed,x,cost\na,0,1,much\n", "line 2, column cost: must be a number"),
-        ("arm,seed,x\n,0,1\n", "line 2, column arm: must not be empty"),
-        ("arm,seed,x\na,,1\n", "line 2, column seed: must not be empty"),
-        (
-            "arm,seed,x\na,0,1\na,0,2\n",
-            "line 3: arm 'a', seed '0' stands in line 2 already; a run with several lines needs",
-        ),
-        ("arm,seed,x,steps\na,0,1,5\na,0,2,5\n", "line 3: arm 'a', seed '0' stands in line 2 already"),
-        ("arm,seed,word\na,0,hello\n", "has no metric: a column of numbers beside arm, seed, word"),
-        ('arm,seed,x\na,0,"1\n', "line 2: unexpected end of data"),
-        ("arm,seed,x\na,0,1\n", "baseline: there is no arm 'baseline'; there are a"),
-        ("arm,seed,x,control\nbaseline,0,1,r\n", "control: there is no arm 'r'; there are baseline"),
-        ("arm,seed,x,error\nbaseline,0,1,killed\n", "no run has a metric: all have failed"),
-        ("arm,seed,x,data\nbaseline,0,1,c\nsam,0,1,d\n", "there is no run of the baseline 'baseline' on 'd'"),
-        ("arm,seed,x,budget\nbaseline,0,1,u c\nbaseline,1,1,u\n", "arm 'baseline' is twice in the budget 'u'"),
-    ],
-)
+BAD = [
+    ("", "has no column arm; its first line has nothing"),
+    ("arm,sed,x\n", "has no column seed; its first line has arm, sed, x"),
+    ("arm;seed;x\na;0;1\n", "has no column arm; .* it seems to be separated by ';', not by commas"),
+    ("arm,seed,x\n", "has no run: only a first line"),
+    ("arm,seed,x,x\na,0,1,1\n", "has two columns 'x'"),
+    ("arm,seed,x[1],x[1.0]\na,0,1,1\n", "has two columns of x after 1.0 steps"),
+    ("arm,seed,x\na,0,1\nb,0\n", "line 3: must have 3 cells, as the first line, got 2"),
+    ("arm,seed,x\na,0,1\n\nb,0,abc\n", "line 4, column x: must be a number .*, or empty where a run failed, got 'abc'"),
+    ("arm,seed,x\na,0,diverged\nb,0,1\n", "line 2, column x: must be a number .* got 'diverged'"),
+    ("arm,seed,x\na,0,1\na,1,nan\n", "line 3, column x: must be a number .* got 'nan'"),
+    ("arm,seed,x\na,0,1\na,1,1e300\n", r"line 3, column x: must be a number up to 1e\+150"),
+    ("arm,seed,x,cost\na,0,1,-3\n", "line 2, column cost: must be a number of at least 0"),
+    ("arm,seed,x\n,0,1\n", "line 2, column arm: must not be empty"),
+    ("arm,seed,x\na,,1\n", "line 2, column seed: must not be empty"),
+    (
+        "arm,seed,x\nb,0,1\na,0,1\na,0,2\n",
+        "line 4, column arm: 'a', seed '0' stands in line 3 already; lines of one run",
+    ),
+    ("arm,seed,x,steps\na,0,1,5\na,0,2,5\n", "line 3, column arm: 'a', seed '0' stands in line 2 already"),
+    ("arm,seed,x,steps\na,0,1,5\na,0,2,\n", "line 3, column arm: 'a', seed '0' stands in line 2 already"),
+    ("arm,seed,x[1],x[2]\na,0,1,5\na,0,2,6\n", "line 3, column arm: is that of line 2, too; columns have the courses"),
+    ("arm,seed,word\na,0,hello\n", "has no metric: no column has a number"),
+    ('arm,seed,x\na,0,"1\n', "line 2: unexpected end of data"),
+    ("arm,seed,x\na,0,1\n", "baseline: there is no arm 'baseline'; there are a"),
+    ("arm,seed,x,control\nbaseline,0,1,\na,0,1,r\n", "control: there is no arm 'r'; there are baseline, a"),
+    ("arm,seed,x,control\nbaseline,0,1,\na,0,1,a\n", "control: arm 'a' is its own"),
+    ("arm,seed,x,control\nbaseline,0,1,\na,0,1,baseline\na,1,1,r\nr,0,1,\n", "arm 'a' has two, 'baseline' and 'r'"),
+    ("arm,seed,x,error\nbaseline,0,1,killed\n", "no run has a metric: all have failed"),
+    ("arm,seed,x,data\nbaseline,0,1,c\nsam,0,1,d\n", "there is no run of the baseline 'baseline' on 'd'"),
+    ("arm,seed,x,budget\nbaseline,0,1,u c\nbaseline,1,1,u\n", "arm 'baseline' stands twice at the budget 'u'"),
+]
+
+
+@pytest.mark.parametrize(("text", "says"), BAD)
 def test_bad_files_are_named_with_line_and_column(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         of(tmp_path, text)
@@ -188,7 +197,97 @@ def test_a_page_with_plots_and_json_is_written_once(tmp_path: Path) -> None:
     assert "<b>sam" not in page
     assert all(note in page.replace("&#39;", "'") for note in found.notes)
     kept = json.loads((tmp_path / "out" / JSON).read_text())
-    assert kept["tables"][0]["arms"][1]["accuracy"] == found.tables[0].entries[1]["accuracy"]
-    with pytest.raises(UserError, match=r"analysis\.html is there; give overwrite to replace it"):
+    assert kept["tables"][0]["arms"][1]["reached"] == found.tables[0].entries[1]["reached"]
+    with pytest.raises(UserError, match=r"analysis\.html is there; give overwrite"):
         write_analysis(found, tmp_path / "out", "results.csv")
     assert write_analysis(found, tmp_path / "out", "results.csv", overwrite=True) == names
+
+
+def test_a_metric_that_is_logged_less_often_counts_with_its_last_value(tmp_path: Path) -> None:
+    text = "arm,seed,steps,loss,acc\n"
+    for arm, gain in (("baseline", 0.0), ("sam", 0.1)):
+        for seed in range(3):
+            text += f"{arm},{seed},1,3.0,{10 + gain}\n{arm},{seed},2,2.0,{20 + gain * (seed + 2)}\n"
+            text += f"{arm},{seed},3,{1 - gain * (seed + 1)},\n"
+    loss, acc = of(tmp_path, text).tables
+    assert acc.entries[1]["reached"]["values"] == [20.2, 20.3, 20.4]
+    assert acc.entries[1]["failed"] == []
+    assert acc.metric.lower is False
+    assert loss.metric.lower is True
+
+
+def test_names_of_metrics_may_be_anything(tmp_path: Path) -> None:
+    """Those of our own figures among them, of top-1 and top-5, and of errors."""
+    text = ",arm,Seed,difference,seeds,failed,acc@1,acc@5,error,\n" + "".join(
+        f"{n},{arm},{seed}.0,{x + seed},{x * seed},{seed},{x},{2 * x},{seed * x},\n"
+        for n, (arm, x) in enumerate((("baseline", 1.0), ("sam", 1.5)))
+        for seed in range(3)
+    )
+    found = of(tmp_path, text)
+    names = ["difference", "seeds", "failed", "acc@1", "acc@5", "error"]
+    assert [table.metric.name for table in found.tables] == names
+    assert [table.effects[1][0] for table in found.tables] == ["baseline"] * 6
+    assert found.tests == 6
+    assert found.tables[-1].metric.lower
+    assert of(tmp_path, text, ("acc@1",)).tables[0].entries[1]["reached"]["mean"] == 1.5
+    assert write_analysis(found, tmp_path / "page", "it")
+
+
+def test_budgets_that_share_runs_lose_none(tmp_path: Path) -> None:
+    text = "arm,seed,x,budget\n"
+    for seed in range(4):
+        text += f"baseline,{seed},{1 + 0.1 * seed},u\nbaseline,{seed},{2 - 0.1 * seed},c\n"
+        text += f"sam,{seed},{1.5 + 0.2 * seed},c u\nonce,{seed},{1.2 + 0.01 * seed**2},u\n"
+    first, second = of(tmp_path, text).tables
+    assert [row[0] for row in first.effects] == ["arm", "baseline", "sam", "once"]
+    assert [row[0] for row in second.effects] == ["arm", "baseline", "sam"]
+    assert first.entries[1]["difference"]["baseline"]["mean"] == pytest.approx(0.65)
+    assert second.entries[1]["difference"]["baseline"]["mean"] == pytest.approx(-0.05)
+    shared = "arm,seed,x,budget\n" + "".join(
+        f"{a},{k},{k * x},u c\n" for a, x in (("baseline", 1), ("b", 2)) for k in range(3)
+    )
+    tables = of(tmp_path, shared).tables
+    assert [len(table.entries) for table in tables] == [2, 1]
+    assert tables[1].verdict == ["All other arms have the same runs at the first budget: see there."]
+
+
+def test_what_is_missing_on_a_data_set_is_told(tmp_path: Path) -> None:
+    text = "data,arm,seed,x,f1,control\n"
+    for data, seeds in (("a", range(3)), ("b", range(10, 13))):
+        for seed in seeds:
+            f1 = seed if data == "a" else ""
+            rows = [
+                ("baseline", 0.1, ""),
+                ("sam", 0.3, "r" if data == "a" else "q"),
+                ("r" if data == "a" else "z", 0.2, ""),
+            ]
+            text += "".join(f"{data},{arm},{seed},{seed * x},{f1},{control}\n" for arm, x, control in rows)
+    text += "a,q,0,1,1,\n"
+    found = of(tmp_path, text)
+    assert [table.title for table in found.tables] == ["x, a", "f1, a", "x, b"]
+    assert "No run has a value: f1, b." in found.notes
+    assert "sam has no control q: x, b." in found.notes
+    assert found.notes[0].startswith("Means over 3 seeds")
+    alone = of(tmp_path, "arm,seed,x\nbaseline,0,1\nbaseline,1,2\nsam,5,1\nsam,6,1\n")
+    assert "sam has no seed in common with its baseline." in alone.notes
+    assert not any("tests" in note for note in alone.notes)
+
+
+def test_differences_are_judged_at_the_scale_of_their_values() -> None:
+    """Rounding of large values is no deviation; small values are no zeros."""
+    large = paired_difference({k: 1e5 + 0.1 * k + 0.3 for k in range(5)}, {k: 1e5 + 0.1 * k for k in range(5)})
+    assert large is not None
+    assert (large["p"], large["half_width"]) == (2.0**-4, None)
+    values = [3e-13, 4e-13, 5e-13, 3.5e-13]
+    small = paired_difference(dict(enumerate(values)), dict.fromkeys(range(4), 1e-13))
+    assert small is not None
+    assert small["p"] == pytest.approx(float(stats.ttest_1samp([x - 1e-13 for x in values], 0).pvalue))
+
+
+def test_an_overwriting_page_leaves_no_plot_of_the_old_one(tmp_path: Path) -> None:
+    two = "arm,seed,x,y\n" + "".join(f"{a},{k},{k},{k * k}\n" for a in ("baseline", "b") for k in range(3))
+    write_analysis(of(tmp_path, two), tmp_path / "page", "it")
+    (tmp_path / "page" / "mine.png").write_text("mine")
+    write_analysis(of(tmp_path, two, ("x",)), tmp_path / "page", "it", overwrite=True)
+    names = sorted(path.name for path in (tmp_path / "page").iterdir())
+    assert names == [PAGE, JSON, "differences-1.png", "mine.png"]

@@ -25,23 +25,21 @@ def analyse(
         list[str] | None, option(help='"sam=random": what else an arm is held against; may be given several times')
     ] = None,
     lower: Annotated[
-        list[str] | None, option(help="a metric of which less is better, beside losses, errors and perplexities")
+        list[str] | None, option(help="a metric of which less is better, as of losses, errors and seconds")
     ] = None,
+    higher: Annotated[list[str] | None, option(help="a metric of which more is better after all")] = None,
     out: Annotated[Path | None, option(help="write a page of HTML, plots and JSON into this folder")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Compare results of trainings made anywhere: paired by seed, with intervals and corrected tests.
 
-    Columns arm, seed and one for each metric; data, cost, steps, budget and control are optional. Several lines of a
-    run are its course over cost or steps, and so are columns such as accuracy@100.
+    Columns arm, seed and one for each metric; data, cost, steps, budget, control and error are optional. Several lines
+    of a run are its course over cost or steps, and so are columns such as accuracy[100].
     """
-    controls = {}
-    for pair in control or []:
-        arm, _, other = pair.rpartition("=")
-        if not arm or not other:
-            raise UserError(f"control must be of the form arm=control, got {pair!r}")
-        controls[arm] = other
-    found = analysis_of(read_results(file, metric or ()), baseline=baseline, controls=controls, lower=lower or ())
+    results = read_results(file, metric or ())
+    arms = {run.arm for run in results.runs}
+    controls = dict(_pair(text, arms) for text in control or [])
+    found = analysis_of(results, baseline=baseline, controls=controls, lower=lower or (), higher=higher or ())
     written = write_analysis(found, out, file.name, overwrite=overwrite) if out is not None else []
     for table in found.tables:
         print(f"{visible(table.title)}:\n")
@@ -50,3 +48,13 @@ def analyse(
     print("\n".join(textwrap.fill(visible(note), 118) for note in found.notes))
     if out is not None:
         print(f"in {visible(out)}: {'  '.join(written)}")
+
+
+def _pair(text: str, arms: set[str]) -> tuple[str, str]:
+    """An arm and its control, whose names may have equals signs, too."""
+    words = text.split("=")
+    cuts = [("=".join(words[:place]), "=".join(words[place:])) for place in range(1, len(words))]
+    fits = [(arm, other) for arm, other in cuts if arm in arms and other in arms]
+    if len(fits) != 1:
+        raise UserError(f"control must be of the form arm=control, both of {', '.join(sorted(arms))}, got {text!r}")
+    return fits[0]

@@ -136,7 +136,7 @@ def _about_noise(settings: Mapping[str, Any]) -> list[str]:
 
 def effects(results: Results, budget: str) -> Rows:
     """Headings, then a row for each arm: its accuracy, and by how much it differs."""
-    return effect_rows(_entries(results, budget))
+    return effect_rows(_entries(results, budget), key="test_accuracy")
 
 
 def costs(results: Results, budget: str) -> Rows:

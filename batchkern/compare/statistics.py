@@ -39,10 +39,11 @@ def paired_difference(values: Mapping[Seed, float], reference: Mapping[Seed, flo
     differences = [values[seed] - reference[seed] for seed in seeds]
     mean, half = interval(differences)
     p: float | None = None
-    if max(differences) - min(differences) > 1e-12:
+    rounding = 1e-12 * max(abs(x) for seed in seeds for x in (values[seed], reference[seed]))
+    if max(differences) - min(differences) > rounding:
         p = float(require("scipy.stats", "train").ttest_1samp(differences, 0.0).pvalue)
     elif len(seeds) > 1:
-        half, p = None, 1.0 if abs(mean) < 1e-12 else 2.0 ** (1 - len(seeds))
+        half, p = None, 1.0 if abs(mean) <= rounding else 2.0 ** (1 - len(seeds))
     return {"mean": mean, "half_width": half, "p": p, "p_corrected": None, "seeds": len(seeds)}
 
 

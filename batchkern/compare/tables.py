@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ FEW_SEEDS = 5
 
 Rows = list[tuple[str, ...]]
 Entry = Mapping[str, Any]
-"""Of an arm: its name, what it reached (under the metric's name: mean, half_width), its paired differences, failed."""
+"""Of an arm: its name, what it reached (mean, half_width), its paired differences, which seeds failed."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,23 @@ class Metric:
     def _text(self, of: Mapping[str, Any], sign: str) -> str:
         mean, half = of["mean"], of["half_width"]
         if self.percent:
-            text = f"{100 * mean:{sign}.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
-        else:
-            text = f"{mean:{sign}.4g}" + ("" if half is None else f" ± {half:.2g}")
-        return text
+            return f"{100 * mean:{sign}.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
+        if not half:
+            return f"{mean:{sign}.4g}" + ("" if half is None else " ± 0")
+        digits = max(0, 1 - math.floor(math.log10(half)))  # two of the half width, and as many of the mean
+        form = "e" if digits > 7 or abs(mean) >= 1e9 else "f"
+        digits = 3 if form == "e" else digits
+        return f"{mean:{sign}.{digits}{form}} ± {half:.{min(digits, 1) if form == 'e' else digits}{form}}"
 
 
 TEST_ACCURACY = Metric("test_accuracy", percent=True)
 
 
-def effect_rows(entries: Sequence[Entry], metric: Metric = TEST_ACCURACY) -> Rows:
-    """Headings, then a row for each arm: what it reached, and by how much it differs."""
+def effect_rows(entries: Sequence[Entry], metric: Metric = TEST_ACCURACY, key: str = "reached") -> Rows:
+    """Headings, then a row for each arm: what it reached, under ``key``, and by how much it differs."""
     rows: Rows = [("arm", metric.heading, "- baseline", "p", "- control", "p")]
     for entry in entries:
-        reached = entry[metric.name]
+        reached = entry[key]
         cells = [metric.value(reached)] if reached else ["-"]
         for name in ("baseline", "control"):
             test = entry["difference"].get(name)

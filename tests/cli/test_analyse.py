@@ -12,24 +12,24 @@ pytest.importorskip("scipy")
 pytest.importorskip("statsmodels")
 
 TEXT = "arm,seed,top1,loss\n" + "".join(
-    f"{arm},{seed},{base + 0.01 * seed * (1 + (arm == 'sam'))},{1 - base}\n"
-    for arm, base in (("plain", 0.6), ("sam", 0.7), ("random", 0.65))
+    f"{arm},{seed},{base + 0.01 * seed * (1 + (arm != 'plain'))},{1 - base}\n"
+    for arm, base in (("plain", 0.6), ("sam(rho=1)", 0.7), ("random", 0.65))
     for seed in range(5)
 )
 
 
 def test_tables_a_page_and_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "my results.csv").write_text(TEXT)
-    words = ["-m", "batchkern", "analyse", "my results.csv", "--baseline", "plain", "--control", "sam=random"]
+    words = ["-m", "batchkern", "analyse", "my results.csv", "--baseline", "plain", "--control", "sam(rho=1)=random"]
     done = warm.run(*words, "--metric", "top1", "--out", "page", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "Better than the baseline: sam (+0.12 ± 0.02)." in done.stdout
+    assert "Better than the baseline: sam(rho=1) (+0.120 ± 0.020)" in done.stdout
     assert "loss" not in done.stdout
     assert (tmp_path / "page" / "analysis.html").exists()
     for more, says in (
-        (["--out", "page"], "analysis.html is there; give overwrite"),
-        (["--control", "sam"], "control must be of the form arm=control, got 'sam'"),
-        (["--baseline", "none"], "baseline: there is no arm 'none'; there are plain, sam, random"),
+        (["--out", "page"], "analysis.html is there; give overwrite (--overwrite)"),
+        (["--control", "sam"], "control must be of the form arm=control, both of plain, random, sam(rho=1), got 'sam'"),
+        (["--baseline", "none"], "baseline: there is no arm 'none'; there are plain, sam(rho=1), random"),
     ):
         done = warm.run(*words, *more, cwd=tmp_path)
         assert done.returncode == 2
