@@ -1179,6 +1179,11 @@ STRATEGIES = [
             "a, b) for a in ended.values() for b in plain.values()",
         ),
         ("a seed 1.0 is not 1", "if seed is not None and seed == int(seed) else", "if False else"),
+    ),
+    *within(
+        "compare",
+        "batchkern/analysis.py",
+        ("tests/compare/test_report.py",),
         ("each budget is in the order of its name", "budgets = tuple(dict.fromkeys(", "budgets = tuple(sorted("),
     ),
     *within(

@@ -219,7 +219,7 @@ def test_a_metric_that_is_logged_less_often_counts_with_its_last_value(tmp_path:
 def test_names_of_metrics_may_be_anything(tmp_path: Path) -> None:
     """Those of our own figures among them, of top-1 and top-5, and of errors."""
     text = ",arm,Seed,difference,seeds,failed,acc@1,acc@5,error,\n" + "".join(
-        f"{n},{arm},{seed}.0,{x + seed},{x * seed},{seed},{x},{2 * x},{seed * x},\n"
+        f"{n},{arm},{seed}{'.0' * n},{x + seed},{x * seed},{seed},{x},{2 * x},{seed * x},\n"
         for n, (arm, x) in enumerate((("baseline", 1.0), ("sam", 1.5)))
         for seed in range(3)
     )
