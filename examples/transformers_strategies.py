@@ -75,7 +75,7 @@ def parts(strategy: str, model: nn.Module, train: Lines, batch: int, epochs: int
         loss = BatchLoss(sampler=sampler)
     elif strategy == "stepwise":
         sampler = SubsetSampler(len(train), batch, epochs)
-        schedule = StepwiseLR(optimizer, sampler, interval="update")
+        schedule = StepwiseLR(optimizer, sampler)
     elif strategy == "augmentation":
         loss = BatchLoss(virtual=VirtualSamples(model, sigma=0.3, tau=0.6))
     loader: Any = WholeEpochs(DataLoader(train, batch_sampler=sampler))

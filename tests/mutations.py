@@ -1113,8 +1113,7 @@ STRATEGIES = [
         "parts",
         "batchkern/parts/subsets.py",
         ("tests/parts/test_subsets.py",),
-        ("passes are counted as epochs", 'sampler.epoch if interval == "epoch"', 'calls if interval == "epoch"'),
-        ("updates are counted as epochs", 'if interval == "epoch" else bisect', "if True else bisect"),
+        ("calls are counted as epochs", "min(sampler.epoch, sampler", "min(calls, sampler"),
         ("an epoch that is over is not", "epoch + (epoch < self.batches.epochs and", "epoch + (False and"),
     ),
     *within(

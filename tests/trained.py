@@ -115,7 +115,7 @@ def parts(name: str, workers: int = 0, prepare: Callable[[Any], Any] = lambda x:
     hard = sampler if name == "hard-batches" else None
     made = Parts(model, loader, BatchLoss(sampler=hard, virtual=virtual), sgd(model), head=head)
     if name == "stepwise":
-        made.schedule, made.updates = StepwiseLR(made.optimizer, sampler, interval="update"), sampler.updates
+        made.schedule, made.updates = StepwiseLR(made.optimizer, sampler), sampler.updates
     if name == "passive":
         made.updates += made.updates // EVERY
     return made

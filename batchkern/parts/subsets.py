@@ -235,11 +235,12 @@ class SubsetSampler(PlannedBatches):
 class StepwiseLR(LambdaLR):
     """The learning rates of the steps of a :class:`SubsetSampler` (eq. 9), constant within an epoch.
 
+    ``step()`` sets the rate of the sampler's present epoch, so it may be called after each epoch, each batch or each
+    update. Where a loader reads ahead, let ``WholeEpochs`` read it: the sampler's epoch is then that of the training.
+
     Args:
         optimizer: its rates are those of the first step, lambda.
         sampler: that of the training.
-        interval: when ``step()`` is called: after each ``"epoch"``, the rate is then that of the sampler's next epoch;
-            or after each ``"update"``, as Transformers does.
         gamma, decay_every, gradients, divisor, rates: as :class:`Rates` takes them.
 
     Raises:
@@ -251,7 +252,6 @@ class StepwiseLR(LambdaLR):
         optimizer: Optimizer,
         sampler: SubsetSampler,
         *,
-        interval: Literal["epoch", "update"] = "epoch",
         gamma: float = 0.1,
         decay_every: float = 0.5,
         gradients: Literal["sum", "mean"] = "sum",
@@ -260,24 +260,17 @@ class StepwiseLR(LambdaLR):
     ) -> None:
         if not isinstance(sampler, SubsetSampler):
             raise UserError(f"sampler must be a SubsetSampler, got {type(sampler).__name__}")
-        if interval not in ("epoch", "update"):
-            raise UserError(f"interval must be epoch or update, got {interval!r}")
-        subsets, epochs = sampler.subsets, sampler.batches.epochs
         rule = Rates(
-            len(subsets.sizes),
+            len(sampler.subsets.sizes),
             gamma=gamma,
             decay_every=decay_every,
             gradients=gradients,
             divisor=divisor,
             rates=rates,
         )
-        ends, updates = [], 0
-        for epoch in range(epochs):
-            updates += sampler.batches_of(epoch)
-            ends.append(updates)
 
         def factor(calls: int) -> float:
-            epoch = sampler.epoch if interval == "epoch" else bisect.bisect_right(ends, calls)
-            return rule.of_epoch(subsets, min(epoch, epochs - 1), sampler.batches.batch_size)
+            epoch = min(sampler.epoch, sampler.batches.epochs - 1)
+            return rule.of_epoch(sampler.subsets, epoch, sampler.batches.batch_size)
 
         super().__init__(optimizer, factor)

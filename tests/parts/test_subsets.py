@@ -38,7 +38,7 @@ def loader(sampler: SubsetSampler, workers: int) -> DataLoader:
 def test_batches_and_rates_are_those_of_the_trainer(options: dict[str, Any], interval: Any) -> None:
     sampler = SubsetSampler(ROWS, SIZE, EPOCHS, seed=4)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.2)
-    schedule, reader = StepwiseLR(optimizer, sampler, interval=interval, **options), loader(sampler, 0)
+    schedule, reader = StepwiseLR(optimizer, sampler, **options), loader(sampler, 0)
     seen = []
     for epoch in range(EPOCHS):
         assert sampler.epoch == epoch
@@ -98,7 +98,6 @@ def test_a_state_goes_on_where_training_was(workers: int, stop: int) -> None:
         (lambda: SubsetSampler(ROWS, SIZE, 5, fractions=(0.5, 0.2), batch_multiples=(1, 1)), "fractions must increase"),
         (lambda: SubsetSampler(ROWS, SIZE, 5, fractions=0.5), "fractions must be a tuple, .* got 0.5"),  # type: ignore[arg-type]
         (lambda: StepwiseLR(torch.optim.SGD([torch.zeros(1)]), 3), "sampler must be a SubsetSampler, got int"),  # type: ignore[arg-type]
-        (lambda: lr(interval="step"), "interval must be epoch or update, got 'step'"),
         (lambda: lr(gamma=0.0), r"gamma must be in \(0, 1\], got 0.0"),
         (lambda: lr(rates=(1, 2)), "rates must be 5 numbers above 0, one a fraction"),
         (lambda: lr(rates=(1,) * 5, divisor="run"), "divisor is 'run', but rates take the place of eq. 9"),
