@@ -211,7 +211,8 @@ def read_results(path: Path, metrics: Sequence[str] = ()) -> Results:
         UserError: the file cannot be read, or is none of this kind; the sentence has the line and the column.
     """
     lines, header = _lines(path)
-    if all(_number(line.cells["error"]) is not None for line in lines if line.cells.get("error")):
+    errors = [line.cells["error"] for line in lines if line.cells.get("error")]
+    if errors and all(_number(cell) is not None for cell in errors):
         words = [name for name in RESERVED if name != "error"]  # an error is a metric, too
     else:
         words = list(RESERVED)

@@ -207,5 +207,8 @@ def test_the_csv_of_a_comparison_gives_its_very_tables(tmp_path):
     found = analyse(read_results(path))
     assert [table.effects for table in found.tables] == [effects(found_by_us, b) for b in ("updates", "cost")]
     assert found.tests == report._tests(found_by_us)
+    ended = "\n".join(line for line in path.read_text().splitlines() if "script" not in line)
+    path.write_text(ended)
+    assert not any("without a number" in note for note in analyse(read_results(path)).notes)
     assert found.tables[0].verdict == [s.replace("random control", "control") for s in verdict(found_by_us, "updates")]
     assert [row[-1] for row in found.tables[0].usage] == [row[-2] for row in costs(found_by_us, "updates")]
