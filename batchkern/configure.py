@@ -128,6 +128,25 @@ def check_rates(lr: float, momentum: float, weight_decay: float) -> tuple[float,
     )
 
 
+def check_knobs(
+    max_grad_norm: float | None, ema_decay: float | None, compile: str | None, model: nn.Module | str
+) -> tuple[float | None, float | None]:
+    """The first two, as Python's numbers."""
+    most = torch.finfo(torch.float32).max
+    if max_grad_norm is not None:
+        max_grad_norm = check_range("max_grad_norm", max_grad_norm, 0, most, open_low=True)
+    if ema_decay is not None:
+        ema_decay = check_range("ema_decay", ema_decay, 0, 1, open_low=True)
+        if ema_decay == 1:
+            raise UserError("ema_decay must be below 1, where the average would stay what it was, got 1")
+    if hasattr(model, "_orig_mod"):  # its keys would have another prefix
+        raise UserError("model is compiled already: give the module itself, and compile='inductor'")
+    if compile is not None and compile not in torch.compiler.list_backends(()):
+        shown = ", ".join(torch.compiler.list_backends())
+        raise UserError(f"compile must be a backend of torch.compile, such as {shown}, got {compile!r:.60}")
+    return max_grad_norm, ema_decay
+
+
 def build_optimizer(
     optimizer: str | OptimizerFactory,
     parameters: list[nn.Parameter],
@@ -195,7 +214,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                 raise ValueError(f"the optimizer's {name} is not that of a parameter of shape {tuple(parameter.shape)}")
 
 
-def pick_schedule(schedule: str | schedules.RateSchedule) -> schedules.RateSchedule:
+def pick_schedule(
+    schedule: str | schedules.RateSchedule, warmup_epochs: float, epochs: int, batch: float
+) -> schedules.RateSchedule:
+    """``batch``: as a part of an epoch; with a warm-up the first one has so large a part of the rate."""
+    picked = _named_schedule(schedule)
+    if not warmup_epochs:
+        return picked
+    return schedules.warm_up(picked, warmup_epochs / epochs, min(1.0, batch / warmup_epochs))
+
+
+def _named_schedule(schedule: str | schedules.RateSchedule) -> schedules.RateSchedule:
     if callable(schedule):
         checked = partial(_factor, schedule)
         checked(0.0)

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from batchkern import models
+from batchkern.averaging import WeightAverage
 from batchkern.configure import OptimizerFactory, uses_all_parameters
 from batchkern.data import Feed
 from batchkern.diagnostics import SampleLog
 from batchkern.divergence import FiniteCheck
 from batchkern.ops import trimmed_cross_entropy
-from batchkern.plan import Batch
+from batchkern.plan import Batch, Window
 from batchkern.schedules import RateSchedule
 from batchkern.strategies import Run, Step, Strategy
 from batchkern.strategies.base import Perturbation, run_with_virtual
@@ -28,7 +29,7 @@ class Counts:
     """What a training has cost so far. Samples are rows, each time they enter a pass."""
 
     updates: int = 0
-    """Active updates; passive ones are counted by their strategy."""
+    """Of active batches; passive ones are counted by their strategy."""
     samples_seen: int = 0
     """Rows of active batches."""
     samples_forward: int = 0
@@ -59,6 +60,10 @@ class Learner:
         strategies: set up here, before there is an optimizer.
         feed: of the training set.
         optimizer: a function of the parameter list.
+        accumulate: the gradients of so many active batches make an update.
+        max_grad_norm: gradients are shortened to this norm, that of all parameters together.
+        ema_decay: of a :class:`batchkern.averaging.WeightAverage`.
+        compile: with this backend of ``torch.compile``, passes over whole batches.
         samples: what is kept of each sample of the training set.
         last_checkpoint: what to say of files where the training ends because it diverged.
     """
@@ -72,6 +77,10 @@ class Learner:
         optimizer: OptimizerFactory,
         schedule: RateSchedule,
         amp: torch.dtype | None,
+        accumulate: int = 1,
+        max_grad_norm: float | None = None,
+        ema_decay: float | None = None,
+        compile: str | None = None,
         samples: SampleLog,
         last_checkpoint: Callable[[], str],
     ) -> None:
@@ -81,8 +90,14 @@ class Learner:
         self.schedule = schedule
         self.amp = amp
         self.samples = samples
+        self.window = Window(accumulate)
+        self.max_grad_norm = max_grad_norm
         for strategy in self.strategies:
             strategy.setup(run)
+        self.average = None if ema_decay is None else WeightAverage(run.model, ema_decay)
+        self.compiled = run.model if compile is None else models.Compiled(run.model, compile)
+        """The model in passes over whole batches. Hooks, which virtual samples and passive batches need, are no part of
+        a compiled graph, and each number of chosen rows would be one more graph: such passes run the plain model."""
         self.parallel = self.ranks.parallel(
             _Objective(run.model, run.extras),
             # A head that idles in this update has no gradient to wait for.
@@ -92,6 +107,8 @@ class Learner:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.grad_scaler.GradScaler(self.device.type, enabled=amp == torch.float16)
         self.counts = Counts()
+        self.active = 0
+        """Active batches so far: without accumulation, the updates."""
         # Of the epoch so far, on the device: untrimmed losses, objective, correct predictions, samples.
         self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         self._finite = FiniteCheck(self.device, last_checkpoint)
@@ -107,7 +124,9 @@ class Learner:
         return None if rows is not None and len(rows) < self.run.least_rows else rows
 
     def _update(self, batch: Batch) -> None:
-        step = Step(self.run, batch, self.counts.updates)
+        if self.window.cut_by(batch):
+            self._step()
+        step = Step(self.run, batch, self.active)
         factor = self.schedule(batch.progress) if batch.rate is None else batch.rate
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = base * factor
@@ -121,8 +140,8 @@ class Learner:
             self.counts.samples_forward += len(batch.indices)
             self.counts.samples_backward += len(batch.indices)
             return
-        self._active_update(step)
-        self.counts.updates += 1
+        self._active_batch(step)
+        self.active += 1
 
     def _rows(self, step: Step, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Images and targets of this rank, at ``positions`` of the batch."""
@@ -155,7 +174,7 @@ class Learner:
             self.feed.prepare(ahead, step.update + 1, self.ranks.share(len(ahead)).positions)
         return self._rows(step, step.share.positions)
 
-    def _active_update(self, step: Step) -> None:
+    def _active_batch(self, step: Step) -> None:
         """From this rank's rows; what strategies see and what is counted is of the whole batch."""
         scored: list[Tensor] = []
         whole = cache(partial(self._whole, step))
@@ -164,7 +183,7 @@ class Learner:
             """A pass for the losses alone. It leaves batch norm's running statistics to the full pass."""
             images, target = whole()
             with torch.no_grad(), self._autocast(), models.frozen_statistics(self.model):
-                logits = self.model(images)
+                logits = self.compiled(images)
                 smoothing = self.run.label_smoothing
                 loss, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
             scored.append(self.ranks.gather(step.share, _figures(logits, target, losses), loss)[0])
@@ -177,10 +196,12 @@ class Learner:
         outcome: list[Tensor] = []
         beside = step.batch.beside
 
+        model = self.compiled if rows is None else self.model
+
         def objective() -> tuple[Tensor, Tensor]:
             penalty: Tensor | None = None
             if perturbation is None or perturbation.own_update:
-                logits = self.model(images)
+                logits = model(images)
             else:
                 logits, penalty = self._perturbed(perturbation, images, target)
             loss, losses = owner.loss(step, logits, target)
@@ -193,7 +214,9 @@ class Learner:
             outcome.append(figures)
             return loss, value
 
-        value = self._descend(objective)
+        value = self._gather(objective, len(step.batch.indices))
+        if self.window.add(step.batch):
+            self._step()
         passes = 1
         if perturbation is not None and perturbation.own_update:
             self._descend(lambda: self._valued(self._perturbed(perturbation, images, target)[1]))
@@ -229,16 +252,39 @@ class Learner:
 
     def _descend(self, objective: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
         """One update along the gradient of ``objective``: a rank's loss, and its mean over ranks, which is returned."""
-        # Gradients become None, not zero: the optimizer then leaves alone what this update does not use.
-        self.optimizer.zero_grad(set_to_none=True)
+        value = self._gather(objective)
+        self._step()
+        return value
+
+    def _gather(self, objective: Callable[[], tuple[Tensor, Tensor]], rows: int = 0) -> Tensor:
+        """Adds the gradient of ``objective`` to those that wait for the update, and weighs it by ``rows`` where there
+        may be several; the value as of :meth:`_descend`."""
+        if self.window.batches == 0:
+            # Gradients become None, not zero: the optimizer then leaves alone what this update does not use.
+            self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             loss, value = self.parallel(objective)
         # Every rank sees the same value and ends here together with the others, none of which waits for a gradient.
         self._finite.watch(value, self.counts.updates)
+        if rows and self.window.size > 1:
+            loss = loss * (rows / self.run.batch_size)
         self.scaler.scale(loss).backward()
+        return value
+
+    def _step(self) -> None:
+        """One update along the gradients that wait for it."""
+        trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.window.size > 1 and self.window.rows:
+            torch._foreach_mul_([p.grad for p in trained], self.run.batch_size / self.window.rows)
+        if self.max_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        return value
+        self.counts.updates += self.window.batches > 0
+        self.window.clear()
+        if self.average is not None:
+            self.average.update()
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)

@@ -373,6 +373,31 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
+class Compiled:
+    """``torch.compile`` of a model, beside it: the model's own modules, keys and hooks stay what they are.
+
+    Each shape has a graph of its own, however many there are. Which ones came before then decides no bit of a result.
+
+    Raises:
+        UserError: when called, the model cannot be compiled.
+    """
+
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        self.backend = backend
+        self.forward = torch.compile(model, backend=backend, dynamic=False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        from torch._dynamo import config, exc
+
+        try:
+            with config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20):
+                logits: Tensor = self.forward(images)
+                return logits
+        except exc.TorchDynamoException as error:
+            reason = " ".join(str(error).split("Set TORCH")[0].split())[:300]
+            raise UserError(f"the model cannot be compiled by {self.backend}: {reason}") from error
+
+
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Within it, no batch-norm layer changes its running mean, variance or batch count.

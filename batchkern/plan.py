@@ -43,6 +43,31 @@ class Batch:
     ahead by it, and nothing depends on it."""
 
 
+@dataclass
+class Window:
+    """Which batches make an update together: ``size`` one after the other, their gradients weighed by their rows.
+
+    It is cut short where an epoch ends, and before a batch that is an update of its own or begins with other weights.
+    """
+
+    size: int = 1
+    batches: int = 0
+    rows: int = 0
+
+    def add(self, batch: Batch) -> bool:
+        """Whether an update is due with ``batch``."""
+        self.batches, self.rows = self.batches + 1, self.rows + len(batch.indices)
+        return self.batches == self.size or batch.ends_epoch
+
+    def cut_by(self, batch: Batch) -> bool:
+        """Whether an update is due before ``batch``."""
+        apart = batch.inject is not None or batch.weights is not None or batch.reset_optimizer
+        return apart and self.batches > 0
+
+    def clear(self) -> None:
+        self.batches = self.rows = 0
+
+
 def cut(order: Tensor, size: int, least: int = 1, drop_last: bool = False) -> tuple[Tensor, ...]:
     """``order`` in batches of ``size``. The last one may be smaller: with fewer than ``least`` rows (at most ``size``)
     it is joined to the one before, or with ``drop_last`` left out, if it is not the only one."""

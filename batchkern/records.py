@@ -90,9 +90,11 @@ class Checkpoint(TypedDict):
 
     epochs_done: Whole
     counts: Counts
+    active: Whole
     sums: Tensor
     model: dict[str, Any]
     extras: dict[str, Any]
+    average: dict[str, Any] | None
     optimizer: dict[str, Any]
     scaler: dict[str, Any]
     batches: dict[str, Any]

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,18 +31,20 @@ from batchkern.files import (
     write_file,
 )
 
-CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES = (
+CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, BEST, SAMPLES, CURVES, TENSORBOARD = (
     "config.json",
     "metrics.jsonl",
     "checkpoint.pt",
     "checkpoint.previous.pt",
     "model.safetensors",
+    "best.safetensors",
     "samples.safetensors",
     "curves.png",
+    "tensorboard",
 )
-RUN_FILES = (CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES)
+RUN_FILES = (CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, BEST, SAMPLES, CURVES)
 
-FORMAT = 2
+FORMAT = 3
 """Of checkpoints; raised when what they hold is no longer read by what was written before."""
 _SEAL = re.compile(rb"batchkern (\S{1,40}) checkpoint ([0-9]{1,9}) blake2b ([0-9a-f]{32})")
 
@@ -54,7 +57,11 @@ class RunDirectory:
         settings: what decides the result of the training, as JSON.
         environment: what does not: versions, device.
         overwrite: replace the files of an earlier run here, and nothing else.
-        resume: go on from the checkpoint here, whose settings must equal these.
+        resume: go on from the checkpoint here, whose settings must equal these; the epochs may be more.
+
+    Attributes:
+        identifier: another one for each run, the same when it goes on.
+        epochs_before: where a run gets more epochs than it had, how many those were; else ``None``.
 
     Raises:
         UserError: the directory holds a run and neither is asked for, holds something else, cannot be written, or
@@ -65,7 +72,11 @@ class RunDirectory:
         self, path: Path, settings: dict[str, Any], environment: dict[str, Any], *, overwrite: bool, resume: bool
     ) -> None:
         self.path = path
-        self._run = hashlib.blake2b(json.dumps(identity(settings)).encode(), digest_size=16).hexdigest()
+        lasting = identity(settings | {"epochs": None})  # it may get more of them
+        self._run = hashlib.blake2b(json.dumps(lasting).encode(), digest_size=16).hexdigest()
+        self.identifier = secrets.token_hex(8)
+        self.epochs_before: int | None = None
+        self._config: dict[str, Any] = {}
         self._lock: int | None = None
         self._left: list[Any] | None = None
         """What the files were when this process last had the lock."""
@@ -82,7 +93,7 @@ class RunDirectory:
                 self._check_same(settings)
                 return
             self._claim(overwrite)
-            self._write(CONFIG, json.dumps({"settings": settings, "environment": environment}, indent=2).encode())
+            self._write_config({"settings": settings, "environment": environment | {"run": self.identifier}})
             self._write(METRICS, b"")
 
     # --- whose it is -------------------------------------------------------------------------------------------
@@ -136,7 +147,7 @@ class RunDirectory:
             if found and not overwrite:
                 raise UserError(f"{self.path} holds a run already; resume it, overwrite it, or give another directory")
             remove_parts(self.path, RUN_FILES)
-            for name in (CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES):
+            for name in RUN_FILES[2:]:
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
@@ -157,11 +168,18 @@ class RunDirectory:
         from batchkern.records import read_json
 
         try:
-            recorded = read_json(self.path / CONFIG, dict[str, dict[str, Any]])["settings"]
+            config = read_json(self.path / CONFIG, dict[str, Any])
+            recorded, environment = config["settings"], config["environment"]
         except (OSError, ValueError, KeyError):
             raise self._nothing_to_resume() from None
+        if isinstance(run := environment.get("run"), str):
+            self.identifier = run
         asked = json.loads(json.dumps(settings))
         was, now = identity(recorded), identity(settings)
+        before = was.get("epochs")
+        if isinstance(before, int) and before < now["epochs"]:
+            self.epochs_before, was["epochs"] = before, now["epochs"]
+            self._config = config | {"settings": asked}
         changed = [
             f"{key} was {recorded.get(key)!r}, now {asked.get(key)!r}"
             for key in sorted(was.keys() | now.keys())
@@ -169,6 +187,9 @@ class RunDirectory:
         ]
         if changed:
             raise UserError(f"{self.path} was trained with other settings and cannot be resumed: {'; '.join(changed)}")
+
+    def _write_config(self, config: dict[str, Any]) -> None:
+        self._write(CONFIG, json.dumps(config, indent=2).encode())
 
     def _write(self, name: str, content: bytes) -> None:
         self._check_place()
@@ -217,6 +238,9 @@ class RunDirectory:
                 state, rows = None, []
             remove_parts(self.path, RUN_FILES)
             self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            if self.epochs_before is not None:
+                extended = [*self._config.get("extended", []), {"epochs": self.epochs_before, "trained": len(rows)}]
+                self._write_config(self._config | {"extended": extended})
             return state
 
     def _read(self, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:

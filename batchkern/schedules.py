@@ -88,6 +88,11 @@ class step:
         return self.gamma ** sum(progress >= m for m in self.milestones)
 
 
+def warm_up(schedule: RateSchedule, share: float, start: float) -> RateSchedule:
+    """``schedule``, times a line from ``start`` to 1 over the first ``share`` of the training, in (0, 1]."""
+    return lambda progress: schedule(progress) * min(1.0, start + (1 - start) * progress / share)
+
+
 _STEP = re.compile(r"step\(\s*milestones\s*=\s*\(([^()]*)\)\s*(?:,\s*gamma\s*=\s*([^,()]*))?\)")
 
 

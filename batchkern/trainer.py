@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from batchkern import models, schedules
 from batchkern._version import __version__
+from batchkern.callbacks import Callback, check_callbacks
 from batchkern.configure import (
     AMP_TYPES,
     OptimizerFactory,
@@ -27,6 +29,7 @@ from batchkern.configure import (
     check_data,
     check_flags,
     check_kind,
+    check_knobs,
     check_model,
     check_model_kind,
     check_range,
@@ -48,7 +51,7 @@ from batchkern.interrupts import Interrupted, StopRequest
 from batchkern.learner import Counts, Learner
 from batchkern.plan import Batch, EpochBatches
 from batchkern.progress import ProgressBar
-from batchkern.rundir import CHECKPOINT, CURVES, SAMPLES, WEIGHTS, RunDirectory, check_readable, check_saved
+from batchkern.rundir import BEST, CHECKPOINT, CURVES, SAMPLES, WEIGHTS, RunDirectory, check_readable, check_saved
 from batchkern.seeding import derived_seed, set_torch_states, torch_states
 from batchkern.strategies import Run, Strategy, check_combination
 
@@ -75,6 +78,13 @@ class Trainer(Learner):
         lr, momentum, weight_decay: of the named optimizers; a function sets its own, and ``lr`` is taken from it.
         schedule: ``"constant"``, ``"cosine"``, ``"step"``, with numbers of its own as in ``"step(milestones=(0.3, 0.6),
             gamma=0.1)"``, or ``f(progress) -> factor`` on the learning rate.
+        warmup_epochs: over so many epochs the schedule is multiplied by a line from all but 0 to 1.
+        max_grad_norm: shorten the gradient of an update to this norm, that of all parameters together.
+        gradient_accumulation_steps: the gradients of so many batches make an update, each weighed by its rows; fewer
+            at the end of an epoch. Strategies choose within each batch.
+        ema_decay: evaluate and save an average of the weights, as :class:`batchkern.averaging.WeightAverage` has it.
+        compile: a backend of ``torch.compile``, such as ``"inductor"``, for passes over whole batches. Virtual samples,
+            passive batches and chosen rows pass through the model as it is.
         amp: autocast to ``"bf16"`` or ``"fp16"`` (with loss scaling), or ``"none"``.
         augment: ``"none"``, ``"flip"``, ``"crop"``, ``"crop+flip"``, ``"resized-crop"``, ``"resized-crop+flip"``, as
             :class:`batchkern.data.Feed` takes them.
@@ -83,8 +93,13 @@ class Trainer(Learner):
         seed: of the weights, the order, the augmentation and every choice. :meth:`fit` seeds torch's generators.
         device: default: CUDA where torch sees it, else CPU; of several processes, each takes a GPU of its own.
         out: the run's directory; ``None`` writes nothing.
-        overwrite: replace the files of a run that is there. resume: go on from its checkpoint.
+        overwrite: replace the files of a run that is there.
+        resume: go on from its checkpoint, to the end or for more epochs: the schedule then reaches over all of them,
+            and a warning says which learning rate follows the last one.
         checkpoint_every: also save after every so many updates; a checkpoint is always saved after an epoch.
+        keep_best: also keep the weights of the epoch of the highest test accuracy, the first of equal ones, in
+            best.safetensors. An accuracy that chose its epoch is too high for other data: test on some held out.
+        callbacks: called after each epoch, as :class:`batchkern.callbacks.Callback` says.
         progress: show a progress bar on a terminal.
 
     Raises:
@@ -107,6 +122,11 @@ class Trainer(Learner):
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         schedule: str | schedules.RateSchedule = "cosine",
+        warmup_epochs: float = 0.0,
+        max_grad_norm: float | None = None,
+        gradient_accumulation_steps: int = 1,
+        ema_decay: float | None = None,
+        compile: str | None = None,
         amp: Literal["none", "bf16", "fp16"] = "none",
         augment: str = "none",
         label_smoothing: float = 0.0,
@@ -117,12 +137,18 @@ class Trainer(Learner):
         overwrite: bool = False,
         resume: bool = False,
         checkpoint_every: int | None = None,
+        keep_best: bool = False,
+        callbacks: Sequence[Callback] = (),
         progress: bool = True,
     ) -> None:
         epochs, batch_size, seed = count("epochs", epochs), count("batch_size", batch_size), count("seed", seed, None)
         check_counts(checkpoint_every=checkpoint_every)
         label_smoothing = check_range("label_smoothing", label_smoothing, 0, 1)
         lr, momentum, weight_decay = check_rates(lr, momentum, weight_decay)
+        accumulate = count("gradient_accumulation_steps", gradient_accumulation_steps)
+        warmup_epochs = check_range("warmup_epochs", warmup_epochs, 0, epochs)
+        max_grad_norm, ema_decay = check_knobs(max_grad_norm, ema_decay, compile, model)
+        check_callbacks(callbacks)
         check_data(train, test, batch_size)
         check_model_kind(model)
         check_kind("strategies", strategies, list | tuple, "a list of strategies, such as [Trimming()]")
@@ -131,7 +157,9 @@ class Trainer(Learner):
         check_choice("augment", augment, AUGMENTATIONS)
         check_kind("classifier", classifier, str | None, "the name of a module")
         check_kind("out", out, str | os.PathLike | None, "a path")
-        check_flags(drop_last=drop_last, overwrite=overwrite, resume=resume, progress=progress)
+        check_flags(drop_last=drop_last, overwrite=overwrite, resume=resume, keep_best=keep_best, progress=progress)
+        if warmup_epochs and (paced := next((s for s in strategies if "the learning rate" in s.owns), None)):
+            raise UserError(f"warmup_epochs is {warmup_epochs:g}, but {paced.name} sets the learning rate itself")
         check_kind("weights", weights, str | os.PathLike | None, "a path, or the word pretrained")
         pretrained = weights == PRETRAINED
         if pretrained and not isinstance(model, str):
@@ -142,6 +170,8 @@ class Trainer(Learner):
         self.seed = seed
         self.checkpoint_every = checkpoint_every
         self.progress = progress
+        self.keep_best = keep_best
+        self.callbacks = list(callbacks)
         self.settings = {
             "train": describe_data(train),
             "test": describe_data(test),
@@ -150,12 +180,18 @@ class Trainer(Learner):
             "strategies": [strategy.describe() for strategy in strategies],
             "epochs": epochs,
             "batch_size": batch_size,
-            "drop_last": drop_last or None,  # as of runs from before there was such a thing
+            "drop_last": drop_last or None,
             "optimizer": describe_choice(optimizer),
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "schedule": describe_choice(schedule),
+            # None as of runs from before there were such things.
+            "warmup_epochs": warmup_epochs or None,
+            "max_grad_norm": max_grad_norm,
+            "gradient_accumulation_steps": accumulate if accumulate > 1 else None,
+            "ema_decay": ema_decay,
+            "compile": compile,
             "amp": amp,
             "augment": augment,
             "label_smoothing": label_smoothing,
@@ -192,14 +228,19 @@ class Trainer(Learner):
                 classifier=classifier,
                 least_rows=least,
                 drop_last=drop_last,
+                accumulate=accumulate,
                 ranks=ranks,
                 images_vary=augment != "none" or any(type(s).transform is not Strategy.transform for s in strategies),
             ),
             strategies,
             self._feed(train, ranks.device, augment=augment, seed=derived_seed(seed, "augment")),
             optimizer=lambda parameters: build_optimizer(optimizer, parameters, lr, momentum, weight_decay),
-            schedule=pick_schedule(schedule),
+            schedule=pick_schedule(schedule, warmup_epochs, epochs, batch_size / len(train)),
             amp=AMP_TYPES[amp],
+            accumulate=accumulate,
+            max_grad_norm=max_grad_norm,
+            ema_decay=ema_decay,
+            compile=compile,
             samples=SampleLog(len(train), ranks.device, None if clean is None else clean != train.labels),
             last_checkpoint=self._last_checkpoint,
         )
@@ -237,7 +278,32 @@ class Trainer(Learner):
             state, self.history = self.ranks.first(lambda: (directory.load_checkpoint(), directory.metrics()))
             if state is not None:
                 self._load(state)
+            if (before := self.ranks.first(lambda: directory.epochs_before)) is not None:
+                self._extended(path, before)
         return directory
+
+    def _extended(self, path: Path, before: int) -> None:
+        """Says what becomes of a run that goes on for more epochs than it was begun with."""
+        now, done = self.run.epochs, len(self.history)
+        divided = next((s for s in self.strategies if s.divides_epochs), None)
+        if divided is not None:
+            raise UserError(
+                f"epochs was {before}, now {now}: {divided.name} divides its epochs into steps, so that it cannot be "
+                "resumed with more of them"
+            )
+        rates = (
+            "no epoch was finished"
+            if not self.history
+            else (
+                f"the learning rate, {self.history[-1]['lr']:.3g} at the end of epoch {done}, goes on at "
+                f"{self.base_rates[0] * self.schedule(done / now):.3g}"
+            )
+        )
+        warnings.warn(
+            f"{path} was to end after {before} epochs, and now after {now}: the schedule "
+            f"{self.settings['schedule']} and those of strategies reach over {now} epochs; {rates}",
+            stacklevel=4,
+        )
 
     def _save(self) -> None:
         """What a later process needs to go on to the same weights."""
@@ -254,9 +320,11 @@ class Trainer(Learner):
         return {
             "epochs_done": len(self.history),
             "counts": asdict(self.counts),
+            "active": self.active,
             "sums": self._sums,
             "model": self.model.state_dict(),
             "extras": self.run.extras.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "batches": self.batches.state_dict(),
@@ -290,10 +358,12 @@ class Trainer(Learner):
             raise ValueError(
                 f"epochs_done is {state['epochs_done']}, and sums are of shape {tuple(state['sums'].shape)}"
             )
-        self.counts = Counts(**state["counts"])
+        self.counts, self.active = Counts(**state["counts"]), state["active"]
         self._sums.copy_(state["sums"])
         self.model.load_state_dict(state["model"])
         self.run.extras.load_state_dict(state["extras"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.batches.load_state_dict(state["batches"])
@@ -322,6 +392,8 @@ class Trainer(Learner):
         shown = self.progress and self.ranks.rank == 0
         with self._directory_held(), contextlib.ExitStack() as ending:
             ending.callback(self.feed.forget)
+            self.ranks.first(lambda: self._call_back("on_train_begin", self))
+            ending.callback(self._call_back, "on_train_end")
             with self._own_rng(), stop.heeded(), ProgressBar(label, enabled=shown) as bar:
                 for batch in self.plan():
                     started = time.perf_counter()
@@ -329,8 +401,12 @@ class Trainer(Learner):
                     if batch.ends_epoch and self.device.type == "cuda":
                         torch.cuda.synchronize(self.device)  # the time of queued work is the training's
                     self.counts.seconds += time.perf_counter() - started
+                    if self.window.batches:
+                        continue  # a checkpoint has no gradients that wait for an update
                     if batch.ends_epoch:
                         self._end_epoch(batch.epoch)
+                        if self._stopped_by_callback():
+                            break
                     elif self.checkpoint_every and self.counts.updates % self.checkpoint_every == 0:
                         self._save()
                     if bar.due():
@@ -339,6 +415,17 @@ class Trainer(Learner):
                         stop.made = False  # a further Ctrl-C does not end the saving
                         self._interrupt()
             return self._finish()
+
+    def _call_back(self, method: str, *arguments: Any) -> list[Any]:
+        if self.ranks.rank > 0:
+            return []
+        methods = [getattr(callback, method, None) for callback in self.callbacks]
+        return [call(*arguments) for call in methods if call is not None]
+
+    def _stopped_by_callback(self) -> bool:
+        if not self.callbacks:
+            return False
+        return self.ranks.first(lambda: True in self._call_back("on_epoch_end", self.history[-1]))
 
     @contextlib.contextmanager
     def _directory_held(self) -> Iterator[None]:
@@ -409,13 +496,22 @@ class Trainer(Learner):
         row.update(self.samples.end_epoch())
         for strategy in self.strategies:
             row.update(strategy.diagnostics(row))
+        best = max((before["test_accuracy"] for before in self.history), default=-1.0)
         self.history.append(row)
         self._sums.zero_()
         if self.directory:
+            if self.keep_best and row["test_accuracy"] > best:
+                with self._averaged():
+                    self.ranks.first(partial(self.directory.save_tensors, BEST, self.model.state_dict()))
             self.ranks.first(partial(self.directory.append_metrics, row))
         self._save()
 
+    def _averaged(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
     def _finish(self) -> dict[str, Any]:
+        if self.average is not None:
+            self.average.apply()
         if self.directory:
             self.ranks.first(partial(self._write_results, self.directory))
         for strategy in self.strategies:
@@ -469,10 +565,13 @@ class Trainer(Learner):
     def _inference(self, feed: Feed) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Number, labels, logits and class scores of each batch; whole batches go to the ranks in turn, so that the
         noise of a vote is that of one process."""
-        self.ranks.copy_first(self.model.buffers())  # batch norm's running statistics differ from rank to rank
         training = self.model.training
-        self.model.eval()
-        try:
+        with contextlib.ExitStack() as ending:
+            ending.enter_context(self._averaged())
+            ending.callback(feed.forget)
+            ending.callback(self.model.train, training)
+            self.ranks.copy_first(self.model.buffers())  # batch norm's running statistics differ from rank to rank
+            self.model.eval()
             batches = torch.arange(len(feed.data)).split(EVALUATION_BATCH)
             mine = range(self.ranks.rank, len(batches), self.ranks.world)
             for place in mine:
@@ -481,10 +580,7 @@ class Trainer(Learner):
                         feed.prepare(batches[due], None)
                 images, target = feed.batch(batches[place], None)
                 with self._autocast():
-                    logits = self.model(images)
+                    logits = self.compiled(images)
                     inferred = (s.infer(self.run, images) for s in self.strategies)
                     scores = next((x for x in inferred if x is not None), logits)
                 yield place, target, logits, scores
-        finally:
-            feed.forget()
-            self.model.train(training)

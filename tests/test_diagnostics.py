@@ -107,9 +107,9 @@ def watched(arm, monkeypatch, **options):
             kept.append(indices)
         return images.requires_grad_() if step is not None else images, labels
 
-    descend = run._descend
+    gather = run._gather
 
-    def descended(objective):
+    def gathered(objective, *rows):
         fed_images = []
         forward = run.model.forward
 
@@ -119,7 +119,7 @@ def watched(arm, monkeypatch, **options):
             return forward(images)
 
         monkeypatch.setattr(run.model, "forward", remember)
-        value = descend(objective)
+        value = gather(objective, *rows)
         monkeypatch.setattr(run.model, "forward", forward)
         gradient = fed_images[0].grad
         if kept and len(gradient) <= len(kept[-1]):
@@ -127,9 +127,9 @@ def watched(arm, monkeypatch, **options):
             own = batch(kept[-1], None)[0].flatten(1).tolist()
             numbers = {tuple(pixels): int(row) for pixels, row in zip(own, kept[-1])}
             counted = [numbers[row] for row, g in zip(rows, gradient) if row in numbers and g.abs().sum() > 0]
-            of_update = contributed[-1] and contributed[-1][-1][0] == run.counts.updates
+            of_update = contributed[-1] and contributed[-1][-1][0] == run.active
             if counted and not of_update:  # neither a passive batch nor the second update of two
-                contributed[-1].append((run.counts.updates, counted))
+                contributed[-1].append((run.active, counted))
         return value
 
     def ended():
@@ -137,7 +137,7 @@ def watched(arm, monkeypatch, **options):
         return end()
 
     monkeypatch.setattr(run.feed, "batch", fed)
-    monkeypatch.setattr(run, "_descend", descended)
+    monkeypatch.setattr(run, "_gather", gathered)
     monkeypatch.setattr(run.samples, "end_epoch", ended)
     run.fit()
     return run, [[rows for _, rows in epoch] for epoch in contributed[:-1]]

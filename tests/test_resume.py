@@ -144,7 +144,7 @@ def arm(run, moment: str, number: int, die=die) -> None:
         case "update":
             wrap(run, "_update", before=at)
         case "descend":  # the weights have changed, nothing else has
-            wrap(run, "_descend", after=at)
+            wrap(run, "_step", after=at)
         case "updated":
             wrap(run, "_update", after=at)
         case "metrics":  # the epoch is in the metrics, and not in the checkpoint
@@ -446,7 +446,7 @@ def test_what_auto_trimming_decided_is_not_decided_again(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"epochs": 4}, "epochs was 3, now 4"),
+        ({"epochs": 2}, "epochs was 3, now 2"),
         ({"lr": 0.5}, "lr was 0.03, now 0.5"),
         ({"seed": 1}, "seed was 0, now 1"),
         ({"strategies": [Trimming(end=0.3)]}, "strategies was .*0.2.*, now .*0.3"),

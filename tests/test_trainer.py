@@ -330,15 +330,15 @@ def test_a_training_that_ends_between_a_hint_and_its_batch_goes_on_the_same(upda
     train = streamed(data)
     settings = {"train": train, "epochs": EPOCHS, "augment": "crop+flip", "out": tmp_path / "run"}
     first = trainer(checkpoint_every=1, **settings)
-    descend = first._descend
+    gather = first._gather
 
-    def killed(objective):
+    def killed(objective, *rows):
         if first.counts.updates == update:
             assert first.feed._ahead
             raise KeyboardInterrupt
-        return descend(objective)
+        return gather(objective, *rows)
 
-    first._descend = killed
+    first._gather = killed
     with pytest.raises(KeyboardInterrupt):
         first.fit()
     assert not first.feed._ahead

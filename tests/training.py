@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,11 +110,10 @@ class RecordingTrainer(Trainer):
 
         self.feed.batch = fed  # type: ignore[method-assign]
 
-    def _descend(self, objective: Callable[[], Tensor]) -> Tensor:
-        value = super()._descend(objective)
+    def _step(self) -> None:
+        super()._step()
         self.weights.append(flat(self.model))
         self.heads.append(flat(self.run.extras))
-        return value
 
 
 def trainer(

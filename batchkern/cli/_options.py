@@ -57,6 +57,13 @@ WeightDecayOption = Annotated[float, option(help="of the optimizer")]
 ScheduleOption = Annotated[
     str, option(help='of the learning rate: constant, cosine, step, or "step(milestones=(0.3, 0.6), gamma=0.1)"')
 ]
+WarmupOption = Annotated[float, option(help="epochs over which the learning rate rises to the schedule's")]
+MaxGradNormOption = Annotated[float | None, option(help="shorten the gradient of an update to this norm")]
+AccumulationOption = Annotated[int, option(help="batches whose gradients make one update")]
+EmaOption = Annotated[
+    float | None, option(help="evaluate and save a moving average of the weights with this decay, e.g. 0.999")
+]
+CompileOption = Annotated[str | None, option(help="backend of torch.compile, e.g. inductor")]
 AmpOption = Annotated[str, option(help="mixed precision: none, bf16 or fp16")]
 AugmentOption = Annotated[str, option(help="none, flip, crop, crop+flip, resized-crop or resized-crop+flip")]
 SmoothingOption = Annotated[float, option(help="label smoothing of the training loss, in [0, 1]")]

@@ -11,19 +11,24 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 
+from batchkern.callbacks import loggers
 from batchkern.cli._options import (
+    AccumulationOption,
     AmpOption,
     AugmentOption,
     BatchSizeOption,
     CenterCropOption,
     ClassifierOption,
     CleanLabelsOption,
+    CompileOption,
     DataOption,
     DeviceOption,
     DropLastOption,
+    EmaOption,
     EpochsOption,
     ImageSizeOption,
     LrOption,
+    MaxGradNormOption,
     ModelOption,
     MomentumOption,
     NoiseOption,
@@ -36,6 +41,7 @@ from batchkern.cli._options import (
     StrategyOption,
     TestOption,
     ValidationOption,
+    WarmupOption,
     WeightDecayOption,
     WeightsOption,
     initial_weights,
@@ -64,6 +70,11 @@ def train(
     momentum: MomentumOption = 0.9,
     weight_decay: WeightDecayOption = 5e-4,
     schedule: ScheduleOption = "cosine",
+    warmup_epochs: WarmupOption = 0.0,
+    max_grad_norm: MaxGradNormOption = None,
+    gradient_accumulation_steps: AccumulationOption = 1,
+    ema_decay: EmaOption = None,
+    compile: CompileOption = None,
     amp: AmpOption = "none",
     augment: AugmentOption = "none",
     label_smoothing: SmoothingOption = 0.0,
@@ -83,6 +94,10 @@ def train(
     checkpoint_every: Annotated[
         int | None, option(help="also write a checkpoint after every so many updates; after an epoch always")
     ] = None,
+    keep_best: Annotated[
+        bool, option("--keep-best", help="also keep the weights of the best epoch, in best.safetensors")
+    ] = False,
+    log: Annotated[str | None, option(help="also show the figures in tensorboard, wandb, or tensorboard,wandb")] = None,
     no_progress: Annotated[bool, option("--no-progress", help="no progress bar")] = False,
 ) -> None:
     """Train a model, with any combination of strategies."""
@@ -115,6 +130,11 @@ def train(
         momentum=momentum,
         weight_decay=weight_decay,
         schedule=schedule,
+        warmup_epochs=warmup_epochs,
+        max_grad_norm=max_grad_norm,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        ema_decay=ema_decay,
+        compile=compile,
         amp=amp,  # type: ignore[arg-type]
         augment=augment,
         label_smoothing=label_smoothing,
@@ -125,6 +145,8 @@ def train(
         resume=resume,
         overwrite=overwrite,
         checkpoint_every=checkpoint_every,
+        keep_best=keep_best,
+        callbacks=loggers(log),
         # Without a terminal at stdout the bar, which is on stderr, would draw the lines below to itself.
         progress=not no_progress and sys.stdout.isatty(),
     )

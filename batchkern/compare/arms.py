@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 import torch
 
 from batchkern.errors import UserError
+from batchkern.plan import Window
 from batchkern.strategies import (
     HardBatches,
     PassiveInjection,
@@ -128,11 +129,16 @@ def forecast(trainer: Trainer) -> Counts:
     Samples that are augmented at a layer are counted once: their virtual copies pass through what follows alone.
     """
     counts = Counts()
+    window = Window(trainer.window.size)
+    active = 0
     for batch in trainer.plan():
         rows = len(batch.indices)
         full = rows
+        if window.cut_by(batch):
+            counts.updates += 1
+            window.clear()
         if batch.inject is None:
-            step = Step(trainer.run, batch, counts.updates)
+            step = Step(trainer.run, batch, active)
             scored: list[int] = []
 
             def score(rows: int = rows, scored: list[int] = scored) -> torch.Tensor:
@@ -145,7 +151,10 @@ def forecast(trainer: Trainer) -> Counts:
             full *= 2 if perturbation is not None and perturbation.own_update else 1
             full += 0 if batch.beside is None else len(batch.beside.indices)
             counts.samples_forward += sum(scored)
-            counts.updates += 1
+            active += 1
+            if window.add(batch):
+                counts.updates += 1
+                window.clear()
         counts.samples_forward += full
         counts.samples_backward += full
     return counts

@@ -19,7 +19,19 @@ from batchkern.strategies import Trimming, parse
 from batchkern.trainer import Trainer
 
 MOST_SEEDS = 100_000
-_OF_A_RUN = {"self", "model", "train", "test", "strategies", "seed", "out", "overwrite", "resume", "progress"}
+_OF_A_RUN = {
+    "self",
+    "model",
+    "train",
+    "test",
+    "strategies",
+    "seed",
+    "out",
+    "overwrite",
+    "resume",
+    "progress",
+    "callbacks",
+}
 TRAINING = frozenset(inspect.signature(Trainer.__init__).parameters) - _OF_A_RUN
 """Arguments of :class:`Trainer` that are the same in all runs."""
 

@@ -43,6 +43,8 @@ class Run:
     """Fewest rows of a batch in training: batch norm may need two on each rank."""
     drop_last: bool = False
     """The last, smaller batch of an epoch is left out."""
+    accumulate: int = 1
+    """So many batches make an update together."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes of the training; a loss takes ``group=run.ranks.group``."""
     images_vary: bool = True
@@ -60,7 +62,7 @@ class Step:
     run: Run
     batch: Batch
     update: int
-    """Active updates made before this one, over the whole training."""
+    """Active batches before this one, over the whole training: updates, where gradients are not accumulated."""
     narrowed: bool = False
     """The batch was already cut to the rows worth a full pass."""
     kept: int | None = None
@@ -122,6 +124,8 @@ class Strategy:
     name: ClassVar[str]
     owns: frozenset[str] = frozenset()
     """What at most one strategy of a run may decide: ``"the batch plan"``, ``"the loss"``, ..."""
+    divides_epochs: ClassVar[bool] = False
+    """Its plan is laid out for the number of epochs, so that a run cannot get more of them later."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(

@@ -30,7 +30,8 @@ class Stepwise(Strategy):
     """
 
     name: ClassVar[str] = "stepwise"
-    owns = frozenset({"the batch plan"})
+    owns = frozenset({"the batch plan", "the learning rate"})
+    divides_epochs = True
 
     fractions: tuple[float, ...] = FRACTIONS
     batch_multiples: tuple[int, ...] = BATCH_MULTIPLES

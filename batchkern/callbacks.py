@@ -1,0 +1,116 @@
+"""What a training tells others: after each epoch the row that it has written to metrics.jsonl.
+
+The run directory stays the truth. A logger shows the same figures elsewhere, and what it fails to show is lost nowhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from batchkern.errors import UserError, only_warned, require
+from batchkern.rundir import TENSORBOARD
+
+if TYPE_CHECKING:
+    from batchkern.trainer import Trainer
+
+Row = Mapping[str, Any]
+
+
+class Callback:
+    """What :class:`batchkern.trainer.Trainer` calls, in the first process alone; override what you need."""
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Before the first update of :meth:`Trainer.fit`, also of a run that goes on: ``trainer.history`` has its rows
+        so far, ``trainer.settings`` what config.json has."""
+
+    def on_epoch_end(self, row: Row) -> bool | None:
+        """After each epoch, when its row and its checkpoint are written. ``True`` ends the training here, as for early
+        stopping: weights, figures and plots are those of this epoch."""
+
+    def on_train_end(self) -> None:
+        """After the last update, and where an error or Ctrl-C ends the training."""
+
+
+class TensorBoard(Callback):
+    """Writes every figure that is a number to ``<out>/tensorboard``, at the number of the epoch, counted from 1.
+
+    A run that goes on replaces what was written after its checkpoint.
+    """
+
+    def __init__(self) -> None:
+        require("tensorboard", "log")
+        self._writer: Any = None
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if trainer.directory is None:
+            raise UserError("TensorBoard() writes into the run's directory, and out is None")
+        directory = str(trainer.directory.path / TENSORBOARD)
+        self._writer = SummaryWriter(directory, purge_step=len(trainer.history) + 1)
+
+    def on_epoch_end(self, row: Row) -> None:
+        with only_warned(f"epoch {row['epoch'] + 1} is not shown in TensorBoard"):
+            for name, value in _numbers(row).items():
+                self._writer.add_scalar(name, value, row["epoch"] + 1)
+            self._writer.flush()
+
+    def on_train_end(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WeightsAndBiases(Callback):
+    """Logs every figure that is a number to https://wandb.ai, or with ``WANDB_MODE=offline`` to ``<out>/wandb``.
+
+    ``WANDB_PROJECT`` and wandb's other variables choose the rest. A run that goes on is the same run there.
+    """
+
+    def __init__(self) -> None:
+        require("wandb", "log")
+        self._run: Any = None
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        import wandb
+
+        if trainer.directory is None:
+            raise UserError("WeightsAndBiases() writes into the run's directory, and out is None")
+        path = trainer.directory.path
+        self._run = wandb.init(
+            dir=str(path), name=path.name, id=trainer.directory.identifier, resume="allow", config=trainer.settings
+        )
+
+    def on_epoch_end(self, row: Row) -> None:
+        with only_warned(f"epoch {row['epoch'] + 1} is not logged by wandb"):
+            self._run.log(_numbers(row), step=row["epoch"] + 1)
+
+    def on_train_end(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+
+
+LOGGERS: dict[str, Callable[[], Callback]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def loggers(names: str | None) -> list[Callback]:
+    """Of names joined by commas.
+
+    Raises:
+        UserError: a name that is none of ``LOGGERS``, or whose library is missing.
+    """
+    chosen = [name.strip() for name in (names or "").split(",") if name.strip()]
+    for name in chosen:
+        if name not in LOGGERS:
+            raise UserError(f"log must be {' or '.join(LOGGERS)}, or both joined by a comma, got {name!r:.60}")
+    return [LOGGERS[name]() for name in dict.fromkeys(chosen)]
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    return {name: value for name, value in row.items() if isinstance(value, int | float)}
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    for callback in callbacks if isinstance(callbacks, list | tuple) else [callbacks]:
+        if not callable(getattr(callback, "on_epoch_end", None)):
+            raise UserError(f"callbacks must be objects with a method on_epoch_end(row), got {callback!r:.60}")
