@@ -238,10 +238,13 @@ class RunDirectory:
                 state, rows = None, []
             remove_parts(self.path, RUN_FILES)
             self._write(METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
-            if self.epochs_before is not None:
-                extended = [*self._config.get("extended", []), {"epochs": self.epochs_before, "trained": len(rows)}]
-                self._write_config(self._config | {"extended": extended})
             return state
+
+    def extend(self, trained: int) -> None:
+        """Writes down that a run goes on for more epochs than it had, after so many."""
+        extended = [*self._config.get("extended", []), {"epochs": self.epochs_before, "trained": trained}]
+        with self.held():
+            self._write_config(self._config | {"extended": extended})
 
     def _read(self, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """A checkpoint, and the metrics of its epochs."""

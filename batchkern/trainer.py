@@ -279,10 +279,11 @@ class Trainer(Learner):
             if state is not None:
                 self._load(state)
             if (before := self.ranks.first(lambda: directory.epochs_before)) is not None:
-                self._extended(path, before)
+                self._check_extended(path, before)
+                self.ranks.first(lambda: directory.extend(len(self.history)))
         return directory
 
-    def _extended(self, path: Path, before: int) -> None:
+    def _check_extended(self, path: Path, before: int) -> None:
         """Says what becomes of a run that goes on for more epochs than it was begun with."""
         now, done = self.run.epochs, len(self.history)
         divided = next((s for s in self.strategies if s.divides_epochs), None)
@@ -291,17 +292,11 @@ class Trainer(Learner):
                 f"epochs was {before}, now {now}: {divided.name} divides its epochs into steps, so that it cannot be "
                 "resumed with more of them"
             )
-        rates = (
-            "no epoch was finished"
-            if not self.history
-            else (
-                f"the learning rate, {self.history[-1]['lr']:.3g} at the end of epoch {done}, goes on at "
-                f"{self.base_rates[0] * self.schedule(done / now):.3g}"
-            )
-        )
+        last = f", {self.history[-1]['lr']:.3g} at its end," if self.history else ""
         warnings.warn(
-            f"{path} was to end after {before} epochs, and now after {now}: the schedule "
-            f"{self.settings['schedule']} and those of strategies reach over {now} epochs; {rates}",
+            f"{path} was to end after {before} epochs, and now after {now}: the schedule {self.settings['schedule']}, "
+            f"and those of strategies, reach over {now}; after epoch {done} the learning rate{last} goes on at "
+            f"{self.base_rates[0] * self.schedule(done / now):.3g}",
             stacklevel=4,
         )
 

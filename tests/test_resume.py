@@ -9,7 +9,9 @@ for every strategy in processes that end themselves by one: forks of one process
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -23,10 +25,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from training import flat, images, net, single_thread, trainer, without_plots
+from training import flat, furthest, images, net, single_thread, trainer, without_plots
 
 from batchkern.errors import UserError
-from batchkern.rundir import CHECKPOINT, METRICS, WEIGHTS
+from batchkern.rundir import BEST, CHECKPOINT, CONFIG, METRICS, WEIGHTS
 from batchkern.strategies import (
     SRIP,
     BatchAugmentation,
@@ -57,6 +59,7 @@ SCENARIOS = {
     "random batches": lambda: [RandomSelection("batches", delta=0.5)],
     "mixed": lambda: [Cutout(3), Mixup(1.0), BatchAugmentation(2), SRIP(0.1)],
     "cutmix": lambda: [CutMix(probability=0.5), Trimming(0.7, 0.3), SRIP()],
+    "knobs": lambda: [Trimming(0.9, 0.4), PassiveInjection(PASSIVE, 4), StochasticAugmentation(**STRONG)],
     "all": lambda: [
         HardBatches(0.5),
         Trimming(),
@@ -67,6 +70,14 @@ SCENARIOS = {
 SETTINGS = {
     "all": {"optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "label_smoothing": 0.1},
     "baseline": {"amp": "fp16", "schedule": "cosine"},
+    "knobs": {
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.7,
+        "ema_decay": 0.9,
+        "warmup_epochs": 1,
+        "schedule": "cosine",
+        "keep_best": True,
+    },
     "trimming": {"schedule": lambda progress: np.cos(np.float64(progress))},
 }
 # In CI a failure must not depend on what was drawn.
@@ -143,6 +154,8 @@ def arm(run, moment: str, number: int, die=die) -> None:
     match moment:
         case "update":
             wrap(run, "_update", before=at)
+        case "step":
+            wrap(run, "_step", before=at)
         case "descend":  # the weights have changed, nothing else has
             wrap(run, "_step", after=at)
         case "updated":
@@ -184,7 +197,8 @@ def outcome(out: Path) -> tuple:
     assert state["counts"].pop("seconds") > 0
     rows = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
     assert all(row.pop("seconds") > 0 for row in rows)
-    return state, rows, (out / WEIGHTS).read_bytes()
+    best = (out / BEST).read_bytes() if (out / BEST).exists() else None
+    return state, rows, (out / WEIGHTS).read_bytes(), best
 
 
 def difference(ours, theirs, where="") -> str:
@@ -219,7 +233,7 @@ def assert_as_if_never_killed(name: str, out: Path) -> None:
 def test_killed_after_every_single_update(name, tmp_path):
     """Each process makes one update, saves it, and dies in the next."""
     out, processes = tmp_path / "run", 0
-    while killed(name, out, "update", 2, every=1):
+    while killed(name, out, "step" if name == "knobs" else "update", 2, every=1):
         processes += 1
         state = torch.load(out / CHECKPOINT, weights_only=True)
         separate = 0 if name == "summed" else 1
@@ -388,7 +402,9 @@ def test_a_finished_run_has_nothing_left_to_do(name, tmp_path):
     assert last == run.history[-1]
     assert list(run.run.extras) == []
     assert {entry.name: entry.read_bytes() for entry in out.iterdir()} == files
-    assert torch.equal(flat(run.model), torch.cat([v.double().flatten() for v in whole(name)[0]["model"].values()]))
+    state = whole(name)[0]
+    weights = state["model"] if state["average"] is None else state["average"]["average"]
+    assert torch.equal(flat(run.model), torch.cat([v.double().flatten() for v in weights.values()]))
 
 
 def test_runs_that_are_resumed_side_by_side_do_not_share_their_random_numbers(tmp_path):
@@ -491,3 +507,77 @@ def test_how_often_to_save_and_where_to_run_may_change(tmp_path):
     assert killed("passive", tmp_path / "run", "update", 4, every=1)
     start("passive", tmp_path / "run", None).fit()
     assert_as_if_never_killed("passive", tmp_path / "run")
+
+
+# --- more epochs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_run_goes_on_for_more_epochs(ended, tmp_path):
+    """As one in which the schedule had changed after the second epoch, or within it; and again if it is killed."""
+    options = {"schedule": "cosine", "strategies": [HardBatches(0.5)], "checkpoint_every": 1}
+    first = trainer(**options, epochs=2, out=tmp_path / "run")
+    if not ended:
+        arm(first, "update", 9)
+    with contextlib.nullcontext() if ended else pytest.raises(KilledError):
+        first.fit()
+    done = 2 if ended else 1
+    last, begins = first.history[-1]["lr"], 0.03 * 0.5 * (1 + math.cos(math.pi * done / 4))
+    sentence = (
+        f"was to end after 2 epochs, and now after 4: the schedule cosine, .*, reach over 4; after epoch {done} the "
+        f"learning rate, {last:.3g} at its end, goes on at {begins:.3g}"
+    )
+    with pytest.warns(UserWarning, match=sentence):
+        second = trainer(**options, epochs=4, out=tmp_path / "run", resume=True)
+    arm(second, "update", 7)
+    with pytest.raises(KilledError):
+        second.fit()
+    with pytest.raises(UserError, match="epochs was 4, now 2"):
+        trainer(**options, epochs=2, out=tmp_path / "run", resume=True)
+    third = trainer(**options, epochs=4, out=tmp_path / "run", resume=True)  # without a warning
+    third.fit()
+    assert [row["epoch"] for row in third.history] == [0, 1, 2, 3]
+    config = json.loads((tmp_path / "run" / CONFIG).read_text())
+    assert config["settings"]["epochs"] == 4
+    assert config["extended"] == [{"epochs": 2, "trained": done}]
+
+    switch = 12 if ended else 8
+    expected = trainer(**options | {"schedule": "constant"}, epochs=4)
+    expected.schedule = lambda progress: (
+        0.5 * (1 + math.cos(math.pi * progress * (1 if expected.active >= switch else 2)))
+    )
+    expected.fit()
+    assert furthest([*first.weights[:switch], *second.weights, *third.weights][-6:], expected.weights[-6:]) == 0
+
+
+def test_steps_that_divide_the_epochs_are_not_given_more(tmp_path):
+    options = {"strategies": [Stepwise((0.5, 1.0), (1, 2))], "out": tmp_path / "run"}
+    trainer(**options, epochs=2).fit()
+    with pytest.raises(UserError, match="epochs was 2, now 3: stepwise divides its epochs into steps"):
+        trainer(**options, epochs=3, resume=True)
+    assert trainer(**options, epochs=2, resume=True).fit()["epoch"] == 1
+
+
+# --- compiled --------------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_run_that_is_killed_ends_as_one_that_was_not(tmp_path):
+    """With every setting of the update; all batches are of one shape, to be compiled soon."""
+    options = {
+        "train": images(48),
+        "test": images(8, seed=1),
+        "model": "cnn",
+        "epochs": 3,
+        "compile": "inductor",
+        "augment": "flip",
+        "checkpoint_every": 1,
+        **SETTINGS["knobs"],
+    }
+    runs = [trainer([Trimming(0.9, 0.4)], **options, out=tmp_path / name) for name in ("whole", "killed")]
+    runs[0].fit()
+    arm(runs[1], "step", 4)
+    with pytest.raises(KilledError):
+        runs[1].fit()
+    torch._dynamo.reset()
+    trainer([Trimming(0.9, 0.4)], **options, out=tmp_path / "killed", resume=True).fit()
+    assert difference(outcome(tmp_path / "whole"), outcome(tmp_path / "killed")) == ""
