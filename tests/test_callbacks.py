@@ -56,15 +56,15 @@ def test_callbacks_are_called_when_an_epoch_is_safe(tmp_path):
 
 
 def test_any_object_with_the_method_will_do():
-    class Plain:
-        rows = []
+    rows = []
 
+    class Plain:
         def on_epoch_end(self, row):
-            self.rows.append(row)
+            rows.append(row)
 
     run = trainer(epochs=2, callbacks=[Plain()])
     run.fit()
-    assert Plain.rows == run.history
+    assert rows == run.history
 
 
 def test_a_callback_ends_a_training_as_its_last_epoch_would(tmp_path):

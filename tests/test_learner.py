@@ -194,7 +194,7 @@ def test_a_compiled_model_is_refused():
 
 
 @pytest.mark.parametrize(
-    "options, sentence",
+    ("options", "sentence"),
     [
         ({"compile": "nothing"}, "compile must be a backend of torch.compile, such as .*inductor.*, got 'nothing'"),
         ({"max_grad_norm": 0}, "max_grad_norm must be above 0, got 0"),

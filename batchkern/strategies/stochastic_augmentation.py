@@ -95,8 +95,8 @@ class StochasticAugmentation(Strategy):
     def setup(self, run: Run) -> None:
         if self.two_step and run.accumulate > 1:
             raise UserError(
-                f"two_step makes two updates of a batch, but gradient_accumulation_steps is {run.accumulate}: use one of "
-                "them"
+                f"two_step makes two updates of a batch, but gradient_accumulation_steps is {run.accumulate}: "
+                "use one of them"
             )
         self.fired = self.fired_in_epoch = 0
         self.kl_sum = 0.0
