@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from batchkern import schedules
-from batchkern.data import ImageData, StreamedImages, TensorImages
+from batchkern.data import ImageData, Labelled, StreamedImages, TensorData, TensorImages
+from batchkern.data.labelled import rows_of
 from batchkern.errors import UserError, whole
 
 OptimizerFactory = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
@@ -89,13 +90,13 @@ def check_one_process() -> None:
         )
 
 
-def check_data(train: ImageData, test: ImageData, batch_size: int) -> None:
-    for name, data in (("train", train), ("test", test)):
-        check_kind(name, data, ImageData, "labelled images, as batchkern.data.load gives them")
+def check_data(train: Labelled, test: Labelled, batch_size: int) -> None:
     if test.shape != train.shape:
-        raise UserError(f"test images are of shape {test.shape}, training images of shape {train.shape}")
+        what = "images" if isinstance(test, ImageData) else "inputs"
+        raise UserError(f"test {what} are of shape {test.shape}, training {what} of shape {train.shape}")
     if test.classes != train.classes:
-        raise UserError(f"test data have {len(test.classes)} classes that are not the {len(train.classes)} of training")
+        counts = [len(data.classes) if data.classes else "no named" for data in (test, train)]
+        raise UserError(f"test data have {counts[0]} classes that are not the {counts[1]} of training")
     if len(train) < batch_size:
         raise UserError(
             f"batch_size is {batch_size}, but {train.name} has {len(train)} samples; it must be at most that"
@@ -251,39 +252,62 @@ def check_model_kind(model: nn.Module | str) -> None:
         raise UserError("model has weights without values, as on the meta device or of lazy modules: give them some")
 
 
-def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device) -> None:
-    """Runs two black images through, so that a model that does not fit the data says so before training."""
+def described_inputs(inputs: Any) -> str:
+    """Of a batch of them, as in "images of shape (3, 32, 32)"."""
+    if not isinstance(inputs, Tensor):
+        return f"inputs of type {type(inputs).__name__}"
+    shape = tuple(inputs.shape[1:])
+    kind = f", {inputs.dtype}," if inputs.dtype != torch.float32 else ""
+    return f"{'images' if len(shape) == 3 else 'inputs'} of shape {shape}{kind}".rstrip(",")
+
+
+def check_model(model: nn.Module, inputs: Any, classes: int | None, places: tuple[int, ...]) -> int:
+    """Runs two rows through, so that a model that does not fit the data says so before training; its classes.
+
+    Args:
+        inputs: of two rows.
+        classes: that the data have, if they are known.
+        places: of one target: none, or those of a mask.
+    """
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logits = model(torch.zeros(2, *shape, device=device, dtype=torch.float32))
+            logits = model(inputs)
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"the model cannot take images of shape {shape}: {reason}") from error
+        raise UserError(f"the model cannot take {described_inputs(inputs)}: {reason}") from error
     finally:
         model.train(training)
-    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise UserError(f"the model must give logits of shape (batch, {classes}), got {got} for a batch of 2")
+    found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if not isinstance(found, tuple) or len(found) < 2 or found != (2, classes or found[1], *places):
+        wanted = ", ".join(map(str, ("batch", classes or "classes", *places)))
+        raise UserError(f"the model must give logits of shape ({wanted}), got {found} for a batch of 2")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the model has no weights to train: none takes a gradient")
+    return found[1]
 
 
-def _in_training(model: nn.Module, images: Tensor) -> Any:
+def _in_training(model: nn.Module, inputs: Any, device: torch.device) -> Any:
     """What the model gives in training, which leaves its buffers and torch's generators as they are."""
     training = model.training
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
     try:
-        with torch.random.fork_rng([images.device] if images.is_cuda else []):
-            return torch.func.functional_call(model, buffers, (images,))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return torch.func.functional_call(model, buffers, (inputs,))
     finally:
         model.train(training)
 
 
 def least_rows(
-    model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device, world: int, batch_size: int
+    model: nn.Module,
+    inputs: Any,
+    classes: int,
+    places: tuple[int, ...],
+    device: torch.device,
+    world: int,
+    batch_size: int,
 ) -> int:
     """The fewest rows that a batch of all ``world`` ranks may have in training: such that none has one alone, where
     the model, as with batch norm, cannot do with one.
@@ -293,51 +317,54 @@ def least_rows(
     """
     for rows in (1, 2):
         try:
-            logits = _in_training(model, torch.zeros(rows, *shape, device=device, dtype=torch.float32))
+            logits = _in_training(model, rows_of(inputs, torch.arange(rows)), device)
             break
         except Exception as error:  # of torch.nn.functional.batch_norm a ValueError
             if rows == 2:
                 reason = str(error).partition("\n")[0] or type(error).__name__
-                raise UserError(f"the model cannot take images of shape {shape} in training: {reason}") from error
-    if not isinstance(logits, Tensor) or logits.shape != (rows, classes) or not logits.is_floating_point():
+                raise UserError(f"the model cannot take {described_inputs(inputs)} in training: {reason}") from error
+    if not isinstance(logits, Tensor) or logits.shape != (rows, classes, *places) or not logits.is_floating_point():
         got = f"{logits.dtype} of shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        wanted = ", ".join(map(str, ("batch", classes, *places)))
         raise UserError(
-            f"the model must give float logits of shape (batch, {classes}) in training, too, got {got} for a batch of "
-            f"{rows}"
+            f"the model must give float logits of shape ({wanted}) in training, too, got {got} for a batch of {rows}"
         )
     if not logits.requires_grad:
         raise UserError("the model's logits in training have no gradient: is it detached, or within no_grad?")
     least = 1 if rows == 1 else world + 1
     if batch_size < least:
         raise UserError(
-            f"batch_size is {batch_size}, but the model, as by batch norm, needs {least} rows for these images: "
+            f"batch_size is {batch_size}, but the model, as by batch norm, needs {least} rows for these inputs: "
             "more than one in each process"
         )
     return least
 
 
-def uses_all_parameters(model: nn.Module, shape: tuple[int, int, int], device: torch.device) -> bool:
+def uses_all_parameters(model: nn.Module, inputs: Any) -> bool:
     """Whether every parameter that trains has a part in the logits."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = model.training
     model.eval()
     try:
-        logits = model(torch.zeros(2, *shape, device=device, dtype=torch.float32))
+        logits = model(inputs)
         return None not in torch.autograd.grad(logits.sum(), trained, allow_unused=True)
     finally:
         model.train(training)
 
 
-def describe_data(data: ImageData) -> dict[str, Any]:
+def describe_data(data: Labelled) -> dict[str, Any]:
     described = {
         "name": data.name,
         "rows": len(data),
-        "classes": len(data.classes),
-        "shape": list(data.shape),
-        "labels_crc32": zlib.crc32(data.labels.numpy().data),
-        # Streamed images are too many to read before each training.
+        "classes": len(data.classes) if data.classes else None,
+        "shape": list(data.shape) if data.shape is not None else None,
+        "labels_crc32": None if data.labels is None else zlib.crc32(data.labels.numpy().data),
+        # Streamed images, and rows of a dataset, are too many to read before each training.
         "images_crc32": zlib.crc32(data.images.contiguous().numpy().data) if isinstance(data, TensorImages) else None,
     }
+    if isinstance(data, TensorData):
+        del described["images_crc32"]
+        described |= {"inputs_crc32": zlib.crc32(data.inputs.numpy().data), "standardize": data.standardize}
     if isinstance(data, StreamedImages) and data.cells.crop:
         described["center_crop"] = True
     return described

@@ -20,10 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchkern.configure import pick_device
+from batchkern.data.labelled import IGNORED
 from batchkern.errors import UserError
 
-IGNORED = -100
-"""Target of rows that count nowhere."""
 ASK_EVERY = 4
 """Updates between two questions whether some rank was told to stop; each question waits for the slowest rank."""
 
@@ -67,14 +66,14 @@ class Share:
         return x if self.world == 1 else F.pad(x[: self.real], (0, 0, self.start, self.rows - self.start - self.real))
 
     def ignore_filling(self, target: Tensor) -> Tensor:
-        """``target (each,)`` with :data:`IGNORED` at the filling; probabilities ``(each, C)`` stay as they are."""
+        """``target (each, ...)`` with :data:`IGNORED` at the filling; probabilities ``(each, C)`` stay as they are."""
         if self.real == self.each or target.is_floating_point():
             return target
-        return F.pad(target[: self.real], (0, self.each - self.real), value=IGNORED)
+        return torch.cat([target[: self.real], torch.full_like(target[self.real :], IGNORED)])
 
     def counts(self, target: Tensor) -> Tensor:
         """``(each,)`` bool, on the device of ``target``: which rows are not filling."""
-        if target.is_floating_point():
+        if target.dim() > 1:
             return torch.arange(self.each, device=target.device) < self.real
         return target != IGNORED
 

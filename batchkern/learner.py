@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from batchkern import models
 from batchkern.averaging import WeightAverage
 from batchkern.configure import OptimizerFactory, uses_all_parameters
-from batchkern.data import Feed
+from batchkern.data import DatasetFeed, Feed
+from batchkern.data.labelled import IGNORED, rows_of
 from batchkern.diagnostics import SampleLog
 from batchkern.divergence import FiniteCheck
-from batchkern.ops import trimmed_cross_entropy
 from batchkern.plan import Batch, Window
 from batchkern.schedules import RateSchedule
 from batchkern.strategies import Run, Step, Strategy
@@ -72,7 +72,7 @@ class Learner:
         self,
         run: Run,
         strategies: Sequence[Strategy],
-        feed: Feed,
+        feed: Feed | DatasetFeed,
         *,
         optimizer: OptimizerFactory,
         schedule: RateSchedule,
@@ -101,7 +101,7 @@ class Learner:
         self.parallel = self.ranks.parallel(
             _Objective(run.model, run.extras),
             # A head that idles in this update has no gradient to wait for.
-            find_unused=lambda: len(run.extras) > 0 or not uses_all_parameters(run.model, run.shape, run.device),
+            find_unused=lambda: len(run.extras) > 0 or not uses_all_parameters(run.model, run.example(2)),
         )
         self.optimizer = optimizer([*run.model.parameters(), *run.extras.parameters()])
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -161,17 +161,16 @@ class Learner:
             at = places[others]
             if bool((at < 0).any()):
                 return self._transformed(step, others, before)
-            at = at.to(images.device)
-            return images[at], target[at]
+            return rows_of((images, target), at)
 
         return last.transform(step, positions, images, target, fetch)
 
     def _whole(self, step: Step) -> tuple[Tensor, Tensor]:
-        """All of this rank's rows of the batch; those of the next one are decoded in the meantime. Where rows are
-        chosen without losses nobody asks for the whole, and nothing is decoded ahead."""
+        """All of this rank's rows of the batch; those of the next ones are read in the meantime. Where rows are chosen
+        without losses nobody asks for the whole, and nothing is read ahead."""
         self.feed.prepare(step.batch.indices, step.update, step.share.positions)
-        if (ahead := step.batch.ahead) is not None:
-            self.feed.prepare(ahead, step.update + 1, self.ranks.share(len(ahead)).positions)
+        for later, rows in enumerate(step.batch.ahead[: self.feed.depth], start=step.update + 1):
+            self.feed.prepare(rows, later, self.ranks.share(len(rows)).positions)
         return self._rows(step, step.share.positions)
 
     def _active_batch(self, step: Step) -> None:
@@ -184,8 +183,7 @@ class Learner:
             images, target = whole()
             with torch.no_grad(), self._autocast(), models.frozen_statistics(self.model):
                 logits = self.compiled(images)
-                smoothing = self.run.label_smoothing
-                loss, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
+                loss, losses = Strategy().loss(step, logits, target)
             scored.append(self.ranks.gather(step.share, _figures(logits, target, losses), loss)[0])
             return scored[0][0]
 
@@ -240,7 +238,7 @@ class Learner:
         """The rows worth a full pass, dealt out evenly: they may all have been one rank's."""
         step.narrowed, step.share = True, self.ranks.share(len(rows))
         if whole is not None and self.ranks.world == 1:
-            return whole[0][rows], whole[1][rows]
+            return rows_of(whole, rows)
         return self._rows(step, step.share.take(rows.cpu()))
 
     def _perturbed(self, perturbation: Perturbation, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,6 +293,10 @@ class Learner:
 
 
 def _figures(logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
-    """``(2, rows)``: the loss, and whether the prediction is right: of mixed images, the class of the most weight."""
+    """``(2, rows)``: the loss, and whether the prediction is right: of mixed images, the class of the most weight; of
+    masks, at which share of the places that count."""
     labels = target.argmax(1) if target.is_floating_point() else target
-    return torch.stack([losses, (logits.detach().argmax(1) == labels).to(losses.dtype)])
+    right = (logits.detach().argmax(1) == labels).to(losses.dtype)
+    if right.dim() > 1:
+        right = right.flatten(1).sum(1) / (labels != IGNORED).flatten(1).sum(1).clamp(min=1)
+    return torch.stack([losses, right])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +18,22 @@ from batchkern.errors import UserError, require
 _RESNETS = {"resnet8": 1, "resnet20": 3, "resnet44": 7, "resnet56": 9}
 # Depth 6n + 4 and widening factor (Zagoruyko & Komodakis 2016, table 1).
 _WIDE_RESNETS = {"wrn22-10": (3, 10)}
-BUILT_IN = ("cnn", *_RESNETS, *_WIDE_RESNETS, "wrn18-2", "vgg16-cifar", "alexnet")
+BUILT_IN = ("mlp", "cnn", *_RESNETS, *_WIDE_RESNETS, "wrn18-2", "vgg16-cifar", "alexnet")
+
+
+class MLP(nn.Module):
+    """Two hidden layers of 128 ReLUs; rows of any shape.
+
+    (b, ...) -> logits (b, classes).
+    """
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(inputs, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU())
+        self.fc = nn.Linear(128, classes)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.fc(self.layers(rows))
 
 
 class SmallCNN(nn.Module):
@@ -252,14 +268,14 @@ def _initialise_for_relu(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def build(name: str, *, shape: tuple[int, int, int], classes: int, pretrained: bool = False) -> nn.Module:
+def build(name: str, *, shape: tuple[int, ...], classes: int, pretrained: bool = False) -> nn.Module:
     """A new model with random weights, by name.
 
     Args:
-        name: "cnn" (`SmallCNN`), "resnet8", "resnet20", "resnet44", "resnet56" (`CifarResNet`), "wrn22-10"
-            (`WideResNet`), "wrn18-2" (`WideResNet18`), "vgg16-cifar" (`CifarVGG`), "alexnet" (`AlexNet`, laid out by
-            the size of the images), or a model of timm.
-        shape: (C, H, W) of the images.
+        name: "mlp" (`MLP`), "cnn" (`SmallCNN`), "resnet8", "resnet20", "resnet44", "resnet56" (`CifarResNet`),
+            "wrn22-10" (`WideResNet`), "wrn18-2" (`WideResNet18`), "vgg16-cifar" (`CifarVGG`), "alexnet" (`AlexNet`,
+            laid out by the size of the images), or a model of timm.
+        shape: (C, H, W) of the images; for "mlp" that of a row, whatever it is.
         classes: number of logits.
         pretrained: with the weights that timm has for a model of its own, from the Hugging Face hub or its cache, but
             for a classifier of another number of classes.
@@ -268,21 +284,26 @@ def build(name: str, *, shape: tuple[int, int, int], classes: int, pretrained: b
         UserError: unknown name (the sentence lists near ones), images below 4x4, fewer than two classes, a model of
             timm that cannot be built for these images, or pretrained weights that there are not or that cannot be had.
     """
-    if len(shape) != 3 or shape[0] < 1 or min(shape[1:]) < 4:
-        raise UserError(f"shape must be (C, H, W) with C >= 1 and H, W >= 4, not {tuple(shape)}")
+    if name != "mlp" and (len(shape) != 3 or shape[0] < 1 or min(shape[1:]) < 4):
+        raise UserError(
+            f"shape must be (C, H, W) with C >= 1 and H, W >= 4 for the model {name!r}, not {tuple(shape)}; for rows "
+            "of any other shape there is mlp"
+        )
     if classes < 2:
         raise UserError(f"classes must be at least 2, not {classes}")
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)  # as images are
     try:
-        return _build(name, shape, classes, pretrained)
+        if pretrained and name in BUILT_IN:
+            raise UserError(f"there are no pretrained weights for {name!r}: only for models of timm, such as resnet50")
+        if name == "mlp":
+            return MLP(math.prod(shape), classes)
+        return _build(name, (shape[0], shape[1], shape[2]), classes, pretrained)
     finally:
         torch.set_default_dtype(default)
 
 
 def _build(name: str, shape: tuple[int, int, int], classes: int, pretrained: bool) -> nn.Module:
-    if pretrained and name in BUILT_IN:
-        raise UserError(f"there are no pretrained weights for {name!r}: only for models of timm, such as resnet50")
     if name == "cnn":
         return SmallCNN(shape[0], classes)
     if name in _RESNETS:

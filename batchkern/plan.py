@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,10 @@ from batchkern.seeding import generator
 
 if TYPE_CHECKING:
     from batchkern.strategies.base import Step
+
+
+AHEAD = 16
+"""Batches."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,9 @@ class Batch:
     """Computes this batch's loss in place of the trainer, for a batch that is not of the training set."""
     beside: Batch | None = None
     """One with ``inject``, whose loss is added to this batch's: one update for both."""
-    ahead: Tensor | None = None
-    """Rows of the next batch of the same data, where the plan knows them already. A hint: streamed images are decoded
-    ahead by it, and nothing depends on it."""
+    ahead: tuple[Tensor, ...] = ()
+    """Rows of the next batches of the same data, as far as the plan knows them already and at most :data:`AHEAD`. A
+    hint: rows are read ahead by it, and nothing depends on it."""
 
 
 @dataclass
@@ -130,7 +134,9 @@ class EpochBatches:
             epoch, place = divmod(self.taken, self.per_epoch)
             progress, indices = self.taken / total, self.indices(self.taken)
             self.taken += 1
-            ahead = self.indices(self.taken) if self.taken < total else None
+            ahead = self.epoch(epoch)[place + 1 : place + 1 + AHEAD]
+            if not ahead and self.taken < total:
+                ahead = (self.indices(self.taken),)
             yield Batch(indices, epoch, progress, ends_epoch=place + 1 == self.per_epoch, ahead=ahead)
 
     def indices(self, number: int) -> Tensor:
@@ -172,15 +178,13 @@ class Replay:
             epoch, progress = self.updates // len(fixed), self.updates / total
             self.updates += 1
             ends_epoch = self.updates % len(fixed) == 0
-            following = self._known(len(fixed)) if self.updates < total else None
-            ahead = None if following is None else fixed[following]
+            known = self._known(len(fixed))[: min(AHEAD, total - self.updates)]
+            ahead = tuple(fixed[following] for following in known)
             yield Batch(fixed[number], epoch, progress, ends_epoch, number=number, ahead=ahead)
 
-    def _known(self, batches: int) -> int | None:
-        """The number of the next batch, unless a round must be chosen first."""
-        if self.updates < batches:
-            return self.updates
-        return self.order[self.place] if self.place < len(self.order) else None
+    def _known(self, batches: int) -> Sequence[int]:
+        """The numbers of the next batches, up to where a round must be chosen."""
+        return range(self.updates, batches) if self.updates < batches else self.order[self.place :]
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self), order=list(self.order))

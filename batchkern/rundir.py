@@ -288,7 +288,9 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
     written in many ways."""
     plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True))
     for value in plain.values():
-        if isinstance(value, dict) and (value.get("images_crc32") is not None or "crc32" in value):
+        if isinstance(value, dict) and any(
+            value.get(key) is not None for key in ("images_crc32", "inputs_crc32", "crc32")
+        ):
             value.pop("name", None)
     return plain
 

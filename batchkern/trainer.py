@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from batchkern import models, schedules
 from batchkern._version import __version__
@@ -42,7 +43,8 @@ from batchkern.configure import (
     load_optimizer,
     pick_schedule,
 )
-from batchkern.data import AUGMENTATIONS, Feed, ImageData
+from batchkern.data import AUGMENTATIONS, DatasetData, DatasetFeed, Feed, ImageData, Labelled, as_labelled, feed_of
+from batchkern.data.labelled import IGNORED
 from batchkern.diagnostics import SampleLog
 from batchkern.distributed import Ranks
 from batchkern.errors import UserError, only_warned
@@ -58,15 +60,18 @@ from batchkern.strategies import Run, Strategy, check_combination
 __all__ = ["EVALUATION_BATCH", "Counts", "Interrupted", "Trainer"]
 
 EVALUATION_BATCH = 512
+Data = Dataset[Any] | tuple[Tensor, Tensor]
 
 
 class Trainer(Learner):
     """One training run, in one process or in all that torchrun started (docs/distributed.md).
 
     Args:
-        model: a module that maps images ``(B, C, H, W)`` to logits ``(B, classes)``, or a name for
-            ``batchkern.models.build``, which is then initialised from ``seed``.
-        train, test: the data; same shape and classes.
+        model: a module that maps a batch of inputs, such as images ``(B, C, H, W)``, to logits ``(B, classes)``, or for
+            masks ``(B, classes, *places)``; or a name for ``batchkern.models.build``, which is then initialised from
+            ``seed``.
+        train, test: the data; same shape and classes. What :func:`batchkern.data.load_pair` gives, a map-style dataset
+            (:func:`batchkern.data.from_dataset`), or a pair of tensors (:func:`batchkern.data.from_tensors`).
         weights: to begin with: a file of safetensors or the directory of a run that has ended, as
             :func:`batchkern.initial_weights.load_weights` takes them, or ``"pretrained"``, for what timm has for a
             model of its own. The classifier begins with random weights where it has another number of classes.
@@ -89,6 +94,8 @@ class Trainer(Learner):
         augment: ``"none"``, ``"flip"``, ``"crop"``, ``"crop+flip"``, ``"resized-crop"``, ``"resized-crop+flip"``, as
             :class:`batchkern.data.Feed` takes them.
         label_smoothing: in [0, 1], of the training loss.
+        workers: processes that fetch rows of datasets ahead of their update; 0: this one does, when they are due.
+            Images of files are decoded by threads, and what is in memory needs neither.
         classifier: name of the model's last linear layer, where the last one registered is not it.
         seed: of the weights, the order, the augmentation and every choice. :meth:`fit` seeds torch's generators.
         device: default: CUDA where torch sees it, else CPU; of several processes, each takes a GPU of its own.
@@ -109,8 +116,8 @@ class Trainer(Learner):
     def __init__(
         self,
         model: nn.Module | str,
-        train: ImageData,
-        test: ImageData,
+        train: Labelled | Data,
+        test: Labelled | Data,
         *,
         weights: str | os.PathLike[str] | None = None,
         strategies: Sequence[Strategy] = (),
@@ -130,6 +137,7 @@ class Trainer(Learner):
         amp: Literal["none", "bf16", "fp16"] = "none",
         augment: str = "none",
         label_smoothing: float = 0.0,
+        workers: int = 0,
         classifier: str | None = None,
         seed: int = 0,
         device: torch.device | str | None = None,
@@ -149,7 +157,10 @@ class Trainer(Learner):
         warmup_epochs = check_range("warmup_epochs", warmup_epochs, 0, epochs)
         max_grad_norm, ema_decay = check_knobs(max_grad_norm, ema_decay, compile, model)
         check_callbacks(callbacks)
+        train = as_labelled("train", train)
+        test = as_labelled("test", test, train.classes)
         check_data(train, test, batch_size)
+        workers = count("workers", workers, 0)
         check_model_kind(model)
         check_kind("strategies", strategies, list | tuple, "a list of strategies, such as [Trimming()]")
         check_combination(strategies)
@@ -200,26 +211,42 @@ class Trainer(Learner):
             "ranks": ranks.world,
         }
 
+        self.workers = workers
+        self.statistics = train.statistics()
+        feed = self._feed(train, ranks.device, augment=augment, seed=derived_seed(seed, "augment"))
+        inputs, target = feed.batch(torch.arange(2) % len(train), None)
+        feed.forget()
+        places = tuple(target.shape[1:])
+        if isinstance(train, ImageData):
+            inputs = torch.zeros_like(inputs)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, "weights"))
             if isinstance(model, str):
+                if train.shape is None or train.classes is None:
+                    raise UserError(
+                        f"model is the name {model!r}, for which shape and classes must be known: give a module, or "
+                        "from_dataset the classes of rows that are one tensor each"
+                    )
                 model = models.build(model, shape=train.shape, classes=len(train.classes), pretrained=pretrained)
         if weights is not None and not pretrained:
             load_weights(model, weights, classifier)
         model = model.to(ranks.device)
-        check_model(model, train.shape, len(train.classes), ranks.device)
+        classes = check_model(model, inputs, len(train.classes) if train.classes else None, places)
         if classifier is not None:
             models.find_classifier(model, classifier)
-        least = least_rows(model, train.shape, len(train.classes), ranks.device, ranks.world, batch_size)
-        self.statistics = train.statistics()
+        least = least_rows(model, inputs, classes, places, ranks.device, ranks.world, batch_size)
+        self.classes = train.classes or tuple(map(str, range(classes)))
         self.test_feed = self._feed(test, ranks.device)
         clean = train.clean_labels
+        wrong = None if clean is None else clean != train.one_label_each("clean labels")
         super().__init__(
             Run(
                 model=model,
                 shape=train.shape,
-                classes=len(train.classes),
+                classes=classes,
                 rows=len(train),
+                inputs=inputs,
+                masks=bool(places),
                 epochs=epochs,
                 batch_size=batch_size,
                 device=ranks.device,
@@ -230,10 +257,12 @@ class Trainer(Learner):
                 drop_last=drop_last,
                 accumulate=accumulate,
                 ranks=ranks,
-                images_vary=augment != "none" or any(type(s).transform is not Strategy.transform for s in strategies),
+                images_vary=augment != "none"
+                or isinstance(train, DatasetData)
+                or any(type(s).transform is not Strategy.transform for s in strategies),
             ),
             strategies,
-            self._feed(train, ranks.device, augment=augment, seed=derived_seed(seed, "augment")),
+            feed,
             optimizer=lambda parameters: build_optimizer(optimizer, parameters, lr, momentum, weight_decay),
             schedule=pick_schedule(schedule, warmup_epochs, epochs, batch_size / len(train)),
             amp=AMP_TYPES[amp],
@@ -241,7 +270,7 @@ class Trainer(Learner):
             max_grad_norm=max_grad_norm,
             ema_decay=ema_decay,
             compile=compile,
-            samples=SampleLog(len(train), ranks.device, None if clean is None else clean != train.labels),
+            samples=SampleLog(len(train), ranks.device, wrong),
             last_checkpoint=self._last_checkpoint,
         )
         self.batches = EpochBatches(len(train), batch_size, epochs, derived_seed(seed, "order"), least, drop_last)
@@ -251,9 +280,10 @@ class Trainer(Learner):
         """States of torch's generators where this run goes on, once it has begun."""
         self.directory = self._open(out, overwrite=overwrite, resume=resume)
 
-    def _feed(self, data: ImageData, device: torch.device, *, augment: str = "none", seed: int = 0) -> Feed:
-        mean, std = self.statistics
-        return Feed(data, mean=mean, std=std, device=device, augment=augment, seed=seed)
+    def _feed(
+        self, data: Labelled, device: torch.device, *, augment: str = "none", seed: int = 0
+    ) -> Feed | DatasetFeed:
+        return feed_of(data, self.statistics, device=device, augment=augment, seed=seed, workers=self.workers)
 
     # --- files -------------------------------------------------------------------------------------------------
 
@@ -524,40 +554,47 @@ class Trainer(Learner):
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy and mean cross entropy on the test set.
+        """Accuracy and mean cross entropy on the test set; of masks, over all places that count.
 
         ``test_accuracy`` is that of :meth:`predict`; ``test_accuracy_plain`` and ``test_loss`` are those of the
         model's own logits, whatever the strategies do at inference. With more than five classes there is
         ``test_top5_accuracy`` too: how often the label is among the five classes of the highest scores.
         """
         voted = top = plain = loss = 0.0
-        several = self.run.classes > 5
+        places, several = 0, self.run.classes > 5
         for _, target, logits, scores in self._inference(self.test_feed):
             voted += float((scores.argmax(1) == target).sum())
-            top += float((scores.topk(5).indices == target[:, None]).sum()) if several else 0.0
+            top += float((scores.topk(5, 1).indices == target[:, None]).sum()) if several else 0.0
             plain += float((logits.argmax(1) == target).sum())
             loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
-        sums = zip(*self.ranks.collect((voted, plain, loss, top)), strict=True)
-        voted, plain, loss, top = (sum(parts) / len(self.test_feed.data) for parts in sums)
+            places += int((target != IGNORED).sum())
+        sums = (sum(parts) for parts in zip(*self.ranks.collect((places, voted, plain, loss, top)), strict=True))
+        count, *figures = sums
+        voted, plain, loss, top = (figure / max(count, 1) for figure in figures)
         found = {"test_accuracy": voted, "test_accuracy_plain": plain, "test_loss": loss}
         return found | ({"test_top5_accuracy": top} if several else {})
 
-    def _accuracy(self, feed: Feed) -> float:
+    def _accuracy(self, feed: Feed | DatasetFeed) -> float:
         """Of the predictions that :meth:`predict` makes."""
-        correct = sum(float((scores.argmax(1) == target).sum()) for _, target, _, scores in self._inference(feed))
-        return sum(self.ranks.collect(correct)) / len(feed.data)
+        correct = places = 0
+        for _, target, _, scores in self._inference(feed):
+            correct += int((scores.argmax(1) == target).sum())
+            places += int((target != IGNORED).sum())
+        correct, places = (sum(parts) for parts in zip(*self.ranks.collect((correct, places)), strict=True))
+        return correct / max(places, 1)
 
-    def predict(self, data: ImageData) -> Tensor:
-        """Predicted classes ``(N,)`` int64 on the CPU, as the strategies decide at inference (majority vote, say)."""
-        check_kind("data", data, ImageData, "labelled images, as batchkern.data.load gives them")
+    def predict(self, data: Labelled | Data) -> Tensor:
+        """Predicted classes ``(N,)`` int64 on the CPU, or of masks ``(N, *places)``, as the strategies decide at
+        inference (majority vote, say)."""
+        data = as_labelled("data", data, self.classes)
         if data.shape != self.run.shape:
-            raise UserError(f"data has images of shape {data.shape}; the model was trained on {self.run.shape}")
+            raise UserError(f"data has inputs of shape {data.shape}; the model was trained on {self.run.shape}")
         mine = {place: scores.argmax(1).cpu() for place, _, _, scores in self._inference(self._feed(data, self.device))}
         predicted = {place: classes for part in self.ranks.collect(mine) for place, classes in part.items()}
         return torch.cat([predicted[place] for place in sorted(predicted)])
 
     @torch.no_grad()
-    def _inference(self, feed: Feed) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def _inference(self, feed: Feed | DatasetFeed) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Number, labels, logits and class scores of each batch; whole batches go to the ranks in turn, so that the
         noise of a vote is that of one process."""
         training = self.model.training
@@ -570,9 +607,8 @@ class Trainer(Learner):
             batches = torch.arange(len(feed.data)).split(EVALUATION_BATCH)
             mine = range(self.ranks.rank, len(batches), self.ranks.world)
             for place in mine:
-                for due in (place, place + self.ranks.world):
-                    if due < len(batches):
-                        feed.prepare(batches[due], None)
+                for due in range(place, len(batches), self.ranks.world)[: feed.depth + 1]:
+                    feed.prepare(batches[due], None)
                 images, target = feed.batch(batches[place], None)
                 with self._autocast():
                     logits = self.compiled(images)

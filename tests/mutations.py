@@ -951,7 +951,7 @@ STRATEGIES = [
         "batchkern/strategies/batch_augmentation.py",
         ("tests/strategies/test_batch_augmentation.py",),
         ("passive batches are copied", "if batch.inject is None else batch", ""),
-        ("the next batch is named without its copies", "batch.ahead.repeat(self.copies)", "batch.ahead"),
+        ("the next batch is named without its copies", "rows.repeat(self.copies) for rows in", "rows for rows in"),
         (
             "copies of a sample are neighbours",
             "batch.indices.repeat(self.copies)",

@@ -127,7 +127,7 @@ def test_built_in_models_take_any_image(name, shape):
     key, head = find_classifier(model)
     assert key == "fc"
     assert head.out_features == 7
-    assert has_batch_norm(model) == (name not in ("cnn", "alexnet"))
+    assert has_batch_norm(model) == (name not in ("mlp", "cnn", "alexnet"))
     # Rows are independent in eval mode, and images matter.
     model.eval()
     rows = model(images)
@@ -181,7 +181,7 @@ def test_timm_models():
 def test_timm_names_and_failures():
     timm = pytest.importorskip("timm")
     with pytest.raises(
-        UserError, match=r"'resnet2O': the built-in models are cnn, resnet8, .*near matches: .*resnet20"
+        UserError, match=r"'resnet2O': the built-in models are mlp, cnn, resnet8, .*near matches: .*resnet20"
     ):
         build("resnet2O", shape=(3, 32, 32), classes=10)
     with pytest.raises(UserError, match=r"near matches: .*efficientnet_b0"):

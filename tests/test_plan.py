@@ -39,21 +39,24 @@ def test_the_last_smaller_batch_is_dropped_if_it_is_not_the_only_one(rows, size)
 
 
 def hints(plan):
-    """Whether each batch names the one after it; ``None`` where it names none."""
+    """How many of the batches after it each batch names, in order; all that it names are checked."""
     plan = list(plan)
-    following = [b.indices for b in plan[1:]] + [None]
-    return [None if b.ahead is None else torch.equal(b.ahead, n) for b, n in zip(plan, following, strict=True)]
+    for place, batch in enumerate(plan):
+        following = plan[place + 1 : place + 1 + len(batch.ahead)]
+        assert all(torch.equal(rows, b.indices) for rows, b in zip(batch.ahead, following, strict=True))
+    return [len(batch.ahead) for batch in plan]
 
 
 @pytest.mark.parametrize("taken", [0, 4, 5, 14])
-def test_each_batch_names_the_next_one_also_across_epochs(taken):
+def test_each_batch_names_the_next_ones_of_its_epoch_and_the_last_that_of_the_next(taken):
     batches = EpochBatches(9, 2, 3, 0)
     batches.taken = taken
     stream = iter(batches)
     for number in range(taken + 1, 16):
         next(stream)
         assert batches.state_dict() == {"taken": number}  # the hint has taken nothing
-    assert hints(EpochBatches(9, 2, 3, 0)) == [True] * 14 + [None]
+    assert hints(EpochBatches(9, 2, 3, 0)) == [4, 3, 2, 1, 1] * 2 + [4, 3, 2, 1, 0]
+    assert hints(EpochBatches(40, 2, 1, 0))[:5] == [16, 16, 16, 16, 15]
 
 
 def test_a_replay_names_the_next_batch_within_a_round():
@@ -69,7 +72,7 @@ def test_a_replay_names_the_next_batch_within_a_round():
     for number in range(1, 16):
         next(stream)
         assert asked == list(range(-(-max(0, number - 5) // 3)))
-    expected = [None if number in (5, 8, 11, 14, 15) else True for number in range(1, 16)]
+    expected = [4, 3, 2, 1, 0] + [2, 1, 0] * 3 + [0]
     assert hints(Replay().plan(EpochBatches(9, 2, 3, 0), choose)) == expected
 
 

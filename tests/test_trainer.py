@@ -894,7 +894,7 @@ def test_batches_of_one_row_are_refused_where_batch_norm_needs_two(strategies, o
 
 
 def test_predicting_images_of_another_shape_is_refused():
-    with pytest.raises(UserError, match=r"images of shape \(1, 7, 7\); the model was trained on \(1, 6, 6\)"):
+    with pytest.raises(UserError, match=r"inputs of shape \(1, 7, 7\); the model was trained on \(1, 6, 6\)"):
         trainer().predict(images(8, shape=(1, 7, 7)))
 
 

@@ -40,7 +40,7 @@ CenterCropOption = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str, option(help="cnn, resnet8, 20, 44 or 56, wrn22-10, wrn18-2, vgg16-cifar, alexnet, or any of timm")
+    str, option(help="mlp, cnn, resnet8, 20, 44 or 56, wrn22-10, wrn18-2, vgg16-cifar, alexnet, or any of timm")
 ]
 WeightsOption = Annotated[
     Path | None, option(help="begin with these: a file of safetensors, or the directory of a run that has ended")

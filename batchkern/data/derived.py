@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from numbers import Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from batchkern.data.images import ImageData
+from batchkern.data.labelled import Labelled
 from batchkern.errors import UserError, whole
 from batchkern.seeding import generator
 
+D = TypeVar("D", bound=Labelled)
 
-def subset(data: ImageData, rows: int) -> ImageData:
-    """``rows`` of the images, the same ones in every run, each class with its share (to within one image).
+
+def subset(data: D, rows: int) -> D:
+    """``rows`` of the data, the same ones in every run, each class with its share (to within one).
 
     Raises:
-        UserError: ``rows`` is less than the classes that there are, or more than the images.
+        UserError: ``rows`` is less than the classes that there are, or more than there are.
     """
-    present = len(data.labels.unique())
+    present = len(data.one_label_each("a part of it").unique())
     count = whole(rows)
     if count is None or not present <= count <= len(data):
         raise UserError(
@@ -27,19 +30,19 @@ def subset(data: ImageData, rows: int) -> ImageData:
     return data.select(_stratified(data, count))
 
 
-def validation_split(data: ImageData, fraction: float) -> tuple[ImageData, ImageData]:
-    """The images without ``fraction`` of them, and that part, the same in every run, each class with its share: to
+def validation_split(data: D, fraction: float) -> tuple[D, D]:
+    """The data without ``fraction`` of them, and that part, the same in every run, each class with its share: to
     choose settings by, so that the test set is looked at once, at the end.
 
     Raises:
-        UserError: ``fraction`` is not in (0, 1), or either part would have fewer images than there are classes.
+        UserError: ``fraction`` is not in (0, 1), or either part would have fewer rows than there are classes.
     """
     if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 < fraction < 1:
         raise UserError(f"validation must be in (0, 1), got {fraction!r}")
-    present, count = len(data.labels.unique()), round(float(fraction) * len(data))
+    present, count = len(data.one_label_each("validation").unique()), round(float(fraction) * len(data))
     if not present <= count <= len(data) - present:
         raise UserError(
-            f"{data.name}: validation is {fraction}, {count} of its {len(data)} images; {present} at least must be in "
+            f"{data.name}: validation is {fraction}, {count} of its {len(data)} rows; {present} at least must be in "
             "it and in the rest, one for each class"
         )
     held = torch.zeros(len(data), dtype=torch.bool)
@@ -49,22 +52,23 @@ def validation_split(data: ImageData, fraction: float) -> tuple[ImageData, Image
     return rest, part
 
 
-def _stratified(data: ImageData, count: int) -> Tensor:
+def _stratified(data: Labelled, count: int) -> Tensor:
     """Ascending positions of so many images."""
     # Within a class the j-th image of a fixed shuffle stands at (j + 1/2) / size: the first of all classes together.
+    labels = data.one_label_each("a part of it")
     shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    order = shuffled[data.labels[shuffled].argsort(stable=True)]
-    sizes = data.labels.bincount()
+    order = shuffled[labels[shuffled].argsort(stable=True)]
+    sizes = labels.bincount()
     starts = sizes.cumsum(0) - sizes
-    labels = data.labels[order]
+    labels = labels[order]
     place = (torch.arange(len(data)) - starts[labels]).double()
     first = place == 0  # of each class at least one, however rare it is
     rank = torch.where(first, -1.0, (place + 0.5) / sizes[labels])
     return order[rank.argsort(stable=True)[:count]].sort().values
 
 
-def with_label_noise(data: ImageData, fraction: float, seed: int) -> ImageData:
-    """The same images, round(fraction * N) of them with another label, any other class alike (symmetric noise).
+def with_label_noise(data: D, fraction: float, seed: int) -> D:
+    """The same inputs, round(fraction * N) of them with another label, any other class alike (symmetric noise).
 
     What the labels were is kept in ``clean_labels``.
 
@@ -77,7 +81,8 @@ def with_label_noise(data: ImageData, fraction: float, seed: int) -> ImageData:
         raise UserError(f"noise is {fraction}, but {data.name} has clean labels beside noisy ones already")
     numbers = generator(seed, "label noise")
     chosen = torch.randperm(len(data), generator=numbers)[: round(float(fraction) * len(data))]
-    classes = len(data.classes)
-    labels = data.labels.clone()
+    right = data.one_label_each("noise")
+    assert data.classes is not None
+    classes, labels = len(data.classes), right.clone()
     labels[chosen] = (labels[chosen] + torch.randint(1, classes, (len(chosen),), generator=numbers)) % classes
-    return data.relabelled(labels, clean=data.labels)
+    return data.relabelled(labels, clean=right)

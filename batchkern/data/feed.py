@@ -14,6 +14,7 @@ from torch import Tensor
 from batchkern.data.crops import random_window, resized_windows, window_numbers
 from batchkern.data.decode import Reading
 from batchkern.data.images import ImageData, StreamedImages, TensorImages
+from batchkern.data.tensors import TensorData
 from batchkern.errors import UserError
 from batchkern.seeding import checked_seed
 
@@ -26,12 +27,13 @@ AUGMENTATIONS = ("none", "flip", "crop", "crop+flip", "resized-crop", "resized-c
 class Feed:
     """Hands out batches of `data` on `device`.
 
-    Images in memory are copied to the device once, as uint8, and every batch is made there; streamed ones are
+    What is in memory is copied to the device once, images as uint8, and every batch is made there; streamed images are
     decoded on the CPU and copied batch by batch, those of the next batch ahead of it (`prepare`).
 
     Args:
-        data: the images.
-        mean, std: (C,) each, of images / 255 (`ImageData.statistics` of the training set).
+        data: images, or other inputs in memory.
+        mean, std: (C,) each, of images / 255 or of other inputs (`Labelled.statistics` of the training set); None, of
+            inputs that are no images: they are handed out as they are.
         device: where the batches are to be.
         augment: "none"; "flip": left and right, every second image on average; "crop": a random window of the
             image's size from the image padded on every side with an eighth of its size in black (4 pixels at
@@ -41,36 +43,42 @@ class Feed:
         seed: of the augmentation.
 
     Raises:
-        UserError: unknown `augment`, `seed` is no whole number, or `mean` or `std` is not of shape (C,).
+        UserError: unknown `augment`, or one that these inputs cannot have; `seed` is no whole number; or a statistic is
+            not of shape (C,).
     """
 
     def __init__(
         self,
-        data: ImageData,
+        data: ImageData | TensorData,
         *,
-        mean: Tensor,
-        std: Tensor,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
         device: torch.device | str,
         augment: str = "none",
         seed: int = 0,
     ) -> None:
         if augment not in AUGMENTATIONS:
             raise UserError(f"augment must be one of {', '.join(AUGMENTATIONS)}, not {augment!r}")
+        _check_augmentation(data, augment)
         for name, value in (("mean", mean), ("std", std)):
-            if value.shape != data.shape[:1]:
-                raise UserError(
-                    f"{name} must be of shape ({data.shape[0]},), one per channel, not {tuple(value.shape)}"
-                )
+            shape = None if value is None else tuple(value.shape)
+            if shape != data.shape[:1] and (shape is not None or isinstance(data, ImageData)):
+                raise UserError(f"{name} must be of shape ({data.shape[0]},), one per channel, not {shape}")
         self.data = data
         self.device = torch.device(device)
         self.augment = augment
         self._kinds = augment.split("+")
         self.seed = checked_seed(seed)
+        self.depth = 1
+        """How many batches ahead are decoded."""
         # (pixel / 255 - mean) / std = pixel * scale + shift
-        self._scale = (1 / (255 * std.double())).float().view(-1, 1, 1).to(self.device)
-        self._shift = (-mean.double() / std.double()).float().view(-1, 1, 1).to(self.device)
+        self._scale = self._shift = None
+        if mean is not None and std is not None:
+            most, wide = 255 if isinstance(data, ImageData) else 1, (-1, *(1 for _ in data.shape[1:]))
+            self._scale = (1 / (most * std.double())).float().view(wide).to(self.device)
+            self._shift = (-mean.double() / std.double()).float().view(wide).to(self.device)
         self._labels = data.labels.to(self.device)
-        self._images = data.images.to(self.device) if isinstance(data, TensorImages) else None
+        self._images = None if isinstance(data, StreamedImages) else _in_memory(data).to(self.device)
         self._ahead: list[Reading] = []
         self._memory = _Memory()
 
@@ -108,8 +116,8 @@ class Feed:
             positions: (p,) int64: make only these rows of the batch, as they are in the whole. None: all.
 
         Returns:
-            float32 (b, C, H, W) normalised images, and int64 (b,) labels, both on the device; p of each with
-            `positions`.
+            float32 (b, C, H, W) normalised images, or inputs (b, ...), and int64 labels (b, ...), both on the device; p
+            of each with `positions`.
         """
         whole, numbers = len(indices), self._window_numbers(len(indices), step, positions)
         indices = _chosen(indices, positions)
@@ -125,7 +133,9 @@ class Feed:
         return self._normalised(images), self._labels.index_select(0, on_device)
 
     def _normalised(self, images: Tensor) -> Tensor:
-        """uint8 (b, C, H, W) -> float32, on the device."""
+        """uint8 (b, C, H, W) or inputs (b, C, ...) -> float32, on the device; without statistics as they are."""
+        if self._scale is None or self._shift is None:
+            return images
         if self.device.type != "cpu" or images.numel() * 4 <= _KEPT_BY_MALLOC:
             return images.float().mul_(self._scale).add_(self._shift)
         # By NumPy, in this thread alone: torch's would wait for each other while others decode.
@@ -136,10 +146,9 @@ class Feed:
         return out
 
     def _held(self, indices: Tensor) -> Tensor:
-        """uint8 (b, C, H, W) on the device, of images that are not streamed."""
-        if self._images is not None:
-            return self._images.index_select(0, indices)
-        return self.data.rows(indices.cpu()).to(self.device)
+        """Of inputs that are not streamed, on the device."""
+        assert self._images is not None
+        return self._images.index_select(0, indices)
 
     def _read(self, indices: Tensor, numbers: Tensor | None) -> Tensor:
         """uint8 (b, C, H, W) on the CPU, pinned for a GPU, of streamed images: those that were prepared, or others."""
@@ -186,6 +195,23 @@ class Feed:
         images = F.pad(images, (pad_x, pad_x, pad_y, pad_y))
         pixels = (y[:, :, None] * images.shape[3] + x[:, None, :]).view(count, 1, -1).expand(-1, channels, -1)
         return images.flatten(2).gather(2, pixels).view(count, channels, height, width)
+
+
+def _in_memory(data: ImageData | TensorData) -> Tensor:
+    if isinstance(data, TensorData):
+        return data.inputs
+    return data.images if isinstance(data, TensorImages) else data.rows(torch.arange(len(data)))
+
+
+def _check_augmentation(data: ImageData | TensorData, augment: str) -> None:
+    if augment == "none" or isinstance(data, ImageData):
+        return
+    if len(data.shape) != 3 or not data.inputs.is_floating_point():
+        raise UserError(f"augment is {augment}, but inputs are {data.inputs.dtype} of shape {data.shape}, no images")
+    if data.labels.dim() > 1:
+        raise UserError(f"augment is {augment}, but labels are masks, which would stay where they are: give none")
+    if "resized" in augment:
+        raise UserError(f"augment is {augment}, which is for uint8 images; inputs are float32: give crop+flip, or less")
 
 
 class _Memory:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from abc import ABC, abstractmethod
-from collections import Counter
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchkern.data.crops import around_centre
+from batchkern.data.labelled import Labelled, checked_classes
 from batchkern.errors import UserError, whole
 
 if TYPE_CHECKING:
@@ -32,25 +31,24 @@ def sample_rows(count: int) -> Tensor:
     return torch.arange(size) * count // max(size, 1)
 
 
-class ImageData(ABC):
+class ImageData(Labelled):
     """N labelled images of one shape.
 
     Attributes:
-        name: the source they came from, for messages.
         labels: (N,) int64 on the CPU, each in 0..len(classes)-1.
-        classes: the name of each class, two at least, all different.
         shape: (C, H, W) of every image; C is 1 (grey) or 3 (RGB).
-        clean_labels: (N,) int64, where it is known what labels ought to be; None: not known.
     """
 
-    clean_labels: Tensor | None = None
+    labels: Tensor
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
 
     def __init__(self, labels: Tensor, classes: Sequence[str], shape: tuple[int, int, int], name: str) -> None:
         if len(labels) == 0 or 0 in shape:
             raise UserError(f"{name}: {len(labels)} images of shape {shape} have no pixel; at least one is needed")
         self.name = name
         self.labels = labels.contiguous()
-        self.classes = _checked_classes(name, classes)
+        self.classes = checked_classes(name, classes)
         self.shape = shape
 
     def __len__(self) -> int:
@@ -67,23 +65,6 @@ class ImageData(ABC):
     @abstractmethod
     def reshaped(self, shape: tuple[int, int, int]) -> ImageData:
         """The same images, colour-converted and resized to `shape`; see `match_shape`."""
-
-    @abstractmethod
-    def _selected(self, positions: Tensor) -> ImageData:
-        """The images at `positions`, without clean labels."""
-
-    def select(self, positions: Tensor) -> ImageData:
-        """The images at `positions` (m,) int64 on the CPU."""
-        part = self._selected(positions)
-        if self.clean_labels is not None:
-            part.clean_labels = self.clean_labels[positions]
-        return part
-
-    def relabelled(self, labels: Tensor, *, clean: Tensor | None) -> ImageData:
-        """The same images under other labels; `clean` says what they ought to be."""
-        other = copy.copy(self)
-        other.labels, other.clean_labels = labels.contiguous(), clean
-        return other
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of images / 255: two (C,) float32 tensors.
@@ -230,16 +211,6 @@ def centre_of(data: TensorImages, size: int) -> TensorImages:
     (height, width), (top, left, _, _) = around_centre(*data.shape[1:], size)
     images = data.reshaped((data.shape[0], height, width)).images[:, :, top : top + size, left : left + size]
     return TensorImages(images.contiguous(), data.labels, data.classes, name=data.name)
-
-
-def _checked_classes(name: str, classes: Sequence[str]) -> tuple[str, ...]:
-    found = tuple(classes) if isinstance(classes, Iterable) else ()
-    if len(found) < 2 or not all(isinstance(key, str) for key in found):
-        raise UserError(f"{name}: classes must be the names of two classes at least, not {classes!r}")
-    if len(set(found)) < len(found):
-        key, times = Counter(found).most_common(1)[0]
-        raise UserError(f"{name}: classes must have different names, but {key!r} is there {times} times")
-    return found
 
 
 def _described(value: object) -> str:

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from batchkern.configure import check_number, count
 from batchkern.errors import UserError
 from batchkern.parts.samplers import PlannedBatches
-from batchkern.plan import Batch, EpochBatches, count_batches, cut, saved_number
+from batchkern.plan import AHEAD, Batch, EpochBatches, count_batches, cut, saved_number
 from batchkern.seeding import generator
 
 FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -87,9 +87,9 @@ class Subsets:
                 indices = index_batches[self.place]
                 self.place += 1
                 ends_epoch = self.place == len(index_batches)
-                ahead = None if ends_epoch else index_batches[self.place]
+                ahead = index_batches[self.place : self.place + AHEAD]
                 if ends_epoch and self.epoch + 1 < batches.epochs:
-                    ahead = of_epoch(self.epoch + 1)[0]
+                    ahead = of_epoch(self.epoch + 1)[:1]
                 yield Batch(indices, self.epoch, progress, ends_epoch, ahead=ahead)
             self.epoch, self.place = self.epoch + 1, 0
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from batchkern.configure import check_flags, check_number, count, describe_choice
-from batchkern.data import ImageData
+from batchkern.data.labelled import IGNORED, Labelled, rows_of
 from batchkern.distributed import Ranks, Share
 from batchkern.errors import UserError
 from batchkern.ops import cross_entropy, trimmed_cross_entropy, trimmed_mean
@@ -25,8 +25,8 @@ class Run:
     """What a strategy may know of the training it is part of."""
 
     model: nn.Module
-    shape: tuple[int, int, int]
-    """(C, H, W) of an input image."""
+    shape: tuple[int, ...] | None
+    """Of one input, (C, H, W) of an image; ``None``: it is more than one tensor."""
     classes: int
     rows: int
     """Size of the training set."""
@@ -43,12 +43,38 @@ class Run:
     """Fewest rows of a batch in training: batch norm may need two on each rank."""
     drop_last: bool = False
     """The last, smaller batch of an epoch is left out."""
+    inputs: Any = None
+    """Of two rows, for :meth:`example`."""
+    masks: bool = False
+    """Targets are masks, with a class at each place of an input."""
     accumulate: int = 1
     """So many batches make an update together."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes of the training; a loss takes ``group=run.ranks.group``."""
     images_vary: bool = True
     """A row that stands in a batch twice gives two images: by the trainer's augmentation or a strategy's transform."""
+
+    def example(self, rows: int) -> Any:
+        """What the model can be tried with: so many rows as a batch has them, images of zeros."""
+        if self.inputs is None:
+            assert self.shape is not None
+            return torch.zeros(rows, *self.shape, device=self.device, dtype=torch.float32)
+        return rows_of(self.inputs, torch.arange(rows) % 2)
+
+    def require(self, who: str, *, images: bool = False, labels: bool = True) -> None:
+        """
+        Raises:
+            UserError: inputs are no floating-point tensor, or with ``images`` none of images; or, with ``labels``,
+                there is more than one label a row. The sentence says that ``who`` needs it.
+        """
+        shape = self.shape
+        if shape is None or not self.example(1).is_floating_point() or (images and len(shape) != 3):
+            what = "more than one tensor" if shape is None else f"{self.example(1).dtype} of shape {shape}"
+            raise UserError(
+                f"{who} needs {'images (C, H, W)' if images else 'inputs of floats'}, but inputs are {what}"
+            )
+        if labels and self.masks:
+            raise UserError(f"{who} needs one label a row, but the labels are masks")
 
     @property
     def batches_per_epoch(self) -> int:
@@ -98,6 +124,16 @@ def run_with_virtual(
     return stack.logits
 
 
+def row_losses(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor | None]:
+    """The loss of each row ``(B,)``, and where targets are masks, how many places of each row count ``(B,)``: its loss
+    is their mean, and these weigh it."""
+    losses = cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
+    if losses.dim() == 1:
+        return losses, None
+    places = (target != IGNORED).flatten(1).sum(1).float()
+    return losses.flatten(1).sum(1) / places.clamp(min=1), places
+
+
 Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions ``(q,)`` in the whole batch -> the images and targets there."""
 
@@ -112,10 +148,10 @@ def selected_mean(
 ) -> tuple[Tensor, Tensor]:
     """The mean loss of the rows that ``trimmed_mean`` keeps, and the losses ``(B,)`` detached, as :meth:`Strategy.loss`
     returns them; ``among``: ``(B,)`` bool, the rows that may be kept."""
-    losses = cross_entropy(logits, target, label_smoothing=step.run.label_smoothing, reduction="none")
+    losses, places = row_losses(logits, target, step.run.label_smoothing)
     mask = step.share.counts(target)
     mask = mask if among is None else mask & among.to(mask.device)
-    return trimmed_mean(losses, keep, mask=mask, group=step.run.ranks.group, **band), losses.detach()
+    return trimmed_mean(losses, keep, mask=mask, weight=places, group=step.run.ranks.group, **band), losses.detach()
 
 
 class Strategy:
@@ -187,10 +223,11 @@ class Strategy:
         """The loss, and per-sample losses ``(B,)`` detached, of this rank's rows (``step.share``).
 
         Averaged over ranks, the gradient of the loss is to be that of the whole batch, as ``group`` makes it. Targets
-        are labels ``(B,)`` or, where a strategy mixes images, probabilities ``(B, classes)``. Rows that fill up a share
-        count nowhere: ``step.share.counts(target)`` has the others.
+        are labels ``(B,)``, masks of them ``(B, *places)`` for logits ``(B, classes, *places)`` or, where a strategy
+        mixes images, probabilities ``(B, classes)``. Rows that fill up a share count nowhere:
+        ``step.share.counts(target)`` has the others.
         """
-        if target.is_floating_point() and step.share.world > 1:
+        if target.dim() > 1 and not (target.is_floating_point() and step.share.world == 1):
             return selected_mean(step, logits, target, 1.0)
         smoothing, group = step.run.label_smoothing, step.run.ranks.group
         return trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True, group=group)
@@ -231,7 +268,7 @@ class Strategy:
 
 def _plain(value: Any) -> Any:
     """``value`` as JSON can hold it."""
-    if isinstance(value, ImageData):
+    if isinstance(value, Labelled):
         return value.name
     if isinstance(value, os.PathLike):
         return os.fspath(value)

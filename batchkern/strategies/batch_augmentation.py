@@ -47,5 +47,5 @@ class BatchAugmentation(Strategy):
             yield self._copied(batch) if batch.inject is None else batch
 
     def _copied(self, batch: Batch) -> Batch:
-        ahead = None if batch.ahead is None else batch.ahead.repeat(self.copies)
+        ahead = tuple(rows.repeat(self.copies) for rows in batch.ahead)
         return replace(batch, indices=batch.indices.repeat(self.copies), ahead=ahead)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchkern.errors import UserError
 from batchkern.seeding import derived_seed, generator
-from batchkern.strategies.base import Fetch, Step, Strategy, as_probabilities
+from batchkern.strategies.base import Fetch, Run, Step, Strategy, as_probabilities
 from batchkern.strategies.mixup import MIXING, check_alpha, mix
 
 Box = tuple[int, int, int, int]
@@ -66,6 +66,9 @@ class CutMix(Strategy):
         if not 0 < self.probability <= 1:
             raise UserError(f"probability must be in (0, 1], got {self.probability}")
 
+    def setup(self, run: Run) -> None:
+        run.require(self.name, images=True)
+
     def transform(
         self, step: Step, positions: Tensor, images: Tensor, target: Tensor, fetch: Fetch
     ) -> tuple[Tensor, Tensor]:
@@ -84,6 +87,7 @@ class CutMix(Strategy):
         numbers = random.Random(derived_seed(step.run.seed, "cutmix box", step.update))
         if numbers.random() >= self.probability:
             return None
+        assert step.run.shape is not None
         _, height, width = step.run.shape
         weight = numbers.betavariate(self.alpha, self.alpha)
         return box_of(height, width, weight, height * numbers.random(), width * numbers.random())

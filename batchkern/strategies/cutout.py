@@ -52,6 +52,8 @@ class Cutout(Strategy):
         check_counts(size=self.size)
 
     def setup(self, run: Run) -> None:
+        run.require(self.name, images=True, labels=False)
+        assert run.shape is not None
         shorter = min(run.shape[1:])
         if self.size is not None and self.size > shorter:
             raise UserError(f"size must be at most {shorter}, the shorter side of the images, got {self.size}")

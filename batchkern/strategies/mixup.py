@@ -12,7 +12,7 @@ from torch import Tensor
 
 from batchkern.configure import check_range
 from batchkern.seeding import derived_seed, generator
-from batchkern.strategies.base import Fetch, Step, Strategy, as_probabilities
+from batchkern.strategies.base import Fetch, Run, Step, Strategy, as_probabilities
 
 MIXING = frozenset({"how images are mixed"})
 """What mixup and cutmix both decide."""
@@ -52,6 +52,9 @@ class Mixup(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_alpha(self.alpha)
+
+    def setup(self, run: Run) -> None:
+        run.require(self.name)
 
     def transform(
         self, step: Step, positions: Tensor, images: Tensor, target: Tensor, fetch: Fetch

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from batchkern import schedules
-from batchkern.data import Feed, ImageData, load, match_shape
+from batchkern.data import ImageData, as_labelled, feed_of, load, match_shape
+from batchkern.data.labelled import Labelled
 from batchkern.errors import UserError
 from batchkern.models import frozen_statistics
 from batchkern.ops import trimmed_cross_entropy
@@ -49,7 +50,7 @@ class PassiveInjection(Strategy):
     name: ClassVar[str] = "passive"
     owns = frozenset({"the passive head"})
 
-    passive: ImageData | str | os.PathLike[str]
+    passive: Any
     every: int | Callable[[int], bool] = 100
     batch_size: int | None = None
     freeze_bn: bool = False
@@ -63,8 +64,8 @@ class PassiveInjection(Strategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._due = self.every if callable(self.every) else schedules.every(self.every)
-        if not isinstance(self.passive, ImageData | str | os.PathLike):
-            raise UserError(f"passive must be ImageData or the name of a data set, got {self.passive!r}")
+        if not isinstance(self.passive, str | os.PathLike):
+            self.passive = as_labelled("passive", self.passive)
         if self.batch_size is not None and (type(self.batch_size) is not int or self.batch_size < 1):
             raise UserError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}")
         if not isinstance(self.shared, str):
@@ -73,10 +74,10 @@ class PassiveInjection(Strategy):
             )
 
     def setup(self, run: Run) -> None:
-        data = self.passive if isinstance(self.passive, ImageData) else load(self.passive)
-        data = match_shape(data, run.shape)
-        mean, std = data.statistics()
-        self.feed = Feed(data, mean=mean, std=std, device=run.device)
+        data = load(self.passive) if isinstance(self.passive, str | os.PathLike) else self.passive
+        data = _fitting(data, run)
+        assert data.classes is not None
+        self.feed = feed_of(data, data.statistics(), device=run.device)
         size = min(self.batch_size or run.batch_size, len(data))
         if size < run.least_rows:
             raise UserError(
@@ -86,7 +87,7 @@ class PassiveInjection(Strategy):
         self.batches = EpochBatches(len(data), size, 1, derived_seed(run.seed, "passive"), run.least_rows)
         self.active, self.injected, self.pending = 0, 0, None
         self.seen, self.correct = 0, torch.zeros((), dtype=torch.int64, device=run.device)  # in the epoch
-        example = torch.zeros(2, *run.shape, device=run.device, dtype=torch.float32)
+        example = run.example(2)
         with torch.random.fork_rng(devices=[]):  # arms of a comparison go on to draw the same numbers
             torch.manual_seed(derived_seed(run.seed, "passive head"))
             classes = len(data.classes)
@@ -114,13 +115,13 @@ class PassiveInjection(Strategy):
     def _passive_batch(self, epoch: int, progress: float, ends_epoch: bool, rate: float | None) -> Batch:
         indices = self.batches.indices(self.injected)
         self.injected += 1
-        ahead = self.batches.indices(self.injected)
+        ahead = (self.batches.indices(self.injected),)
         return Batch(indices, epoch, progress, ends_epoch, rate, inject=self._passive_loss, ahead=ahead)
 
     def _passive_loss(self, step: Step) -> Tensor:
         indices = step.share.take(step.batch.indices)
-        if (ahead := step.batch.ahead) is not None:
-            self.feed.prepare(indices, None)
+        self.feed.prepare(indices, None)
+        for ahead in step.batch.ahead:
             self.feed.prepare(step.run.ranks.share(len(ahead)).take(ahead), None)
         images, target = self.feed.batch(indices, None)
         model = step.run.model
@@ -158,3 +159,18 @@ class PassiveInjection(Strategy):
             epoch, progress, ends_epoch, rate = pending
             pending = int(epoch), float(progress), bool(ends_epoch), None if rate is None else float(rate)
         self.pending = pending
+
+
+def _fitting(data: Labelled, run: Run) -> Labelled:
+    """``data`` as inputs of the model."""
+    run.require("passive")
+    shape = run.shape
+    if isinstance(data, ImageData) and shape is not None and len(shape) == 3:
+        return match_shape(data, (shape[0], shape[1], shape[2]))
+    if data.shape != shape:
+        raise UserError(f"passive inputs are of shape {data.shape}, but those of training of shape {shape}")
+    if data.classes is None:
+        raise UserError(f"passive: {data.name} must have classes, for its head: give from_dataset their names")
+    if data.labels is not None:
+        data.one_label_each("passive")
+    return data

@@ -98,6 +98,8 @@ class StochasticAugmentation(Strategy):
                 f"two_step makes two updates of a batch, but gradient_accumulation_steps is {run.accumulate}: "
                 "use one of them"
             )
+        if run.masks:
+            raise UserError("augmentation needs one label a row, but the labels are masks")
         self.fired = self.fired_in_epoch = 0
         self.kl_sum = 0.0
         modules = dict(run.model.named_modules())
@@ -118,8 +120,7 @@ class StochasticAugmentation(Strategy):
         run.model.eval()
         try:
             with torch.no_grad():
-                images = torch.zeros(2, *run.shape, device=run.device, dtype=torch.float32)
-                run_with_virtual(run.model, module, lambda hidden: self.noise(hidden, 0, 0), images)
+                run_with_virtual(run.model, module, lambda hidden: self.noise(hidden, 0, 0), run.example(2))
         except UserError as error:
             raise UserError(f"{option}: {name!r} cannot hold virtual samples: {error}") from error
         except (RuntimeError, TypeError, ValueError) as error:

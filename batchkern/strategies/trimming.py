@@ -117,7 +117,8 @@ class Trimming(Strategy):
         if step.narrowed:
             return super().loss(step, logits, target)
         keep = self.keep(step.batch.epoch, step.run.epochs)
-        if self._band == PLAIN and (step.share.world == 1 or not target.is_floating_point()):
+        one_each = target.dim() == 1 or (target.is_floating_point() and step.share.world == 1)
+        if self._band == PLAIN and one_each:
             smoothing, group = step.run.label_smoothing, step.run.ranks.group
             return trimmed_cross_entropy(logits, target, keep, label_smoothing=smoothing, per_sample=True, group=group)
         return selected_mean(step, logits, target, keep, **self._band)
@@ -148,7 +149,7 @@ def _break_even(run: Run) -> float:
     """The fraction below which a loss-only pass plus a full pass of the kept rows beats one full pass of all rows."""
     forward_times, full_times = [], []
     with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-        images = torch.randn(run.ranks.share(run.batch_size).each, *run.shape, device=run.device, dtype=torch.float32)
+        images = run.example(run.ranks.share(run.batch_size).each)
         for _ in range(5):
             with torch.no_grad():
                 forward_times.append(_seconds(lambda: run.model(images), run.device))

@@ -1,0 +1,120 @@
+"""Tensors of inputs and labels that are at hand: tables, sequences of tokens, images of any type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from batchkern.data.images import ImageData, TensorImages
+from batchkern.data.labelled import Labelled, check_labels, checked_classes
+from batchkern.errors import UserError
+
+
+class TensorData(Labelled):
+    """Inputs held in memory, given to the model as they are or standardised; see `from_tensors`."""
+
+    labels: Tensor
+    classes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def __init__(
+        self, inputs: Tensor, labels: Tensor, classes: Sequence[str], *, name: str, standardize: bool = False
+    ) -> None:
+        self.name = name
+        self.inputs = inputs
+        self.labels = labels
+        self.classes = checked_classes(name, classes)
+        self.shape = tuple(inputs.shape[1:])
+        self.standardize = standardize
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.shape))
+        return f"TensorData({self.name!r}, {len(self)} inputs {size} {self.inputs.dtype}, {len(self.classes)} classes)"
+
+    def _selected(self, positions: Tensor) -> TensorData:
+        return TensorData(
+            self.inputs[positions],
+            self.labels[positions],
+            self.classes,
+            name=self.name,
+            standardize=self.standardize,
+        )
+
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and standard deviation for each index of dimension 1, a feature or a channel: two (C,) float32 tensors.
+
+        The deviation of what is constant is 1.
+        """
+        if not self.standardize:
+            return None
+        rows = self.inputs.transpose(0, 1).flatten(1).double()
+        deviation = rows.std(1, correction=0)
+        constant = deviation <= 1e-12 * rows.abs().amax(1)
+        return rows.mean(1).float(), deviation.masked_fill(constant, 1.0).float()
+
+
+def from_tensors(
+    inputs: Any, labels: Any, *, classes: Sequence[str] | None = None, name: str = "tensors", standardize: bool = False
+) -> TensorData | ImageData:
+    """Data of a pair of tensors or arrays.
+
+    Args:
+        inputs: ``(N, ...)`` of any numbers. Floats become float32; whole numbers, such as tokens, stay as they are, but
+            for uint8 ``(N, C, H, W)``, which are images: each channel is standardised, and with C = 1 or 3 they are
+            what `load` gives.
+        labels: ``(N,)`` whole numbers in 0..C-1; or masks ``(N, *places)`` of them, for a model whose logits are ``(N,
+            C, *places)``: a place of -100 counts nowhere.
+        classes: their names; default: "0", "1", ... as far as the labels go.
+        standardize: give each feature or channel, an index of dimension 1, mean 0 and deviation 1 in the training set.
+
+    Raises:
+        UserError: they are not dense tensors of so many rows, hold no number or one that is not finite, or a label is
+            out of range.
+    """
+    inputs, labels = _tensor("inputs", inputs), _tensor("labels", labels)
+    if inputs.dim() < 2 or len(inputs) == 0 or inputs.numel() == 0:
+        raise UserError(f"{name}: inputs must be of shape (N, ...) with at least one number, got {tuple(inputs.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dim() == 0 or len(labels) != len(inputs):
+        raise UserError(
+            f"{name}: labels must be whole numbers of shape ({len(inputs)},), or masks of them, got {labels.dtype} of "
+            f"shape {tuple(labels.shape)}"
+        )
+    labels = labels.to(torch.int64).contiguous()
+    highest = int(labels.max())
+    if classes is None and highest >= labels.numel():
+        raise UserError(f"{name}: there is a label {highest}, and {labels.numel()} labels; classes are 0, 1, 2, ...")
+    names = [*map(str, range(highest + 1))] if classes is None else classes
+    if classes is None and highest < 1:
+        raise UserError(f"{name}: the highest label is {highest}; two classes at least are needed, 0 and 1")
+    check_labels(name, labels, len(checked_classes(name, names)), masks=labels.dim() > 1)
+    if inputs.dtype == torch.uint8 and inputs.dim() == 4:
+        if inputs.shape[1] in (1, 3) and labels.dim() == 1:
+            return TensorImages(inputs, labels, names, name=name)
+        return TensorData(inputs.float() / 255, labels, names, name=name, standardize=True)
+    if inputs.is_floating_point() or inputs.dtype == torch.bool:
+        inputs = inputs.float()
+        if not torch.isfinite(inputs).all():
+            row = int((~torch.isfinite(inputs.flatten(1)).all(1)).nonzero()[0])
+            raise UserError(f"{name}: row {row} of inputs has a value that is not finite")
+    elif standardize:
+        raise UserError(f"{name}: standardize is for floats; inputs are {inputs.dtype}")
+    return TensorData(inputs.contiguous(), labels, names, name=name, standardize=standardize)
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, np.ndarray):
+        try:
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        except TypeError as error:
+            raise UserError(f"{name} must be of numbers, got an array of {value.dtype}") from error
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_complex():
+        kind = f"one of {value.dtype}, {value.layout}" if isinstance(value, Tensor) else type(value).__name__
+        raise UserError(f"{name} must be a dense tensor or an array of numbers, got {kind}")
+    return value.detach().cpu()
