@@ -130,6 +130,13 @@ def lock(directory: Path) -> int:
     return descriptor
 
 
+def unlock(descriptor: int) -> None:
+    """Also where a process that was forked in between still has the descriptor."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
+
+
 def check_place(directory: Path, descriptor: int) -> None:
     """
     Raises:
@@ -151,4 +158,4 @@ def locked(directory: Path) -> Iterator[int]:
     try:
         yield descriptor
     finally:
-        os.close(descriptor)
+        unlock(descriptor)

@@ -28,6 +28,7 @@ from batchkern.files import (
     make_directory,
     read_file,
     remove_parts,
+    unlock,
     write_file,
 )
 
@@ -115,7 +116,7 @@ class RunDirectory:
         """
         self._lock = lock(self.path)
         if self._left is not None and self._left != self._files():
-            os.close(self._lock)
+            unlock(self._lock)
             self._lock = None
             raise UserError(
                 f"{self.path} was written by another training since this one was begun; resume it, or give another "
@@ -126,7 +127,7 @@ class RunDirectory:
         """Does nothing on the ranks that write nothing."""
         if self._lock is not None:
             self._left = self._files()
-            os.close(self._lock)
+            unlock(self._lock)
             self._lock = None
 
     def _files(self) -> list[Any]:

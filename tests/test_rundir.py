@@ -41,7 +41,7 @@ def test_a_new_run(tmp_path):
     assert names(path) == {CONFIG, METRICS}
     assert json.loads((path / CONFIG).read_text()) == {
         "settings": SETTINGS,
-        "environment": ENVIRONMENT,
+        "environment": ENVIRONMENT | {"run": directory.identifier},
     }
     assert directory.metrics() == []
     directory.append_metrics(row(0, 0.1))
@@ -210,8 +210,8 @@ def test_metrics_on_a_full_disk(tmp_path, monkeypatch):
 
 def test_other_settings_are_named(tmp_path):
     opened(tmp_path)
-    changed = SETTINGS | {"epochs": 4, "lr": 0.1}
-    with pytest.raises(UserError, match=r"cannot be resumed: epochs was 3, now 4; lr was None, now 0.1$"):
+    changed = SETTINGS | {"epochs": 2, "lr": 0.1}
+    with pytest.raises(UserError, match=r"cannot be resumed: epochs was 3, now 2; lr was None, now 0.1$"):
         opened(tmp_path, changed, resume=True)
     without = {key: SETTINGS[key] for key in ("epochs", "model")}
     with pytest.raises(UserError, match="strategies was .*trimming.*, now None"):
@@ -250,7 +250,7 @@ def with_a_checkpoint(path, epochs=1):
         (lambda c: c + b"x", "it ends without its checksum"),
         (lambda c: c[: len(c) // 2], "it ends without its checksum"),
         (lambda c: c[1:], "its checksum is another"),
-        (lambda c: c.replace(b"checkpoint 2 ", b"checkpoint 3 "), "wrote it in format 3, and .* reads format 2"),
+        (lambda c: c.replace(b"checkpoint 3 ", b"checkpoint 2 "), "wrote it in format 2, and .* reads format 3"),
         *((lambda c, at=at: flipped(c, at), "its checksum is another") for at in (0, 0.2, 0.4, 0.6, 0.8)),
     ],
 )

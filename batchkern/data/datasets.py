@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import parent_process
 from typing import Any
 
 import numpy as np
@@ -289,6 +292,15 @@ def _adopt(data: DatasetData) -> None:
     global _of_worker
     torch.set_num_threads(1)  # the threads of the process that this one was forked from are not here
     _of_worker = data
+    parent = parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        """A worker whose parent was killed would otherwise wait for ever."""
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _fetch(rows: list[int], seeds: list[int]) -> tuple[Inputs, Tensor]:
