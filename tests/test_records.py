@@ -66,13 +66,14 @@ def test_the_last_line_may_lack_its_end(tmp_path):
 def test_tensors_are_told_from_numbers():
     state = {
         "epochs_done": 1,
+        "active": 6,
         "counts": {name: row(0)[name] for name in records.Counts.__annotations__},
         "sums": torch.zeros(4),
         "rng": torch.get_rng_state(),
         "cuda_rng": None,
         "rng_of_other_ranks": [(torch.get_rng_state(), None)],
         "strategies": [{}],
-    } | {name: {} for name in ("model", "extras", "optimizer", "scaler", "batches", "samples")}
+    } | {name: {} for name in ("model", "extras", "average", "optimizer", "scaler", "batches", "samples")}
     records.check(state, records.Checkpoint)
     for name in state:
         for wrong in ({key: value for key, value in state.items() if key != name}, state | {name: "x"}):
