@@ -215,17 +215,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
                 raise ValueError(f"the optimizer's {name} is not that of a parameter of shape {tuple(parameter.shape)}")
 
 
-def pick_schedule(
-    schedule: str | schedules.RateSchedule, warmup_epochs: float, epochs: int, batch: float
-) -> schedules.RateSchedule:
-    """``batch``: as a part of an epoch; with a warm-up the first one has so large a part of the rate."""
-    picked = _named_schedule(schedule)
-    if not warmup_epochs:
-        return picked
-    return schedules.warm_up(picked, warmup_epochs / epochs, min(1.0, batch / warmup_epochs))
-
-
-def _named_schedule(schedule: str | schedules.RateSchedule) -> schedules.RateSchedule:
+def pick_schedule(schedule: str | schedules.RateSchedule) -> schedules.RateSchedule:
     if callable(schedule):
         checked = partial(_factor, schedule)
         checked(0.0)

@@ -237,6 +237,10 @@ class Trainer(Learner):
         least = least_rows(model, inputs, classes, places, ranks.device, ranks.world, batch_size)
         self.classes = train.classes or tuple(map(str, range(classes)))
         self.test_feed = self._feed(test, ranks.device)
+        rate = pick_schedule(schedule)
+        if warmup_epochs:  # of the first batch as large a part of the rate as it is one of the warm-up
+            start = min(1.0, batch_size / (warmup_epochs * len(train)))
+            rate = schedules.warm_up(rate, warmup_epochs / epochs, start)
         clean = train.clean_labels
         wrong = None if clean is None else clean != train.one_label_each("clean labels")
         super().__init__(
@@ -264,7 +268,7 @@ class Trainer(Learner):
             strategies,
             feed,
             optimizer=lambda parameters: build_optimizer(optimizer, parameters, lr, momentum, weight_decay),
-            schedule=pick_schedule(schedule, warmup_epochs, epochs, batch_size / len(train)),
+            schedule=rate,
             amp=AMP_TYPES[amp],
             accumulate=accumulate,
             max_grad_norm=max_grad_norm,
