@@ -78,13 +78,13 @@ def test_a_comparison_in_several_processes_is_refused(monkeypatch):
 )
 def test_a_model_that_does_not_fit_the_data_is_refused(model, sentence):
     with pytest.raises(UserError, match=sentence):
-        configure.check_model(model, (1, 8, 8), 2, torch.device("cpu"))
+        configure.check_model(model, torch.zeros(2, 1, 8, 8), 2, ())
 
 
 def test_checking_a_model_leaves_it_as_it_was():
     model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(64, 2)).train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    configure.check_model(model, (1, 8, 8), 2, torch.device("cpu"))
+    configure.check_model(model, torch.zeros(2, 1, 8, 8), 2, ())
     assert model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -201,7 +201,7 @@ class InTraining(nn.Module):
 
 
 def least(model, *, world=1, batch_size=4):
-    return configure.least_rows(model, (1, 8, 8), 2, torch.device("cpu"), world, batch_size)
+    return configure.least_rows(model, torch.zeros(2, 1, 8, 8), 2, (), torch.device("cpu"), world, batch_size)
 
 
 @pytest.mark.parametrize(

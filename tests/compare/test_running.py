@@ -37,7 +37,7 @@ from batchkern.compare.report import CSV, REPORT, REPORT_FILES
 from batchkern.compare.workers import in_processes
 from batchkern.errors import UserError
 from batchkern.files import locked
-from batchkern.rundir import CHECKPOINT, CONFIG, CURVES, METRICS, PREVIOUS, RUN_FILES, WEIGHTS
+from batchkern.rundir import BEST, CHECKPOINT, CONFIG, CURVES, METRICS, PREVIOUS, RUN_FILES, WEIGHTS
 from batchkern.trainer import Trainer
 
 one_thread = single_thread()
@@ -104,7 +104,7 @@ def test_runs_are_those_of_the_run_directories(finished):
         lines = [json.loads(line) for line in (directory / o["directory"] / METRICS).read_text().splitlines()]
         assert o["final"] == lines[-1]
         assert o["curve"]["test_accuracy"] == [row["test_accuracy"] for row in lines]
-        assert sorted(os.listdir(directory / o["directory"])) == sorted(RUN_FILES)
+        assert sorted(os.listdir(directory / o["directory"])) == sorted({*RUN_FILES} - {BEST})
         settings = json.loads((directory / o["directory"] / CONFIG).read_text())["settings"]
         assert (settings["seed"], settings["epochs"]) == (o["seed"], o["epochs"])
         shared = {key: value for key, value in results["settings"].items() if key in settings and key != "epochs"}
@@ -342,7 +342,7 @@ def test_a_comparison_is_not_overwritten_unless_asked(tmp_path, monkeypatch, qui
     # Runs of the old comparison that the new one does not have are gone: they would be taken for its own.
     assert not Path("out/baseline/1-epochs/seed-1").exists()
     assert os.listdir("out/trimming/1-epochs/seed-1") == ["notes"]
-    assert set(os.listdir("out/baseline/1-epochs/seed-0")) == {*RUN_FILES, "notes"} - {PREVIOUS}
+    assert set(os.listdir("out/baseline/1-epochs/seed-0")) == {*RUN_FILES, "notes"} - {PREVIOUS, BEST}
     assert json.loads(Path("out/baseline/1-epochs/seed-0", CONFIG).read_text())["settings"]["lr"] == 0.01
     assert [o["error"] for o in results_of("out")["runs"]] == [None, None]
 
@@ -421,7 +421,7 @@ def test_a_finished_run_that_is_gone_trains_again(tmp_path, monkeypatch, quick_p
     Path("out/baseline/1-epochs/seed-0", METRICS).unlink()
     again = compared(resume=True)
     assert without_seconds(again) == without_seconds(first)
-    assert set(os.listdir("out/trimming/1-epochs/seed-0")) == {*RUN_FILES} - {PREVIOUS}
+    assert set(os.listdir("out/trimming/1-epochs/seed-0")) == {*RUN_FILES} - {PREVIOUS, BEST}
 
 
 @pytest.fixture(scope="module")
