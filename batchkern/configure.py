@@ -223,7 +223,14 @@ def check_model_kind(model: nn.Module | str) -> None:
 
 
 def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device) -> None:
-    """Runs two black images through, so that a model that does not fit the data says so before training."""
+    """That it fits the data, and has something to train."""
+    check_logits(model, shape, classes, device)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("the model has no weights to train: none takes a gradient")
+
+
+def check_logits(model: nn.Module, shape: tuple[int, int, int], classes: int, device: torch.device) -> None:
+    """Runs two black images through, so that a model that does not fit the data says so at once."""
     training = model.training
     model.eval()
     try:
@@ -237,8 +244,6 @@ def check_model(model: nn.Module, shape: tuple[int, int, int], classes: int, dev
     if not isinstance(logits, Tensor) or logits.shape != (2, classes):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise UserError(f"the model must give logits of shape (batch, {classes}), got {got} for a batch of 2")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("the model has no weights to train: none takes a gradient")
 
 
 def _in_training(model: nn.Module, images: Tensor) -> Any:

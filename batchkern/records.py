@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ Whole = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 class Counts(TypedDict):
@@ -79,10 +80,21 @@ class _RunSettings(TypedDict):
     seed: int
 
 
-class Config(TypedDict):
-    """config.json of a run, as far as plots need it."""
+class _Settled(_RunSettings, total=False):
+    amp: Literal["none", "bf16", "fp16"]
 
-    settings: _RunSettings
+
+class Config(TypedDict):
+    """config.json of a run, as far as plots and the use of its model need it."""
+
+    settings: _Settled
+
+
+class Preprocessing(TypedDict):
+    """preprocessing.json. The rest is a dataclass for each kind."""
+
+    format: Positive
+    kind: str
 
 
 class Checkpoint(TypedDict):
@@ -166,6 +178,18 @@ def check(value: Any, schema: Any) -> None:
         ValueError: what is wrong and where, as in "Expected `int` >= 0 - at `$.runs[3].seed`".
     """
     msgspec.convert(value, schema)
+
+
+def made(value: Any, cls: type[T]) -> T:
+    """``value`` as a dataclass, which may check what its types do not say.
+
+    Raises:
+        ValueError: as :func:`check`.
+    """
+    try:
+        return msgspec.convert(value, cls)
+    except OverflowError as error:  # a whole number for a float, with some 300 digits
+        raise ValueError(str(error)) from None
 
 
 def read_json(path: Path, schema: Any = Json) -> Any:

@@ -30,16 +30,17 @@ from batchkern.files import (
     write_file,
 )
 
-CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES = (
+CONFIG, METRICS, CHECKPOINT, PREVIOUS, PREPROCESSING, WEIGHTS, SAMPLES, CURVES = (
     "config.json",
     "metrics.jsonl",
     "checkpoint.pt",
     "checkpoint.previous.pt",
+    "preprocessing.json",
     "model.safetensors",
     "samples.safetensors",
     "curves.png",
 )
-RUN_FILES = (CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES)
+RUN_FILES = (CONFIG, METRICS, CHECKPOINT, PREVIOUS, PREPROCESSING, WEIGHTS, SAMPLES, CURVES)
 
 FORMAT = 2
 """Of checkpoints; raised when what they hold is no longer read by what was written before."""
@@ -136,7 +137,7 @@ class RunDirectory:
             if found and not overwrite:
                 raise UserError(f"{self.path} holds a run already; resume it, overwrite it, or give another directory")
             remove_parts(self.path, RUN_FILES)
-            for name in (CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES):
+            for name in (CHECKPOINT, PREVIOUS, PREPROCESSING, WEIGHTS, SAMPLES, CURVES):
                 (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
@@ -249,6 +250,9 @@ class RunDirectory:
         except UserError:
             return ""
         return f"; {PREVIOUS} beside it, of epoch {state['epochs_done']}, is whole: rename it to go on from there"
+
+    def save_preprocessing(self, content: bytes) -> None:
+        self._write(PREPROCESSING, content)
 
     def save_tensors(self, file: str, tensors: dict[str, torch.Tensor]) -> None:
         save = require("safetensors.torch", "train").save

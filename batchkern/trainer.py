@@ -47,6 +47,7 @@ from batchkern.initial_weights import PRETRAINED, check_outside, describe_weight
 from batchkern.interrupts import Interrupted, StopRequest
 from batchkern.learner import Counts, Learner
 from batchkern.plan import Batch, EpochBatches
+from batchkern.preprocessing import ImagePreprocessing, encoded
 from batchkern.progress import ProgressBar
 from batchkern.rundir import CHECKPOINT, CURVES, SAMPLES, WEIGHTS, RunDirectory, check_readable, check_saved
 from batchkern.seeding import derived_seed, set_torch_states, torch_states
@@ -164,6 +165,7 @@ class Trainer(Learner):
             "ranks": ranks.world,
         }
 
+        named = model if isinstance(model, str) else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, "weights"))
             if isinstance(model, str):
@@ -176,6 +178,8 @@ class Trainer(Learner):
             models.find_classifier(model, classifier)
         least = least_rows(model, train.shape, len(train.classes), ranks.device, ranks.world, batch_size)
         self.statistics = train.statistics()
+        self.preprocessing = ImagePreprocessing.of(train, self.statistics, model=named, classifier=classifier)
+        """What the model is given images by."""
         self.test_feed = self._feed(test, ranks.device)
         clean = train.clean_labels
         super().__init__(
@@ -423,6 +427,7 @@ class Trainer(Learner):
         return self.history[-1]
 
     def _write_results(self, directory: RunDirectory) -> None:
+        directory.save_preprocessing(encoded(self.preprocessing))  # first: a run that has weights has ended
         directory.save_tensors(WEIGHTS, self.model.state_dict())
         directory.save_tensors(SAMPLES, self.samples.samples())
         from batchkern.plots import plot_run

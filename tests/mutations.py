@@ -1363,7 +1363,7 @@ TRAINING = [
         ),
         (
             "an earlier run's checkpoint stays",
-            "for name in (CHECKPOINT, PREVIOUS, WEIGHTS, SAMPLES, CURVES):",
+            "for name in (CHECKPOINT, PREVIOUS, PREPROCESSING, WEIGHTS, SAMPLES, CURVES):",
             "for name in (WEIGHTS, SAMPLES, CURVES):",
         ),
         (

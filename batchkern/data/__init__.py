@@ -8,18 +8,25 @@ augmented batches on the device. Which rows make up a batch is decided elsewhere
 from batchkern.data.derived import subset, validation_split, with_label_noise
 from batchkern.data.feed import AUGMENTATIONS, Feed
 from batchkern.data.images import ImageData, StreamedImages, TensorImages, match_shape
-from batchkern.data.loading import load, load_pair
+from batchkern.data.loading import HELD_OUT, Trained, load, load_pair, load_test
+from batchkern.data.unlabelled import find_images, images_of, table_of
 
 __all__ = [
     "AUGMENTATIONS",
+    "HELD_OUT",
     "Feed",
     "ImageData",
     "StreamedImages",
     "TensorImages",
+    "Trained",
+    "find_images",
+    "images_of",
     "load",
     "load_pair",
+    "load_test",
     "match_shape",
     "subset",
+    "table_of",
     "validation_split",
     "with_label_noise",
 ]

@@ -41,9 +41,12 @@ class ImageData(ABC):
         classes: the name of each class, two at least, all different.
         shape: (C, H, W) of every image; C is 1 (grey) or 3 (RGB).
         clean_labels: (N,) int64, where it is known what labels ought to be; None: not known.
+        center_crop: whether images of another size became ones of this by their central square (`load`), and not by
+            squeezing.
     """
 
     clean_labels: Tensor | None = None
+    center_crop: bool = False
 
     def __init__(self, labels: Tensor, classes: Sequence[str], shape: tuple[int, int, int], name: str) -> None:
         if len(labels) == 0 or 0 in shape:
@@ -75,6 +78,7 @@ class ImageData(ABC):
     def select(self, positions: Tensor) -> ImageData:
         """The images at `positions` (m,) int64 on the CPU."""
         part = self._selected(positions)
+        part.center_crop = self.center_crop
         if self.clean_labels is not None:
             part.clean_labels = self.clean_labels[positions]
         return part
@@ -221,7 +225,7 @@ def match_shape(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
             matching = data.reshaped((channels, height, width))
         case _:
             raise UserError(f"shape must be (C, H, W) with C = 1 or 3 and H, W >= 1, not {shape!r}")
-    matching.clean_labels = data.clean_labels
+    matching.clean_labels, matching.center_crop = data.clean_labels, data.center_crop
     return matching
 
 
