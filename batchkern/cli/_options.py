@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from batchkern.errors import UserError
+from batchkern.files import make_directory, read_file
 from batchkern.initial_weights import PRETRAINED
 from batchkern.strategies import STRATEGIES
 
@@ -77,3 +80,28 @@ def initial_weights(weights: Path | None, pretrained: bool) -> Path | str | None
     if weights is not None and pretrained:
         raise UserError("--weights and --pretrained exclude each other; give one of them")
     return PRETRAINED if pretrained else weights
+
+
+def check_out(out: Path | None, overwrite: bool, what: str, is_ours: Callable[[bytes], bool]) -> None:
+    """Before anything is computed: that a file may be written, in a folder that is made where there is none.
+
+    Args:
+        what: such a file is called.
+        is_ours: whether a file of that content is one, which alone may be replaced.
+
+    Raises:
+        UserError: something is there that may not be replaced.
+    """
+    if out is None:
+        return
+    make_directory(out.parent)
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise UserError(f"{out} is there; give overwrite (--overwrite) to replace it, or another file")
+    try:
+        ours = is_ours(read_file(out))
+    except OSError:
+        ours = False
+    if not ours:
+        raise UserError(f"{out} is no {what} that batchkern wrote, and is not replaced; give another file")

@@ -100,7 +100,7 @@ def train(
         source = Path(data).stem if Path(data).exists() else data
         names = "+".join(s.name for s in strategies) or "baseline"
         out = Path("runs", slug(f"{source}-{names}-{model}-s{seed}"))
-    _spare_threads(train_set.shape)
+    spare_threads(train_set.shape)
     trainer = TalkingTrainer(
         model,
         train_set,
@@ -158,7 +158,7 @@ class TalkingTrainer(Trainer):
         )
 
 
-def _spare_threads(shape: tuple[int, int, int]) -> None:
+def spare_threads(shape: tuple[int, int, int]) -> None:
     """One thread for small images: others would only be waited for.
 
     The cnn on 8x8 digits trains as fast with one thread as with two on two idle cores, and ten times as fast where

@@ -159,7 +159,8 @@ def load_test(
     Args:
         source: as for `load`.
         shape: (C, H, W) of the model's images.
-        split: which one, or `HELD_OUT`; None: "test", else "validation", else the only one.
+        split: which one, or `HELD_OUT`; None: "test", else "validation", else the only one, unless the model was
+            trained on that.
         center_crop: how images of another size become ones of this, as for `load`.
 
     Raises:
@@ -167,6 +168,11 @@ def load_test(
     """
     name, splits = open_source(source)
     if split is None:
+        if not {"test", "validation"} & set(splits) and os.path.realpath(source) == os.path.realpath(trained.name):
+            raise UserError(
+                f"{name}: the model was trained on it, and it has no split 'test' or 'validation'; say by split "
+                f"(--split) whether {HELD_OUT}, the fifth that a training without other test data leaves out, or train"
+            )
         part = _test_part(name, splits, trained.classes)
     elif split == HELD_OUT:
         own = [key for key in ("test", "validation") if key in splits]
