@@ -7,7 +7,6 @@ the file has beside its format and its kind: :data:`KINDS` has them by the word 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +21,6 @@ from batchkern.errors import UserError
 
 FORMAT = 1
 """Raised when what the file holds means something else than before."""
-_LARGEST = 1 << 28
-"""Numbers in an image: more than any image has that could be trained on."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class ImagePreprocessing:
 
     def __post_init__(self) -> None:
         channels, height, width = self.shape
-        if min(self.shape) < 1 or math.prod(self.shape) > _LARGEST:
+        if min(self.shape) < 1:
             raise ValueError(f"shape must be (C, H, W) of images, not {self.shape}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != channels or not _float32(values).isfinite().all():

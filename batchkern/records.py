@@ -80,14 +80,27 @@ class _RunSettings(TypedDict):
     seed: int
 
 
-class _Settled(_RunSettings, total=False):
+class Config(TypedDict):
+    """config.json of a run, as far as plots need it."""
+
+    settings: _RunSettings
+
+
+class _Data(_Named):
+    shape: list[Whole]
+    classes: Whole
+
+
+class _ModelSettings(TypedDict):
+    train: _Data
+    model: str
     amp: Literal["none", "bf16", "fp16"]
 
 
-class Config(TypedDict):
-    """config.json of a run, as far as plots and the use of its model need it."""
+class ModelConfig(TypedDict):
+    """The same, as far as the use of its model needs it."""
 
-    settings: _Settled
+    settings: _ModelSettings
 
 
 class Preprocessing(TypedDict):

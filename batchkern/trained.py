@@ -125,7 +125,7 @@ def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None) -
     check_kind("run", run, str | os.PathLike, "the directory of a run")
     path = Path(os.path.expanduser(os.fspath(run)))
     try:
-        settings = records.read_json(path / CONFIG, records.Config)["settings"]
+        settings = records.read_json(path / CONFIG, records.ModelConfig)["settings"]
     except (OSError, ValueError):
         raise UserError(f"{path} is no directory of a run: {CONFIG} is missing or unreadable") from None
     if not (path / WEIGHTS).exists():
@@ -135,8 +135,13 @@ def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None) -
             f"{path} has no {PREPROCESSING}, as runs have not that older versions of batchkern wrote: the same "
             "training with resume (--resume) writes it, and trains no further"
         )
-    preprocessing = read(path / PREPROCESSING)
+    preprocessing, trained = read(path / PREPROCESSING), settings["train"]
     classes = len(preprocessing.classes)
+    if ([*preprocessing.shape], classes) != (trained["shape"], trained["classes"]):
+        raise UserError(
+            f"{path / PREPROCESSING} is of images {preprocessing.shape} in {classes} classes, and the run, by its "
+            f"{CONFIG}, of {tuple(trained['shape'])} in {trained['classes']}: one of the two files was changed"
+        )
     if model is not None:
         check_kind("model", model, nn.Module, "a module")
         check_model_kind(model)
@@ -153,4 +158,4 @@ def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None) -
     check_logits(model, preprocessing.shape, classes, torch.device("cpu"))
     if preprocessing.classifier is not None:
         models.find_classifier(model, preprocessing.classifier)
-    return TrainedModel(model, preprocessing, settings["train"]["name"], settings.get("amp", "none"))
+    return TrainedModel(model, preprocessing, trained["name"], settings["amp"])

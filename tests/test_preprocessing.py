@@ -159,7 +159,6 @@ def test_what_is_written_is_read_again(tmp_path):
         ({"format": "1"}, r"is damaged: Expected `int`, got `str` - at `\$.format`"),
         ({"shape": [3, 8]}, r"is damaged: Expected `array` of length 3, got 2 - at `\$.shape`"),
         ({"shape": [3, 0, 8]}, "is damaged: shape must be"),
-        ({"shape": [3, 2**20, 2**20]}, "is damaged: shape must be"),
         ({"mean": [0.1]}, "is damaged: mean must be 3 finite numbers"),
         ({"mean": [0.1, float("nan"), 0.1]}, "is damaged: mean must be 3 finite numbers"),
         ({"mean": [0.1, 10**400, 0.1]}, "is damaged: "),

@@ -193,11 +193,14 @@ def test_files_that_were_damaged(run):
     (run / PREPROCESSING).write_text(whole[:-9])
     refuses(run, "preprocessing.json is damaged: ")
     for change, sentence in (
-        ({"classes": ["a", "b"]}, r"weights: fc.bias in .*model.safetensors is of shape \(4,\)"),
+        (
+            {"classes": ["a", "b"]},
+            r"is of images \(1, 6, 6\) in 2 classes, and the run, by its config.json, of .* in 4",
+        ),
+        ({"shape": [1, 2**40, 6]}, r"is of images \(1, 1099511627776, 6\) in 4 classes, and the run"),
         ({"model": "cmm"}, "unknown model 'cmm'"),
         ({"model": "resnet8"}, "it must be of the same network"),
         ({"classifier": "head"}, "classifier 'head' is not in the model"),
-        ({"shape": [3, 6, 6], "mean": [0.1] * 3, "std": [0.1] * 3}, "weights: conv1.weight in .* is of shape"),
     ):
         (run / PREPROCESSING).write_text(json.dumps(json.loads(whole) | change))
         refuses(run, sentence)
@@ -209,5 +212,5 @@ def test_files_that_were_damaged(run):
     refuses(run, "weights: conv1.bias in .* has values that are not finite")
     (run / WEIGHTS).write_bytes((run / WEIGHTS).read_bytes()[:-1])
     refuses(run, "weights: .* is no file of safetensors")
-    (run / CONFIG).write_text((run / CONFIG).read_text().replace('"none"', '"bf8"'))
+    (run / CONFIG).write_text((run / CONFIG).read_text().replace('"amp": "none"', '"amp": "bf8"'))
     refuses(run, "is no directory of a run")
