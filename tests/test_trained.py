@@ -109,7 +109,10 @@ def test_a_module_of_the_users(tmp_path):
     assert loaded.preprocessing.model is None
     assert loaded.preprocessing.classifier == "fc"
     assert loaded.evaluate(test)["accuracy"] == trainer.history[-1]["test_accuracy_plain"]
-    for other, says in ((net(), "has norm.[a-z_]*, which the model has not"), (net(classes=6, norm=True), "fc.weight")):
+    for other, says in (
+        (net(), "has norm.[a-z_]*, which the model has not"),
+        (net(classes=6, norm=True), "fc.(weight|bias) in"),
+    ):
         with pytest.raises(UserError, match=says):
             batchkern.load_model(tmp_path / "run", model=other)
     with pytest.raises(UserError, match="model must be a module, got 'cnn'"):
@@ -214,3 +217,11 @@ def test_files_that_were_damaged(run):
     refuses(run, "weights: .* is no file of safetensors")
     (run / CONFIG).write_text((run / CONFIG).read_text().replace('"amp": "none"', '"amp": "bf8"'))
     refuses(run, "is no directory of a run")
+
+
+def test_operations_do_not_wait_for_it(tmp_path):
+    script = "import batchkern, sys; early = {'batchkern.trained', 'batchkern.data'} & {*sys.modules}\n"
+    script += "from batchkern import load_model; print(early, load_model.__module__); batchkern.load_models"
+    done = warm.run("-c", script, cwd=tmp_path)
+    assert done.stdout == "set() batchkern.trained\n"
+    assert "AttributeError: module 'batchkern' has no attribute 'load_models'" in done.stderr
