@@ -23,7 +23,7 @@ def evaluate(
     split: Annotated[
         str | None,
         option(
-            help="of --data; default: test, else validation, else the only one; held-out: the fifth that train holds out"
+            help="of --data; default: test, else validation, else the only one; held-out: the fifth train holds out"
         ),
     ] = None,
     device: DeviceOption = None,
