@@ -1615,6 +1615,11 @@ DISTRIBUTED = [
         "batchkern/trainer.py",
         ("tests/test_trained.py",),
         ("a name is written for a module", "model=named, classifier", 'model="cnn", classifier'),
+        (
+            "weights are written without what they need",
+            "directory.save_preprocessing(encoded(self.preprocessing))  #",
+            "directory.save_tensors(WEIGHTS, {}), directory.save_preprocessing(encoded(self.preprocessing))  #",
+        ),
     ),
     *within(
         "trained",

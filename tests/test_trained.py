@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import batchkern
 from batchkern.errors import UserError
-from batchkern.rundir import CONFIG, PREPROCESSING, WEIGHTS
+from batchkern.rundir import CONFIG, PREPROCESSING, WEIGHTS, RunDirectory
 from batchkern.strategies import PassiveInjection, StochasticAugmentation
 from batchkern.trainer import Trainer
 
@@ -189,6 +189,17 @@ def test_a_run_of_before_is_told_what_to_do_which_is_true(run):
     assert (run / PREPROCESSING).read_bytes() == preprocessing
     assert (run / WEIGHTS).read_bytes() == weights
     batchkern.load_model(run)
+
+
+def test_a_run_with_weights_has_all_that_they_need(tmp_path, monkeypatch):
+    def full(directory, name, tensors):
+        raise UserError(f"{name} cannot be written")
+
+    monkeypatch.setattr(RunDirectory, "save_tensors", full)
+    with pytest.raises(UserError, match=r"model.safetensors cannot be written"):
+        trained(tmp_path / "run")
+    assert (tmp_path / "run" / PREPROCESSING).exists()
+    refuses(tmp_path / "run", "has not ended")
 
 
 def test_files_that_were_damaged(run):

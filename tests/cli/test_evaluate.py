@@ -16,6 +16,8 @@ from training import single_thread, without_plots
 pytest.importorskip("typer")
 pytest.importorskip("msgspec")
 
+from batchkern import load_model
+from batchkern.data import load_pair, validation_split
 from batchkern.rundir import METRICS, WEIGHTS
 
 one_thread = single_thread()
@@ -100,6 +102,14 @@ def test_of_built_in_data(data):
     run("train", "--data", data, "--image-size", 10, "--center-crop", "--augment", "flip", *TRAIN, "--out", "run")
     run("evaluate", "run", "--data", data, "--out", "figures.json")
     found, row = json.loads(Path("figures.json").read_text()), last_row()
+    assert (found["accuracy"], found["loss"]) == (row["test_accuracy_plain"], row["test_loss"])
+
+
+def test_what_validation_held_out_is_tested_in_python(files):
+    """As docs/trained-models.md says."""
+    run("train", "--data", "train.parquet", "--validation", 0.25, *TRAIN, "--out", "validated")
+    train, _ = load_pair("train.parquet")
+    found, row = load_model("validated").evaluate(validation_split(train, 0.25)[1]), last_row("validated")
     assert (found["accuracy"], found["loss"]) == (row["test_accuracy_plain"], row["test_loss"])
 
 
