@@ -1,5 +1,8 @@
 """Operations for training with selected mini-batches, and five published strategies that use them."""
 
+from importlib import import_module
+from typing import Any
+
 from batchkern._version import __version__
 from batchkern.basis import Hadamard, random_basis
 from batchkern.causal_lm import CausalLMPatch, ExcessLoss, patch_causal_lm
@@ -32,6 +35,7 @@ __all__ = [
     "cross_entropy",
     "linear_cross_entropy",
     "linear_trimmed_cross_entropy",
+    "load_model",
     "patch_causal_lm",
     "random_basis",
     "rank_batches",
@@ -40,3 +44,10 @@ __all__ = [
     "trimmed_cross_entropy",
     "trimmed_mean",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is imported when it is first asked for, since operations need nothing of it."""
+    if name == "load_model":
+        return import_module("batchkern.trained").load_model
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

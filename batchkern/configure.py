@@ -247,12 +247,20 @@ def described_inputs(inputs: Any) -> str:
     if not isinstance(inputs, Tensor):
         return f"inputs of type {type(inputs).__name__}"
     shape = tuple(inputs.shape[1:])
-    kind = f", {inputs.dtype}," if inputs.dtype != torch.float32 else ""
-    return f"{'images' if len(shape) == 3 else 'inputs'} of shape {shape}{kind}".rstrip(",")
+    kind = f", {inputs.dtype}" if inputs.dtype != torch.float32 else ""
+    return f"{'images' if len(shape) == 3 else 'inputs'} of shape {shape}{kind}"
 
 
 def check_model(model: nn.Module, inputs: Any, classes: int | None, places: tuple[int, ...]) -> int:
-    """Runs two rows through, so that a model that does not fit the data says so before training; its classes.
+    """That it fits the data, and has something to train; its classes."""
+    found = check_logits(model, inputs, classes, places)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("the model has no weights to train: none takes a gradient")
+    return found
+
+
+def check_logits(model: nn.Module, inputs: Any, classes: int | None, places: tuple[int, ...]) -> int:
+    """Runs two rows through, so that a model that does not fit the data says so at once; its classes.
 
     Args:
         inputs: of two rows.
@@ -273,8 +281,6 @@ def check_model(model: nn.Module, inputs: Any, classes: int | None, places: tupl
     if not isinstance(found, tuple) or len(found) < 2 or found != (2, classes or found[1], *places):
         wanted = ", ".join(map(str, ("batch", classes or "classes", *places)))
         raise UserError(f"the model must give logits of shape ({wanted}), got {found} for a batch of 2")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("the model has no weights to train: none takes a gradient")
     return found[1]
 
 

@@ -61,6 +61,24 @@ def load_weights(model: nn.Module, weights: str | os.PathLike[str], classifier: 
             than the model, or values that are not finite.
     """
     path = _file(weights)
+    found, own = _tensors(path), model.state_dict()
+    left = _of_another_classifier(model, own, found, classifier)
+    _take(model, path, found, left)
+    if left:
+        warnings.warn(
+            f"weights: the classifier of {path} has {len(found[left[0]])} classes; this one has {len(own[left[0]])}, "
+            "and begins with random weights",
+            stacklevel=3,
+        )
+
+
+def load_all_weights(model: nn.Module, weights: str | os.PathLike[str]) -> None:
+    """The same, where a classifier of another number of classes is an error, too."""
+    path = _file(weights)
+    _take(model, path, _tensors(path), [])
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
     content = _read(path)
     try:
         found: dict[str, Tensor] = require("safetensors.torch", "train").load(content)
@@ -71,8 +89,12 @@ def load_weights(model: nn.Module, weights: str | os.PathLike[str], classifier: 
             f"weights: {path} is no file of safetensors ({error}); torch's own files run code when they are read: "
             "load yours, and save it with safetensors.torch.save_file(model.state_dict(), ...)"
         ) from error
+    return found
+
+
+def _take(model: nn.Module, path: Path, found: dict[str, Tensor], left: list[str]) -> None:
+    """All but those of the names ``left``."""
     own = model.state_dict()
-    left = _of_another_classifier(model, own, found, classifier)
     _check_names(path, own, found)
     for name, tensor in found.items():
         if name in left:
@@ -86,12 +108,6 @@ def load_weights(model: nn.Module, weights: str | os.PathLike[str], classifier: 
         if not torch.isfinite(tensor).all():
             raise UserError(f"weights: {name} in {path} has values that are not finite")
     model.load_state_dict({**own, **{name: tensor for name, tensor in found.items() if name not in left}})
-    if left:
-        warnings.warn(
-            f"weights: the classifier of {path} has {len(found[left[0]])} classes; this one has {len(own[left[0]])}, "
-            "and begins with random weights",
-            stacklevel=3,
-        )
 
 
 def _of_another_classifier(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ Whole = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 class Counts(TypedDict):
@@ -83,6 +84,30 @@ class Config(TypedDict):
     """config.json of a run, as far as plots need it."""
 
     settings: _RunSettings
+
+
+class _Data(_Named):
+    shape: list[Whole]
+    classes: Whole
+
+
+class _ModelSettings(TypedDict):
+    train: _Data
+    model: str
+    amp: Literal["none", "bf16", "fp16"]
+
+
+class ModelConfig(TypedDict):
+    """The same, as far as the use of its model needs it."""
+
+    settings: _ModelSettings
+
+
+class Preprocessing(TypedDict):
+    """preprocessing.json. The rest is a dataclass for each kind."""
+
+    format: Positive
+    kind: str
 
 
 class Checkpoint(TypedDict):
@@ -168,6 +193,18 @@ def check(value: Any, schema: Any) -> None:
         ValueError: what is wrong and where, as in "Expected `int` >= 0 - at `$.runs[3].seed`".
     """
     msgspec.convert(value, schema)
+
+
+def made(value: Any, cls: type[T]) -> T:
+    """``value`` as a dataclass, which may check what its types do not say.
+
+    Raises:
+        ValueError: as :func:`check`.
+    """
+    try:
+        return msgspec.convert(value, cls)
+    except OverflowError as error:  # a whole number for a float, with some 300 digits
+        raise ValueError(str(error)) from None
 
 
 def read_json(path: Path, schema: Any = Json) -> Any:

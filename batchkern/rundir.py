@@ -32,18 +32,19 @@ from batchkern.files import (
     write_file,
 )
 
-CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, BEST, SAMPLES, CURVES, TENSORBOARD = (
+CONFIG, METRICS, CHECKPOINT, PREVIOUS, PREPROCESSING, WEIGHTS, BEST, SAMPLES, CURVES, TENSORBOARD = (
     "config.json",
     "metrics.jsonl",
     "checkpoint.pt",
     "checkpoint.previous.pt",
+    "preprocessing.json",
     "model.safetensors",
     "best.safetensors",
     "samples.safetensors",
     "curves.png",
     "tensorboard",
 )
-RUN_FILES = (CONFIG, METRICS, CHECKPOINT, PREVIOUS, WEIGHTS, BEST, SAMPLES, CURVES)
+RUN_FILES = (CONFIG, METRICS, CHECKPOINT, PREVIOUS, PREPROCESSING, WEIGHTS, BEST, SAMPLES, CURVES)
 
 FORMAT = 3
 """Of checkpoints; raised when what they hold is no longer read by what was written before."""
@@ -277,6 +278,9 @@ class RunDirectory:
         except UserError:
             return ""
         return f"; {PREVIOUS} beside it, of epoch {state['epochs_done']}, is whole: rename it to go on from there"
+
+    def save_preprocessing(self, content: bytes) -> None:
+        self._write(PREPROCESSING, content)
 
     def save_tensors(self, file: str, tensors: dict[str, torch.Tensor]) -> None:
         save = require("safetensors.torch", "train").save

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from batchkern import models, schedules
 from batchkern._version import __version__
@@ -44,6 +43,7 @@ from batchkern.configure import (
     pick_schedule,
 )
 from batchkern.data import AUGMENTATIONS, DatasetData, DatasetFeed, Feed, ImageData, Labelled, as_labelled, feed_of
+from batchkern.data.datasets import Data
 from batchkern.data.labelled import IGNORED
 from batchkern.diagnostics import SampleLog
 from batchkern.distributed import Ranks
@@ -52,6 +52,7 @@ from batchkern.initial_weights import PRETRAINED, check_outside, describe_weight
 from batchkern.interrupts import Interrupted, StopRequest
 from batchkern.learner import Counts, Learner
 from batchkern.plan import Batch, EpochBatches
+from batchkern.preprocessing import encoded, preprocessing_of
 from batchkern.progress import ProgressBar
 from batchkern.rundir import BEST, CHECKPOINT, CURVES, SAMPLES, WEIGHTS, RunDirectory, check_readable, check_saved
 from batchkern.seeding import derived_seed, set_torch_states, torch_states
@@ -60,7 +61,6 @@ from batchkern.strategies import Run, Strategy, check_combination
 __all__ = ["EVALUATION_BATCH", "Counts", "Interrupted", "Trainer"]
 
 EVALUATION_BATCH = 512
-Data = Dataset[Any] | tuple[Tensor, Tensor]
 
 
 class Trainer(Learner):
@@ -219,6 +219,7 @@ class Trainer(Learner):
         places = tuple(target.shape[1:])
         if isinstance(train, ImageData):
             inputs = torch.zeros_like(inputs)
+        named = model if isinstance(model, str) else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derived_seed(seed, "weights"))
             if isinstance(model, str):
@@ -236,6 +237,10 @@ class Trainer(Learner):
             models.find_classifier(model, classifier)
         least = least_rows(model, inputs, classes, places, ranks.device, ranks.world, batch_size)
         self.classes = train.classes or tuple(map(str, range(classes)))
+        self.preprocessing = preprocessing_of(
+            train, self.statistics, classes=self.classes, model=named, classifier=classifier
+        )
+        """What the model is given inputs by."""
         self.test_feed = self._feed(test, ranks.device)
         rate = pick_schedule(schedule)
         if warmup_epochs:  # of the first batch as large a part of the rate as it is one of the warm-up
@@ -548,6 +553,7 @@ class Trainer(Learner):
         return self.history[-1]
 
     def _write_results(self, directory: RunDirectory) -> None:
+        directory.save_preprocessing(encoded(self.preprocessing))  # first: a run that has weights has ended
         directory.save_tensors(WEIGHTS, self.model.state_dict())
         directory.save_tensors(SAMPLES, self.samples.samples())
         from batchkern.plots import plot_run

@@ -35,8 +35,19 @@ from batchkern import data, records
 from batchkern.compare import RESULTS, Comparison, run, running, slug, split_arms
 from batchkern.errors import UserError, require
 from batchkern.plots import plot_run
-from batchkern.rundir import CHECKPOINT, CONFIG, METRICS, PREVIOUS, RUN_FILES, RunDirectory, sealed, unsealed
+from batchkern.rundir import (
+    CHECKPOINT,
+    CONFIG,
+    METRICS,
+    PREPROCESSING,
+    PREVIOUS,
+    RUN_FILES,
+    RunDirectory,
+    sealed,
+    unsealed,
+)
 from batchkern.strategies import STRATEGIES, parse
+from batchkern.trained import load_model
 
 LIMIT, SHRINKING = 20.0, 60.0
 """Seconds that an input may take, and in which one that fails is made smaller."""
@@ -168,6 +179,24 @@ def metrics(folder: Path) -> Target:
     return st.tuples(tree_edits(rows, VALUES), NONE | DAMAGE, st.sampled_from([None, 0, 1, 2, 3, 9])), check
 
 
+def preprocessing(folder: Path) -> Target:
+    """Of a run whose model is loaded, and used on its images."""
+    kept, pixels = folder / "kept", training.images(4).images
+    training.trainer(model="cnn", out=kept, epochs=1).fit()
+    written = json.loads((kept / PREPROCESSING).read_text())
+
+    def check(value: Any) -> None:
+        edits, damage = value
+        file = renewed(kept, folder / "run") / PREPROCESSING
+        file.write_bytes(edited(json.dumps(changed(written, edits)).encode(), damage))
+        with suppress(UserError):
+            loaded = load_model(file.parent)
+            assert loaded.model(loaded.preprocessing(pixels)).shape == (4, len(loaded.classes)) == (4, 4)
+            loaded.evaluate(loaded.preprocessing.data(pixels), "cpu")
+
+    return st.tuples(tree_edits(written, VALUES), NONE | DAMAGE), check
+
+
 def results(folder: Path) -> Target:
     """results.json of a comparison that is to go on, or to be replaced. Nothing is trained anew or drawn."""
     kept, at = folder / "kept", folder / "at"
@@ -275,7 +304,7 @@ def text(folder: Path) -> Target:
     return st.lists(st.tuples(piece | st.text(max_size=9), times), max_size=6) | long, check
 
 
-TARGETS = {target.__name__: target for target in (checkpoint, metrics, results, parquet, text)}
+TARGETS = {target.__name__: target for target in (checkpoint, metrics, preprocessing, results, parquet, text)}
 
 
 class Late(BaseException):

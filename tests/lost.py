@@ -9,10 +9,13 @@ from pathlib import Path
 from test_resume import difference, outcome
 
 from batchkern.compare import RESULTS, report
-from batchkern.rundir import CURVES, PREVIOUS, SAMPLES, WEIGHTS
+from batchkern.rundir import CURVES, PREPROCESSING, PREVIOUS, SAMPLES, WEIGHTS
 
 SORTS = ("bits", "outside", "parts", "refused")
-OURS = {"train": (PREVIOUS, WEIGHTS, SAMPLES, CURVES), "compare": (report.CSV, report.REPORT, report.SECONDS_PLOT)}
+OURS = {
+    "train": (PREVIOUS, PREPROCESSING, WEIGHTS, SAMPLES, CURVES),
+    "compare": (report.CSV, report.REPORT, report.SECONDS_PLOT),
+}
 """Files in whose place a link of a user's is replaced, and not followed."""
 
 
@@ -23,7 +26,8 @@ class LostError(Exception):
 def state(out: Path, command: str) -> object:
     """All that must be the same in the end: whatever does not tell of time or of processes."""
     if command == "train":
-        return outcome(out), (out / SAMPLES).read_bytes(), (out / CURVES).is_symlink()
+        files = [(out / name).read_bytes() for name in (PREPROCESSING, SAMPLES)]
+        return outcome(out), files, (out / CURVES).is_symlink()
     timeless = {
         "object_pairs_hook": lambda pairs: {key: value for key, value in pairs if key not in ("seconds", "jobs")}
     }

@@ -193,9 +193,9 @@ def test_a_warning_is_one_line(batchkern):
 
 def test_one_thread_for_small_images_alone():
     torch.set_num_threads(2)
-    _train._spare_threads((3, 32, 32))
+    _train.spare_threads((3, 32, 32))
     assert torch.get_num_threads() == 2
-    _train._spare_threads((1, 8, 8))
+    _train.spare_threads((1, 8, 8))
     assert torch.get_num_threads() == 1
 
 

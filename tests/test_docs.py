@@ -263,6 +263,17 @@ def test_tables_of_strategies_have_every_option_and_its_default(name):
     check_table(tables(STRATEGY_CARDS[name])[""], defaults)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+def test_tables_of_commands_have_every_option_and_its_default(command):
+    found = re.search(rf"^### `{command}`\n(.*?)(?=^##|\Z)", PAGES["trained-models.md"], re.DOTALL | re.MULTILINE)
+    assert found
+    shown = dict(re.findall(r"^\| *`([\w-]+)` *\| *([^|]*?) *\|", found[1], re.MULTILINE))
+    options = inspect.signature(getattr(cli, command)).parameters.values()
+    words = ("run", "images")
+    names = [option.name.upper() if option.name in words else f"--{option.name}" for option in options]
+    check_table(shown, dict(zip(names, (option.default for option in options), strict=True)))
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_tables_of_operations_have_every_keyword_and_its_default(name):
     for subject, shown in tables(OP_CARDS[name]).items():

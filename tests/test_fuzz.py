@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 
 import pytest
 
@@ -40,6 +41,15 @@ def test_metrics_that_are_read_without_care(monkeypatch):
     monkeypatch.setattr(records, "check", check)
     _, found = fuzz.fuzz("metrics", inputs=30)
     assert any("Error at" in one and "\n  ('metrics', ([((" in one for one in found), found
+
+
+def test_preprocessing_that_is_read_without_care(monkeypatch):
+    assert fuzz.fuzz("preprocessing", inputs=100)[1] == []
+    monkeypatch.setattr(
+        records, "made", lambda value, cls: cls(**{field.name: value[field.name] for field in fields(cls)})
+    )
+    _, found = fuzz.fuzz("preprocessing", inputs=100)
+    assert any("\n  ('preprocessing', ([((" in one for one in found), found
 
 
 def test_a_hang_is_found(monkeypatch):

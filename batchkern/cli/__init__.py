@@ -1,4 +1,4 @@
-"""The command line: ``batchkern train | compare | analyse | reproduce | bench | info``.
+"""The command line: ``batchkern train | evaluate | predict | compare | analyse | reproduce | bench | info``.
 
 What a user did wrong is one line on stderr and exit status 2, never a traceback; a traceback is a bug of ours.
 """
@@ -17,7 +17,9 @@ from batchkern._version import __version__
 from batchkern.cli import _bench
 from batchkern.cli._analyse import analyse
 from batchkern.cli._compare import compare
+from batchkern.cli._evaluate import evaluate
 from batchkern.cli._info import info
+from batchkern.cli._predict import predict
 from batchkern.cli._reproduce import reproduce
 from batchkern.cli._streams import outputs, visible
 from batchkern.cli._train import train
@@ -48,7 +50,7 @@ def _app() -> typer.Typer:
     # Plain help and usage errors: rich would break sentences at the edges of a box.
     app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.callback()(_group)
-    for command in (train, compare, analyse, reproduce, info):
+    for command in (train, evaluate, predict, compare, analyse, reproduce, info):
         app.command()(_in_sentences(command))
     bench = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=_bench.BENCH_HELP)
     bench.callback()(lambda: None)

@@ -23,6 +23,7 @@ from batchkern.cli._options import (
     EmaOption,
     EpochsOption,
     ImageSizeOption,
+    LabelOption,
     LrOption,
     MaxGradNormOption,
     ModelOption,
@@ -38,6 +39,7 @@ from batchkern.cli._options import (
     WarmupOption,
     WeightDecayOption,
     WeightsOption,
+    default_model,
     initial_weights,
     option,
 )
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 
 def compare(
     data: DataOption = "digits",
+    label: LabelOption = None,
     test: TestOption = None,
     arms: Annotated[
         str, option(help='strategies, such as "all, trimming(end=0.3)"; all: the five, which is the default')
@@ -72,7 +75,7 @@ def compare(
     noise: NoiseOption = 0.0,
     clean_labels: CleanLabelsOption = None,
     jobs: Annotated[int | None, option(help="runs side by side; default: CPU cores, or one on each GPU")] = None,
-    model: ModelOption = "cnn",
+    model: ModelOption = None,
     epochs: EpochsOption = 15,
     batch_size: BatchSizeOption = 32,
     drop_last: DropLastOption = False,
@@ -109,8 +112,10 @@ def compare(
     """
     chosen, passive = _chosen_arms([*split_arms(arms), *(arm or [])], passive, data)
     source = Path(data).stem if Path(data).exists() else data
+    model = model or default_model(label)
     comparison = Comparison(
         data=data,
+        label=label,
         test=test,
         passive=passive,
         image_size=image_size,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from batchkern.errors import UserError
+from batchkern.files import make_directory, read_file
 from batchkern.initial_weights import PRETRAINED
 from batchkern.strategies import STRATEGIES
 
@@ -25,7 +28,12 @@ def argument(*, help: str) -> Any:
     return typer.Argument(help=help) if typer else None
 
 
-DataOption = Annotated[str, option(help="digits, a parquet file, a folder of images, or a name on the hub")]
+DataOption = Annotated[
+    str, option(help="digits, a parquet file, a folder of images, a name on the hub, or with --label a table")
+]
+LabelOption = Annotated[
+    str | None, option(help="of a table (.csv, .tsv, .parquet): the column of labels; the others are features")
+]
 TestOption = Annotated[str | None, option(help="test data; default: those of --data, else a fifth of it")]
 StrategyOption = Annotated[
     str, option(help=f'{", ".join(STRATEGIES)}; joined, with options: "trimming(end=0.3)+passive(every=20)"')
@@ -40,7 +48,11 @@ CenterCropOption = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str, option(help="mlp, cnn, resnet8, 20, 44 or 56, wrn22-10, wrn18-2, vgg16-cifar, alexnet, or any of timm")
+    str | None,
+    option(
+        help="mlp, cnn, resnet8, 20, 44 or 56, wrn22-10, wrn18-2, vgg16-cifar, alexnet, or any of timm; default: cnn, "
+        "of a table mlp"
+    ),
 ]
 WeightsOption = Annotated[
     Path | None, option(help="begin with these: a file of safetensors, or the directory of a run that has ended")
@@ -79,8 +91,37 @@ DeviceOption = Annotated[str | None, option(help="cpu, cuda or cuda:N; default: 
 OverwriteOption = Annotated[bool, option("--overwrite", help="replace the files that batchkern wrote in --out")]
 
 
+def default_model(label: str | None) -> str:
+    return "cnn" if label is None else "mlp"
+
+
 def initial_weights(weights: Path | None, pretrained: bool) -> Path | str | None:
     """As the trainer takes them."""
     if weights is not None and pretrained:
         raise UserError("--weights and --pretrained exclude each other; give one of them")
     return PRETRAINED if pretrained else weights
+
+
+def check_out(out: Path | None, overwrite: bool, what: str, is_ours: Callable[[bytes], bool]) -> None:
+    """Before anything is computed: that a file may be written, in a folder that is made where there is none.
+
+    Args:
+        what: such a file is called.
+        is_ours: whether a file of that content is one, which alone may be replaced.
+
+    Raises:
+        UserError: something is there that may not be replaced.
+    """
+    if out is None:
+        return
+    make_directory(out.parent)
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise UserError(f"{out} is there; give overwrite (--overwrite) to replace it, or another file")
+    try:
+        ours = is_ours(read_file(out))
+    except OSError:
+        ours = False
+    if not ours:
+        raise UserError(f"{out} is no {what} that batchkern wrote, and is not replaced; give another file")

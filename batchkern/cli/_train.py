@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -27,6 +28,7 @@ from batchkern.cli._options import (
     EmaOption,
     EpochsOption,
     ImageSizeOption,
+    LabelOption,
     LrOption,
     MaxGradNormOption,
     ModelOption,
@@ -44,12 +46,13 @@ from batchkern.cli._options import (
     WarmupOption,
     WeightDecayOption,
     WeightsOption,
+    default_model,
     initial_weights,
     option,
 )
 from batchkern.cli._streams import visible
 from batchkern.compare import check_passive, slug
-from batchkern.data import load, load_pair, validation_split, with_label_noise
+from batchkern.data import load, open_pair, validation_split, with_label_noise
 from batchkern.plots import kept_fractions
 from batchkern.rundir import RUN_FILES
 from batchkern.strategies import parse
@@ -58,10 +61,11 @@ from batchkern.trainer import Trainer
 
 def train(
     data: DataOption,
+    label: LabelOption = None,
     test: TestOption = None,
     strategy: StrategyOption = "baseline",
     passive: PassiveOption = None,
-    model: ModelOption = "cnn",
+    model: ModelOption = None,
     epochs: EpochsOption = 15,
     batch_size: BatchSizeOption = 64,
     drop_last: DropLastOption = False,
@@ -102,9 +106,10 @@ def train(
 ) -> None:
     """Train a model, with any combination of strategies."""
     check_passive([strategy], passive)
-    train_set, test_set = load_pair(
-        data, test, image_size=image_size, center_crop=center_crop, clean_labels=clean_labels
+    train_set, test_set = open_pair(
+        data, test, image_size=image_size, center_crop=center_crop, clean_labels=clean_labels, label=label
     )
+    model = model or default_model(label)
     if validation is not None:
         train_set, test_set = validation_split(train_set, validation)
     if noise:
@@ -115,7 +120,7 @@ def train(
         source = Path(data).stem if Path(data).exists() else data
         names = "+".join(s.name for s in strategies) or "baseline"
         out = Path("runs", slug(f"{source}-{names}-{model}-s{seed}"))
-    _spare_threads(train_set.shape)
+    spare_threads(train_set.shape)
     trainer = TalkingTrainer(
         model,
         train_set,
@@ -180,14 +185,13 @@ class TalkingTrainer(Trainer):
         )
 
 
-def _spare_threads(shape: tuple[int, int, int]) -> None:
-    """One thread for small images: others would only be waited for.
+def spare_threads(shape: tuple[int, ...] | None) -> None:
+    """One thread for small images, and rows of tables: others would only be waited for.
 
     The cnn on 8x8 digits trains as fast with one thread as with two on two idle cores, and ten times as fast where
     anything else runs on them. A rule, not a measurement: the number of threads changes the last bits of a result.
     """
-    _, height, width = shape
-    if height * width <= 16 * 16:
+    if math.prod((shape or ())[1:]) <= 16 * 16:
         torch.set_num_threads(1)
 
 

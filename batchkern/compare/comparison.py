@@ -11,7 +11,7 @@ from typing import Any
 
 from batchkern.compare.arms import ARMS, BASELINE, BUDGETS, check_passive, described, slug, with_controls
 from batchkern.configure import check_flags, check_kind, check_number, count
-from batchkern.data import ImageData, load, load_pair, subset, validation_split, with_label_noise
+from batchkern.data import ImageData, Labelled, load, open_pair, subset, validation_split, with_label_noise
 from batchkern.errors import UserError
 from batchkern.initial_weights import check_outside
 from batchkern.rundir import CHECKPOINT, CONFIG, METRICS
@@ -41,7 +41,7 @@ class Comparison:
     """What is compared.
 
     Args:
-        data, test, image_size, center_crop: as :func:`batchkern.data.load_pair` takes them.
+        data, label, test, image_size, center_crop: as :func:`batchkern.data.load_pair` takes them.
         model: a name for :func:`batchkern.models.build`.
         out: its directory, with a directory ``<arm>/<epochs>-epochs/seed-<s>`` for each run.
         passive: the passive set, where an arm injects one.
@@ -62,6 +62,7 @@ class Comparison:
     data: str
     model: str
     out: Path
+    label: str | None = None
     test: str | None = None
     passive: str | None = None
     image_size: int | None = None
@@ -123,6 +124,7 @@ class Comparison:
         """The training of one run. Its device changes nothing but where it runs."""
         train, test, passive = load_data(
             self.data,
+            self.label,
             self.test,
             self.passive,
             self.image_size,
@@ -171,6 +173,7 @@ class RunOf:
 @lru_cache(maxsize=1)
 def load_data(
     data: str,
+    label: str | None,
     test: str | None,
     passive: str | None,
     image_size: int | None,
@@ -179,11 +182,11 @@ def load_data(
     validation: float | None,
     train_rows: int | None,
     test_rows: int | None,
-) -> tuple[ImageData, ImageData, ImageData | None]:
+) -> tuple[Labelled, Labelled, ImageData | None]:
     """Loaded once in each process."""
     size: dict[str, Any] = {"image_size": image_size, "center_crop": center_crop}
     injected = None if passive is None else load(passive, **size)
-    train, held_out = load_pair(data, test, clean_labels=clean_labels, **size)
+    train, held_out = open_pair(data, test, clean_labels=clean_labels, label=label, **size)
     if validation is not None:
         train, held_out = validation_split(train, validation)
     train = train if train_rows is None else subset(train, train_rows)

@@ -10,27 +10,40 @@ from batchkern.data.derived import subset, validation_split, with_label_noise
 from batchkern.data.feed import AUGMENTATIONS, Feed
 from batchkern.data.images import ImageData, StreamedImages, TensorImages, match_shape
 from batchkern.data.labelled import Labelled
-from batchkern.data.loading import load, load_pair
+from batchkern.data.loading import HELD_OUT, Trained, load, load_pair, load_test
+from batchkern.data.tables import Column, TableData, load_table, load_table_pair, open_pair
 from batchkern.data.tensors import TensorData, from_tensors
+from batchkern.data.unlabelled import find_images, images_of, table_of
 
 __all__ = [
     "AUGMENTATIONS",
+    "HELD_OUT",
+    "Column",
     "DatasetData",
     "DatasetFeed",
     "Feed",
     "ImageData",
     "Labelled",
     "StreamedImages",
+    "TableData",
     "TensorData",
     "TensorImages",
+    "Trained",
     "as_labelled",
     "feed_of",
+    "find_images",
     "from_dataset",
     "from_tensors",
+    "images_of",
     "load",
     "load_pair",
+    "load_table",
+    "load_table_pair",
+    "load_test",
     "match_shape",
+    "open_pair",
     "subset",
+    "table_of",
     "validation_split",
     "with_label_noise",
 ]

@@ -27,6 +27,8 @@ from batchkern.seeding import derived_seed
 
 Inputs = Any
 """What a model is called with: a tensor, or a dictionary, tuple or list of them, each with the batch's rows first."""
+Data = Dataset[Any] | tuple[Tensor, Tensor]
+"""What :func:`as_labelled` takes beside data that are labelled already."""
 Collate = Callable[[list[Any]], tuple[Inputs, Tensor]]
 
 

@@ -16,6 +16,8 @@ from batchkern.data.labelled import Labelled, checked_classes
 from batchkern.errors import UserError, whole
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from batchkern.data.decode import Cells, Reading
 
 # Streamed data are too many to look at twice: statistics and the channel count come from this many of their
@@ -37,11 +39,14 @@ class ImageData(Labelled):
     Attributes:
         labels: (N,) int64 on the CPU, each in 0..len(classes)-1.
         shape: (C, H, W) of every image; C is 1 (grey) or 3 (RGB).
+        center_crop: whether images of another size became ones of this by their central square (`load`), and not by
+            squeezing.
     """
 
     labels: Tensor
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
+    center_crop: bool = False
 
     def __init__(self, labels: Tensor, classes: Sequence[str], shape: tuple[int, int, int], name: str) -> None:
         if len(labels) == 0 or 0 in shape:
@@ -65,6 +70,11 @@ class ImageData(Labelled):
     @abstractmethod
     def reshaped(self, shape: tuple[int, int, int]) -> ImageData:
         """The same images, colour-converted and resized to `shape`; see `match_shape`."""
+
+    def select(self, positions: Tensor) -> Self:
+        part = super().select(positions)
+        part.center_crop = self.center_crop
+        return part
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of images / 255: two (C,) float32 tensors.
@@ -202,7 +212,7 @@ def match_shape(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
             matching = data.reshaped((channels, height, width))
         case _:
             raise UserError(f"shape must be (C, H, W) with C = 1 or 3 and H, W >= 1, not {shape!r}")
-    matching.clean_labels = data.clean_labels
+    matching.clean_labels, matching.center_crop = data.clean_labels, data.center_crop
     return matching
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import zip_longest
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
 from batchkern.data.decode import decode_all
 from batchkern.data.images import ImageData, StreamedImages, TensorImages, centre_of, match_shape, sample_rows
@@ -20,6 +20,8 @@ from batchkern.errors import UserError, whole
 MEMORY_LIMIT = 4 << 30
 LARGEST = 1 << 14
 """Pixels along a side of an image."""
+HELD_OUT = "held-out"
+"""In place of a split: the fifth of "train" that `load_pair` holds out where there is no other test set."""
 
 
 def load(
@@ -65,12 +67,12 @@ def load(
             row has no label or one out of range, all rows are of one class, an image cannot be decoded, or
             sizes are mixed without `image_size` (for streamed images: when its batch is due).
     """
-    image_size = _checked_size(image_size, center_crop)
+    size = _checked_size(image_size, center_crop)
     _check_limit(memory_limit)
     name, splits = open_source(source)
     part = _part(name, splits, split)
     limit = 0 if center_crop and split == "train" else memory_limit
-    return _decoded(part, _classes(part), image_size, center_crop, limit)
+    return _decoded(part, _classes(part), size, center_crop, limit)
 
 
 def load_pair(
@@ -104,7 +106,7 @@ def load_pair(
             a test label is not a training class; or a clean label is not; or the images differ in size without
             `image_size`.
     """
-    image_size = _checked_size(image_size, center_crop)
+    size = _checked_size(image_size, center_crop)
     _check_limit(memory_limit)
     name, splits = open_source(train)
     train_part = _part(name, splits, "train", clean_labels)
@@ -125,8 +127,8 @@ def load_pair(
         assert clean_labels is not None
         check_clean_labels(name, train_part.clean, clean_labels, len(classes), train_part.cells.index)
     _check_test_classes(test_part, train_part, classes)
-    train_data = _decoded(train_part, classes, image_size, center_crop, 0 if center_crop else memory_limit)
-    test_data = _decoded(test_part, classes, image_size, center_crop, memory_limit)
+    train_data = _decoded(train_part, classes, size, center_crop, 0 if center_crop else memory_limit)
+    test_data = _decoded(test_part, classes, size, center_crop, memory_limit)
     if test_data.shape[1:] != train_data.shape[1:]:
         sizes = [f"{data.shape[1]}x{data.shape[2]}" for data in (test_data, train_data)]
         raise UserError(
@@ -134,6 +136,55 @@ def load_pair(
             f"resize them all with image_size (--image-size)"
         )
     return train_data, match_shape(test_data, train_data.shape)
+
+
+class Trained(NamedTuple):
+    """What a model was trained on: the name of the data, and their classes."""
+
+    name: str
+    classes: tuple[str, ...]
+
+
+def load_test(
+    source: str | os.PathLike[str],
+    trained: Trained,
+    shape: tuple[int, int, int],
+    *,
+    split: str | None = None,
+    center_crop: bool = False,
+    memory_limit: int = MEMORY_LIMIT,
+) -> ImageData:
+    """Labelled images to test a model on that was trained on others, as `load_pair` gives them for a training.
+
+    Args:
+        source: as for `load`.
+        shape: (C, H, W) of the model's images.
+        split: which one, or `HELD_OUT`; None: "test", else "validation", else the only one, unless the model was
+            trained on that.
+        center_crop: how images of another size become ones of this, as for `load`.
+
+    Raises:
+        UserError: as `load_pair`.
+    """
+    name, splits = open_source(source)
+    if split is None:
+        if not {"test", "validation"} & set(splits) and os.path.realpath(source) == os.path.realpath(trained.name):
+            raise UserError(
+                f"{name}: the model was trained on it, and it has no split 'test' or 'validation'; say by split "
+                f"(--split) whether {HELD_OUT}, the fifth that a training without other test data leaves out, or train"
+            )
+        part = _test_part(name, splits, trained.classes)
+    elif split == HELD_OUT:
+        own = [key for key in ("test", "validation") if key in splits]
+        if own:
+            raise UserError(f"{name}: nothing of it is held out, since it has a split {own[0]!r}")
+        table = _part(name, splits, "train", classes=trained.classes)
+        assert isinstance(table, Table)  # built-in sources have a test split
+        part = table.select(held_out(table.labels)[1])
+    else:
+        part = _part(name, splits, split, classes=trained.classes)
+    _check_test_classes(part, trained, trained.classes)
+    return match_shape(_decoded(part, trained.classes, shape[1:], center_crop, memory_limit), shape)
 
 
 def _part(
@@ -171,7 +222,7 @@ def _test_part(source: str, splits: Mapping[str, Any], classes: tuple[str, ...])
 def _decoded(
     part: TensorImages | Table,
     classes: tuple[str, ...],
-    image_size: int | None,
+    size: tuple[int, int] | None,
     center_crop: bool,
     memory_limit: int,
 ) -> ImageData:
@@ -179,23 +230,24 @@ def _decoded(
     data: ImageData
     if isinstance(part, TensorImages):
         data = TensorImages(part.images, part.labels, classes, name=part.name)
-        if center_crop:
-            assert image_size is not None
-            return centre_of(data, image_size)
-        return data if image_size is None else match_shape(data, (data.shape[0], image_size, image_size))
+        if size is not None:
+            data = centre_of(data, size[0]) if center_crop else match_shape(data, (data.shape[0], *size))
+        data.center_crop = center_crop
+        return data
     first = part.cells.decode([0])[0]
-    size = (image_size, image_size) if image_size is not None else first.shape[1:]
-    cells = replace(part.cells, size=size, resize=image_size is not None, crop=center_crop, source=first.shape[1:])
+    resize, size = size is not None, size or first.shape[1:]
+    cells = replace(part.cells, size=size, resize=resize, crop=center_crop, source=first.shape[1:])
     channels = 3 if len(first) == 3 or cells.any_colour(sample_rows(len(cells))) else 1
-    if len(cells) * channels * size[0] * size[1] > memory_limit:
+    if len(cells) * channels * math.prod(size) > memory_limit:
         data = StreamedImages(replace(cells, channels=channels), part.labels, classes)
     else:
         data = TensorImages(decode_all(cells, channels), part.labels, classes, name=part.name)
-    data.clean_labels = part.clean
+    data.clean_labels, data.center_crop = part.clean, center_crop
     return data
 
 
-def _checked_size(image_size: int | None, center_crop: bool) -> int | None:
+def _checked_size(image_size: int | None, center_crop: bool) -> tuple[int, int] | None:
+    """(H, W) that images are to have."""
     size = whole(image_size)
     if image_size is not None and size is None:
         raise UserError(f"image_size must be a whole number of pixels, not {image_size!r}")
@@ -205,7 +257,7 @@ def _checked_size(image_size: int | None, center_crop: bool) -> int | None:
         raise UserError(f"center_crop must be True or False, not {center_crop!r:.60}")
     if center_crop and size is None:
         raise UserError("center_crop cuts a square out of each image: image_size (--image-size) must say how large")
-    return size
+    return None if size is None else (size, size)
 
 
 def _check_limit(memory_limit: float) -> None:
@@ -232,7 +284,9 @@ def _classes(part: TensorImages | Table) -> tuple[str, ...]:
     return tuple(map(str, range(highest + 1)))
 
 
-def _check_test_classes(test: TensorImages | Table, train: TensorImages | Table, classes: tuple[str, ...]) -> None:
+def _check_test_classes(
+    test: TensorImages | Table, train: TensorImages | Table | Trained, classes: tuple[str, ...]
+) -> None:
     if test.classes is not None and train.classes is not None:
         for index, (name, expected) in enumerate(zip_longest(test.classes, classes)):
             if name != expected:

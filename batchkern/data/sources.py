@@ -97,6 +97,8 @@ def open_source(source: str | os.PathLike[str]) -> tuple[str, Mapping[str, Any]]
     if os.path.isdir(path):
         return name, _open_folder(name, path)
     if os.path.isfile(path):
+        if path.lower().endswith((".csv", ".tsv")):
+            raise UserError(f"{name} is a table: say by label (--label) which of its columns has the labels")
         return name, _open_parquet(name, path)
     if os.path.lexists(path):
         raise UserError(f"{given!r} is neither a file nor a folder, but {_what_it_is(path)}")
@@ -123,25 +125,33 @@ def read_table(
     Raises:
         UserError: no image column, no label column, no rows, an unlabelled row, or a label out of range.
     """
-    datasets = require("datasets", "train")
-    columns = described(dataset.features)
-    images = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    if not images:
-        raise UserError(f"{name}: no image column (datasets.Image) among its columns: {columns}")
+    cells = read_images(name, split, dataset)
     label = label_column(dataset.features)
     if label is None:
         raise UserError(
             f"{name}: no label column ({', '.join(LABEL_COLUMNS)}, or the only one of classes or integers) "
-            f"among its columns: {columns}"
+            f"among its columns: {described(dataset.features)}"
         )
-    if len(dataset) == 0:
-        raise UserError(f"{name}: the split {split!r} has no rows")
     labels, names = read_labels(name, dataset, label, classes)
     clean = None if clean_labels is None else read_clean_labels(name, dataset, clean_labels, label, names)
+    return Table(cells, labels, label, names, clean)
+
+
+def read_images(name: str, split: str, dataset: Any) -> Cells:
+    """The images of one split of a `datasets.Dataset`.
+
+    Raises:
+        UserError: no image column, or no rows.
+    """
+    datasets = require("datasets", "train")
+    images = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    if not images:
+        raise UserError(f"{name}: no image column (datasets.Image) among its columns: {described(dataset.features)}")
+    if len(dataset) == 0:
+        raise UserError(f"{name}: the split {split!r} has no rows")
     feature = datasets.Image(mode=dataset.features[images[0]].mode)  # one that decodes, which it may be told not to
     undecoded = dataset.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
-    cells = Cells(name, undecoded, images[0], feature, torch.arange(len(labels)))
-    return Table(cells, labels, label, names, clean)
+    return Cells(name, undecoded, images[0], feature, torch.arange(len(dataset)))
 
 
 def _open_digits() -> dict[str, TensorImages]:
@@ -276,11 +286,9 @@ def _split_folders(source: str, inside: list[str]) -> dict[str, str]:
 
 def _images_of_classes(where: str, path: str) -> dict[str, list[str]]:
     """The files of each class, sorted: all images in its folder and those below it, as in torchvision's ImageFolder."""
-    pillow = require("PIL.Image", "train")
-    extensions = {extension for extension, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
     images: dict[str, list[str]] = {}
     for name in _sub_folders(where, path):
-        files = [*_images_below(where, os.path.join(path, name), extensions)]
+        files = [*image_files(where, os.path.join(path, name))]
         if not files and images:
             raise UserError(f"{where}: the sub-folder {name!r} has no image; each must be a class with one at least")
         if not files:  # said at once: of the root of a file system, to look at all folders would take for ever
@@ -291,7 +299,14 @@ def _images_of_classes(where: str, path: str) -> dict[str, list[str]]:
     return images
 
 
-def _images_below(where: str, path: str, extensions: set[str]) -> Iterator[str]:
+def image_files(where: str, path: str) -> Iterator[str]:
+    """Those in a folder and in the folders below it, by their names alone.
+
+    Raises:
+        UserError: something in it cannot be read, or is called as an image and is none; ``where`` begins the sentence.
+    """
+    pillow = require("PIL.Image", "train")
+    extensions = {extension for extension, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
     folders, seen = [path], set()
     while folders:
         folder = folders.pop()

@@ -1,0 +1,130 @@
+"""Images without labels, for a model that is trained: files, folders, tables, images of PIL and tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from batchkern.data.decode import Cells
+from batchkern.data.images import ImageData, StreamedImages, TensorImages, centre_of, match_shape
+from batchkern.data.sources import image_files, open_source, read_images
+from batchkern.data.wording import printable
+from batchkern.errors import UserError, require
+from batchkern.files import read_file
+
+
+def images_of(
+    images: Tensor | Sequence[Any], *, shape: tuple[int, int, int], classes: Sequence[str], center_crop: bool = False
+) -> ImageData:
+    """Images of ``shape`` (C, H, W), all with the label 0.
+
+    Args:
+        images: uint8 (B, C, H, W), where those of this height and width are taken as they are; or a list of files
+            and images of PIL, which are decoded, turned, converted and resized as those of a data set.
+        center_crop: how images of another size become ones of this, as for `load`.
+
+    Raises:
+        UserError: they are of another kind, or there is none. What cannot be decoded is told when it is asked for.
+    """
+    if isinstance(images, Tensor):
+        data = TensorImages(images, _zeros(len(images) if images.dim() else 0), classes, name="images")
+        if center_crop and data.shape[1:] != shape[1:]:
+            data = centre_of(data, shape[1])
+        return match_shape(data, shape)
+    if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+        raise UserError(
+            f"images must be a uint8 tensor (B, C, H, W) or a list of paths and images of PIL, not {images!r:.60}"
+        )
+    return _streamed(_Given(images).cells(), shape, classes, center_crop)
+
+
+def table_of(
+    source: str,
+    *,
+    shape: tuple[int, int, int],
+    classes: Sequence[str],
+    center_crop: bool = False,
+    split: str | None = None,
+) -> ImageData:
+    """The same of the images of a parquet file, a data set of the hub or a built-in one. Labels are not looked at.
+
+    Args:
+        split: which one; None: "test", else the only one.
+
+    Raises:
+        UserError: there is no such source or split, it has several and none is named, or it has no images.
+    """
+    name, splits = open_source(source)
+    if split is None:
+        if "test" not in splits and len(splits) > 1:
+            raise UserError(f"{name}: it has the splits {', '.join(splits)}: name one with split (--split)")
+        split = "test" if "test" in splits else next(iter(splits))
+    if split not in list(splits):
+        raise UserError(f"{name}: no split {split!r}; it has {', '.join(splits)}")
+    part = splits[split]
+    if not isinstance(part, TensorImages):
+        return _streamed(read_images(name, split, part), shape, classes, center_crop)
+    data = centre_of(part, shape[1]) if center_crop else part
+    return images_of(data.images, shape=shape, classes=classes)
+
+
+def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
+    """Files, and for a folder all images in it and in those below it, sorted by name.
+
+    Raises:
+        UserError: a path leads nowhere, or a folder has no image.
+    """
+    found: list[str] = []
+    for path in (os.fspath(path) for path in paths):
+        inside = [*image_files(printable(path), path)] if os.path.isdir(path) else [path]
+        if not inside:
+            raise UserError(f"{printable(path)}: no image in this folder, nor in those below it")
+        if not os.path.isfile(inside[0]):
+            raise UserError(f"{path!r} is no file or folder")
+        found += inside
+    return found
+
+
+def _streamed(cells: Cells, shape: tuple[int, int, int], classes: Sequence[str], center_crop: bool) -> StreamedImages:
+    source = cells.decode([0])[0].shape[1:] if len(cells) else None
+    cells = replace(cells, channels=shape[0], size=shape[1:], resize=True, crop=center_crop, source=source)
+    return StreamedImages(cells, _zeros(len(cells)), classes)
+
+
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int64)
+
+
+class _Given:
+    """A list of files and images in place of a `datasets.Dataset` and of its `datasets.Image`.
+
+    A file is read here: in a path with a scheme `datasets` would see an address, and a pipe it would wait for.
+    """
+
+    def __init__(self, images: Sequence[Any]) -> None:
+        self._feature = require("datasets", "train").Image()
+        kinds = str | os.PathLike | require("PIL.Image", "train").Image
+        for place, image in enumerate(images):
+            if not isinstance(image, kinds):
+                raise UserError(f"images[{place}] must be a path or an image of PIL, not {image!r:.60}")
+        self._images = images
+
+    def cells(self) -> Cells:
+        return Cells("images", self, "image", self, torch.arange(len(self._images)))
+
+    def __getitem__(self, rows: Sequence[int]) -> dict[str, list[Any]]:
+        return {"image": [self._cell(self._images[row]) for row in rows]}
+
+    def _cell(self, image: Any) -> dict[str, Any]:
+        return {"path": os.fspath(image)} if isinstance(image, str | os.PathLike) else {"path": None, "image": image}
+
+    def decode_example(self, cell: dict[str, Any]) -> Any:
+        if "image" in cell:
+            return require("PIL.ImageOps", "train").exif_transpose(cell["image"])  # as datasets does for a file
+        return self._feature.decode_example({"path": cell["path"], "bytes": read_file(Path(cell["path"]))})

@@ -1,0 +1,169 @@
+"""The model that came out of a training, with what its inputs must become and what its logits mean."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from batchkern import models
+from batchkern.configure import AMP_TYPES, check_kind, check_logits, check_model_kind, pick_device
+from batchkern.data import Labelled, as_labelled
+from batchkern.data.datasets import Data
+from batchkern.data.labelled import IGNORED
+from batchkern.errors import UserError
+from batchkern.initial_weights import load_all_weights
+from batchkern.preprocessing import ImagePreprocessing, Preprocessing, read
+from batchkern.rundir import CONFIG, PREPROCESSING, WEIGHTS
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """What :func:`load_model` gives.
+
+    Attributes:
+        model: in eval mode, on the CPU.
+        preprocessing: called with images, or other inputs, it gives what the model takes.
+        data: the name of the data set that it was trained on.
+        amp: the mixed precision of the training, ``"none"``, ``"bf16"`` or ``"fp16"``, which its evaluations had, too.
+    """
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    data: str
+    amp: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The name of the class of each logit."""
+        return self.preprocessing.classes
+
+    @torch.no_grad()
+    def batches(
+        self, data: Labelled | Data, device: torch.device | str | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Labels ``(b,)`` and logits ``(b, classes)`` of each batch of ``data``, in the order of its rows, computed as
+        by the trainer's evaluations, but for strategies that vote: these are the model's own.
+
+        Args:
+            data: as the trainer takes them, or unlabelled as ``preprocessing.data`` gives them.
+            device: where the model is moved to, and left; default: CUDA where torch sees it, else CPU.
+
+        Raises:
+            UserError: the inputs are of another shape than the model takes.
+        """
+        from batchkern.trainer import EVALUATION_BATCH
+
+        data = as_labelled("data", data, self.classes)
+        if data.shape != self.preprocessing.shape:
+            raise UserError(f"data has inputs of shape {data.shape}; the model takes {self.preprocessing.shape}")
+        place, amp = pick_device(device), AMP_TYPES[self.amp]
+        feed, model = self.preprocessing.feed(data, place), self.model.to(place).eval()
+        batches = torch.arange(len(data)).split(EVALUATION_BATCH)
+        try:
+            for number, rows in enumerate(batches):
+                for due in batches[number : number + 1 + feed.depth]:
+                    feed.prepare(due, None)
+                images, labels = feed.batch(rows, None)
+                with torch.autocast(place.type, dtype=amp, enabled=amp is not None):
+                    logits = model(images)
+                yield labels, logits.float()
+        finally:
+            feed.forget()
+
+    def evaluate(self, data: Labelled | Data, device: torch.device | str | None = None) -> dict[str, Any]:
+        """How well the model does on labelled data, as the trainer takes them.
+
+        Returns:
+            ``rows``, of masks the places that count; ``accuracy`` and ``loss`` (mean cross entropy), which on the run's
+            own test data are ``test_accuracy_plain`` and ``test_loss`` of its last epoch; with more than five classes
+            ``top5_accuracy``; and ``per_class``: of each its name, its rows, and its accuracy or ``None`` where it has
+            no rows.
+
+        Raises:
+            UserError: as :meth:`batches`; or the data have other classes than the model.
+        """
+        data = as_labelled("data", data, self.classes)
+        if data.classes not in (None, self.classes):
+            raise UserError(f"{data.name} has other classes than the model, or in another order")
+        counts, right = torch.zeros(2, len(self.classes), dtype=torch.int64)
+        top = loss = 0.0
+        several = len(self.classes) > 5
+        for labels, logits in self.batches(data, device):
+            correct = logits.argmax(1) == labels
+            counts += labels[labels != IGNORED].cpu().bincount(minlength=len(counts))
+            right += labels[correct].cpu().bincount(minlength=len(counts))
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            top += float((logits.topk(5, 1).indices == labels[:, None]).sum()) if several else 0.0
+        rows = int(counts.sum())
+        return {
+            "rows": rows,
+            "accuracy": int(right.sum()) / rows,
+            "loss": loss / rows,
+            **({"top5_accuracy": top / rows} if several else {}),
+            "per_class": [
+                {"class": name, "rows": count, "accuracy": hits / count if count else None}
+                for name, count, hits in zip(self.classes, counts.tolist(), right.tolist(), strict=True)
+            ],
+        }
+
+
+def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None) -> TrainedModel:
+    """The model of a run that has ended, as it was after the last epoch.
+
+    Args:
+        run: the run's directory.
+        model: a module that is given the run's weights, in place of a new one: of a run whose model was a module, one
+            of the same layers.
+
+    Raises:
+        UserError: there is no run, it has not ended, it is of a batchkern before there was preprocessing.json, one of
+            its files is damaged, it needs a module, or the weights are those of another module.
+    """
+    from batchkern import records
+
+    check_kind("run", run, str | os.PathLike, "the directory of a run")
+    path = Path(os.path.expanduser(os.fspath(run)))
+    try:
+        settings = records.read_json(path / CONFIG, records.ModelConfig)["settings"]
+    except (OSError, ValueError):
+        raise UserError(f"{path} is no directory of a run: {CONFIG} is missing or unreadable") from None
+    if not (path / WEIGHTS).exists():
+        raise UserError(f"the run in {path} has not ended, since it has no {WEIGHTS}; resume it (--resume) to its end")
+    if not (path / PREPROCESSING).exists():
+        raise UserError(
+            f"{path} has no {PREPROCESSING}, as runs have not that older versions of batchkern wrote: the same "
+            "training with resume (--resume) writes it, and trains no further"
+        )
+    preprocessing, trained = read(path / PREPROCESSING), settings["train"]
+    classes = len(preprocessing.classes)
+    shape = None if preprocessing.shape is None else [*preprocessing.shape]
+    if (shape, classes) != (trained["shape"], trained["classes"] or classes):
+        raise UserError(
+            f"{path / PREPROCESSING} is of inputs {shape} in {classes} classes, and the run, by its {CONFIG}, of "
+            f"{trained['shape']} in {trained['classes']}: one of the two files was changed"
+        )
+    if model is not None:
+        check_kind("model", model, nn.Module, "a module")
+        check_model_kind(model)
+    elif preprocessing.model is None:
+        raise UserError(
+            f"the model of {path} was a module, {settings['model']}: give one of the same layers, "
+            "batchkern.load_model(run, model=...)"
+        )
+    else:
+        with torch.random.fork_rng(devices=[]):
+            model = models.build(preprocessing.model, shape=preprocessing.shape or (), classes=classes)
+    load_all_weights(model, path)
+    model = model.cpu().eval()
+    if isinstance(preprocessing, ImagePreprocessing):
+        check_logits(model, torch.zeros(2, *preprocessing.shape), classes, ())
+    if preprocessing.classifier is not None:
+        models.find_classifier(model, preprocessing.classifier)
+    return TrainedModel(model, preprocessing, trained["name"], settings["amp"])
