@@ -155,7 +155,10 @@ def test_what_is_written_is_read_again(tmp_path):
     ("change", "sentence"),
     [
         ({"format": 2}, "is of format 2 and kind 'images'; batchkern .* reads format 1 and images"),
-        ({"kind": "tensors"}, "is of format 1 and kind 'tensors'; batchkern .* reads format 1 and images"),
+        (
+            {"kind": "sounds"},
+            "is of format 1 and kind 'sounds'; batchkern .* reads format 1 and images, tensors, table",
+        ),
         ({"format": "1"}, r"is damaged: Expected `int`, got `str` - at `\$.format`"),
         ({"shape": [3, 8]}, r"is damaged: Expected `array` of length 3, got 2 - at `\$.shape`"),
         ({"shape": [3, 0, 8]}, "is damaged: shape must be"),

@@ -209,9 +209,9 @@ def test_files_that_were_damaged(run):
     for change, sentence in (
         (
             {"classes": ["a", "b"]},
-            r"is of images \(1, 6, 6\) in 2 classes, and the run, by its config.json, of .* in 4",
+            r"is of inputs \[1, 6, 6\] in 2 classes, and the run, by its config.json, of .* in 4",
         ),
-        ({"shape": [1, 2**40, 6]}, r"is of images \(1, 1099511627776, 6\) in 4 classes, and the run"),
+        ({"shape": [1, 2**40, 6]}, r"is of inputs \[1, 1099511627776, 6\] in 4 classes, and the run"),
         ({"model": "cmm"}, "unknown model 'cmm'"),
         ({"model": "resnet8"}, "it must be of the same network"),
         ({"classifier": "head"}, "classifier 'head' is not in the model"),
