@@ -90,7 +90,15 @@ def check_one_process() -> None:
         )
 
 
+def check_same_kind(name: str, data: Labelled, train: Labelled) -> None:
+    """Images are normalised, and other inputs taken as they are."""
+    if isinstance(data, ImageData) != isinstance(train, ImageData):
+        kinds = ["uint8 images" if isinstance(part, ImageData) else "other inputs" for part in (data, train)]
+        raise UserError(f"{name} has {kinds[0]}, but the training set has {kinds[1]}: both must be of one kind")
+
+
 def check_data(train: Labelled, test: Labelled, batch_size: int) -> None:
+    check_same_kind("test", test, train)
     if test.shape != train.shape:
         what = "images" if isinstance(test, ImageData) else "inputs"
         raise UserError(f"test {what} are of shape {test.shape}, training {what} of shape {train.shape}")

@@ -34,6 +34,7 @@ from batchkern.configure import (
     check_model_kind,
     check_range,
     check_rates,
+    check_same_kind,
     count,
     describe_choice,
     describe_data,
@@ -597,6 +598,7 @@ class Trainer(Learner):
         """Predicted classes ``(N,)`` int64 on the CPU, or of masks ``(N, *places)``, as the strategies decide at
         inference (majority vote, say)."""
         data = as_labelled("data", data, self.classes)
+        check_same_kind("data", data, self.feed.data)
         if data.shape != self.run.shape:
             raise UserError(f"data has inputs of shape {data.shape}; the model was trained on {self.run.shape}")
         mine = {place: scores.argmax(1).cpu() for place, _, _, scores in self._inference(self._feed(data, self.device))}

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from training import RecordingTrainer, flat, images, net, normalised, sgd, trainer
 
+from batchkern.data import ImageData
 from batchkern.errors import UserError
 from batchkern.parts import BatchLoss, HardBatchSampler, WholeEpochs
 from batchkern.strategies import (
@@ -42,6 +43,37 @@ from batchkern.trainer import Interrupted
 
 PASSIVE = images(21, seed=5, classes=3)
 STRONG = {"eta": 1.0, "sigma": 0.5, "tau": 0.6, "omega": 0.0}
+
+
+def masks(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Which of four levels a pixel has, under noise; some count nowhere, in each row another share."""
+    numbers = torch.Generator().manual_seed(seed)
+    levels = torch.randint(4, (rows, 6, 6), generator=numbers)
+    inputs = levels[:, None] + 0.4 * torch.randn(rows, 1, 6, 6, generator=numbers)
+    levels[torch.rand(rows, 6, 6, generator=numbers) < torch.rand(rows, 1, 1, generator=numbers)] = -100
+    return inputs, levels
+
+
+class NoisyRows(Dataset):
+    """Each time others."""
+
+    def __len__(self) -> int:
+        return 41
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        data = images(41)
+        return data.images[row] / 255 + 0.2 * torch.randn(1, 6, 6), int(data.labels[row])
+
+
+class Segments(nn.Sequential):
+    """Logits for each pixel."""
+
+    def __init__(self, seed: int) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            super().__init__(nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1))
+
+
 SCENARIOS: dict[str, Callable[[], list[Any]]] = {
     "baseline": lambda: [],
     "trimming": lambda: [Trimming()],
@@ -81,9 +113,20 @@ SCENARIOS: dict[str, Callable[[], list[Any]]] = {
         RandomSelection("rows", 0.7, 0.3, backward="compact"),
     ],
     "a mixed batch of one row": lambda: [Mixup(1.0), HardBatches(0.5), Trimming(0.5)],
+    "knobs": lambda: [Trimming(0.8, 0.3), PassiveInjection(PASSIVE, 3)],
+    "masks": lambda: [Trimming(0.5, 0.5)],
+    "random rows of a dataset": lambda: [HardBatches(0.5)],
     "cut out, copied, isometric": lambda: [Cutout(), BatchAugmentation(2), SRIP(0.1)],
 }
-SOME = ("compact trimming", "augmentation", "passive", "a batch of one row", "mixed", "a mixed batch of one row")
+SOME = (
+    "masks",
+    "compact trimming",
+    "augmentation",
+    "passive",
+    "a batch of one row",
+    "mixed",
+    "a mixed batch of one row",
+)
 """Those that three ranks train."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "baseline": {"augment": "crop+flip", "label_smoothing": 0.1, "schedule": "cosine"},
@@ -91,6 +134,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hard, trimmed, augmented, passive": {"augment": "flip"},
     "mixed": {"label_smoothing": 0.1, "augment": "crop+flip"},
     "a mixed batch of one row": {"train": images(9), "batch_size": 4},
+    "knobs": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.7, "ema_decay": 0.8, "warmup_epochs": 1},
+    "masks": {"train": masks(41), "test": masks(20, 1)},
+    "random rows of a dataset": {"train": NoisyRows(), "test": NoisyRows(), "workers": 1},
     "a batch of one row": {"train": images(9), "batch_size": 4},  # of the last batch, only the first rank has a row
 }
 
@@ -123,7 +169,9 @@ def build(strategies: list[Any], model: nn.Module | None = None, **options: Any)
 
 
 def trained(name: str) -> dict[str, Any]:
-    model = WithIdleLayer(net()) if name == "an idle layer" else None
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    made = {"an idle layer": lambda: WithIdleLayer(net()), "masks": lambda: Segments(rank)}
+    model = made[name]() if name in made else None
     run = build(SCENARIOS[name](), model, **OPTIONS.get(name, {}))
     taken, batch = [], run.feed.batch
 
@@ -139,7 +187,7 @@ def trained(name: str) -> dict[str, Any]:
         "heads": run.heads,
         "row": {key: value for key, value in row.items() if key != "seconds"},
         "taken": taken,
-        "predicted": run.predict(images(1100, seed=2)),
+        "predicted": run.predict(images(1100, seed=2) if isinstance(run.feed.data, ImageData) else run.test_feed.data),
         "strategies": [strategy.state_dict() for strategy in run.strategies],
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -202,9 +203,9 @@ def test_train_evaluate_and_predict(cancer, tmp_path, monkeypatch):
     words = ["--data", table, "--label", "diagnosis", "--epochs", "4", "--strategy", "trimming", "--no-progress"]
     status, out, err = run_command("train", *words, "--out", "run")
     assert (status, err) == (0, "")
-    last = json.loads(open("run/" + METRICS).read().splitlines()[-1])
+    last = json.loads(Path("run", METRICS).read_text().splitlines()[-1])
     assert last["test_accuracy"] > 0.93
-    assert json.loads(open("run/" + CONFIG).read())["settings"]["model"] == "mlp"
+    assert json.loads(Path("run", CONFIG).read_text())["settings"]["model"] == "mlp"
 
     status, out, err = run_command("evaluate", "run", "--data", table, "--split", "held-out")
     assert (status, err) == (0, "")
@@ -215,7 +216,7 @@ def test_train_evaluate_and_predict(cancer, tmp_path, monkeypatch):
 
     status, out, err = run_command("predict", "run", str(cancer / "new.csv"), "--out", "new_predictions.csv")
     assert (status, err) == (0, "")
-    found = list(csv.reader(open("new_predictions.csv")))
+    found = list(csv.reader(Path("new_predictions.csv").read_text().splitlines()))
     assert found[0] == ["row", "predicted", "probability", "probability(benign)", "probability(malignant)"]
     trained = load_model("run")
     logits = trained.model(trained.preprocessing(str(cancer / "new.csv")))

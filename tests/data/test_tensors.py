@@ -344,6 +344,14 @@ def test_tensors_that_are_no_data_are_refused(inputs, labels, options, sentence)
         from_tensors(inputs, labels, **options)
 
 
+def test_images_and_other_inputs_are_not_mixed():
+    floats = (torch.rand(44, 1, 6, 6), images(44).labels)
+    with pytest.raises(UserError, match="test has uint8 images, but the training set has other inputs"):
+        trainer(train=floats)
+    with pytest.raises(UserError, match="data has other inputs, but the training set has uint8 images"):
+        trainer().predict(floats)
+
+
 def test_a_test_set_has_the_classes_of_training():
     inputs, labels = table(20, 1)
     with pytest.raises(UserError, match=r"test: the label \[\d+\] is 2; it must be in 0..1"):
