@@ -976,6 +976,18 @@ STRATEGIES = [
     ),
     *within(
         "strategies",
+        "batchkern/strategies/small_loss.py",
+        ("tests/strategies/test_small_loss.py",),
+        ("the highest count", 'epoch), order="lowest")\n\n', "epoch))\n\n"),
+        ("epochs are counted from 1", "min(epoch / ", "min((epoch + 1) / "),
+        (
+            "the control is none",
+            "        if self.at_random:\n            chosen = torch",
+            "        if False:\n            chosen = torch",
+        ),
+    ),
+    *within(
+        "strategies",
         "batchkern/strategies/base.py",
         ("tests/strategies/test_random_selection.py", "tests/strategies/test_mixup.py"),
         ("all rows count", "mask if among is None else mask & among.to(mask.device)", "mask"),
@@ -986,8 +998,8 @@ STRATEGIES = [
         ("tests/strategies/test_random_selection.py",),
         (
             "the rows of an epoch's batches are the same",
-            'generator(self.seed, "random rows", step.update)',
-            'generator(self.seed, "random rows", step.batch.epoch)',
+            'generator(step.run.seed, "random rows", step.update)',
+            'generator(step.run.seed, "random rows", step.batch.epoch)',
         ),
         (
             "one row too many is kept",

@@ -33,6 +33,7 @@ from batchkern.strategies import (
     Mixup,
     PassiveInjection,
     RandomSelection,
+    SmallLoss,
     Stepwise,
     StochasticAugmentation,
     Trimming,
@@ -81,6 +82,8 @@ SCENARIOS: dict[str, Callable[[], list[Any]]] = {
         RandomSelection("rows", 0.7, 0.3, backward="compact"),
     ],
     "a mixed batch of one row": lambda: [Mixup(1.0), HardBatches(0.5), Trimming(0.5)],
+    "small loss": lambda: [SmallLoss(0.5, 1)],
+    "small loss at random": lambda: [SmallLoss(0.5, 1, at_random=True)],
     "cut out, copied, isometric": lambda: [Cutout(), BatchAugmentation(2), SRIP(0.1)],
 }
 SOME = ("compact trimming", "augmentation", "passive", "a batch of one row", "mixed", "a mixed batch of one row")

@@ -36,6 +36,7 @@ from batchkern.strategies import (
     Mixup,
     PassiveInjection,
     RandomSelection,
+    SmallLoss,
     Stepwise,
     StochasticAugmentation,
     Trimming,
@@ -57,6 +58,7 @@ SCENARIOS = {
     "random batches": lambda: [RandomSelection("batches", delta=0.5)],
     "mixed": lambda: [Cutout(3), Mixup(1.0), BatchAugmentation(2), SRIP(0.1)],
     "cutmix": lambda: [CutMix(probability=0.5), Trimming(0.7, 0.3), SRIP()],
+    "small loss": lambda: [SmallLoss(0.5, 2)],
     "all": lambda: [
         HardBatches(0.5),
         Trimming(),

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from batchkern.strategies import (
     PassiveInjection,
     RandomSelection,
     Step,
+    Strategy,
     Trimming,
     parse,
     split_terms,
@@ -69,16 +70,22 @@ def control_of(arm: str) -> str | None:
 def _control_of_term(term: str) -> str | None:
     (strategy,) = parse(term, passive="")
     if isinstance(strategy, Trimming):
-        control = RandomSelection("rows", start=strategy.start, end=strategy.end)
-        control.backward = "compact" if strategy.backward == "compact" else "masked"
+        backward = "compact" if strategy.backward == "compact" else "masked"
+        default, options = RandomSelection("rows"), {"start": strategy.start, "end": strategy.end, "backward": backward}
     elif isinstance(strategy, HardBatches):
-        control = RandomSelection("batches", delta=strategy.delta)
-    else:
+        default, options = RandomSelection("batches"), {"delta": strategy.delta}
+    elif getattr(strategy, "at_random", True):
         return None
-    default = replace(RandomSelection(), select=control.select)
-    options = {f.name: getattr(control, f.name) for f in fields(control) if f.init}
-    changed = [f"{name}={value}" for name, value in options.items() if value != getattr(default, name)]
-    return f"random({','.join([f'select={control.select}', *changed])})"
+    else:
+        return _written(type(strategy)(), strategy.describe() | {"at_random": True})
+    return _written(default, options, f"select={default.select}")
+
+
+def _written(default: Strategy, options: Mapping[str, Any], *first: str) -> str:
+    """As on the command line: the name, and the options that are not the default's."""
+    own = default.describe()
+    changed = [f"{name}={value}" for name, value in options.items() if value != own[name]]
+    return f"{default.name}({','.join([*first, *changed])})"
 
 
 def described(arm: str) -> str:

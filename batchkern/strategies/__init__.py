@@ -1,4 +1,5 @@
-"""Published ways of training with mini-batches, what their papers compare them with, and the control; one module each.
+"""Published ways of training with mini-batches, methods of the same kind, what they are compared with, and the control;
+one module each.
 
 ``parse("trimming(end=0.3)+passive(every=20)")`` reads the notation of the command line.
 """
@@ -23,6 +24,7 @@ from batchkern.strategies.hard_batches import HardBatches
 from batchkern.strategies.mixup import Mixup
 from batchkern.strategies.passive_injection import PassiveInjection
 from batchkern.strategies.random_selection import RandomSelection
+from batchkern.strategies.small_loss import SmallLoss
 from batchkern.strategies.srip import SRIP
 from batchkern.strategies.stepwise import Stepwise
 from batchkern.strategies.stochastic_augmentation import StochasticAugmentation
@@ -40,6 +42,7 @@ __all__ = [
     "Perturbation",
     "RandomSelection",
     "Run",
+    "SmallLoss",
     "Step",
     "Stepwise",
     "StochasticAugmentation",
@@ -64,6 +67,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         CutMix,
         BatchAugmentation,
         SRIP,
+        SmallLoss,
     )
 }
 

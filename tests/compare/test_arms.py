@@ -83,6 +83,9 @@ def test_arms_without_a_passive_set():
         ("trimming(end=0.3)+augmentation(eta=1)", "random(select=rows,end=0.3)+augmentation(eta=1)"),
         ("passive+hard-batches+trimming", "passive+random(select=batches)+random(select=rows)"),
         ("random(select=rows)", None),
+        ("small-loss", "small-loss(at_random=True)"),
+        ("small-loss(warm_up=3, noise=0.20)+mixup", "small-loss(warm_up=3,at_random=True)+mixup"),
+        ("small-loss(noise=0.3,at_random=True)", None),
         ("cutout+mixup+batch-augmentation+srip", None),
         ("cutmix+trimming(end=0.3)", "cutmix+random(select=rows,end=0.3)"),
     ],
@@ -119,6 +122,7 @@ def test_a_control_that_is_there_in_other_words_is_not_added():
         "trimming(end=0.3,backward=compact)",
         "hard-batches(delta=0.5)",
         "hard-batches(delta=0.4)+trimming",
+        "small-loss(noise=0.5,warm_up=2)",
     ],
 )
 def test_a_control_selects_as_much_as_its_arm(arm):
@@ -151,6 +155,7 @@ def test_a_control_selects_as_much_as_its_arm(arm):
         "stepwise(fractions=(.5,1),batch_multiples=(1,2))+trimming(backward=compact)+passive(every=2)",
         "mixup+trimming(end=0.3,backward=compact)+srip",
         "cutout+batch-augmentation(copies=3)+passive(every=3)",
+        "small-loss(noise=0.5,warm_up=2)",
     ],
 )
 def test_a_forecast_is_what_the_training_then_counts(arm):

@@ -51,6 +51,7 @@ SENSIBLE = [
     "stepwise(fractions=(0.5,1),batch_multiples=(1,2))+mixup(alpha=1)+batch-augmentation(copies=2)+passive(every=3)",
     "cutout+batch-augmentation(copies=3)+random+srip(coefficient=0.01)",
     "mixup(alpha=1)+trimming(start=0.5,backward=compact)",
+    "hard-batches(delta=0.5)+small-loss(warm_up=1)+augmentation",
 ]
 NONSENSE = [
     ("hard-batches+stepwise", "the batch plan"),
@@ -58,6 +59,7 @@ NONSENSE = [
     ("stepwise+random(select=batches)", "the batch plan"),
     ("random(select=batches)+random(select=batches)", "the batch plan"),
     ("trimming+random", "the loss"),
+    ("trimming+small-loss", "the loss"),
     ("trimming+augmentation+trimming(end=0.3)", "the loss"),
     ("augmentation+augmentation(eta=1)", "the virtual samples"),
     ("passive+passive(every=3)", "the passive head"),
