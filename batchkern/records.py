@@ -59,6 +59,7 @@ class _Figures(_Row, total=False):
     passive_accuracy: float | None
     virtual_kl: float | None
     srip_sigma: float | None
+    pruned: float | None
     noise_scale: float | None
 
 

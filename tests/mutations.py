@@ -976,6 +976,31 @@ STRATEGIES = [
     ),
     *within(
         "strategies",
+        "batchkern/strategies/infobatch.py",
+        ("tests/strategies/test_infobatch.py",),
+        ("the highest are pruned", "low = losses < ", "low = losses > "),
+        ("the others count no more", "weights[low] = 1 / (1 - self.prune)", "pass"),
+        ("the last epochs are pruned too", "self.epoch >= self.whole_from", "False"),
+        (
+            "the control has weights",
+            "        else:\n            weights[low]",
+            "        if True:\n            weights[low]",
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/infobatch.py",
+        ("tests/test_resume.py", "-k", "infobatch and every_single"),
+        ("a resume prunes anew", '"weights": self.weights}', '"weights": torch.ones_like(self.weights)}'),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/base.py",
+        ("tests/strategies/test_infobatch.py",),
+        ("weights are forgotten", " * step.share.take(weights).to(losses)", ""),
+    ),
+    *within(
+        "strategies",
         "batchkern/strategies/small_loss.py",
         ("tests/strategies/test_small_loss.py",),
         ("the highest count", 'epoch), order="lowest")\n\n', "epoch))\n\n"),

@@ -33,6 +33,7 @@ from batchkern.strategies import (
     CutMix,
     Cutout,
     HardBatches,
+    InfoBatch,
     Mixup,
     PassiveInjection,
     RandomSelection,
@@ -58,6 +59,8 @@ SCENARIOS = {
     "random batches": lambda: [RandomSelection("batches", delta=0.5)],
     "mixed": lambda: [Cutout(3), Mixup(1.0), BatchAugmentation(2), SRIP(0.1)],
     "cutmix": lambda: [CutMix(probability=0.5), Trimming(0.7, 0.3), SRIP()],
+    "infobatch": lambda: [InfoBatch(0.6, 1.0)],
+    "infobatch at random": lambda: [InfoBatch(0.6, at_random=True)],
     "small loss": lambda: [SmallLoss(0.5, 2)],
     "all": lambda: [
         HardBatches(0.5),

@@ -21,6 +21,7 @@ from batchkern.strategies.batch_augmentation import BatchAugmentation
 from batchkern.strategies.cutmix import CutMix
 from batchkern.strategies.cutout import Cutout
 from batchkern.strategies.hard_batches import HardBatches
+from batchkern.strategies.infobatch import InfoBatch
 from batchkern.strategies.mixup import Mixup
 from batchkern.strategies.passive_injection import PassiveInjection
 from batchkern.strategies.random_selection import RandomSelection
@@ -37,6 +38,7 @@ __all__ = [
     "CutMix",
     "Cutout",
     "HardBatches",
+    "InfoBatch",
     "Mixup",
     "PassiveInjection",
     "Perturbation",
@@ -68,6 +70,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         BatchAugmentation,
         SRIP,
         SmallLoss,
+        InfoBatch,
     )
 }
 

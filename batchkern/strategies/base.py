@@ -116,6 +116,27 @@ def selected_mean(
     return trimmed_mean(losses, keep, mask=mask, group=step.run.ranks.group, **band), losses.detach()
 
 
+def weighted_mean(step: Step, logits: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the rows of each loss times its weight, which is divided by their number and not by the sum of the
+    weights ``(rows,)``, those of the batch of all ranks; and the losses, as :meth:`Strategy.loss` returns them."""
+    losses = cross_entropy(logits, target, label_smoothing=step.run.label_smoothing, reduction="none")
+    weighted = losses * step.share.take(weights).to(losses)
+    return trimmed_mean(weighted, 1.0, mask=step.share.counts(target), group=step.run.ranks.group), losses.detach()
+
+
+def loaded(state: Mapping[str, Any], name: str, like: Tensor) -> Tensor:
+    """A tensor of a saved state, on the device of ``like``.
+
+    Raises:
+        ValueError: its shape or type is not that of ``like``.
+    """
+    value = state[name]
+    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
+        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
+        raise ValueError(f"{name} is {found}, which must be {like.dtype} {tuple(like.shape)}")
+    return value.to(like.device)
+
+
 class Strategy:
     """A way of choosing samples, batches and what each counts. Subclasses are dataclasses: their fields are options."""
 

@@ -83,6 +83,8 @@ def test_arms_without_a_passive_set():
         ("trimming(end=0.3)+augmentation(eta=1)", "random(select=rows,end=0.3)+augmentation(eta=1)"),
         ("passive+hard-batches+trimming", "passive+random(select=batches)+random(select=rows)"),
         ("random(select=rows)", None),
+        ("infobatch", "infobatch(at_random=True)"),
+        ("cutout+infobatch(prune=0.3)", "cutout+infobatch(prune=0.3,at_random=True)"),
         ("small-loss", "small-loss(at_random=True)"),
         ("small-loss(warm_up=3, noise=0.20)+mixup", "small-loss(warm_up=3,at_random=True)+mixup"),
         ("small-loss(noise=0.3,at_random=True)", None),
