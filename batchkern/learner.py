@@ -92,8 +92,8 @@ class Learner:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.grad_scaler.GradScaler(self.device.type, enabled=amp == torch.float16)
         self.counts = Counts()
-        # Of the epoch so far, on the device: untrimmed losses, objective, correct predictions, samples.
-        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        # Of the epoch so far, on the device: untrimmed losses, right predictions, their number; objective, its samples.
+        self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         self._finite = FiniteCheck(self.device, last_checkpoint)
 
     def owner(self, thing: str) -> Strategy:
@@ -120,6 +120,9 @@ class Learner:
             self._descend(lambda: self._valued(inject(step)))
             self.counts.samples_forward += len(batch.indices)
             self.counts.samples_backward += len(batch.indices)
+            return
+        if batch.only == "score":
+            self._score_alone(step)
             return
         self._active_update(step)
         self.counts.updates += 1
@@ -155,19 +158,32 @@ class Learner:
             self.feed.prepare(ahead, step.update + 1, self.ranks.share(len(ahead)).positions)
         return self._rows(step, step.share.positions)
 
+    def _scored(self, step: Step, images: Tensor, target: Tensor) -> Tensor:
+        """Figures of the whole batch, from a pass for the losses alone. It leaves batch norm's running statistics to
+        the full pass."""
+        with torch.no_grad(), self._autocast(), models.frozen_statistics(self.model):
+            logits = self.model(images)
+            smoothing = self.run.label_smoothing
+            loss, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
+        return self.ranks.gather(step.share, _figures(logits, target, losses), loss)[0]
+
+    def _score_alone(self, step: Step) -> None:
+        losses, correct = self._scored(step, *self._whole(step))
+        self._finite.watch(losses.mean(), self.counts.updates)
+        for strategy in self.strategies:
+            strategy.observe(step, losses)
+        self.samples.observe(step.batch.indices, losses, torch.arange(0, device=self.device))
+        self._sums[:3] += torch.stack([losses.sum(), correct.sum(), torch.ones_like(losses).sum()]).double()
+        self.counts.samples_seen += len(losses)
+        self.counts.samples_forward += len(losses)
+
     def _active_update(self, step: Step) -> None:
         """From this rank's rows; what strategies see and what is counted is of the whole batch."""
         scored: list[Tensor] = []
         whole = cache(partial(self._whole, step))
 
         def score() -> Tensor:
-            """A pass for the losses alone. It leaves batch norm's running statistics to the full pass."""
-            images, target = whole()
-            with torch.no_grad(), self._autocast(), models.frozen_statistics(self.model):
-                logits = self.model(images)
-                smoothing = self.run.label_smoothing
-                loss, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
-            scored.append(self.ranks.gather(step.share, _figures(logits, target, losses), loss)[0])
+            scored.append(self._scored(step, *whole()))
             return scored[0][0]
 
         owner = self.owner("the loss")
@@ -205,10 +221,12 @@ class Learner:
         # A choice without losses leaves those that it did not choose without one.
         known = step.batch.indices if rows is None or scored else step.batch.indices[rows.cpu()]
         self.samples.observe(known, losses, owner.kept(step, losses))
-        sums = losses.sum(), value * len(losses), correct.sum(), torch.full_like(value, len(losses))
-        self._sums += torch.stack([x.double() for x in sums])
+        seen = torch.full_like(value, len(losses))
+        sums = torch.stack([x.double() for x in (losses.sum(), correct.sum(), seen, value * len(losses), seen)])
+        first = 3 if step.batch.only == "update" else 0
+        self._sums[first:] += sums[first:]
         full, trained, added = len(step.batch.indices), step.share.rows, 0 if beside is None else len(beside.indices)
-        self.counts.samples_seen += full
+        self.counts.samples_seen += 0 if step.batch.only == "update" else full
         self.counts.samples_forward += passes * trained + (full if scored else 0) + added
         self.counts.samples_backward += passes * trained + added
         self.counts.samples_kept += full if step.kept is None else step.kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class Batch:
     """Computes this batch's loss in place of the trainer, for a batch that is not of the training set."""
     beside: Batch | None = None
     """One with ``inject``, whose loss is added to this batch's: one update for both."""
+    only: Literal["score", "update"] | None = None
+    """``"score"``: a pass for the losses alone, which strategies observe, and no update. ``"update"``: one of rows that
+    were scored before, whose losses the figures of the epoch have already."""
     ahead: Tensor | None = None
     """Rows of the next batch of the same data, where the plan knows them already. A hint: streamed images are decoded
     ahead by it, and nothing depends on it."""

@@ -374,7 +374,7 @@ class Trainer(Learner):
         raise Interrupted(f"{place}; checkpoint written to {self.directory.path}; resume it to go on from there")
 
     def _show(self, bar: ProgressBar, progress: float) -> None:
-        loss, _, correct, rows = self._sums.tolist()
+        loss, correct, rows, *_ = self._sums.tolist()
         bar.show(
             progress,
             loss=loss / max(rows, 1),
@@ -394,14 +394,14 @@ class Trainer(Learner):
 
     def _end_epoch(self, epoch: int) -> None:
         self._check_finite()
-        loss, objective, correct, _ = (self._sums / self._sums[3].clamp(min=1)).tolist()
+        loss, correct, rows, objective, trained = self._sums.tolist()
         row: dict[str, Any] = {
             "epoch": epoch,
             **asdict(self.counts),
             "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "train_loss": loss,
-            "train_objective": objective,
-            "train_accuracy": correct,
+            "train_loss": loss / max(rows, 1),
+            "train_objective": objective / max(trained, 1),
+            "train_accuracy": correct / max(rows, 1),
             **self.evaluate(),
         }
         if epoch + 1 == self.run.epochs:

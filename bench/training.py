@@ -66,6 +66,7 @@ CASES = [
     Case("batch-augmentation(copies=2)", "resnet8"),
     Case("srip", "resnet8"),
     Case("infobatch", "resnet8"),
+    Case("selective-backprop", "resnet8"),
     Case("small-loss", "resnet8"),
     Case("baseline", "resnet8" + NO_NORM),
     Case(COMPACT, "resnet8" + NO_NORM, target=1 / 1.5),

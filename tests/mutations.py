@@ -1001,6 +1001,44 @@ STRATEGIES = [
     ),
     *within(
         "strategies",
+        "batchkern/strategies/selective_backprop.py",
+        ("tests/strategies/test_selective_backprop.py",),
+        ("equal losses count as higher", "losses, right=True)", "losses)"),
+        (
+            "all losses are kept",
+            "torch.cat([self.losses, losses])[-self.history :]",
+            "torch.cat([self.losses, losses])",
+        ),
+        ("the control is none", "        if self.at_random:\n", "        if False:\n"),
+        ("updates have losses for the distribution", 'if step.batch.only != "score":', "if False:"),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/selective_backprop.py",
+        ("tests/test_resume.py", "-k", "selective and every_single"),
+        ("a resume forgets what waits", '"waiting": self.waiting}', '"waiting": self.waiting[:0]}'),
+    ),
+    *within(
+        "strategies",
+        "batchkern/learner.py",
+        ("tests/strategies/test_selective_backprop.py",),
+        ("losses count twice", 'first = 3 if step.batch.only == "update" else 0', "first = 0"),
+        (
+            "scored rows were seen twice",
+            'samples_seen += 0 if step.batch.only == "update" else full',
+            "samples_seen += full",
+        ),
+        ("a scoring pass costs nothing", "        self.counts.samples_forward += len(losses)\n", ""),
+        ("scored rows count as kept", "losses, torch.arange(0, device=self.device))", "losses, None)"),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/passive_injection.py",
+        ("tests/strategies/test_combination.py",),
+        ("scored batches are active ones", 'scored = active.only == "score"', "scored = False"),
+    ),
+    *within(
+        "strategies",
         "batchkern/strategies/small_loss.py",
         ("tests/strategies/test_small_loss.py",),
         ("the highest count", 'epoch), order="lowest")\n\n', "epoch))\n\n"),
@@ -1177,7 +1215,7 @@ STRATEGIES = [
         "strategies",
         "batchkern/strategies/passive_injection.py",
         ("tests/strategies/test_passive_injection.py",),
-        ("a passive batch comes one late", "if self._due(self.active):", "if self._due(self.active - 1):"),
+        ("a passive batch comes one late", "self._due(self.active):", "self._due(self.active - 1):"),
         (
             "an epoch ends before its passive batch",
             "active = replace(active, ends_epoch=False)",

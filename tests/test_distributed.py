@@ -121,7 +121,7 @@ def assert_same_training(one: dict, several: dict) -> None:
     for ours, theirs in zip(several["strategies"], one["strategies"], strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            if key == "ledger" or isinstance(value, float):
+            if key == "ledger" or isinstance(value, float | torch.Tensor):
                 torch.testing.assert_close(ours[key], value, atol=CLOSE, rtol=CLOSE)
             else:
                 assert ours[key] == value

@@ -37,6 +37,7 @@ from batchkern.strategies import (
     Mixup,
     PassiveInjection,
     RandomSelection,
+    SelectiveBackprop,
     SmallLoss,
     Stepwise,
     StochasticAugmentation,
@@ -61,6 +62,7 @@ SCENARIOS = {
     "cutmix": lambda: [CutMix(probability=0.5), Trimming(0.7, 0.3), SRIP()],
     "infobatch": lambda: [InfoBatch(0.6, 1.0)],
     "infobatch at random": lambda: [InfoBatch(0.6, at_random=True)],
+    "selective backprop": lambda: [SelectiveBackprop(0.5, 30)],
     "small loss": lambda: [SmallLoss(0.5, 2)],
     "all": lambda: [
         HardBatches(0.5),
@@ -229,7 +231,8 @@ def test_killed_after_every_single_update(name, tmp_path):
         state = torch.load(out / CHECKPOINT, weights_only=True)
         separate = 0 if name == "summed" else 1
         passive = separate * sum(strategy.get("injected", 0) for strategy in state["strategies"])
-        assert state["counts"]["updates"] + passive == processes <= 18 + 6
+        scored = sum(strategy.get("scored", 0) for strategy in state["strategies"])
+        assert state["counts"]["updates"] + passive + scored == processes <= 18 + 18
     assert processes >= 8
     assert_as_if_never_killed(name, out)
 

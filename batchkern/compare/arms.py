@@ -151,13 +151,17 @@ def forecast(trainer: Trainer) -> Counts:
                 scored.append(len(losses))
                 return losses
 
-            kept = trainer.narrow(step, score)
-            full = rows if kept is None else len(kept)
-            perturbation = trainer.owner("the virtual samples").perturb(step)
-            full *= 2 if perturbation is not None and perturbation.own_update else 1
-            full += 0 if batch.beside is None else len(batch.beside.indices)
+            if batch.only == "score":
+                score()
+                full = 0
+            else:
+                kept = trainer.narrow(step, score)
+                full = rows if kept is None else len(kept)
+                perturbation = trainer.owner("the virtual samples").perturb(step)
+                full *= 2 if perturbation is not None and perturbation.own_update else 1
+                full += 0 if batch.beside is None else len(batch.beside.indices)
+                counts.updates += 1
             counts.samples_forward += sum(scored)
-            counts.updates += 1
             for strategy in trainer.strategies:
                 strategy.observe(step, losses)
         counts.samples_forward += full

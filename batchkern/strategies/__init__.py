@@ -25,6 +25,7 @@ from batchkern.strategies.infobatch import InfoBatch
 from batchkern.strategies.mixup import Mixup
 from batchkern.strategies.passive_injection import PassiveInjection
 from batchkern.strategies.random_selection import RandomSelection
+from batchkern.strategies.selective_backprop import SelectiveBackprop
 from batchkern.strategies.small_loss import SmallLoss
 from batchkern.strategies.srip import SRIP
 from batchkern.strategies.stepwise import Stepwise
@@ -44,6 +45,7 @@ __all__ = [
     "Perturbation",
     "RandomSelection",
     "Run",
+    "SelectiveBackprop",
     "SmallLoss",
     "Step",
     "Stepwise",
@@ -71,6 +73,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         SRIP,
         SmallLoss,
         InfoBatch,
+        SelectiveBackprop,
     )
 }
 

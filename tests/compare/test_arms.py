@@ -85,6 +85,7 @@ def test_arms_without_a_passive_set():
         ("random(select=rows)", None),
         ("infobatch", "infobatch(at_random=True)"),
         ("cutout+infobatch(prune=0.3)", "cutout+infobatch(prune=0.3,at_random=True)"),
+        ("selective-backprop(beta=2)", "selective-backprop(beta=2.0,at_random=True)"),
         ("small-loss", "small-loss(at_random=True)"),
         ("small-loss(warm_up=3, noise=0.20)+mixup", "small-loss(warm_up=3,at_random=True)+mixup"),
         ("small-loss(noise=0.3,at_random=True)", None),
