@@ -165,10 +165,10 @@ class Learner:
             logits = self.model(images)
             smoothing = self.run.label_smoothing
             loss, losses = trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True)
-        return self.ranks.gather(step.share, _figures(logits, target, losses), loss)[0]
+        return self.ranks.gather(step.share, self._figures(step, logits, target, losses), loss)[0]
 
     def _score_alone(self, step: Step) -> None:
-        losses, correct = self._scored(step, *self._whole(step))
+        losses, correct, _ = self._scored(step, *self._whole(step))
         self._finite.watch(losses.mean(), self.counts.updates)
         for strategy in self.strategies:
             strategy.observe(step, losses)
@@ -184,7 +184,7 @@ class Learner:
 
         def score() -> Tensor:
             scored.append(self._scored(step, *whole()))
-            return scored[0][0]
+            return scored[0][2]
 
         owner = self.owner("the loss")
         rows = self.narrow(step, score)
@@ -205,7 +205,8 @@ class Learner:
             if beside is not None:
                 assert beside.inject is not None
                 loss = loss + beside.inject(Step(self.run, beside, step.update))
-            figures, value = self.ranks.gather(step.share, _figures(logits, target, losses), loss.detach())
+            figures = self._figures(step, logits, target, losses)
+            figures, value = self.ranks.gather(step.share, figures, loss.detach())
             outcome.append(figures)
             return loss, value
 
@@ -215,7 +216,7 @@ class Learner:
             self._descend(lambda: self._valued(self._perturbed(perturbation, images, target)[1]))
             passes = 2
 
-        losses, correct = scored[0] if scored else outcome[0]
+        losses, correct, step.scores = scored[0] if scored else outcome[0]
         for strategy in self.strategies:
             strategy.observe(step, losses)
         # A choice without losses leaves those that it did not choose without one.
@@ -242,6 +243,13 @@ class Learner:
         raw, virtual = run_with_virtual(self.model, perturbation.layer, perturbation.virtual, images)
         return raw, perturbation.penalty(raw, virtual, target)
 
+    def _figures(self, step: Step, logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
+        """``(3, rows)``: the loss, whether the prediction is right (of mixed images, the class of the most weight), and
+        the score."""
+        labels = target.argmax(1) if target.is_floating_point() else target
+        right, score = logits.detach().argmax(1) == labels, self.owner("the loss").score(step, logits, target, losses)
+        return torch.stack([losses, right.to(losses.dtype), score.to(losses.dtype)])
+
     def _valued(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         return loss, self.ranks.mean(loss.detach())
 
@@ -264,9 +272,3 @@ class Learner:
     def _check_finite(self) -> None:
         self._finite.losses()
         self._finite.weights([*self.model.parameters(), *self.run.extras.parameters()], self.counts.updates)
-
-
-def _figures(logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
-    """``(2, rows)``: the loss, and whether the prediction is right: of mixed images, the class of the most weight."""
-    labels = target.argmax(1) if target.is_floating_point() else target
-    return torch.stack([losses, (logits.detach().argmax(1) == labels).to(losses.dtype)])

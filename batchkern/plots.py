@@ -92,6 +92,7 @@ def _told(rows: Rows) -> dict[str, list[dict[str, float]]]:
         "KL of virtual samples": {"virtual_kl": "mean of the epoch"},
         "deviation from an isometry": {"srip_sigma": "sum over layers, mean of the epoch"},
         "samples that are pruned (%)": {"pruned": "of the epoch"},
+        "speed-up by importance sampling": {"tau": "tau"},
         "noise scale": {"noise_scale": "rate x subset / batch"},
     }
     told = {}
@@ -229,6 +230,7 @@ DIAGNOSTICS = {
     "virtual_kl": "KL of virtual samples",
     "srip_sigma": "deviation of weights from an isometry",
     "pruned": "samples that are pruned (%)",
+    "tau": "tau of importance",
     "passive_accuracy": "accuracy on passive batches (%)",
 }
 """Panels of the diagnostics of a comparison: key in the rows, title."""

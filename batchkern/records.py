@@ -60,6 +60,7 @@ class _Figures(_Row, total=False):
     virtual_kl: float | None
     srip_sigma: float | None
     pruned: float | None
+    tau: float | None
     noise_scale: float | None
 
 

@@ -67,6 +67,7 @@ CASES = [
     Case("srip", "resnet8"),
     Case("infobatch", "resnet8"),
     Case("selective-backprop", "resnet8"),
+    Case("importance(threshold=0)", "resnet8"),
     Case("small-loss", "resnet8"),
     Case("baseline", "resnet8" + NO_NORM),
     Case(COMPACT, "resnet8" + NO_NORM, target=1 / 1.5),

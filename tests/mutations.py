@@ -1039,6 +1039,32 @@ STRATEGIES = [
     ),
     *within(
         "strategies",
+        "batchkern/strategies/importance_sampling.py",
+        ("tests/strategies/test_importance_sampling.py",),
+        (
+            "smoothed labels are taken as hard ones",
+            "(1 - label_smoothing) * wanted + label_smoothing / classes",
+            "wanted",
+        ),
+        ("weights are of the batch that is drawn", "1 / (len(shares) * ", "1 / (step.kept * "),
+        ("drawn without replacement", "replacement=True", "replacement=False"),
+        ("the control samples by importance", "self.at_random or not", "not"),
+        ("tau is that of one batch", "SMOOTHING * self.tau + (1 - SMOOTHING) * tau", "tau"),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/importance_sampling.py",
+        ("tests/test_resume.py", "-k", "importance and every_single"),
+        ("a resume begins with plain batches", 'self.tau = float(state["tau"])', "pass"),
+    ),
+    *within(
+        "strategies",
+        "batchkern/learner.py",
+        ("tests/strategies/test_importance_sampling.py",),
+        ("rows are scored by their losses", "return scored[0][2]", "return scored[0][0]"),
+    ),
+    *within(
+        "strategies",
         "batchkern/strategies/small_loss.py",
         ("tests/strategies/test_small_loss.py",),
         ("the highest count", 'epoch), order="lowest")\n\n', "epoch))\n\n"),

@@ -33,6 +33,7 @@ from batchkern.strategies import (
     CutMix,
     Cutout,
     HardBatches,
+    ImportanceSampling,
     InfoBatch,
     Mixup,
     PassiveInjection,
@@ -63,6 +64,7 @@ SCENARIOS = {
     "infobatch": lambda: [InfoBatch(0.6, 1.0)],
     "infobatch at random": lambda: [InfoBatch(0.6, at_random=True)],
     "selective backprop": lambda: [SelectiveBackprop(0.5, 30)],
+    "importance": lambda: [ImportanceSampling(2, 0.3)],
     "small loss": lambda: [SmallLoss(0.5, 2)],
     "all": lambda: [
         HardBatches(0.5),

@@ -144,12 +144,14 @@ def forecast(trainer: Trainer) -> Counts:
         full = rows
         if batch.inject is None:
             step = Step(trainer.run, batch, counts.updates)
-            losses = _made_up_losses(step)
-            scored: list[int] = []
+            logits = _made_up_logits(step)
+            losses = F.softplus(-logits[:, 0])
+            scores = trainer.owner("the loss").score(step, logits, torch.zeros_like(losses).long(), losses)
+            step.scores, scored = scores, list[int]()
 
-            def score(losses: Tensor = losses, scored: list[int] = scored) -> Tensor:
-                scored.append(len(losses))
-                return losses
+            def score(scores: Tensor = scores, scored: list[int] = scored) -> Tensor:
+                scored.append(len(scores))
+                return scores
 
             if batch.only == "score":
                 score()
@@ -169,11 +171,12 @@ def forecast(trainer: Trainer) -> Counts:
     return counts
 
 
-def _made_up_losses(step: Step) -> Tensor:
-    """Of two classes, where the logit of the right one is ahead by normal numbers, further and further."""
+def _made_up_logits(step: Step) -> Tensor:
+    """Of two classes, ``(B, 2)``: that of the first, the right one, is ahead by normal numbers, further and further."""
     numbers = generator(step.run.seed, "forecast", step.update)
-    ahead = 6 * step.batch.progress + 3 * torch.randn(len(step.batch.indices), generator=numbers, dtype=torch.float32)
-    return F.softplus(-ahead).to(step.run.device)
+    noise = torch.randn(len(step.batch.indices), generator=numbers, dtype=torch.float32)
+    ahead = 6 * math.sqrt(step.batch.progress) + 3 * noise
+    return torch.stack([ahead, torch.zeros_like(ahead)], dim=1).to(step.run.device)
 
 
 def matched_epochs(build: Callable[[int], Trainer], epochs: int, budget: str, target: float) -> int:

@@ -21,6 +21,7 @@ from batchkern.strategies.batch_augmentation import BatchAugmentation
 from batchkern.strategies.cutmix import CutMix
 from batchkern.strategies.cutout import Cutout
 from batchkern.strategies.hard_batches import HardBatches
+from batchkern.strategies.importance_sampling import ImportanceSampling
 from batchkern.strategies.infobatch import InfoBatch
 from batchkern.strategies.mixup import Mixup
 from batchkern.strategies.passive_injection import PassiveInjection
@@ -39,6 +40,7 @@ __all__ = [
     "CutMix",
     "Cutout",
     "HardBatches",
+    "ImportanceSampling",
     "InfoBatch",
     "Mixup",
     "PassiveInjection",
@@ -74,6 +76,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         SmallLoss,
         InfoBatch,
         SelectiveBackprop,
+        ImportanceSampling,
     )
 }
 

@@ -65,6 +65,8 @@ class Step:
     """The batch was already cut to the rows worth a full pass."""
     kept: int | None = None
     """Rows that the loss counts; ``None``: all."""
+    scores: Tensor | None = None
+    """``(B,)``: :meth:`Strategy.score` of the whole batch, for ``observe``."""
     share: Share = field(init=False)
     """Which rows of the batch, of the narrowed one after that, are this rank's: those of its images and logits."""
 
@@ -190,8 +192,13 @@ class Strategy:
         return images, target
 
     def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
-        """Positions in the batch worth a full pass, or ``None`` for all; ``score()`` gives all losses ``(B,)``."""
+        """Positions in the batch worth a full pass, or ``None`` for all; ``score()`` gives the scores ``(B,)`` of all:
+        their losses, unless :meth:`score` says otherwise."""
         return None
+
+    def score(self, step: Step, logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
+        """What the one that decides the loss chooses rows by, ``(B,)`` of this rank's rows, ``losses`` detached."""
+        return losses
 
     def perturb(self, step: Step) -> Perturbation | None:
         return None

@@ -86,6 +86,7 @@ def test_arms_without_a_passive_set():
         ("infobatch", "infobatch(at_random=True)"),
         ("cutout+infobatch(prune=0.3)", "cutout+infobatch(prune=0.3,at_random=True)"),
         ("selective-backprop(beta=2)", "selective-backprop(beta=2.0,at_random=True)"),
+        ("importance(ratio=5)+srip", "importance(ratio=5,at_random=True)+srip"),
         ("small-loss", "small-loss(at_random=True)"),
         ("small-loss(warm_up=3, noise=0.20)+mixup", "small-loss(warm_up=3,at_random=True)+mixup"),
         ("small-loss(noise=0.3,at_random=True)", None),
@@ -125,6 +126,7 @@ def test_a_control_that_is_there_in_other_words_is_not_added():
         "trimming(end=0.3,backward=compact)",
         "hard-batches(delta=0.5)",
         "hard-batches(delta=0.4)+trimming",
+        "importance(threshold=0)",
         "small-loss(noise=0.5,warm_up=2)",
     ],
 )

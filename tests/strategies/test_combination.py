@@ -54,6 +54,7 @@ SENSIBLE = [
     "mixup(alpha=1)+trimming(start=0.5,backward=compact)",
     "infobatch(until=1)+mixup+passive(every=2)+batch-augmentation(copies=2)",
     "selective-backprop(beta=0.5)+trimming(backward=compact)+passive(every=2)+mixup",
+    "importance(threshold=0)+mixup+batch-augmentation(copies=2)+augmentation+passive(every=2)",
     "hard-batches(delta=0.5)+small-loss(warm_up=1)+augmentation",
 ]
 NONSENSE = [
@@ -65,6 +66,8 @@ NONSENSE = [
     ("infobatch+stepwise", "the batch plan"),
     ("infobatch+trimming", "the loss"),
     ("selective-backprop+batch-augmentation", "the copies of a batch"),
+    ("importance+infobatch", "the batch plan"),
+    ("trimming+importance", "the loss"),
     ("trimming+small-loss", "the loss"),
     ("trimming+augmentation+trimming(end=0.3)", "the loss"),
     ("augmentation+augmentation(eta=1)", "the virtual samples"),
