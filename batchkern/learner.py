@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,11 +16,13 @@ from batchkern.configure import OptimizerFactory, uses_all_parameters
 from batchkern.data import Feed
 from batchkern.diagnostics import SampleLog
 from batchkern.divergence import FiniteCheck
-from batchkern.ops import trimmed_cross_entropy
+from batchkern.ops import cross_entropy, trimmed_cross_entropy
 from batchkern.plan import Batch
 from batchkern.schedules import RateSchedule
 from batchkern.strategies import Run, Step, Strategy
 from batchkern.strategies.base import Perturbation, run_with_virtual
+
+EVALUATION_BATCH = 512
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Learner:
         self.run, self.model, self.ranks, self.device = run, run.model, run.ranks, run.device
         self.strategies = list(strategies)
         self.feed = feed
+        self.new_optimizer = optimizer
         self.schedule = schedule
         self.amp = amp
         self.samples = samples
@@ -105,6 +108,41 @@ class Learner:
         norm. The loss then counts the same rows in a pass over all."""
         rows = self.owner("the loss").narrow(step, score)
         return None if rows is not None and len(rows) < self.run.least_rows else rows
+
+    def beside(self, model: nn.Module, batches: Iterable[Batch], rows: Tensor) -> Iterator[Tensor]:
+        """``Beside`` of the strategies."""
+        other = Learner(
+            replace(self.run, model=model.to(self.device), extras=nn.ModuleDict()),
+            (),
+            self.feed,
+            optimizer=self.new_optimizer,
+            schedule=self.schedule,
+            amp=self.amp,
+            samples=SampleLog(self.run.rows, self.device, None),
+            last_checkpoint=lambda: " of a model that is trained beside",
+        )
+        model.train()
+        for batch in batches:
+            other._update(batch)
+            if batch.ends_epoch:
+                other._check_finite()
+                yield other._losses_of(rows)
+
+    @torch.no_grad()
+    def _losses_of(self, rows: Tensor) -> Tensor:
+        """As the first rank has them."""
+        self.ranks.copy_first(self.model.buffers())
+        self.model.eval()
+        losses = []
+        for part in rows.split(EVALUATION_BATCH):
+            images, target = self.feed.batch(part, None)
+            with self._autocast():
+                logits = self.model(images)
+            losses.append(
+                cross_entropy(logits, target, label_smoothing=self.run.label_smoothing, reduction="none").cpu()
+            )
+        self.model.train()
+        return self.ranks.first(lambda: torch.cat(losses))
 
     def _update(self, batch: Batch) -> None:
         step = Step(self.run, batch, self.counts.updates)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,9 +98,12 @@ class EpochBatches:
     def epoch(self, epoch: int) -> tuple[Tensor, ...]:
         """The index batches of one epoch."""
         if self._cached[0] != epoch:
-            order = torch.randperm(self.rows, generator=generator(self.seed, "epoch", epoch))
-            self._cached = epoch, cut(order, self.batch_size, self.least, self.drop_last)
+            self._cached = epoch, cut(self.order(epoch), self.batch_size, self.least, self.drop_last)
         return self._cached[1]
+
+    def order(self, epoch: int) -> Tensor:
+        """All rows, in the order of one epoch."""
+        return torch.randperm(self.rows, generator=generator(self.seed, "epoch", epoch))
 
     def __iter__(self) -> Iterator[Batch]:
         total = self.epochs * self.per_epoch
@@ -121,6 +124,33 @@ class EpochBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken = saved_number(state, "taken", self.epochs * self.per_epoch)
+
+
+class Passes:
+    """Epochs whose batches are cut when they begin."""
+
+    def __init__(self) -> None:
+        self.epoch = self.place = 0
+
+    def plan(self, epochs: int, cut_epoch: Callable[[int], Sequence[Tensor]]) -> Iterator[Batch]:
+        """``cut_epoch(epoch)`` gives the index batches, at least one; a second time where a training goes on within the
+        epoch."""
+        while self.epoch < epochs:
+            index_batches = cut_epoch(self.epoch)
+            while self.place < len(index_batches):
+                progress = (self.epoch + self.place / len(index_batches)) / epochs
+                indices = index_batches[self.place]
+                self.place += 1
+                ends_epoch = self.place == len(index_batches)
+                ahead = None if ends_epoch else index_batches[self.place]
+                yield Batch(indices, self.epoch, progress, ends_epoch, ahead=ahead)
+            self.epoch, self.place = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.place = saved_number(state, "epoch"), saved_number(state, "place")
 
 
 class Replay:

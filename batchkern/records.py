@@ -61,6 +61,7 @@ class _Figures(_Row, total=False):
     srip_sigma: float | None
     pruned: float | None
     tau: float | None
+    irreducible_loss: float | None
     noise_scale: float | None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import platform
 import time
@@ -45,7 +46,7 @@ from batchkern.distributed import Ranks
 from batchkern.errors import UserError, only_warned
 from batchkern.initial_weights import PRETRAINED, check_outside, describe_weights, load_weights
 from batchkern.interrupts import Interrupted, StopRequest
-from batchkern.learner import Counts, Learner
+from batchkern.learner import EVALUATION_BATCH, Counts, Learner
 from batchkern.plan import Batch, EpochBatches
 from batchkern.progress import ProgressBar
 from batchkern.rundir import CHECKPOINT, CURVES, SAMPLES, WEIGHTS, RunDirectory, check_readable, check_saved
@@ -53,8 +54,6 @@ from batchkern.seeding import derived_seed, set_torch_states, torch_states
 from batchkern.strategies import Run, Strategy, check_combination
 
 __all__ = ["EVALUATION_BATCH", "Counts", "Interrupted", "Trainer"]
-
-EVALUATION_BATCH = 512
 
 
 class Trainer(Learner):
@@ -164,11 +163,21 @@ class Trainer(Learner):
             "ranks": ranks.world,
         }
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(seed, "weights"))
-            if isinstance(model, str):
-                model = models.build(model, shape=train.shape, classes=len(train.classes), pretrained=pretrained)
-        if weights is not None and not pretrained:
+        name = model if isinstance(model, str) else None
+
+        def fresh(seed: int) -> nn.Module:
+            if name is None:
+                return copy.deepcopy(self.model)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                built = models.build(name, shape=train.shape, classes=len(train.classes), pretrained=pretrained)
+            if weights is not None and not pretrained:
+                load_weights(built, weights, classifier)
+            return built
+
+        if isinstance(model, str):
+            model = fresh(derived_seed(seed, "weights"))
+        elif weights is not None:
             load_weights(model, weights, classifier)
         model = model.to(ranks.device)
         check_model(model, train.shape, len(train.classes), ranks.device)
@@ -193,6 +202,7 @@ class Trainer(Learner):
                 least_rows=least,
                 drop_last=drop_last,
                 ranks=ranks,
+                fresh=fresh,
                 images_vary=augment != "none" or any(type(s).transform is not Strategy.transform for s in strategies),
             ),
             strategies,
@@ -323,6 +333,7 @@ class Trainer(Learner):
         with self._directory_held(), contextlib.ExitStack() as ending:
             ending.callback(self.feed.forget)
             with self._own_rng(), stop.heeded(), ProgressBar(label, enabled=shown) as bar:
+                self._prepare()
                 for batch in self.plan():
                     started = time.perf_counter()
                     self._update(batch)
@@ -339,6 +350,20 @@ class Trainer(Learner):
                         stop.made = False  # a further Ctrl-C does not end the saving
                         self._interrupt()
             return self._finish()
+
+    def _prepare(self) -> None:
+        """What strategies do before the first update; where something was done, it is saved."""
+        if self.counts.samples_forward:
+            return
+        started = time.perf_counter()
+        for strategy in self.strategies:
+            strategy.prepare(self.beside)
+            forward, backward = strategy.preparation()
+            self.counts.samples_forward += forward
+            self.counts.samples_backward += backward
+        if self.counts.samples_forward:
+            self.counts.seconds += time.perf_counter() - started
+            self._save()
 
     @contextlib.contextmanager
     def _directory_held(self) -> Iterator[None]:

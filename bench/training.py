@@ -68,6 +68,7 @@ CASES = [
     Case("infobatch", "resnet8"),
     Case("selective-backprop", "resnet8"),
     Case("importance(threshold=0)", "resnet8"),
+    Case("rho(fraction=0.5,reference_epochs=1)", "resnet8"),
     Case("small-loss", "resnet8"),
     Case("baseline", "resnet8" + NO_NORM),
     Case(COMPACT, "resnet8" + NO_NORM, target=1 / 1.5),

@@ -980,7 +980,7 @@ STRATEGIES = [
         ("tests/strategies/test_infobatch.py",),
         ("the highest are pruned", "low = losses < ", "low = losses > "),
         ("the others count no more", "weights[low] = 1 / (1 - self.prune)", "pass"),
-        ("the last epochs are pruned too", "self.epoch >= self.whole_from", "False"),
+        ("the last epochs are pruned too", "epoch >= self.whole_from", "False"),
         (
             "the control has weights",
             "        else:\n            weights[low]",
@@ -1062,6 +1062,49 @@ STRATEGIES = [
         "batchkern/learner.py",
         ("tests/strategies/test_importance_sampling.py",),
         ("rows are scored by their losses", "return scored[0][2]", "return scored[0][0]"),
+    ),
+    *within(
+        "strategies",
+        "batchkern/strategies/rho.py",
+        ("tests/strategies/test_rho.py",),
+        (
+            "a model scores what it has seen",
+            "zip(halves, reversed(halves), strict=True)",
+            "zip(halves, halves, strict=True)",
+        ),
+        ("the worst epoch's scores are kept", "min(epochs, key=", "max(epochs, key="),
+        ("references cost nothing", "        return self.reference_epochs * (trained", "        return 0 * (trained"),
+        ("the irreducible loss is added", "reducible = losses - ", "reducible = losses + "),
+        (
+            "dropout of references draws the training's numbers",
+            'with torch.random.fork_rng([device] if device.type == "cuda" else []):',
+            "if True:",
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/trainer.py",
+        ("tests/strategies/test_rho.py",),
+        (
+            "a resumed training prepares again",
+            "        if self.counts.samples_forward:\n            return\n        started",
+            "        started",
+        ),
+        (
+            "what was prepared is not saved",
+            "            self.counts.seconds += time.perf_counter() - started\n            self._save()\n",
+            "",
+        ),
+    ),
+    *within(
+        "strategies",
+        "batchkern/learner.py",
+        ("tests/strategies/test_rho.py",),
+        (
+            "another model is scored in training mode",
+            "        self.model.eval()\n        losses = []",
+            "        losses = []",
+        ),
     ),
     *within(
         "strategies",

@@ -25,6 +25,7 @@ from training import RecordingTrainer, flat, images, net, normalised, sgd, train
 from batchkern.errors import UserError
 from batchkern.parts import BatchLoss, HardBatchSampler, WholeEpochs
 from batchkern.strategies import (
+    RHO,
     SRIP,
     BatchAugmentation,
     CutMix,
@@ -94,6 +95,7 @@ SCENARIOS: dict[str, Callable[[], list[Any]]] = {
     ],
     "importance": lambda: [ImportanceSampling(3, 0.4)],
     "mixed, importance": lambda: [Mixup(1.0), ImportanceSampling(2, 0.0)],
+    "rho": lambda: [RHO(0.5, reference_epochs=2)],
     "small loss": lambda: [SmallLoss(0.5, 1)],
     "small loss at random": lambda: [SmallLoss(0.5, 1, at_random=True)],
     "cut out, copied, isometric": lambda: [Cutout(), BatchAugmentation(2), SRIP(0.1)],

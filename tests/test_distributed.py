@@ -140,7 +140,7 @@ def flat_end(result: dict) -> torch.Tensor:
     return result["weights"][-1]
 
 
-NARROWED = ("compact trimming", "random rows alone", "importance")
+NARROWED = ("compact trimming", "random rows alone", "importance", "rho")
 """Scenarios in which not all rows of a batch are fetched for the pass that counts."""
 MIXED = tuple(name for name in ranks.SCENARIOS if "mixed" in name)
 """Those in which a rank fetches the rows that its own are mixed with, too."""

@@ -28,6 +28,7 @@ from training import flat, images, net, single_thread, trainer, without_plots
 from batchkern.errors import UserError
 from batchkern.rundir import CHECKPOINT, METRICS, WEIGHTS
 from batchkern.strategies import (
+    RHO,
     SRIP,
     BatchAugmentation,
     CutMix,
@@ -65,6 +66,7 @@ SCENARIOS = {
     "infobatch at random": lambda: [InfoBatch(0.6, at_random=True)],
     "selective backprop": lambda: [SelectiveBackprop(0.5, 30)],
     "importance": lambda: [ImportanceSampling(2, 0.3)],
+    "rho": lambda: [RHO(0.5, reference_epochs=2)],
     "small loss": lambda: [SmallLoss(0.5, 2)],
     "all": lambda: [
         HardBatches(0.5),

@@ -139,6 +139,10 @@ def forecast(trainer: Trainer) -> Counts:
     the cost depends on losses (which samples are below the mean, say), it is that of made-up ones, and so an estimate.
     """
     counts = Counts()
+    for strategy in trainer.strategies:
+        forward, backward = strategy.preparation()
+        counts.samples_forward += forward
+        counts.samples_backward += backward
     for batch in trainer.plan():
         rows = len(batch.indices)
         full = rows

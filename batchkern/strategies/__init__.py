@@ -26,6 +26,7 @@ from batchkern.strategies.infobatch import InfoBatch
 from batchkern.strategies.mixup import Mixup
 from batchkern.strategies.passive_injection import PassiveInjection
 from batchkern.strategies.random_selection import RandomSelection
+from batchkern.strategies.rho import RHO
 from batchkern.strategies.selective_backprop import SelectiveBackprop
 from batchkern.strategies.small_loss import SmallLoss
 from batchkern.strategies.srip import SRIP
@@ -34,6 +35,7 @@ from batchkern.strategies.stochastic_augmentation import StochasticAugmentation
 from batchkern.strategies.trimming import Trimming
 
 __all__ = [
+    "RHO",
     "SRIP",
     "STRATEGIES",
     "BatchAugmentation",
@@ -77,6 +79,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
         InfoBatch,
         SelectiveBackprop,
         ImportanceSampling,
+        RHO,
     )
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -45,6 +45,8 @@ class Run:
     """The last, smaller batch of an epoch is left out."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes of the training; a loss takes ``group=run.ranks.group``."""
+    fresh: Callable[[int], nn.Module] | None = None
+    """The network as the training begins, from a seed; a module of the user's is copied as he gave it."""
     images_vary: bool = True
     """A row that stands in a batch twice gives two images: by the trainer's augmentation or a strategy's transform."""
 
@@ -97,6 +99,10 @@ def run_with_virtual(
     assert stack.logits is not None
     return stack.logits
 
+
+Beside = Callable[[nn.Module, Iterable[Batch], Tensor], Iterator[Tensor]]
+"""Trains another model on the batches, plainly, with the data and the settings of this training; after each epoch gives
+the losses ``(n,)`` float32 on the CPU of rows ``(n,)`` of the training set, of images that are not augmented."""
 
 Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Positions ``(q,)`` in the whole batch -> the images and targets there."""
@@ -170,6 +176,13 @@ class Strategy:
 
     def setup(self, run: Run) -> None:
         """Called once, before the optimizer exists: check against the run, add heads to ``run.extras``."""
+
+    def prepare(self, beside: Beside) -> None:
+        """Called once before the first update, but not where a training goes on after it."""
+
+    def preparation(self) -> tuple[int, int]:
+        """Samples that :meth:`prepare` passes forward and backward."""
+        return 0, 0
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
         """The stream of batches: ``upstream``, changed. Continues from loaded state."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batchkern.errors import UserError
-from batchkern.plan import Batch, EpochBatches, cut, saved_number
+from batchkern.plan import Batch, EpochBatches, Passes, cut
 from batchkern.seeding import generator
 from batchkern.strategies.base import Run, Step, Strategy, loaded, weighted_mean
 
@@ -49,36 +49,29 @@ class InfoBatch(Strategy):
 
     def setup(self, run: Run) -> None:
         self.whole_from = math.floor(self.until * run.epochs + 1e-9)
-        self.epoch = self.place = 0
+        self.passes = Passes()
         self.losses = torch.full((run.rows,), torch.nan, dtype=torch.float32, device=run.device)
         """The last known of each sample; NaN: none."""
         self.weights = torch.ones(run.rows, dtype=torch.float32)
         """Of each sample, in the epoch under way; 0: it is pruned."""
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
-        while self.epoch < batches.epochs:
-            if self.place == 0:
-                self.weights = self._drawn(batches.seed)
-            order = torch.randperm(batches.rows, generator=generator(batches.seed, "epoch", self.epoch))
-            kept = order[self.weights[order] > 0]
-            index_batches = cut(kept, batches.batch_size, batches.least, batches.drop_last)
-            while self.place < len(index_batches):
-                progress = (self.epoch + self.place / len(index_batches)) / batches.epochs
-                indices = index_batches[self.place]
-                self.place += 1
-                ends_epoch = self.place == len(index_batches)
-                ahead = None if ends_epoch else index_batches[self.place]
-                yield Batch(indices, self.epoch, progress, ends_epoch, ahead=ahead)
-            self.epoch, self.place = self.epoch + 1, 0
+        def kept(epoch: int) -> tuple[Tensor, ...]:
+            if self.passes.place == 0:
+                self.weights = self._drawn(batches.seed, epoch)
+            order = batches.order(epoch)
+            return cut(order[self.weights[order] > 0], batches.batch_size, batches.least, batches.drop_last)
 
-    def _drawn(self, seed: int) -> Tensor:
+        return self.passes.plan(batches.epochs, kept)
+
+    def _drawn(self, seed: int, epoch: int) -> Tensor:
         """The weights of an epoch that begins."""
         weights = torch.ones_like(self.weights)
-        if self.epoch >= self.whole_from:
+        if epoch >= self.whole_from:
             return weights
         losses = self.losses.cpu().double()
         low = losses < losses.nanmean()  # not where no loss is known
-        numbers = generator(seed, "pruned", self.epoch)
+        numbers = generator(seed, "pruned", epoch)
         pruned = low & (torch.rand(len(low), generator=numbers) < self.prune)
         if self.at_random:
             pruned = pruned[torch.randperm(len(low), generator=numbers)]
@@ -101,8 +94,8 @@ class InfoBatch(Strategy):
         return {"pruned": float((self.weights == 0).double().mean())}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "place": self.place, "losses": self.losses, "weights": self.weights}
+        return {**self.passes.state_dict(), "losses": self.losses, "weights": self.weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.place = saved_number(state, "epoch"), saved_number(state, "place")
+        self.passes.load_state_dict(state)
         self.losses, self.weights = loaded(state, "losses", self.losses), loaded(state, "weights", self.weights)

@@ -16,7 +16,7 @@ from batchkern.errors import UserError
 from batchkern.ops import select_rows
 from batchkern.strategies.base import Step, Strategy, selected_mean
 from batchkern.strategies.random_selection import random_rows
-from batchkern.strategies.trimming import kept_rows
+from batchkern.strategies.trimming import kept_rows, positions
 
 
 @dataclass
@@ -68,5 +68,5 @@ class SmallLoss(Strategy):
     def kept(self, step: Step, losses: Tensor) -> Tensor | None:
         if self.at_random:
             return self._random(step).to(losses.device)
-        chosen = select_rows(losses, self.keep(step.batch.epoch), order="lowest")
-        return chosen.byte().argsort(descending=True, stable=True)[: step.kept]
+        keep = self.keep(step.batch.epoch)
+        return positions(select_rows(losses, keep, order="lowest"), kept_rows(keep, len(losses)))

@@ -87,6 +87,7 @@ def test_arms_without_a_passive_set():
         ("cutout+infobatch(prune=0.3)", "cutout+infobatch(prune=0.3,at_random=True)"),
         ("selective-backprop(beta=2)", "selective-backprop(beta=2.0,at_random=True)"),
         ("importance(ratio=5)+srip", "importance(ratio=5,at_random=True)+srip"),
+        ("rho(reference=cnn)", "rho(reference=cnn,at_random=True)"),
         ("small-loss", "small-loss(at_random=True)"),
         ("small-loss(warm_up=3, noise=0.20)+mixup", "small-loss(warm_up=3,at_random=True)+mixup"),
         ("small-loss(noise=0.3,at_random=True)", None),
@@ -127,6 +128,7 @@ def test_a_control_that_is_there_in_other_words_is_not_added():
         "hard-batches(delta=0.5)",
         "hard-batches(delta=0.4)+trimming",
         "importance(threshold=0)",
+        "rho(fraction=0.4,reference_epochs=1)",
         "small-loss(noise=0.5,warm_up=2)",
     ],
 )

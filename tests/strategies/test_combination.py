@@ -55,6 +55,7 @@ SENSIBLE = [
     "infobatch(until=1)+mixup+passive(every=2)+batch-augmentation(copies=2)",
     "selective-backprop(beta=0.5)+trimming(backward=compact)+passive(every=2)+mixup",
     "importance(threshold=0)+mixup+batch-augmentation(copies=2)+augmentation+passive(every=2)",
+    "rho(fraction=0.5,reference_epochs=1)+cutout+batch-augmentation(copies=2)+augmentation+passive(every=2)",
     "hard-batches(delta=0.5)+small-loss(warm_up=1)+augmentation",
 ]
 NONSENSE = [
@@ -68,6 +69,9 @@ NONSENSE = [
     ("selective-backprop+batch-augmentation", "the copies of a batch"),
     ("importance+infobatch", "the batch plan"),
     ("trimming+importance", "the loss"),
+    ("rho+mixup", "how images are mixed"),
+    ("rho+trimming", "the loss"),
+    ("rho+stepwise", "the batch plan"),
     ("trimming+small-loss", "the loss"),
     ("trimming+augmentation+trimming(end=0.3)", "the loss"),
     ("augmentation+augmentation(eta=1)", "the virtual samples"),
@@ -85,8 +89,8 @@ def test_sensible_combinations_train(text):
     row = run.fit()
     assert len(run.history) == 2
     assert row["train_loss"] < 3
-    scored_apart = 8 * row["updates"] if "selective" in text else 0
-    assert row["samples_kept"] <= row["samples_seen"] == sum(map(len, run.fed)) - scored_apart
+    fed_again = 8 * row["updates"] if "selective" in text else 44 if "rho" in text else 0  # of what was scored; halves
+    assert row["samples_kept"] <= row["samples_seen"] == sum(map(len, run.fed)) - fed_again
     selects = any("loss" in "".join(s.owns) and not isinstance(s, InfoBatch) for s in run.strategies)
     assert (row["samples_kept"] < row["samples_seen"]) == selects
     for strategy in run.strategies:
