@@ -148,7 +148,7 @@ def forecast(trainer: Trainer) -> Counts:
         full = rows
         if batch.inject is None:
             step = Step(trainer.run, batch, counts.updates)
-            logits = _made_up_logits(step)
+            logits = _made_up_logits(step, trainer.samples.mislabelled)
             losses = F.softplus(-logits[:, 0])
             scores = trainer.owner("the loss").score(step, logits, torch.zeros_like(losses).long(), losses)
             step.scores, scored = scores, list[int]()
@@ -175,11 +175,14 @@ def forecast(trainer: Trainer) -> Counts:
     return counts
 
 
-def _made_up_logits(step: Step) -> Tensor:
-    """Of two classes, ``(B, 2)``: that of the first, the right one, is ahead by normal numbers, further and further."""
+def _made_up_logits(step: Step, mislabelled: Tensor | None) -> Tensor:
+    """Of two classes, ``(B, 2)``: that of the first, the label, is ahead by normal numbers, further and further; where
+    labels are known to be wrong, it is as far behind."""
     numbers = generator(step.run.seed, "forecast", step.update)
     noise = torch.randn(len(step.batch.indices), generator=numbers, dtype=torch.float32)
     ahead = 6 * math.sqrt(step.batch.progress) + 3 * noise
+    if mislabelled is not None:
+        ahead = ahead.where(~mislabelled[step.batch.indices.to(mislabelled.device)].cpu(), -ahead)
     return torch.stack([ahead, torch.zeros_like(ahead)], dim=1).to(step.run.device)
 
 
