@@ -92,7 +92,7 @@ def _told(rows: Rows) -> dict[str, list[dict[str, float]]]:
         "KL of virtual samples": {"virtual_kl": "mean of the epoch"},
         "deviation from an isometry": {"srip_sigma": "sum over layers, mean of the epoch"},
         "samples that are pruned (%)": {"pruned": "of the epoch"},
-        "speed-up by importance sampling": {"tau": "tau"},
+        "importance sampling": {"tau": "tau, at the end of the epoch"},
         "noise scale": {"noise_scale": "rate x subset / batch"},
     }
     told = {}

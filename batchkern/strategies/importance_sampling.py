@@ -39,9 +39,9 @@ class ImportanceSampling(Strategy):
 
     B = ratio * b samples are passed forward and scored by the gradient norm at the logits; b of them are drawn with
     replacement, sample i with the probability g_i in proportion, and its loss counts 1 / (B g_i) times: the expected
-    gradient is that of the B. That is done while tau, a moving average of sqrt(B sum g_i^2), is above a threshold: by
-    how much larger batches would have to be for as little variance. Until then batches are the baseline's, whose
-    scores cost nothing more. An epoch has as many updates as the baseline's.
+    gradient is that of the B. That is done while a moving average of tau = sqrt(B sum g_i^2), which the paper counts as
+    how many times larger a batch it is worth, is above a threshold. Until then batches are the baseline's, whose scores
+    cost nothing more. An epoch has as many updates as the baseline's.
 
     The B samples are drawn uniformly from the training set, with replacement, as in the authors' program. With batch
     norm the scores are those of a pass over the B, and the b that were drawn are normalised among themselves.
