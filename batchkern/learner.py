@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -21,7 +21,9 @@ from batchkern.divergence import FiniteCheck
 from batchkern.plan import Batch, Window
 from batchkern.schedules import RateSchedule
 from batchkern.strategies import Run, Step, Strategy
-from batchkern.strategies.base import Perturbation, run_with_virtual
+from batchkern.strategies.base import Perturbation, row_losses, run_with_virtual
+
+EVALUATION_BATCH = 512
 
 
 @dataclass
@@ -87,6 +89,7 @@ class Learner:
         self.run, self.model, self.ranks, self.device = run, run.model, run.ranks, run.device
         self.strategies = list(strategies)
         self.feed = feed
+        self.new_optimizer = optimizer
         self.schedule = schedule
         self.amp = amp
         self.samples = samples
@@ -109,8 +112,8 @@ class Learner:
         self.counts = Counts()
         self.active = 0
         """Active batches so far: without accumulation, the updates."""
-        # Of the epoch so far, on the device: untrimmed losses, objective, correct predictions, samples.
-        self._sums = torch.zeros(4, dtype=torch.float64, device=self.device)
+        # Of the epoch so far, on the device: untrimmed losses, right predictions, their number; objective, its samples.
+        self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
         self._finite = FiniteCheck(self.device, last_checkpoint)
 
     def owner(self, thing: str) -> Strategy:
@@ -122,6 +125,41 @@ class Learner:
         norm. The loss then counts the same rows in a pass over all."""
         rows = self.owner("the loss").narrow(step, score)
         return None if rows is not None and len(rows) < self.run.least_rows else rows
+
+    def beside(self, model: nn.Module, batches: Iterable[Batch], rows: Tensor) -> Iterator[Tensor]:
+        """``Beside`` of the strategies."""
+        other = Learner(
+            replace(self.run, model=model.to(self.device), extras=nn.ModuleDict()),
+            (),
+            self.feed,
+            optimizer=self.new_optimizer,
+            schedule=self.schedule,
+            amp=self.amp,
+            accumulate=self.window.size,
+            max_grad_norm=self.max_grad_norm,
+            samples=SampleLog(self.run.rows, self.device, None),
+            last_checkpoint=lambda: " of a model that is trained beside",
+        )
+        model.train()
+        for batch in batches:
+            other._update(batch)
+            if batch.ends_epoch:
+                other._check_finite()
+                yield other._losses_of(rows)
+
+    @torch.no_grad()
+    def _losses_of(self, rows: Tensor) -> Tensor:
+        """As the first rank has them."""
+        self.ranks.copy_first(self.model.buffers())
+        self.model.eval()
+        losses = []
+        for part in rows.split(EVALUATION_BATCH):
+            images, target = self.feed.batch(part, None)
+            with self._autocast():
+                logits = self.model(images)
+            losses.append(row_losses(logits, target, self.run.label_smoothing)[0].cpu())
+        self.model.train()
+        return self.ranks.first(lambda: torch.cat(losses))
 
     def _update(self, batch: Batch) -> None:
         if self.window.cut_by(batch):
@@ -139,6 +177,9 @@ class Learner:
             self._descend(lambda: self._valued(inject(step)))
             self.counts.samples_forward += len(batch.indices)
             self.counts.samples_backward += len(batch.indices)
+            return
+        if batch.only == "score":
+            self._score_alone(step)
             return
         self._active_batch(step)
         self.active += 1
@@ -173,19 +214,34 @@ class Learner:
             self.feed.prepare(rows, later, self.ranks.share(len(rows)).positions)
         return self._rows(step, step.share.positions)
 
+    def _scored(self, step: Step, images: Tensor, target: Tensor) -> Tensor:
+        """Figures of the whole batch, from a pass for the losses alone. It leaves batch norm's running statistics to
+        the full pass."""
+        with torch.no_grad(), self._autocast(), models.frozen_statistics(self.model):
+            logits = self.compiled(images)
+            loss, losses = Strategy().loss(step, logits, target)
+        return self.ranks.gather(step.share, self._figures(step, logits, target, losses), loss)[0]
+
+    def _score_alone(self, step: Step) -> None:
+        losses, correct, _ = self._scored(step, *self._whole(step))
+        self._finite.watch(losses.mean(), self.counts.updates)
+        for strategy in self.strategies:
+            strategy.observe(step, losses)
+        self.samples.observe(step.batch.indices, losses, torch.arange(0, device=self.device))
+        self._sums[:3] += torch.stack([losses.sum(), correct.sum(), torch.ones_like(losses).sum()]).double()
+        self.counts.samples_seen += len(losses)
+        self.counts.samples_forward += len(losses)
+        if step.batch.ends_epoch and self.window.batches:
+            self._step()
+
     def _active_batch(self, step: Step) -> None:
         """From this rank's rows; what strategies see and what is counted is of the whole batch."""
         scored: list[Tensor] = []
         whole = cache(partial(self._whole, step))
 
         def score() -> Tensor:
-            """A pass for the losses alone. It leaves batch norm's running statistics to the full pass."""
-            images, target = whole()
-            with torch.no_grad(), self._autocast(), models.frozen_statistics(self.model):
-                logits = self.compiled(images)
-                loss, losses = Strategy().loss(step, logits, target)
-            scored.append(self.ranks.gather(step.share, _figures(logits, target, losses), loss)[0])
-            return scored[0][0]
+            scored.append(self._scored(step, *whole()))
+            return scored[0][2]
 
         owner = self.owner("the loss")
         rows = self.narrow(step, score)
@@ -208,7 +264,8 @@ class Learner:
             if beside is not None:
                 assert beside.inject is not None
                 loss = loss + beside.inject(Step(self.run, beside, step.update))
-            figures, value = self.ranks.gather(step.share, _figures(logits, target, losses), loss.detach())
+            figures = self._figures(step, logits, target, losses)
+            figures, value = self.ranks.gather(step.share, figures, loss.detach())
             outcome.append(figures)
             return loss, value
 
@@ -220,16 +277,18 @@ class Learner:
             self._descend(lambda: self._valued(self._perturbed(perturbation, images, target)[1]))
             passes = 2
 
-        losses, correct = scored[0] if scored else outcome[0]
+        losses, correct, step.scores = scored[0] if scored else outcome[0]
         for strategy in self.strategies:
             strategy.observe(step, losses)
         # A choice without losses leaves those that it did not choose without one.
         known = step.batch.indices if rows is None or scored else step.batch.indices[rows.cpu()]
         self.samples.observe(known, losses, owner.kept(step, losses))
-        sums = losses.sum(), value * len(losses), correct.sum(), torch.full_like(value, len(losses))
-        self._sums += torch.stack([x.double() for x in sums])
+        seen = torch.full_like(value, len(losses))
+        sums = torch.stack([x.double() for x in (losses.sum(), correct.sum(), seen, value * len(losses), seen)])
+        first = 3 if step.batch.only == "update" else 0
+        self._sums[first:] += sums[first:]
         full, trained, added = len(step.batch.indices), step.share.rows, 0 if beside is None else len(beside.indices)
-        self.counts.samples_seen += full
+        self.counts.samples_seen += 0 if step.batch.only == "update" else full
         self.counts.samples_forward += passes * trained + (full if scored else 0) + added
         self.counts.samples_backward += passes * trained + added
         self.counts.samples_kept += full if step.kept is None else step.kept
@@ -244,6 +303,16 @@ class Learner:
     def _perturbed(self, perturbation: Perturbation, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         raw, virtual = run_with_virtual(self.model, perturbation.layer, perturbation.virtual, images)
         return raw, perturbation.penalty(raw, virtual, target)
+
+    def _figures(self, step: Step, logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
+        """``(3, rows)``: the loss; whether the prediction is right, of mixed images the class of the most weight, of
+        masks at which share of the places that count; and the score."""
+        labels = target.argmax(1) if target.is_floating_point() else target
+        right = (logits.detach().argmax(1) == labels).to(losses.dtype)
+        if right.dim() > 1:
+            right = right.flatten(1).sum(1) / (labels != IGNORED).flatten(1).sum(1).clamp(min=1)
+        score = self.owner("the loss").score(step, logits, target, losses)
+        return torch.stack([losses, right, score.to(losses.dtype)])
 
     def _valued(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         return loss, self.ranks.mean(loss.detach())
@@ -290,13 +359,3 @@ class Learner:
     def _check_finite(self) -> None:
         self._finite.losses()
         self._finite.weights([*self.model.parameters(), *self.run.extras.parameters()], self.counts.updates)
-
-
-def _figures(logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
-    """``(2, rows)``: the loss, and whether the prediction is right: of mixed images, the class of the most weight; of
-    masks, at which share of the places that count."""
-    labels = target.argmax(1) if target.is_floating_point() else target
-    right = (logits.detach().argmax(1) == labels).to(losses.dtype)
-    if right.dim() > 1:
-        right = right.flatten(1).sum(1) / (labels != IGNORED).flatten(1).sum(1).clamp(min=1)
-    return torch.stack([losses, right])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ class Batch:
     """Computes this batch's loss in place of the trainer, for a batch that is not of the training set."""
     beside: Batch | None = None
     """One with ``inject``, whose loss is added to this batch's: one update for both."""
+    only: Literal["score", "update"] | None = None
+    """``"score"``: a pass for the losses alone, which strategies observe, and no update. ``"update"``: one of rows that
+    were scored before, whose losses the figures of the epoch have already."""
     ahead: tuple[Tensor, ...] = ()
     """Rows of the next batches of the same data, as far as the plan knows them already and at most :data:`AHEAD`. A
     hint: rows are read ahead by it, and nothing depends on it."""
@@ -124,9 +127,12 @@ class EpochBatches:
     def epoch(self, epoch: int) -> tuple[Tensor, ...]:
         """The index batches of one epoch."""
         if self._cached[0] != epoch:
-            order = torch.randperm(self.rows, generator=generator(self.seed, "epoch", epoch))
-            self._cached = epoch, cut(order, self.batch_size, self.least, self.drop_last)
+            self._cached = epoch, cut(self.order(epoch), self.batch_size, self.least, self.drop_last)
         return self._cached[1]
+
+    def order(self, epoch: int) -> Tensor:
+        """All rows, in the order of one epoch."""
+        return torch.randperm(self.rows, generator=generator(self.seed, "epoch", epoch))
 
     def __iter__(self) -> Iterator[Batch]:
         total = self.epochs * self.per_epoch
@@ -149,6 +155,33 @@ class EpochBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.taken = saved_number(state, "taken", self.epochs * self.per_epoch)
+
+
+class Passes:
+    """Epochs whose batches are cut when they begin."""
+
+    def __init__(self) -> None:
+        self.epoch = self.place = 0
+
+    def plan(self, epochs: int, cut_epoch: Callable[[int], Sequence[Tensor]]) -> Iterator[Batch]:
+        """``cut_epoch(epoch)`` gives the index batches, at least one; a second time where a training goes on within the
+        epoch."""
+        while self.epoch < epochs:
+            index_batches = cut_epoch(self.epoch)
+            while self.place < len(index_batches):
+                progress = (self.epoch + self.place / len(index_batches)) / epochs
+                indices = index_batches[self.place]
+                self.place += 1
+                ends_epoch = self.place == len(index_batches)
+                ahead = tuple(index_batches[self.place : self.place + AHEAD])
+                yield Batch(indices, self.epoch, progress, ends_epoch, ahead=ahead)
+            self.epoch, self.place = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.place = saved_number(state, "epoch"), saved_number(state, "place")
 
 
 class Replay:

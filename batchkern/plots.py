@@ -91,6 +91,8 @@ def _told(rows: Rows) -> dict[str, list[dict[str, float]]]:
         "accuracy on passive batches (%)": {"passive_accuracy": "before each update"},
         "KL of virtual samples": {"virtual_kl": "mean of the epoch"},
         "deviation from an isometry": {"srip_sigma": "sum over layers, mean of the epoch"},
+        "samples that are pruned (%)": {"pruned": "of the epoch"},
+        "importance sampling": {"tau": "tau, at the end of the epoch"},
         "noise scale": {"noise_scale": "rate x subset / batch"},
     }
     told = {}
@@ -227,6 +229,8 @@ DIAGNOSTICS = {
     "noise_scale": "noise scale of stepwise",
     "virtual_kl": "KL of virtual samples",
     "srip_sigma": "deviation of weights from an isometry",
+    "pruned": "samples that are pruned (%)",
+    "tau": "tau of importance",
     "passive_accuracy": "accuracy on passive batches (%)",
 }
 """Panels of the diagnostics of a comparison: key in the rows, title."""

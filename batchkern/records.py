@@ -60,6 +60,9 @@ class _Figures(_Row, total=False):
     passive_accuracy: float | None
     virtual_kl: float | None
     srip_sigma: float | None
+    pruned: float | None
+    tau: float | None
+    irreducible_loss: float | None
     noise_scale: float | None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import platform
 import time
@@ -51,7 +52,7 @@ from batchkern.distributed import Ranks
 from batchkern.errors import UserError, only_warned
 from batchkern.initial_weights import PRETRAINED, check_outside, describe_weights, load_weights
 from batchkern.interrupts import Interrupted, StopRequest
-from batchkern.learner import Counts, Learner
+from batchkern.learner import EVALUATION_BATCH, Counts, Learner
 from batchkern.plan import Batch, EpochBatches
 from batchkern.preprocessing import encoded, preprocessing_of
 from batchkern.progress import ProgressBar
@@ -60,8 +61,6 @@ from batchkern.seeding import derived_seed, set_torch_states, torch_states
 from batchkern.strategies import Run, Strategy, check_combination
 
 __all__ = ["EVALUATION_BATCH", "Counts", "Interrupted", "Trainer"]
-
-EVALUATION_BATCH = 512
 
 
 class Trainer(Learner):
@@ -221,16 +220,25 @@ class Trainer(Learner):
         if isinstance(train, ImageData):
             inputs = torch.zeros_like(inputs)
         named = model if isinstance(model, str) else None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(seed, "weights"))
-            if isinstance(model, str):
-                if train.shape is None or train.classes is None:
-                    raise UserError(
-                        f"model is the name {model!r}, for which shape and classes must be known: give a module, or "
-                        "from_dataset the classes of rows that are one tensor each"
-                    )
-                model = models.build(model, shape=train.shape, classes=len(train.classes), pretrained=pretrained)
-        if weights is not None and not pretrained:
+
+        def fresh(seed: int) -> nn.Module:
+            if named is None:
+                return copy.deepcopy(self.model)
+            if train.shape is None or train.classes is None:
+                raise UserError(
+                    f"model is the name {named!r}, for which shape and classes must be known: give a module, or "
+                    "from_dataset the classes of rows that are one tensor each"
+                )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                built = models.build(named, shape=train.shape, classes=len(train.classes), pretrained=pretrained)
+            if weights is not None and not pretrained:
+                load_weights(built, weights, classifier)
+            return built
+
+        if isinstance(model, str):
+            model = fresh(derived_seed(seed, "weights"))
+        elif weights is not None:
             load_weights(model, weights, classifier)
         model = model.to(ranks.device)
         classes = check_model(model, inputs, len(train.classes) if train.classes else None, places)
@@ -267,6 +275,7 @@ class Trainer(Learner):
                 drop_last=drop_last,
                 accumulate=accumulate,
                 ranks=ranks,
+                fresh=fresh,
                 images_vary=augment != "none"
                 or isinstance(train, DatasetData)
                 or any(type(s).transform is not Strategy.transform for s in strategies),
@@ -430,6 +439,7 @@ class Trainer(Learner):
             self.ranks.first(lambda: self._call_back("on_train_begin", self))
             ending.callback(self._call_back, "on_train_end")
             with self._own_rng(), stop.heeded(), ProgressBar(label, enabled=shown) as bar:
+                self._prepare()
                 for batch in self.plan():
                     started = time.perf_counter()
                     self._update(batch)
@@ -461,6 +471,20 @@ class Trainer(Learner):
         if not self.callbacks:
             return False
         return self.ranks.first(lambda: True in self._call_back("on_epoch_end", self.history[-1]))
+
+    def _prepare(self) -> None:
+        """What strategies do before the first update; where something was done, it is saved."""
+        if self.counts.samples_forward:
+            return
+        started = time.perf_counter()
+        for strategy in self.strategies:
+            strategy.prepare(self.beside)
+            forward, backward = strategy.preparation()
+            self.counts.samples_forward += forward
+            self.counts.samples_backward += backward
+        if self.counts.samples_forward:
+            self.counts.seconds += time.perf_counter() - started
+            self._save()
 
     @contextlib.contextmanager
     def _directory_held(self) -> Iterator[None]:
@@ -496,7 +520,7 @@ class Trainer(Learner):
         raise Interrupted(f"{place}; checkpoint written to {self.directory.path}; resume it to go on from there")
 
     def _show(self, bar: ProgressBar, progress: float) -> None:
-        loss, _, correct, rows = self._sums.tolist()
+        loss, correct, rows, *_ = self._sums.tolist()
         bar.show(
             progress,
             loss=loss / max(rows, 1),
@@ -516,14 +540,14 @@ class Trainer(Learner):
 
     def _end_epoch(self, epoch: int) -> None:
         self._check_finite()
-        loss, objective, correct, _ = (self._sums / self._sums[3].clamp(min=1)).tolist()
+        loss, correct, rows, objective, trained = self._sums.tolist()
         row: dict[str, Any] = {
             "epoch": epoch,
             **asdict(self.counts),
             "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "train_loss": loss,
-            "train_objective": objective,
-            "train_accuracy": correct,
+            "train_loss": loss / max(rows, 1),
+            "train_objective": objective / max(trained, 1),
+            "train_accuracy": correct / max(rows, 1),
             **self.evaluate(),
         }
         if epoch + 1 == self.run.epochs:

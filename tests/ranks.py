@@ -26,14 +26,19 @@ from batchkern.data import ImageData
 from batchkern.errors import UserError
 from batchkern.parts import BatchLoss, HardBatchSampler, WholeEpochs
 from batchkern.strategies import (
+    RHO,
     SRIP,
     BatchAugmentation,
     CutMix,
     Cutout,
     HardBatches,
+    ImportanceSampling,
+    InfoBatch,
     Mixup,
     PassiveInjection,
     RandomSelection,
+    SelectiveBackprop,
+    SmallLoss,
     Stepwise,
     StochasticAugmentation,
     Trimming,
@@ -116,6 +121,18 @@ SCENARIOS: dict[str, Callable[[], list[Any]]] = {
     "knobs": lambda: [Trimming(0.8, 0.3), PassiveInjection(PASSIVE, 3)],
     "masks": lambda: [Trimming(0.5, 0.5)],
     "random rows of a dataset": lambda: [HardBatches(0.5)],
+    "infobatch": lambda: [InfoBatch(0.6, 1.0)],
+    "selective backprop": lambda: [SelectiveBackprop(1.0, 30)],
+    "selective backprop, trimmed, passive": lambda: [
+        SelectiveBackprop(0.5),
+        Trimming(0.7),
+        PassiveInjection(PASSIVE, 3),
+    ],
+    "importance": lambda: [ImportanceSampling(3, 0.4)],
+    "mixed, importance": lambda: [Mixup(1.0), ImportanceSampling(2, 0.0)],
+    "rho": lambda: [RHO(0.5, reference_epochs=2)],
+    "small loss": lambda: [SmallLoss(0.5, 1)],
+    "small loss at random": lambda: [SmallLoss(0.5, 1, at_random=True)],
     "cut out, copied, isometric": lambda: [Cutout(), BatchAugmentation(2), SRIP(0.1)],
 }
 SOME = (
@@ -132,6 +149,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "baseline": {"augment": "crop+flip", "label_smoothing": 0.1, "schedule": "cosine"},
     "passive": {"optimizer": "adamw", "lr": 1e-3},
     "hard, trimmed, augmented, passive": {"augment": "flip"},
+    "importance": {"label_smoothing": 0.1, "augment": "crop+flip"},
     "mixed": {"label_smoothing": 0.1, "augment": "crop+flip"},
     "a mixed batch of one row": {"train": images(9), "batch_size": 4},
     "knobs": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.7, "ema_decay": 0.8, "warmup_epochs": 1},

@@ -121,7 +121,7 @@ def assert_same_training(one: dict, several: dict) -> None:
     for ours, theirs in zip(several["strategies"], one["strategies"], strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            if key == "ledger" or isinstance(value, float):
+            if key == "ledger" or isinstance(value, float | torch.Tensor):
                 torch.testing.assert_close(ours[key], value, atol=CLOSE, rtol=CLOSE)
             else:
                 assert ours[key] == value
@@ -140,7 +140,7 @@ def flat_end(result: dict) -> torch.Tensor:
     return result["weights"][-1]
 
 
-NARROWED = ("compact trimming", "random rows alone")
+NARROWED = ("compact trimming", "random rows alone", "importance", "rho")
 """Scenarios in which not all rows of a batch are fetched for the pass that counts."""
 MIXED = tuple(name for name in ranks.SCENARIOS if "mixed" in name)
 """Those in which a rank fetches the rows that its own are mixed with, too."""

@@ -68,7 +68,7 @@ def test_tensors_are_told_from_numbers():
         "epochs_done": 1,
         "active": 6,
         "counts": {name: row(0)[name] for name in records.Counts.__annotations__},
-        "sums": torch.zeros(4),
+        "sums": torch.zeros(5),
         "rng": torch.get_rng_state(),
         "cuda_rng": None,
         "rng_of_other_ranks": [(torch.get_rng_state(), None)],

@@ -30,14 +30,19 @@ from training import flat, furthest, images, net, single_thread, trainer, withou
 from batchkern.errors import UserError
 from batchkern.rundir import BEST, CHECKPOINT, CONFIG, METRICS, WEIGHTS
 from batchkern.strategies import (
+    RHO,
     SRIP,
     BatchAugmentation,
     CutMix,
     Cutout,
     HardBatches,
+    ImportanceSampling,
+    InfoBatch,
     Mixup,
     PassiveInjection,
     RandomSelection,
+    SelectiveBackprop,
+    SmallLoss,
     Stepwise,
     StochasticAugmentation,
     Trimming,
@@ -60,6 +65,12 @@ SCENARIOS = {
     "mixed": lambda: [Cutout(3), Mixup(1.0), BatchAugmentation(2), SRIP(0.1)],
     "cutmix": lambda: [CutMix(probability=0.5), Trimming(0.7, 0.3), SRIP()],
     "knobs": lambda: [Trimming(0.9, 0.4), PassiveInjection(PASSIVE, 4), StochasticAugmentation(**STRONG)],
+    "infobatch": lambda: [InfoBatch(0.6, 1.0)],
+    "infobatch at random": lambda: [InfoBatch(0.6, at_random=True)],
+    "selective backprop": lambda: [SelectiveBackprop(0.5, 30)],
+    "importance": lambda: [ImportanceSampling(2, 0.3)],
+    "rho": lambda: [RHO(0.5, reference_epochs=2)],
+    "small loss": lambda: [SmallLoss(0.5, 2)],
     "all": lambda: [
         HardBatches(0.5),
         Trimming(),
@@ -238,7 +249,8 @@ def test_killed_after_every_single_update(name, tmp_path):
         state = torch.load(out / CHECKPOINT, weights_only=True)
         separate = 0 if name == "summed" else 1
         passive = separate * sum(strategy.get("injected", 0) for strategy in state["strategies"])
-        assert state["counts"]["updates"] + passive == processes <= 18 + 6
+        scored = sum(strategy.get("scored", 0) for strategy in state["strategies"])
+        assert state["counts"]["updates"] + passive + scored == processes <= 18 + 18
     assert processes >= 8
     assert_as_if_never_killed(name, out)
 

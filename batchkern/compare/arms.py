@@ -6,17 +6,21 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from batchkern.errors import UserError
 from batchkern.plan import Window
+from batchkern.seeding import generator
 from batchkern.strategies import (
     HardBatches,
     PassiveInjection,
     RandomSelection,
     Step,
+    Strategy,
     Trimming,
     parse,
     split_terms,
@@ -70,16 +74,22 @@ def control_of(arm: str) -> str | None:
 def _control_of_term(term: str) -> str | None:
     (strategy,) = parse(term, passive="")
     if isinstance(strategy, Trimming):
-        control = RandomSelection("rows", start=strategy.start, end=strategy.end)
-        control.backward = "compact" if strategy.backward == "compact" else "masked"
+        backward = "compact" if strategy.backward == "compact" else "masked"
+        default, options = RandomSelection("rows"), {"start": strategy.start, "end": strategy.end, "backward": backward}
     elif isinstance(strategy, HardBatches):
-        control = RandomSelection("batches", delta=strategy.delta)
-    else:
+        default, options = RandomSelection("batches"), {"delta": strategy.delta}
+    elif getattr(strategy, "at_random", True):
         return None
-    default = replace(RandomSelection(), select=control.select)
-    options = {f.name: getattr(control, f.name) for f in fields(control) if f.init}
-    changed = [f"{name}={value}" for name, value in options.items() if value != getattr(default, name)]
-    return f"random({','.join([f'select={control.select}', *changed])})"
+    else:
+        return _written(type(strategy)(), strategy.describe() | {"at_random": True})
+    return _written(default, options, f"select={default.select}")
+
+
+def _written(default: Strategy, options: Mapping[str, Any], *first: str) -> str:
+    """As on the command line: the name, and the options that are not the default's."""
+    own = default.describe()
+    changed = [f"{name}={value}" for name, value in options.items() if value != own[name]]
+    return f"{default.name}({','.join([*first, *changed])})"
 
 
 def described(arm: str) -> str:
@@ -126,9 +136,14 @@ def spent(budget: str, row: Mapping[str, float]) -> float:
 def forecast(trainer: Trainer) -> Counts:
     """What a training is going to cost, by walking through its plan without a model. Spoils the trainer.
 
-    Samples that are augmented at a layer are counted once: their virtual copies pass through what follows alone.
+    Samples that are augmented at a layer are counted once: their virtual copies pass through what follows alone. Where
+    the cost depends on losses (which samples are below the mean, say), it is that of made-up ones, and so an estimate.
     """
     counts = Counts()
+    for strategy in trainer.strategies:
+        forward, backward = strategy.preparation()
+        counts.samples_forward += forward
+        counts.samples_backward += backward
     window = Window(trainer.window.size)
     active = 0
     for batch in trainer.plan():
@@ -139,25 +154,49 @@ def forecast(trainer: Trainer) -> Counts:
             window.clear()
         if batch.inject is None:
             step = Step(trainer.run, batch, active)
-            scored: list[int] = []
+            logits = _made_up_logits(step, trainer.samples.mislabelled)
+            losses = F.softplus(-logits[:, 0])
+            scores = trainer.owner("the loss").score(step, logits, torch.zeros_like(losses).long(), losses)
+            step.scores, scored = scores, list[int]()
 
-            def score(rows: int = rows, scored: list[int] = scored) -> torch.Tensor:
-                scored.append(rows)
-                return torch.zeros(rows, device=trainer.device)
+            def score(scores: Tensor = scores, scored: list[int] = scored) -> Tensor:
+                scored.append(len(scores))
+                return scores
 
-            kept = trainer.narrow(step, score)
-            full = rows if kept is None else len(kept)
-            perturbation = trainer.owner("the virtual samples").perturb(step)
-            full *= 2 if perturbation is not None and perturbation.own_update else 1
-            full += 0 if batch.beside is None else len(batch.beside.indices)
+            if batch.only == "score":
+                score()
+                full = 0
+            else:
+                kept = trainer.narrow(step, score)
+                full = rows if kept is None else len(kept)
+                perturbation = trainer.owner("the virtual samples").perturb(step)
+                full *= 2 if perturbation is not None and perturbation.own_update else 1
+                full += 0 if batch.beside is None else len(batch.beside.indices)
             counts.samples_forward += sum(scored)
-            active += 1
-            if window.add(batch):
+            for strategy in trainer.strategies:
+                strategy.observe(step, losses)
+            if batch.only != "score":
+                active += 1
+                due = window.add(batch)
+            else:
+                due = batch.ends_epoch and window.batches > 0
+            if due:
                 counts.updates += 1
                 window.clear()
         counts.samples_forward += full
         counts.samples_backward += full
     return counts
+
+
+def _made_up_logits(step: Step, mislabelled: Tensor | None) -> Tensor:
+    """Of two classes, ``(B, 2)``: that of the first, the label, is ahead by normal numbers, further and further; where
+    labels are known to be wrong, it is as far behind."""
+    numbers = generator(step.run.seed, "forecast", step.update)
+    noise = torch.randn(len(step.batch.indices), generator=numbers, dtype=torch.float32)
+    ahead = 6 * math.sqrt(step.batch.progress) + 3 * noise
+    if mislabelled is not None:
+        ahead = ahead.where(~mislabelled[step.batch.indices.to(mislabelled.device)].cpu(), -ahead)
+    return torch.stack([ahead, torch.zeros_like(ahead)], dim=1).to(step.run.device)
 
 
 def matched_epochs(build: Callable[[int], Trainer], epochs: int, budget: str, target: float) -> int:

@@ -1,4 +1,5 @@
-"""Published ways of training with mini-batches, what their papers compare them with, and the control; one module each.
+"""Published ways of training with mini-batches, methods of the same kind, what they are compared with, and the control;
+one module each.
 
 ``parse("trimming(end=0.3)+passive(every=20)")`` reads the notation of the command line.
 """
@@ -20,26 +21,36 @@ from batchkern.strategies.batch_augmentation import BatchAugmentation
 from batchkern.strategies.cutmix import CutMix
 from batchkern.strategies.cutout import Cutout
 from batchkern.strategies.hard_batches import HardBatches
+from batchkern.strategies.importance_sampling import ImportanceSampling
+from batchkern.strategies.infobatch import InfoBatch
 from batchkern.strategies.mixup import Mixup
 from batchkern.strategies.passive_injection import PassiveInjection
 from batchkern.strategies.random_selection import RandomSelection
+from batchkern.strategies.rho import RHO
+from batchkern.strategies.selective_backprop import SelectiveBackprop
+from batchkern.strategies.small_loss import SmallLoss
 from batchkern.strategies.srip import SRIP
 from batchkern.strategies.stepwise import Stepwise
 from batchkern.strategies.stochastic_augmentation import StochasticAugmentation
 from batchkern.strategies.trimming import Trimming
 
 __all__ = [
+    "RHO",
     "SRIP",
     "STRATEGIES",
     "BatchAugmentation",
     "CutMix",
     "Cutout",
     "HardBatches",
+    "ImportanceSampling",
+    "InfoBatch",
     "Mixup",
     "PassiveInjection",
     "Perturbation",
     "RandomSelection",
     "Run",
+    "SelectiveBackprop",
+    "SmallLoss",
     "Step",
     "Stepwise",
     "StochasticAugmentation",
@@ -64,6 +75,11 @@ STRATEGIES: dict[str, type[Strategy]] = {
         CutMix,
         BatchAugmentation,
         SRIP,
+        SmallLoss,
+        InfoBatch,
+        SelectiveBackprop,
+        ImportanceSampling,
+        RHO,
     )
 }
 

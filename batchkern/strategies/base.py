@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -51,6 +51,8 @@ class Run:
     """So many batches make an update together."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes of the training; a loss takes ``group=run.ranks.group``."""
+    fresh: Callable[[int], nn.Module] | None = None
+    """The network as the training begins, from a seed; a module of the user's is copied as he gave it."""
     images_vary: bool = True
     """A row that stands in a batch twice gives two images: by the trainer's augmentation or a strategy's transform."""
 
@@ -93,6 +95,8 @@ class Step:
     """The batch was already cut to the rows worth a full pass."""
     kept: int | None = None
     """Rows that the loss counts; ``None``: all."""
+    scores: Tensor | None = None
+    """``(B,)``: :meth:`Strategy.score` of the whole batch, for ``observe``."""
     share: Share = field(init=False)
     """Which rows of the batch, of the narrowed one after that, are this rank's: those of its images and logits."""
 
@@ -124,6 +128,11 @@ def run_with_virtual(
     return stack.logits
 
 
+Beside = Callable[[nn.Module, Iterable[Batch], Tensor], Iterator[Tensor]]
+"""Trains another model on the batches, plainly, with the data and the settings of this training; after each epoch gives
+the losses ``(n,)`` float32 on the CPU of rows ``(n,)`` of the training set, of images that are not augmented."""
+
+
 def row_losses(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor | None]:
     """The loss of each row ``(B,)``, and where targets are masks, how many places of each row count ``(B,)``: its loss
     is their mean, and these weigh it."""
@@ -152,6 +161,27 @@ def selected_mean(
     mask = step.share.counts(target)
     mask = mask if among is None else mask & among.to(mask.device)
     return trimmed_mean(losses, keep, mask=mask, weight=places, group=step.run.ranks.group, **band), losses.detach()
+
+
+def weighted_mean(step: Step, logits: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over the rows of each loss times its weight, which is divided by their number and not by the sum of the
+    weights ``(rows,)``, those of the batch of all ranks; and the losses, as :meth:`Strategy.loss` returns them."""
+    losses, places = row_losses(logits, target, step.run.label_smoothing)
+    weighted, mask = losses * step.share.take(weights).to(losses), step.share.counts(target)
+    return trimmed_mean(weighted, 1.0, mask=mask, weight=places, group=step.run.ranks.group), losses.detach()
+
+
+def loaded(state: Mapping[str, Any], name: str, like: Tensor) -> Tensor:
+    """A tensor of a saved state, on the device of ``like``.
+
+    Raises:
+        ValueError: its shape or type is not that of ``like``.
+    """
+    value = state[name]
+    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
+        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
+        raise ValueError(f"{name} is {found}, which must be {like.dtype} {tuple(like.shape)}")
+    return value.to(like.device)
 
 
 class Strategy:
@@ -188,6 +218,13 @@ class Strategy:
     def setup(self, run: Run) -> None:
         """Called once, before the optimizer exists: check against the run, add heads to ``run.extras``."""
 
+    def prepare(self, beside: Beside) -> None:
+        """Called once before the first update, but not where a training goes on after it."""
+
+    def preparation(self) -> tuple[int, int]:
+        """Samples that :meth:`prepare` passes forward and backward."""
+        return 0, 0
+
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
         """The stream of batches: ``upstream``, changed. Continues from loaded state."""
         return upstream
@@ -209,8 +246,13 @@ class Strategy:
         return images, target
 
     def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
-        """Positions in the batch worth a full pass, or ``None`` for all; ``score()`` gives all losses ``(B,)``."""
+        """Positions in the batch worth a full pass, or ``None`` for all; ``score()`` gives the scores ``(B,)`` of all:
+        their losses, unless :meth:`score` says otherwise."""
         return None
+
+    def score(self, step: Step, logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
+        """What the one that decides the loss chooses rows by, ``(B,)`` of this rank's rows, ``losses`` detached."""
+        return losses
 
     def perturb(self, step: Step) -> Perturbation | None:
         return None

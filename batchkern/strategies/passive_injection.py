@@ -102,8 +102,9 @@ class PassiveInjection(Strategy):
             active = next(upstream, None)
             if active is None:
                 return
-            self.active += 1
-            if self._due(self.active):
+            scored = active.only == "score"  # and no update
+            self.active += not scored
+            if not scored and self._due(self.active):
                 of_active = active.epoch, active.progress, active.ends_epoch, active.rate
                 if self.summed:
                     active = replace(active, beside=self._passive_batch(*of_active))

@@ -18,6 +18,11 @@ from batchkern.strategies.base import Run, Step, Strategy, selected_mean
 from batchkern.strategies.trimming import check_keep, kept_rows
 
 
+def random_rows(step: Step, rows: int, k: int) -> Tensor:
+    """Positions ``(k,)`` int64 on the CPU, drawn anew for each update from a batch of ``rows``."""
+    return torch.randperm(rows, generator=generator(step.run.seed, "random rows", step.update))[:k]
+
+
 @dataclass
 class RandomSelection(Strategy):
     """Random rows in place of the hardest rows, or random batches in place of the hardest batches.
@@ -52,7 +57,7 @@ class RandomSelection(Strategy):
         self.owns = frozenset({"the loss" if self.select == "rows" else "the batch plan"})
 
     def setup(self, run: Run) -> None:
-        self.seed, self.epochs = run.seed, run.epochs
+        self.epochs = run.epochs
         self.rounds = RandomRounds(run.batches_per_epoch, self.delta, run.seed) if self.select == "batches" else None
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
@@ -75,7 +80,7 @@ class RandomSelection(Strategy):
     def _choose(self, step: Step, rows: int) -> Tensor:
         """Positions in a batch of ``rows``."""
         step.kept = kept_rows(linear(self.start, self.end)(step.batch.epoch, step.run.epochs), rows)
-        return torch.randperm(rows, generator=generator(self.seed, "random rows", step.update))[: step.kept]
+        return random_rows(step, rows, step.kept)
 
     def kept(self, step: Step, losses: Tensor) -> Tensor | None:
         if self.select == "batches" or step.narrowed:

@@ -28,6 +28,11 @@ def kept_rows(keep: float, rows: int) -> int:
     return min(rows, max(round(keep * rows), 1))
 
 
+def positions(chosen: Tensor, k: int | None) -> Tensor:
+    """Of the k rows of ``chosen (B,)`` bool, in index order, without a look at them by the host."""
+    return chosen.byte().argsort(descending=True, stable=True)[:k]
+
+
 def check_keep(start: float, end: float) -> None:
     for name, value in (("start", start), ("end", end)):
         if not 0 < value <= 1:
@@ -136,7 +141,7 @@ class Trimming(Strategy):
         chosen = select_rows(losses, self.keep(step.batch.epoch, step.run.epochs), **self._band)
         if self.above is not None:
             step.kept = int(chosen.sum())
-        return chosen.byte().argsort(descending=True, stable=True)[: step.kept]
+        return positions(chosen, step.kept)
 
     def state_dict(self) -> dict[str, Any]:
         return {"compact_below": self.compact_below}

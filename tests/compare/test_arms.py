@@ -8,6 +8,7 @@ from training import images, trainer
 from batchkern.cli import _compare
 from batchkern.compare import ARMS, control_of, slug, split_arms, with_controls
 from batchkern.compare.arms import forecast, matched_epochs
+from batchkern.data import with_label_noise
 from batchkern.errors import UserError
 from batchkern.strategies import parse
 
@@ -83,6 +84,14 @@ def test_arms_without_a_passive_set():
         ("trimming(end=0.3)+augmentation(eta=1)", "random(select=rows,end=0.3)+augmentation(eta=1)"),
         ("passive+hard-batches+trimming", "passive+random(select=batches)+random(select=rows)"),
         ("random(select=rows)", None),
+        ("infobatch", "infobatch(at_random=True)"),
+        ("cutout+infobatch(prune=0.3)", "cutout+infobatch(prune=0.3,at_random=True)"),
+        ("selective-backprop(beta=2)", "selective-backprop(beta=2.0,at_random=True)"),
+        ("importance(ratio=5)+srip", "importance(ratio=5,at_random=True)+srip"),
+        ("rho(reference=cnn)", "rho(reference=cnn,at_random=True)"),
+        ("small-loss", "small-loss(at_random=True)"),
+        ("small-loss(warm_up=3, noise=0.20)+mixup", "small-loss(warm_up=3,at_random=True)+mixup"),
+        ("small-loss(noise=0.3,at_random=True)", None),
         ("cutout+mixup+batch-augmentation+srip", None),
         ("cutmix+trimming(end=0.3)", "cutmix+random(select=rows,end=0.3)"),
     ],
@@ -119,6 +128,9 @@ def test_a_control_that_is_there_in_other_words_is_not_added():
         "trimming(end=0.3,backward=compact)",
         "hard-batches(delta=0.5)",
         "hard-batches(delta=0.4)+trimming",
+        "importance(threshold=0)",
+        "rho(fraction=0.4,reference_epochs=1)",
+        "small-loss(noise=0.5,warm_up=2)",
     ],
 )
 def test_a_control_selects_as_much_as_its_arm(arm):
@@ -151,6 +163,10 @@ def test_a_control_selects_as_much_as_its_arm(arm):
         "stepwise(fractions=(.5,1),batch_multiples=(1,2))+trimming(backward=compact)+passive(every=2)",
         "mixup+trimming(end=0.3,backward=compact)+srip",
         "cutout+batch-augmentation(copies=3)+passive(every=3)",
+        "small-loss(noise=0.5,warm_up=2)",
+        "importance(threshold=0,ratio=2)",
+        "rho(fraction=0.4,reference_epochs=2)",
+        "rho(fraction=0.4,reference_epochs=2,at_random=True)+augmentation(two_step=True)",
     ],
 )
 def test_a_forecast_is_what_the_training_then_counts(arm):
@@ -162,6 +178,22 @@ def test_a_forecast_is_what_the_training_then_counts(arm):
     assert foreseen.samples_forward == pytest.approx(run.counts.samples_forward, abs=8 * replays)
     assert foreseen.samples_backward == pytest.approx(run.counts.samples_backward, abs=8 * replays)
     assert foreseen.samples_backward > 0
+
+
+def test_what_losses_decide_is_foreseen_by_made_up_ones():
+    def foreseen(arm, train):
+        return forecast(trainer(parse(arm), train=train, epochs=4))
+
+    data = images(400)
+    selected = foreseen("selective-backprop(history=8)", data)
+    assert selected.samples_forward - selected.samples_backward == 1600
+    # Among 8 losses, the one of rank k is selected with the probability k / 8; fewer than 16 wait at the end.
+    assert abs(selected.samples_backward - 900) < 4 * 16.2 + 16
+    pruned = 1600 - foreseen("infobatch(until=1)", data).samples_forward
+    assert 1200 * 0.25 < pruned < 1200 * 0.5  # half of those below the mean, in three epochs: of more than 50 % of all
+    sharp, noisy = (foreseen("importance", train) for train in (data, with_label_noise(data, 0.5, 0)))
+    assert sharp.samples_backward == noisy.samples_backward == 1600
+    assert sharp.samples_forward > noisy.samples_forward  # half of the gradients are large at the end
 
 
 def matched(arm, budget, epochs=15, rows=40):

@@ -73,7 +73,8 @@ def test_all_strategies_have_a_name():
     passive = parse("+".join(["trimming", "passive", "hard-batches", "augmentation"]), passive=PASSIVE)
     assert [type(s) for s in passive] == [Trimming, PassiveInjection, HardBatches, StochasticAugmentation]
     papers = {"trimming", "hard-batches", "stepwise", "augmentation", "passive", "random"}
-    assert set(STRATEGIES) == papers | {"cutout", "mixup", "cutmix", "batch-augmentation", "srip"}
+    selecting = {"rho", "importance", "selective-backprop", "infobatch", "small-loss"}
+    assert set(STRATEGIES) == papers | selecting | {"cutout", "mixup", "cutmix", "batch-augmentation", "srip"}
 
 
 @pytest.mark.parametrize(

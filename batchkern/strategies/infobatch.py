@@ -1,0 +1,101 @@
+"""InfoBatch: Z. Qin, K. Wang, Z. Zheng, J. Gu, X. Peng, Z. Xu, D. Zhou, L. Shang, B. Sun, X. Xie, Y. You, "InfoBatch:
+Lossless Training Speed Up by Unbiased Dynamic Data Pruning", ICLR 2024 (arXiv:2303.04947), section 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from batchkern.errors import UserError
+from batchkern.plan import Batch, EpochBatches, Passes, cut
+from batchkern.seeding import generator
+from batchkern.strategies.base import Run, Step, Strategy, loaded, weighted_mean
+
+
+@dataclass
+class InfoBatch(Strategy):
+    """Of the samples that lose less than the mean, some are left out of an epoch, and the others count for them.
+
+    Before each epoch but the first, a sample whose last known loss is below the mean of all is pruned with probability
+    r; where it stays, its loss counts 1 / (1 - r) times in the mean over its batch, so that the expected gradient is
+    that of all samples. The last epochs train on all of them. The authors' program prunes exactly the share r of those
+    below the mean.
+
+    Args:
+        prune: r, in [0, 1).
+        until: share of the epochs, delta, in [0, 1]: from epoch floor(until * E) on, counted from 0, nothing is pruned.
+            That is what the authors' program does.
+        at_random: prune as many, but at random among all samples, and weigh none: the control.
+    """
+
+    name: ClassVar[str] = "infobatch"
+    owns = frozenset({"the batch plan", "the loss"})
+
+    prune: float = 0.5
+    until: float = 0.875
+    at_random: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.prune < 1:
+            raise UserError(f"prune must be in [0, 1), got {self.prune}")
+        if not 0 <= self.until <= 1:
+            raise UserError(f"until must be in [0, 1], got {self.until}")
+
+    def setup(self, run: Run) -> None:
+        self.whole_from = math.floor(self.until * run.epochs + 1e-9)
+        self.passes = Passes()
+        self.losses = torch.full((run.rows,), torch.nan, dtype=torch.float32, device=run.device)
+        """The last known of each sample; NaN: none."""
+        self.weights = torch.ones(run.rows, dtype=torch.float32)
+        """Of each sample, in the epoch under way; 0: it is pruned."""
+
+    def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
+        def kept(epoch: int) -> tuple[Tensor, ...]:
+            if self.passes.place == 0:
+                self.weights = self._drawn(batches.seed, epoch)
+            order = batches.order(epoch)
+            return cut(order[self.weights[order] > 0], batches.batch_size, batches.least, batches.drop_last)
+
+        return self.passes.plan(batches.epochs, kept)
+
+    def _drawn(self, seed: int, epoch: int) -> Tensor:
+        """The weights of an epoch that begins."""
+        weights = torch.ones_like(self.weights)
+        if epoch >= self.whole_from:
+            return weights
+        losses = self.losses.cpu().double()
+        low = losses < losses.nanmean()  # not where no loss is known
+        numbers = generator(seed, "pruned", epoch)
+        pruned = low & (torch.rand(len(low), generator=numbers) < self.prune)
+        if self.at_random:
+            pruned = pruned[torch.randperm(len(low), generator=numbers)]
+        else:
+            weights[low] = 1 / (1 - self.prune)
+        return weights.masked_fill(pruned, 0)
+
+    def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        weights = self.weights[step.batch.indices]
+        if bool((weights == 1).all()):
+            return super().loss(step, logits, target)
+        return weighted_mean(step, logits, target, weights)
+
+    def observe(self, step: Step, losses: Tensor) -> None:
+        rows = step.batch.indices.to(self.losses.device)
+        self.losses.scatter_reduce_(0, rows, losses.float(), "amax", include_self=False)
+
+    def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """``pruned``: the share of the samples that was left out of the epoch."""
+        return {"pruned": float((self.weights == 0).double().mean())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.passes.state_dict(), "losses": self.losses, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.passes.load_state_dict(state)
+        self.losses, self.weights = loaded(state, "losses", self.losses), loaded(state, "weights", self.weights)

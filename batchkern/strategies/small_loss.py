@@ -1,0 +1,72 @@
+"""Small-loss selection for noisy labels: B. Han, Q. Yao, X. Yu, G. Niu, M. Xu, W. Hu, I. W. Tsang, M. Sugiyama,
+"Co-teaching: Robust Training of Deep Neural Networks with Extremely Noisy Labels", NeurIPS 2018 (arXiv:1804.06872),
+R(T) of Algorithm 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from batchkern.configure import count
+from batchkern.errors import UserError
+from batchkern.ops import select_rows
+from batchkern.strategies.base import Step, Strategy, selected_mean
+from batchkern.strategies.random_selection import random_rows
+from batchkern.strategies.trimming import kept_rows, positions
+
+
+@dataclass
+class SmallLoss(Strategy):
+    """The loss is the mean over the samples of each batch that lose least: wrong labels are learned last.
+
+    R(T) = 1 - noise * min(T / warm_up, 1) of a batch is kept, with T the epochs that are done: the first epoch keeps
+    all, as Algorithm 1 does, which updates R(T) at the end of an epoch. The authors' program falls from all to
+    1 - noise within ``warm_up - 1`` epochs. This is one network, which selects for itself; Co-teaching trains two, each
+    on what the other one selects.
+
+    Args:
+        noise: share of wrong labels, tau, in [0, 1), as it is known or estimated.
+        warm_up: epochs until so many are left out, T_k, at least 1.
+        at_random: keep as many, but at random: the control.
+    """
+
+    name: ClassVar[str] = "small-loss"
+    owns = frozenset({"the loss"})
+
+    noise: float = 0.2
+    warm_up: int = 10
+    at_random: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.noise < 1:
+            raise UserError(f"noise must be in [0, 1), got {self.noise}")
+        self.warm_up = count("warm_up", self.warm_up, 1)
+
+    def keep(self, epoch: int) -> float:
+        """R(T), with ``epoch`` counted from 0."""
+        return 1 - self.noise * min(epoch / self.warm_up, 1)
+
+    def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
+        step.kept = kept_rows(self.keep(step.batch.epoch), len(step.batch.indices))
+        return None
+
+    def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        if self.at_random:
+            chosen = torch.zeros(step.share.rows, dtype=torch.bool).index_fill(0, self._random(step), True)
+            return selected_mean(step, logits, target, 1.0, among=step.share.take(chosen))
+        return selected_mean(step, logits, target, self.keep(step.batch.epoch), order="lowest")
+
+    def _random(self, step: Step) -> Tensor:
+        rows = len(step.batch.indices)
+        return random_rows(step, rows, kept_rows(self.keep(step.batch.epoch), rows))
+
+    def kept(self, step: Step, losses: Tensor) -> Tensor | None:
+        if self.at_random:
+            return self._random(step).to(losses.device)
+        keep = self.keep(step.batch.epoch)
+        return positions(select_rows(losses, keep, order="lowest"), kept_rows(keep, len(losses)))
