@@ -13,10 +13,15 @@ from training import EXACT, furthest, images, net, normalised, single_thread, tr
 from batchkern.compare.arms import forecast
 from batchkern.errors import UserError
 from batchkern.strategies import (
+    RHO,
     BatchAugmentation,
     HardBatches,
+    ImportanceSampling,
+    InfoBatch,
     PassiveInjection,
     RandomSelection,
+    SelectiveBackprop,
+    SmallLoss,
     Stepwise,
     StochasticAugmentation,
     Trimming,
@@ -106,7 +111,26 @@ ARMS = {
     "passive": lambda: [PassiveInjection(PASSIVE, 4)],
     "summed": lambda: [PassiveInjection(PASSIVE, 4, summed=True)],
     "random": lambda: [RandomSelection("batches", delta=0.5), BatchAugmentation(2)],
+    "rho": lambda: [RHO(0.5, reference_epochs=1)],
+    "small loss": lambda: [SmallLoss(0.5, 1)],
 }
+ESTIMATED = {
+    "infobatch": lambda: [InfoBatch(0.6, 1.0)],
+    "selective backprop": lambda: [SelectiveBackprop(0.5, 30)],
+    "importance": lambda: [ImportanceSampling(2, 0.3)],
+}
+"""Arms whose losses decide how many samples they pass."""
+
+
+@pytest.mark.filterwarnings("ignore:BatchAugmentation")
+@pytest.mark.parametrize("arm", ESTIMATED)
+def test_arms_that_score_first_accumulate(arm):
+    run = trainer(ESTIMATED[arm](), train=images(48), gradient_accumulation_steps=3, epochs=3)
+    plain = trainer(ESTIMATED[arm](), train=images(48), epochs=3)
+    run.fit()
+    plain.fit()
+    assert len(run.weights) == run.counts.updates < plain.counts.updates
+    assert run.window.batches == 0
 
 
 @pytest.mark.filterwarnings("ignore:BatchAugmentation")

@@ -15,13 +15,18 @@ from training import EXACT, descend, flat, furthest, images, sgd, single_thread,
 from batchkern.data import TensorImages, from_tensors, validation_split, with_label_noise
 from batchkern.errors import UserError
 from batchkern.strategies import (
+    RHO,
     BatchAugmentation,
     CutMix,
     Cutout,
     HardBatches,
+    ImportanceSampling,
+    InfoBatch,
     Mixup,
     PassiveInjection,
     RandomSelection,
+    SelectiveBackprop,
+    SmallLoss,
     Stepwise,
     StochasticAugmentation,
     Trimming,
@@ -112,6 +117,11 @@ ARMS = {
     "passive": lambda: [PassiveInjection(PASSIVE, 3, shared="all but the classifier")],
     "random": lambda: [RandomSelection()],
     "mixup": lambda: [Mixup(1.0), BatchAugmentation(2)],
+    "infobatch": lambda: [InfoBatch()],
+    "rho": lambda: [RHO(0.5, reference="mlp", reference_epochs=2)],
+    "small loss": lambda: [SmallLoss(0.1, 2)],
+    "selective backprop": lambda: [SelectiveBackprop()],
+    "importance": lambda: [ImportanceSampling(2, 0.5)],
 }
 
 
@@ -273,13 +283,28 @@ def test_masks_train_as_a_plain_loop_does(arm):
     assert run.predict(masks(20, 1)).shape == (20, 6, 5)
 
 
-@pytest.mark.parametrize("strategy", [HardBatches(0.5), Stepwise((0.5, 1.0), (1, 2)), RandomSelection(), Cutout(2)])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        HardBatches(0.5),
+        Stepwise((0.5, 1.0), (1, 2)),
+        RandomSelection(),
+        Cutout(2),
+        InfoBatch(),
+        SmallLoss(0.2, 2),
+        SelectiveBackprop(0.5),
+        RHO(0.5, reference_epochs=2),
+    ],
+    ids=lambda strategy: strategy.name,
+)
 def test_strategies_for_masks_train(strategy):
     run = segments([strategy], epochs=6, lr=0.3)
     assert run.fit()["test_accuracy"] > 0.5
 
 
-@pytest.mark.parametrize("strategy", [Mixup(), CutMix(), StochasticAugmentation(), PassiveInjection(images(20))])
+@pytest.mark.parametrize(
+    "strategy", [Mixup(), CutMix(), StochasticAugmentation(), PassiveInjection(images(20)), ImportanceSampling()]
+)
 def test_strategies_that_need_one_label_a_row_refuse_masks(strategy):
     with pytest.raises(UserError, match=rf"{strategy.name} needs one label a row, but the labels are masks"):
         segments([strategy])
