@@ -20,7 +20,7 @@ from batchkern.data.labelled import IGNORED
 from batchkern.errors import UserError
 from batchkern.initial_weights import load_all_weights
 from batchkern.preprocessing import ImagePreprocessing, Preprocessing, read
-from batchkern.rundir import CONFIG, PREPROCESSING, WEIGHTS
+from batchkern.rundir import BEST, CONFIG, PREPROCESSING, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,12 @@ class TrainedModel:
         }
 
 
-def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None) -> TrainedModel:
+def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None, best: bool = False) -> TrainedModel:
     """The model of a run that has ended, as it was after the last epoch.
 
     Args:
         run: the run's directory.
+        best: as it was after the epoch of the highest test accuracy, of a run with ``keep_best``.
         model: a module that is given the run's weights, in place of a new one: of a run whose model was a module, one
             of the same layers.
 
@@ -136,6 +137,8 @@ def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None) -
         raise UserError(f"{path} is no directory of a run: {CONFIG} is missing or unreadable") from None
     if not (path / WEIGHTS).exists():
         raise UserError(f"the run in {path} has not ended, since it has no {WEIGHTS}; resume it (--resume) to its end")
+    if best and not (path / BEST).exists():
+        raise UserError(f"{path} has no {BEST}, as runs have that keep the best epoch (--keep-best)")
     if not (path / PREPROCESSING).exists():
         raise UserError(
             f"{path} has no {PREPROCESSING}, as runs have not that older versions of batchkern wrote: the same "
@@ -160,7 +163,7 @@ def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None) -
     else:
         with torch.random.fork_rng(devices=[]):
             model = models.build(preprocessing.model, shape=preprocessing.shape or (), classes=classes)
-    load_all_weights(model, path)
+    load_all_weights(model, path / (BEST if best else WEIGHTS))
     model = model.cpu().eval()
     if isinstance(preprocessing, ImagePreprocessing):
         check_logits(model, torch.zeros(2, *preprocessing.shape), classes, ())

@@ -10,8 +10,9 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import images, single_thread, trainer, without_plots
+from training import images, net, single_thread, trainer, without_plots
 
+from batchkern import load_model
 from batchkern.callbacks import LOGGERS, Callback, TensorBoard, WeightsAndBiases, loggers
 from batchkern.errors import UserError
 from batchkern.rundir import BEST, CHECKPOINT, METRICS, WEIGHTS
@@ -95,6 +96,11 @@ def test_the_best_weights_are_those_of_the_first_epoch_of_the_highest_accuracy(t
     saved = load_file(tmp_path / "run" / BEST)
     assert all(torch.equal(value, saved[name]) for name, value in states[best].items())
     assert not all(torch.equal(value, saved[name]) for name, value in states[-1].items())
+    trained = load_model(tmp_path / "run", model=net(seed=1), best=True)
+    assert all(torch.equal(value, saved[name]) for name, value in trained.model.state_dict().items())
+    trainer(out=tmp_path / "other").fit()
+    with pytest.raises(UserError, match=r"other has no best.safetensors, as runs have that keep the best epoch"):
+        load_model(tmp_path / "other", model=net(), best=True)
 
 
 # --- loggers ---------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from batchkern.cli._options import DataOption, DeviceOption, argument, check_out, option
+from batchkern.cli._options import BestOption, DataOption, DeviceOption, argument, check_out, option
 from batchkern.cli._streams import visible
 from batchkern.cli._tables import make_table, print_tables
 from batchkern.cli._train import spare_threads
@@ -26,6 +26,7 @@ def evaluate(
             help="of --data; default: test, else validation, else the only one; held-out: the fifth train holds out"
         ),
     ] = None,
+    best: BestOption = False,
     device: DeviceOption = None,
     out: Annotated[Path | None, option(help="write the figures into this file, as JSON")] = None,
     overwrite: Annotated[bool, option("--overwrite", help="replace --out, where it is such a file")] = False,
@@ -35,7 +36,7 @@ def evaluate(
     The figures are those of the model alone: no strategy votes.
     """
     check_out(out, overwrite, "evaluation", _is_evaluation)
-    trained = load_model(run)
+    trained = load_model(run, best=best)
     images = trained.preprocessing.labelled(data, split, trained=trained.data)
     spare_threads(images.shape)
     figures = trained.evaluate(images, device)

@@ -87,6 +87,9 @@ ValidationOption = Annotated[
     float | None,
     option(help="hold out so large a part of the training images, in (0, 1), and test on it in place of the test data"),
 ]
+BestOption = Annotated[
+    bool, option("--best", help="with the weights of the best epoch, of a run that was trained with --keep-best")
+]
 DeviceOption = Annotated[str | None, option(help="cpu, cuda or cuda:N; default: cuda where there is one")]
 OverwriteOption = Annotated[bool, option("--overwrite", help="replace the files that batchkern wrote in --out")]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from batchkern.cli._options import DeviceOption, argument, check_out, option
+from batchkern.cli._options import BestOption, DeviceOption, argument, check_out, option
 from batchkern.cli._streams import visible
 from batchkern.cli._train import spare_threads
 from batchkern.data import Labelled, find_images
@@ -28,6 +28,7 @@ def predict(
         argument(help="folders and files of images, or a parquet file, or a name on the hub; no labels needed"),
     ],
     split: Annotated[str | None, option(help="of a parquet file or a name; default: test, else the only one")] = None,
+    best: BestOption = False,
     device: DeviceOption = None,
     out: Annotated[Path | None, option(help="write comma-separated values into this file; default: print them")] = None,
     overwrite: Annotated[bool, option("--overwrite", help="replace --out, where it is such a file")] = False,
@@ -37,7 +38,7 @@ def predict(
     Of a folder all images in it and below it. The predictions are those of the model alone: no strategy votes.
     """
     check_out(out, overwrite, "file of predictions", _are_predictions)
-    trained = load_model(run)
+    trained = load_model(run, best=best)
     data: Labelled
     places: Iterable[Any]
     table = images[0].lower().endswith((".parquet", ".csv", ".tsv")) or not os.path.lexists(images[0])
