@@ -573,23 +573,42 @@ def test_steps_that_divide_the_epochs_are_not_given_more(tmp_path):
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 
+class Noisy(torch.utils.data.Dataset):
+    """Rows that are others each time."""
+
+    def __init__(self, rows: int) -> None:
+        self.data = images(rows)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        image = self.data.images[row] / 100 - 1
+        return image + 0.2 * torch.randn(image.shape), int(self.data.labels[row])
+
+
 def test_a_compiled_run_that_is_killed_ends_as_one_that_was_not(tmp_path):
-    """With every setting of the update; all batches are of one shape, to be compiled soon."""
-    options = {
-        "train": images(48),
-        "test": images(8, seed=1),
-        "model": "cnn",
-        "epochs": 3,
-        "compile": "inductor",
-        "augment": "flip",
-        "checkpoint_every": 1,
-        **SETTINGS["knobs"],
-    }
-    runs = [trainer([Trimming(0.9, 0.4)], **options, out=tmp_path / name) for name in ("whole", "killed")]
-    runs[0].fit()
-    arm(runs[1], "step", 4)
+    """With every setting of the update, and workers; all batches are of one shape, to be compiled soon."""
+
+    def made(name, **more):
+        return trainer(
+            [Trimming(0.9, 0.4)],
+            net(dropout=0.2),
+            Noisy(48),
+            Noisy(8),
+            epochs=3,
+            compile="inductor",
+            workers=2,
+            checkpoint_every=1,
+            out=tmp_path / name,
+            **SETTINGS["knobs"] | more,
+        )
+
+    made("whole").fit()
+    run = made("killed")
+    arm(run, "step", 4)
     with pytest.raises(KilledError):
-        runs[1].fit()
+        run.fit()
     torch._dynamo.reset()
-    trainer([Trimming(0.9, 0.4)], **options, out=tmp_path / "killed", resume=True).fit()
+    made("killed", resume=True).fit()
     assert difference(outcome(tmp_path / "whole"), outcome(tmp_path / "killed")) == ""
