@@ -138,9 +138,9 @@ class EpochBatches:
         total = self.epochs * self.per_epoch
         while self.taken < total:
             epoch, place = divmod(self.taken, self.per_epoch)
-            progress, indices = self.taken / total, self.indices(self.taken)
+            progress, batches = self.taken / total, self.epoch(epoch)
             self.taken += 1
-            ahead = self.epoch(epoch)[place + 1 : place + 1 + AHEAD]
+            indices, ahead = batches[place], batches[place + 1 : place + 1 + AHEAD]
             if not ahead and self.taken < total:
                 ahead = (self.indices(self.taken),)
             yield Batch(indices, epoch, progress, ends_epoch=place + 1 == self.per_epoch, ahead=ahead)

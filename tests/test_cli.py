@@ -499,7 +499,7 @@ def test_ctrl_c_before_the_training(batchkern, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_train, "load_pair", stop)
+    monkeypatch.setattr(_train, "open_pair", stop)
     assert batchkern("train", *QUICK) == (2, "", "batchkern: interrupted\n")
 
 

@@ -78,6 +78,7 @@ SCENARIOS = {
         StochasticAugmentation(**STRONG),
     ],
 }
+FEWER = ("stepwise", "infobatch", "rho", "knobs")
 SETTINGS = {
     "all": {"optimizer": "adamw", "lr": 1e-3, "schedule": "cosine", "label_smoothing": 0.1},
     "baseline": {"amp": "fp16", "schedule": "cosine"},
@@ -347,7 +348,7 @@ def processes():
 def test_a_sigkill_at_a_random_update_and_another_one(name, tmp_path, processes):
     print(f"SEED {SEED}")
     numbers = random.Random(f"{SEED} {name} real")
-    out, most = str(tmp_path / "run"), 4 if name == "stepwise" else 8  # which has 9 updates, the others 18
+    out, most = str(tmp_path / "run"), 4 if name in FEWER else 8  # some 9 updates, and 18
     for kill in range(2):
         every, moment, number = numbers.choice([2, 3, 5]), numbers.choice(MOMENTS[:3]), numbers.randint(1, most)
         print(f"kill {kill}: every {every}, at {moment} {number}")

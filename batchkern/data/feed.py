@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchkern.data.crops import random_window, resized_windows, window_numbers
 from batchkern.data.decode import Reading
-from batchkern.data.images import ImageData, StreamedImages, TensorImages
+from batchkern.data.images import ImageData, StreamedImages
 from batchkern.data.tensors import TensorData
 from batchkern.errors import UserError
 from batchkern.seeding import checked_seed
@@ -78,7 +78,9 @@ class Feed:
             self._scale = (1 / (most * std.double())).float().view(wide).to(self.device)
             self._shift = (-mean.double() / std.double()).float().view(wide).to(self.device)
         self._labels = data.labels.to(self.device)
-        self._images = None if isinstance(data, StreamedImages) else _in_memory(data).to(self.device)
+        self._images: Tensor | None = None
+        if isinstance(data, TensorData | TensorImages):
+            self._images = (data.inputs if isinstance(data, TensorData) else data.images).to(self.device)
         self._ahead: list[Reading] = []
         self._memory = _Memory()
 
@@ -147,8 +149,10 @@ class Feed:
 
     def _held(self, indices: Tensor) -> Tensor:
         """Of inputs that are not streamed, on the device."""
-        assert self._images is not None
-        return self._images.index_select(0, indices)
+        if self._images is not None:
+            return self._images.index_select(0, indices)
+        assert isinstance(self.data, ImageData)
+        return self.data.rows(indices.cpu()).to(self.device)
 
     def _read(self, indices: Tensor, numbers: Tensor | None) -> Tensor:
         """uint8 (b, C, H, W) on the CPU, pinned for a GPU, of streamed images: those that were prepared, or others."""
@@ -195,12 +199,6 @@ class Feed:
         images = F.pad(images, (pad_x, pad_x, pad_y, pad_y))
         pixels = (y[:, :, None] * images.shape[3] + x[:, None, :]).view(count, 1, -1).expand(-1, channels, -1)
         return images.flatten(2).gather(2, pixels).view(count, channels, height, width)
-
-
-def _in_memory(data: ImageData | TensorData) -> Tensor:
-    if isinstance(data, TensorData):
-        return data.inputs
-    return data.images if isinstance(data, TensorImages) else data.rows(torch.arange(len(data)))
 
 
 def _check_augmentation(data: ImageData | TensorData, augment: str) -> None:

@@ -53,7 +53,7 @@ def raising(error):
 )
 def test_out_of_memory(monkeypatch, error):
     assert out_of_memory(error)
-    monkeypatch.setattr(_train, "load_pair", raising(error))
+    monkeypatch.setattr(_train, "open_pair", raising(error))
     status, out, err = commands.run(*TRAIN)
     assert (status, out) == (2, "")
     sentence = (
@@ -79,7 +79,7 @@ def test_what_is_not_want_of_memory(error):
 
 
 def test_a_file_that_the_system_refuses(monkeypatch):
-    monkeypatch.setattr(_train, "load_pair", raising(OSError(errno.EIO, "Input/output error", "a\x1bb")))
+    monkeypatch.setattr(_train, "open_pair", raising(OSError(errno.EIO, "Input/output error", "a\x1bb")))
     status, out, err = commands.run(*TRAIN)
     assert (status, out) == (2, "")
     assert re.fullmatch(r"batchkern: error: \[Errno 5\] Input/output error: 'a\\x1bb'\n", err)
