@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batchkern.data.crops import random_window, resized_windows, window_numbers
 from batchkern.data.decode import Reading
-from batchkern.data.images import ImageData, StreamedImages
+from batchkern.data.images import ImageData, StreamedImages, TensorImages
 from batchkern.data.tensors import TensorData
 from batchkern.errors import UserError
 from batchkern.seeding import checked_seed
