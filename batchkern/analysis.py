@@ -35,7 +35,25 @@ RESERVED = (*REQUIRED, *AXES, *OTHERS)
 """Columns with a meaning; others are metrics."""
 USUAL = "test_accuracy"
 """Where there is a column of this name, and nothing was said, it is the metric."""
-LESS_IS_BETTER = {"loss", "error", "perplexity", "seconds", "time", "memory"}
+LESS_IS_BETTER = {
+    *(
+        "loss",
+        "losses",
+        "error",
+        "errors",
+        "err",
+        "perplexity",
+        "ppl",
+        "nll",
+        "rmse",
+        "mse",
+        "mae",
+        "mape",
+        "fid",
+        "kid",
+    ),
+    *("wer", "cer", "ece", "brier", "latency", "seconds", "time", "memory"),
+}
 """Words in the names of metrics."""
 WIDE = re.compile(r"(.+)\[(\d+(?:\.\d+)?(?:e\d+)?)\]")
 """A column that has a metric after so many steps."""
@@ -81,6 +99,8 @@ class Results:
     """What courses are over: ``cost`` or ``steps``."""
     left_out: tuple[str, ...] = ()
     """Columns without a number, that are no metric."""
+    unused: tuple[str, ...] = ()
+    """Metrics that were not asked for."""
 
 
 @dataclass
@@ -212,7 +232,16 @@ def read_results(path: Path, metrics: Sequence[str] = ()) -> Results:
     """
     lines, header = _lines(path)
     errors = [line.cells["error"] for line in lines if line.cells.get("error")]
-    if errors and all(_number(cell) is not None for cell in errors):
+    numbers = [_number(cell) is not None for cell in errors]
+    if any(numbers) and not all(numbers):
+        wrong = next(line for line in lines if line.cells.get("error") and _number(line.cells["error"]) is None)
+        if wrong.cells["error"].lower() not in NOTHING:
+            wrong.wrong(
+                "error",
+                f"{wrong.cells['error']!r:.60} is a word, and other lines have numbers; the column is a metric, or "
+                "says by a word which runs failed",
+            )
+    if errors and all(numbers):
         words = [name for name in RESERVED if name != "error"]  # an error is a metric, too
     else:
         words = list(RESERVED)
@@ -236,13 +265,20 @@ def read_results(path: Path, metrics: Sequence[str] = ()) -> Results:
             if not line.cells[name]:
                 line.wrong(name, "must not be empty")
         budgets = sorted(set(line.cells.get("budget", "").split()))
-        seed = _number(line.cells["seed"])
-        name = str(int(seed)) if seed is not None and seed == int(seed) else line.cells["seed"]
+        whole = re.fullmatch(r"([+-]?\d+)(\.0*)?", line.cells["seed"])  # 1 and 1.0 are one, as of pandas
+        name = str(int(whole[1])) if whole and len(whole[1]) < 1000 else line.cells["seed"]
         courses.setdefault((line.cells.get("data", ""), line.cells["arm"], name, *budgets), []).append(line)
     axis = _axis(header, courses.values(), bool(wide))
     failing = "error" if "error" in words else ""
     runs = [_run(key, course, axis, chosen, wide, failing) for key, course in courses.items()]
-    return Results(runs, axis, tuple(name for name in columns if name not in with_numbers and name != "directory"))
+    if failing and not any(run.metrics for run in runs):
+        first = next((line for line in lines if line.cells.get("error", "").lower() not in NOTHING), None)
+        if first is not None:
+            first.wrong(
+                "error", f"has a word in a line of every run, here {first.cells['error']!r:.60}: all have failed"
+            )
+    left_out = tuple(name for name in columns if name not in with_numbers and name != "directory")
+    return Results(runs, axis, left_out, () if metrics else tuple(name for name in known if name not in chosen))
 
 
 def _lines(path: Path) -> tuple[list[_Line], list[str]]:
@@ -263,6 +299,7 @@ def _lines(path: Path) -> tuple[list[_Line], list[str]]:
                 continue
             if not header:
                 header = [name.lower() if name.lower() in RESERVED else name for name in cells]
+                _check_header(path, header)
                 continue
             if len(cells) != len(header):
                 wrong = f"must have {len(header)} cells, as the first line, got {len(cells)}"
@@ -271,17 +308,21 @@ def _lines(path: Path) -> tuple[list[_Line], list[str]]:
             lines.append(_Line(path, reader.line_num, named))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-    for name in REQUIRED:
-        if name not in header:
-            other = next((mark for mark in (";", "\t") if mark in "".join(header)), None)
-            hint = f"; it seems to be separated by {other!r}, not by commas" if other else ""
-            raise UserError(f"{path} has no column {name}; its first line has {', '.join(header) or 'nothing'}{hint}")
+    _check_header(path, header)
     header = [name for name in header if name]
     if twice := [name for name in header if header.count(name) > 1]:
         raise UserError(f"{path} has two columns {twice[0]!r}")
     if not lines:
         raise UserError(f"{path} has no run: only a first line")
     return lines, header
+
+
+def _check_header(path: Path, header: Sequence[str]) -> None:
+    for name in REQUIRED:
+        if name not in header:
+            other = next((mark for mark in (";", "\t") if mark in "".join(header)), None)
+            hint = f"; it seems to be separated by {other!r}, not by commas" if other else ""
+            raise UserError(f"{path} has no column {name}; its first line has {', '.join(header) or 'nothing'}{hint}")
 
 
 def _axis(header: Sequence[str], courses: Iterable[list[_Line]], wide: bool) -> str:
@@ -327,17 +368,19 @@ def _run(
     budgets = tuple(dict.fromkeys(course[0].cells.get("budget", "").split())) or ("",)
     course = sorted(course, key=lambda line: line.value(axis) or 0.0)
     last = course[-1]
-    run = Run(arm, seed, {}, data, budgets, last.cells.get("control", ""))
+    named = [cell for line in course if (cell := line.cells.get("control", "")) and cell.lower() not in NOTHING]
+    run = Run(arm, seed, {}, data, budgets, named[-1] if named else "")
     run.used = {name: value for name in AXES if (value := last.value(name)) is not None}
     failed = failing and any(line.cells.get(failing, "").lower() not in NOTHING for line in course)
     for metric in metrics:
-        if metric in wide and not last.cells.get(metric):
+        points = [(line.value(axis) or 0.0, line.value(metric)) for line in course]
+        final = [y for _, y in points if y is not None]
+        if metric in wide:
             points = [(x, last.value(column)) for x, column in sorted(wide[metric].items())]
-        else:
-            points = [(line.value(axis) or 0.0, line.value(metric)) for line in course]
         curve = [(x, y) for x, y in points if y is not None]
-        if curve and not failed:
-            run.metrics[metric] = curve[-1][1]
+        if (final or curve) and not failed:
+            curve = curve or [(last.value(axis) or 0.0, final[-1])]
+            run.metrics[metric] = final[-1] if final else curve[-1][1]
             run.curves[metric] = [x for x, _ in curve], [y for _, y in curve]
     return run
 
@@ -359,7 +402,7 @@ def analyse(
         baseline: the arm that others are held against.
         controls: of arms, in place of those that the runs name: what each is held against, too.
         lower, higher: metrics of which less, or more, is better. By default less of a loss, an error, a perplexity,
-            of seconds, time and memory.
+            of seconds, time, memory and the like.
 
     Raises:
         UserError: there is no such arm or metric, an arm is its own control, or is in one budget twice.
@@ -372,9 +415,13 @@ def analyse(
     for what, names in (("lower", lower), ("higher", higher)):
         if unknown := [name for name in names if name not in metrics]:
             raise UserError(f"{what}: there is no metric {unknown[0]!r}; there are {', '.join(metrics)}")
+    if both := [name for name in lower if name in higher]:
+        raise UserError(f"lower and higher: {both[0]!r} is in both")
     shown = {name: _shown(name, runs, name in lower, name in higher) for name in metrics}
     held_against = _held_against(runs, baseline, controls or {})
     about = [f"No metric, since without a number: {', '.join(results.left_out)}."] if results.left_out else []
+    if results.unused:
+        about.append(f"Not looked at, since not asked for (--metric): {', '.join(results.unused)}.")
     values: dict[Any, dict[str, float]] = {}
     tables, pairs = [], []
     for data in dict.fromkeys(run.data for run in runs):
@@ -406,6 +453,7 @@ def analyse(
                     about.append(
                         f"Courses end at different {results.axis} for the seeds of {', '.join(uneven)}: {where}."
                     )
+                about += _ended_early(metric, arms, baseline, results.axis, where)
                 kept = [entries[arm] for arm in told]
                 tables.append(Table(where, shown[metric], kept, curves if lengths else {}, len(arms) - len(told)))
     tests = differences(values, [pair for _, _, pair in pairs])
@@ -417,9 +465,21 @@ def analyse(
     return Analysis(tables, tested, results.axis, list(dict.fromkeys(about)))
 
 
+def _ended_early(metric: str, arms: Mapping[str, list[Run]], baseline: str, axis: str, where: str) -> list[str]:
+    """Says of which arms the last value is of an earlier place than its last line, and the baseline's is not."""
+
+    def shares(own: Sequence[Run]) -> list[float]:
+        ended = [(run.curves[metric][0][-1], run.used.get(axis, 0.0)) for run in own if metric in run.curves]
+        return [at / last for at, last in ended if last > 0]
+
+    usual = min(shares(arms[baseline]), default=1.0)
+    early = [arm for arm, own in arms.items() if min(shares(own), default=1.0) < usual]
+    return [f"The last lines of {', '.join(early)} have no value; an earlier one counts: {where}."] if early else []
+
+
 def _shown(name: str, runs: Sequence[Run], lower: bool, higher: bool) -> Metric:
     values = [run.metrics[name] for run in runs if name in run.metrics]
-    words = set(re.split(r"[^a-z]+", name.lower()))
+    words = {word.lower() for word in re.findall(r"[A-Z]*[a-z]+|[A-Z]+", name)}
     percent = "accuracy" in words and all(0 <= value <= 1 for value in values)
     return Metric(name, percent, lower or (bool(words & LESS_IS_BETTER) and not higher))
 

@@ -26,7 +26,8 @@ class Callback:
 
     def on_epoch_end(self, row: Row) -> bool | None:
         """After each epoch, when its row and its checkpoint are written. ``True`` ends the training here, as for early
-        stopping: weights, figures and plots are those of this epoch."""
+        stopping: weights, figures and plots are those of this epoch. A run that is resumed goes on, and what a callback
+        remembers is no part of its checkpoint."""
 
     def on_train_end(self) -> None:
         """After the last update, and where an error or Ctrl-C ends the training."""
@@ -48,9 +49,12 @@ class TensorBoard(Callback):
         if trainer.directory is None:
             raise UserError("TensorBoard() writes into the run's directory, and out is None")
         directory = str(trainer.directory.path / TENSORBOARD)
-        self._writer = SummaryWriter(directory, purge_step=len(trainer.history) + 1)
+        with only_warned("nothing is shown in TensorBoard"):
+            self._writer = SummaryWriter(directory, purge_step=len(trainer.history) + 1)
 
     def on_epoch_end(self, row: Row) -> None:
+        if self._writer is None:
+            return
         with only_warned(f"epoch {row['epoch'] + 1} is not shown in TensorBoard"):
             for name, value in _numbers(row).items():
                 self._writer.add_scalar(name, value, row["epoch"] + 1)
@@ -58,7 +62,8 @@ class TensorBoard(Callback):
 
     def on_train_end(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with only_warned("TensorBoard's file is not closed"):
+                self._writer.close()
 
 
 class WeightsAndBiases(Callback):
@@ -76,18 +81,22 @@ class WeightsAndBiases(Callback):
 
         if trainer.directory is None:
             raise UserError("WeightsAndBiases() writes into the run's directory, and out is None")
-        path = trainer.directory.path
-        self._run = wandb.init(
-            dir=str(path), name=path.name, id=trainer.directory.identifier, resume="allow", config=trainer.settings
-        )
+        path, identifier = trainer.directory.path, trainer.directory.identifier
+        with only_warned("nothing is logged by wandb"):
+            self._run = wandb.init(
+                dir=str(path), name=path.name, id=identifier, resume="allow", config=trainer.settings
+            )
 
     def on_epoch_end(self, row: Row) -> None:
+        if self._run is None:
+            return
         with only_warned(f"epoch {row['epoch'] + 1} is not logged by wandb"):
             self._run.log(_numbers(row), step=row["epoch"] + 1)
 
     def on_train_end(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            with only_warned("wandb's run is not finished"):
+                self._run.finish()
 
 
 LOGGERS: dict[str, Callable[[], Callback]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
@@ -110,7 +119,9 @@ def _numbers(row: Row) -> dict[str, float]:
     return {name: value for name, value in row.items() if isinstance(value, int | float)}
 
 
-def check_callbacks(callbacks: Sequence[Any]) -> None:
-    for callback in callbacks if isinstance(callbacks, list | tuple) else [callbacks]:
-        if not callable(getattr(callback, "on_epoch_end", None)):
+def checked_callbacks(callbacks: Sequence[Any]) -> list[Any]:
+    found = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+    for callback in found:
+        if isinstance(callback, type) or not callable(getattr(callback, "on_epoch_end", None)):
             raise UserError(f"callbacks must be objects with a method on_epoch_end(row), got {callback!r:.60}")
+    return found

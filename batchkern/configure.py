@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from batchkern import schedules
-from batchkern.data import ImageData, Labelled, StreamedImages, TensorData, TensorImages
+from batchkern.data import DatasetData, ImageData, Labelled, StreamedImages, TensorData, TensorImages
 from batchkern.data.labelled import rows_of
 from batchkern.errors import UserError, whole
 
@@ -95,6 +95,28 @@ def check_same_kind(name: str, data: Labelled, train: Labelled) -> None:
     if isinstance(data, ImageData) != isinstance(train, ImageData):
         kinds = ["uint8 images" if isinstance(part, ImageData) else "other inputs" for part in (data, train)]
         raise UserError(f"{name} has {kinds[0]}, but the training set has {kinds[1]}: both must be of one kind")
+    if isinstance(data, DatasetData):
+        check_standardized(name, data, train.statistics() is not None)
+    places = [places_of(part) for part in (data, train)]
+    if places[0] != places[1]:
+        shapes = [f"({', '.join(map(str, ('N', *part)))}{',' * (not part)})" for part in places]
+        raise UserError(f"{name} has labels of shape {shapes[0]}, but those of the training set are {shapes[1]}")
+
+
+def check_standardized(name: str, data: Labelled, standardized: bool) -> None:
+    """A dataset's rows are taken as they are."""
+    if standardized and isinstance(data, DatasetData):
+        raise UserError(
+            f"{name} is the dataset {data.name}, whose rows are taken as they are, but the training set is "
+            "standardised: give a pair of tensors in place of the dataset"
+        )
+
+
+def places_of(data: Labelled) -> tuple[int, ...]:
+    """Of one target: none, or those of a mask."""
+    if isinstance(data, DatasetData):
+        return data.places
+    return () if data.labels is None else tuple(data.labels.shape[1:])
 
 
 def check_data(train: Labelled, test: Labelled, batch_size: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from batchkern._version import __version__
+from batchkern.configure import check_kind, check_standardized
 from batchkern.data import (
     HELD_OUT,
     Column,
@@ -115,7 +116,8 @@ class ImagePreprocessing:
 
     def feed(self, data: Labelled, device: torch.device | str) -> Feed:
         """Batches of images of this shape, normalised."""
-        assert isinstance(data, ImageData)
+        if not isinstance(data, ImageData):
+            raise UserError("the model was trained on uint8 images, and these data are other inputs")
         return Feed(data, mean=_float32(self.mean), std=_float32(self.std), device=device)
 
     @property
@@ -147,9 +149,9 @@ class TensorPreprocessing:
             fits = self.shape and values is not None and len(values) == self.shape[0]
             if (self.mean is None) != (self.std is None) or (values is not None and not fits):
                 raise ValueError(f"{name} must be one number for each channel of {self.shape}, not {values!r:.60}")
-            if values is not None and not _float32(values).isfinite().all():
+            if values is not None and not _float64(values).isfinite().all():
                 raise ValueError(f"{name} must be finite numbers, not {values!r:.60}")
-        if self.std is not None and not (_float32(self.std) > 0).all():
+        if self.std is not None and not (_float64(self.std) > 0).all():
             raise ValueError(f"std must be positive, not {self.std!r:.60}")
         _check_classes(self.classes)
 
@@ -175,7 +177,10 @@ class TensorPreprocessing:
 
     def feed(self, data: Labelled, device: torch.device | str) -> Feed | DatasetFeed:
         """Batches of inputs of this shape, standardised."""
-        statistics = None if self.mean is None or self.std is None else (_float32(self.mean), _float32(self.std))
+        if isinstance(data, ImageData):
+            raise UserError("the model was trained on other inputs than uint8 images, which these data are")
+        statistics = None if self.mean is None or self.std is None else (_float32(self.mean), _float64(self.std))
+        check_standardized("data", data, statistics is not None)
         return feed_of(data, statistics, device=device)
 
 
@@ -186,12 +191,14 @@ class TablePreprocessing(TensorPreprocessing):
     Attributes:
         label: the name of the column of labels, which need not be there where the model is asked.
         columns: the others, and what becomes of each.
+        other: columns that may be there and are no features.
     """
 
     kind: ClassVar[str] = "table"
 
     label: str
     columns: tuple[Column, ...]
+    other: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,17 +207,18 @@ class TablePreprocessing(TensorPreprocessing):
 
     def __call__(self, inputs: Any) -> Any:
         """float32 (B, features) on the CPU, of a file or of what :meth:`data` gives."""
-        data = inputs if isinstance(inputs, Labelled) else self.table(inputs)
+        check_kind("inputs", inputs, str | os.PathLike | Labelled, "the path of a table")
+        data = inputs if isinstance(inputs, Labelled) else self.table(os.fspath(inputs))
         return self.feed(data, "cpu").batch(torch.arange(len(data)), None)[0]
 
     def table(self, source: str, split: str | None = None) -> Labelled:
         """The rows of a file, with labels or without. Theirs are 0."""
         _check_no_split(split)
-        return load_table(source, columns=self.columns, label=self.label, classes=self.classes, labelled=False)
+        return self._load(source, labelled=False)
 
     def labelled(self, source: str, split: str | None = None, *, trained: str = "the model") -> Labelled:
         """With their labels. ``split``: ``"held-out"``, the fifth of them that a training holds out."""
-        data = load_table(source, columns=self.columns, label=self.label, classes=self.classes)
+        data = self._load(source)
         if split == HELD_OUT:
             return data.select(held_out(data.labels)[1])
         _check_no_split(split)
@@ -220,6 +228,16 @@ class TablePreprocessing(TensorPreprocessing):
                 "without other test data leaves out, or give other data"
             )
         return data
+
+    def _load(self, source: str, labelled: bool = True) -> TableData:
+        return load_table(
+            source,
+            columns=self.columns,
+            label=self.label,
+            classes=self.classes,
+            labelled=labelled,
+            other=self.other,
+        )
 
 
 def _check_no_split(split: str | None) -> None:
@@ -256,8 +274,14 @@ def preprocessing_of(
         return ImagePreprocessing.of(data, statistics, model=model, classifier=classifier)
     mean, std = (None, None) if statistics is None else (tuple(numbers.tolist()) for numbers in statistics)
     if isinstance(data, TableData):
-        return TablePreprocessing(data.shape, mean, std, classes, model, classifier, data.label, data.columns)
+        return TablePreprocessing(
+            data.shape, mean, std, classes, model, classifier, data.label, data.columns, data.other
+        )
     return TensorPreprocessing(data.shape, mean, std, classes, model, classifier)
+
+
+def _float64(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 def _float32(numbers: Sequence[float]) -> Tensor:

@@ -90,8 +90,8 @@ class Config(TypedDict):
 
 
 class _Data(_Named):
-    shape: list[Whole]
-    classes: Whole
+    shape: list[Whole] | None
+    classes: Whole | None
 
 
 class _ModelSettings(TypedDict):

@@ -16,7 +16,7 @@ from batchkern import models
 from batchkern.configure import AMP_TYPES, check_kind, check_logits, check_model_kind, pick_device
 from batchkern.data import Labelled, as_labelled
 from batchkern.data.datasets import Data
-from batchkern.data.labelled import IGNORED
+from batchkern.data.labelled import IGNORED, check_labels
 from batchkern.errors import UserError
 from batchkern.initial_weights import load_all_weights
 from batchkern.preprocessing import ImagePreprocessing, Preprocessing, read
@@ -96,12 +96,18 @@ class TrainedModel:
         top = loss = 0.0
         several = len(self.classes) > 5
         for labels, logits in self.batches(data, device):
+            if logits.argmax(1).shape != labels.shape:
+                shapes = tuple(labels.shape), tuple(logits.shape)
+                raise UserError(f"{data.name} has labels of shape {shapes[0]}, for logits of shape {shapes[1]}")
+            check_labels(data.name, labels, len(self.classes), masks=labels.dim() > 1)
             correct = logits.argmax(1) == labels
             counts += labels[labels != IGNORED].cpu().bincount(minlength=len(counts))
             right += labels[correct].cpu().bincount(minlength=len(counts))
             loss += float(F.cross_entropy(logits, labels, reduction="sum"))
             top += float((logits.topk(5, 1).indices == labels[:, None]).sum()) if several else 0.0
         rows = int(counts.sum())
+        if not rows:
+            raise UserError(f"{data.name} has no place that counts: all labels are {IGNORED}")
         return {
             "rows": rows,
             "accuracy": int(right.sum()) / rows,

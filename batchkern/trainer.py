@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from batchkern import models, schedules
 from batchkern._version import __version__
-from batchkern.callbacks import Callback, check_callbacks
+from batchkern.callbacks import Callback, checked_callbacks
 from batchkern.configure import (
     AMP_TYPES,
     OptimizerFactory,
@@ -156,7 +156,6 @@ class Trainer(Learner):
         accumulate = count("gradient_accumulation_steps", gradient_accumulation_steps)
         warmup_epochs = check_range("warmup_epochs", warmup_epochs, 0, epochs)
         max_grad_norm, ema_decay = check_knobs(max_grad_norm, ema_decay, compile, model)
-        check_callbacks(callbacks)
         train = as_labelled("train", train)
         test = as_labelled("test", test, train.classes)
         check_data(train, test, batch_size)
@@ -182,7 +181,7 @@ class Trainer(Learner):
         self.checkpoint_every = checkpoint_every
         self.progress = progress
         self.keep_best = keep_best
-        self.callbacks = list(callbacks)
+        self.callbacks = checked_callbacks(callbacks)
         self.settings = {
             "train": describe_data(train),
             "test": describe_data(test),
@@ -232,13 +231,11 @@ class Trainer(Learner):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 built = models.build(named, shape=train.shape, classes=len(train.classes), pretrained=pretrained)
-            if weights is not None and not pretrained:
-                load_weights(built, weights, classifier)
             return built
 
         if isinstance(model, str):
             model = fresh(derived_seed(seed, "weights"))
-        elif weights is not None:
+        if weights is not None and not pretrained:
             load_weights(model, weights, classifier)
         model = model.to(ranks.device)
         classes = check_model(model, inputs, len(train.classes) if train.classes else None, places)
@@ -246,6 +243,8 @@ class Trainer(Learner):
             models.find_classifier(model, classifier)
         least = least_rows(model, inputs, classes, places, ranks.device, ranks.world, batch_size)
         self.classes = train.classes or tuple(map(str, range(classes)))
+        if isinstance(feed, DatasetFeed):
+            feed.classes = classes
         self.preprocessing = preprocessing_of(
             train, self.statistics, classes=self.classes, model=named, classifier=classifier
         )
@@ -302,7 +301,10 @@ class Trainer(Learner):
     def _feed(
         self, data: Labelled, device: torch.device, *, augment: str = "none", seed: int = 0
     ) -> Feed | DatasetFeed:
-        return feed_of(data, self.statistics, device=device, augment=augment, seed=seed, workers=self.workers)
+        feed = feed_of(data, self.statistics, device=device, augment=augment, seed=seed, workers=self.workers)
+        if isinstance(feed, DatasetFeed) and hasattr(self, "classes"):
+            feed.classes = len(self.classes)
+        return feed
 
     # --- files -------------------------------------------------------------------------------------------------
 
@@ -327,6 +329,12 @@ class Trainer(Learner):
             state, self.history = self.ranks.first(lambda: (directory.load_checkpoint(), directory.metrics()))
             if state is not None:
                 self._load(state)
+            if self.keep_best and self.history and not self.ranks.first((path / BEST).exists):
+                warnings.warn(
+                    f"keep_best: the weights of earlier epochs are gone, so that {BEST} will be there only if a later "
+                    "epoch is better than all of them",
+                    stacklevel=3,
+                )
             if (before := self.ranks.first(lambda: directory.epochs_before)) is not None:
                 self._check_extended(path, before)
                 self.ranks.first(lambda: directory.extend(len(self.history)))
@@ -571,6 +579,12 @@ class Trainer(Learner):
     def _finish(self) -> dict[str, Any]:
         if self.average is not None:
             self.average.apply()
+        if self.counts.updates == 0:
+            warnings.warn(
+                "the training has made no update, so the model is what it was: its strategies selected fewer samples "
+                "than a batch has",
+                stacklevel=3,
+            )
         if self.directory:
             self.ranks.first(partial(self._write_results, self.directory))
         for strategy in self.strategies:

@@ -77,16 +77,16 @@ def test_several_metrics_and_data_sets_are_one_family_of_tests(tmp_path: Path) -
 
 
 def test_less_is_better_where_the_metric_says_so(tmp_path: Path) -> None:
-    text = "arm,seed,loss,wer\n" + "".join(
+    text = "arm,seed,loss,drift\n" + "".join(
         f"{arm},{k},{x * (1 + 0.01 * k)},{x * (1 + 0.02 * k)}\n"
         for arm, x in (("baseline", 2), ("good", 1))
         for k in range(6)
     )
-    loss, wer = of(tmp_path, text).tables
+    loss, drift = of(tmp_path, text).tables
     assert loss.verdict[0].startswith("Better than the baseline: good (-")
-    assert wer.verdict[0].startswith("Worse than the baseline: good (-")
-    assert of(tmp_path, text, ("wer",), lower=["wer"]).tables[0].verdict[0].startswith("Better than")
-    with pytest.raises(UserError, match="lower: there is no metric 'top1'; there are loss, wer"):
+    assert drift.verdict[0].startswith("Worse than the baseline: good (-")
+    assert of(tmp_path, text, ("drift",), lower=["drift"]).tables[0].verdict[0].startswith("Better than")
+    with pytest.raises(UserError, match="lower: there is no metric 'top1'; there are loss, drift"):
         of(tmp_path, text, lower=["top1"])
 
 
@@ -162,7 +162,10 @@ BAD = [
     ("arm,seed,x,control\nbaseline,0,1,\na,0,1,r\n", "control: there is no arm 'r'; there are baseline, a"),
     ("arm,seed,x,control\nbaseline,0,1,\na,0,1,a\n", "control: arm 'a' is its own"),
     ("arm,seed,x,control\nbaseline,0,1,\na,0,1,baseline\na,1,1,r\nr,0,1,\n", "arm 'a' has two, 'baseline' and 'r'"),
-    ("arm,seed,x,error\nbaseline,0,1,killed\n", "no run has a metric: all have failed"),
+    (
+        "arm,seed,x,error\nbaseline,0,1,killed\n",
+        "line 2, column error: has a word in a line of every run, here 'killed': all have failed",
+    ),
     ("arm,seed,x,data\nbaseline,0,1,c\nsam,0,1,d\n", "there is no run of the baseline 'baseline' on 'd'"),
     ("arm,seed,x,budget\nbaseline,0,1,u c\nbaseline,1,1,u\n", "arm 'baseline' stands twice at the budget 'u'"),
 ]
@@ -291,3 +294,55 @@ def test_an_overwriting_page_leaves_no_plot_of_the_old_one(tmp_path: Path) -> No
     write_analysis(of(tmp_path, two, ("x",)), tmp_path / "page", "it", overwrite=True)
     names = sorted(path.name for path in (tmp_path / "page").iterdir())
     assert names == [PAGE, JSON, "differences-1.png", "mine.png"]
+
+
+@pytest.mark.parametrize("name", ["val_losses", "RMSE", "valLoss", "top1_err", "nll", "WER"])
+def test_usual_names_of_metrics_of_which_less_is_better(tmp_path: Path, name: str) -> None:
+    assert of(tmp_path, f"arm,seed,{name}\nbaseline,0,1\nsam,0,2\n").tables[0].metric.lower
+    with pytest.raises(UserError, match=f"lower and higher: '{name}' is in both"):
+        of(tmp_path, f"arm,seed,{name}\nbaseline,0,1\nsam,0,2\n", lower=[name], higher=[name])
+
+
+def test_seeds_of_64_bits_are_told_apart(tmp_path: Path) -> None:
+    """As floats the first of both arms are the same number."""
+    baseline, sam = (2**64 - 7, 2, 3), (2**64 - 3, 4, 3)
+    lines = [
+        f"{arm},{seed},{k}\n" for arm, seeds in (("baseline", baseline), ("sam", sam)) for k, seed in enumerate(seeds)
+    ]
+    (entry,) = of(tmp_path, "arm,seed,x\n" + "".join(lines)).tables[0].entries[1:]
+    assert entry["difference"]["baseline"]["seeds"] == 1
+
+
+def test_a_course_in_columns_stays_beside_a_column_of_its_end(tmp_path: Path) -> None:
+    text = "arm,seed,x,x[1],x[2]\nbaseline,0,5,1,4\nsam,0,6,4,5\n"
+    table = of(tmp_path, text).tables[0]
+    assert table.curves == {"baseline": [([1.0, 2.0], [1.0, 4.0])], "sam": [([1.0, 2.0], [4.0, 5.0])]}
+    assert [entry["reached"]["mean"] for entry in table.entries] == [5, 6]
+
+
+def test_a_control_may_stand_in_any_line_of_a_course(tmp_path: Path) -> None:
+    arms = (("baseline", ""), ("sam", "random"), ("random", "None"))
+    lines = [
+        f"{arm},{k},{step},{control if step == 1 else ''},{k + step}"
+        for arm, control in arms
+        for k in (0, 1)
+        for step in (1, 2)
+    ]
+    found = of(tmp_path, "arm,seed,steps,control,x\n" + "\n".join(lines))
+    assert set(found.tables[0].entries[1]["difference"]) == {"baseline", "control"}
+
+
+def test_what_is_not_looked_at_or_ends_early_is_told(tmp_path: Path) -> None:
+    lines = [
+        f"{arm},0,{step},{'' if arm == 'sam' and step > 10 else step},1"
+        for arm in ("baseline", "sam")
+        for step in (10, 20, 30)
+    ]
+    found = of(tmp_path, "arm,seed,steps,test_accuracy,f1\n" + "\n".join(lines))
+    assert "Not looked at, since not asked for (--metric): f1." in found.about
+    assert "The last lines of sam have no value; an earlier one counts: test accuracy." in found.about
+
+
+def test_an_error_that_is_a_number_and_a_word_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="line 3, column error: 'OOM' is a word, and other lines have numbers"):
+        of(tmp_path, "arm,seed,x,error\nbaseline,0,1,0\nbaseline,1,2,OOM\n")

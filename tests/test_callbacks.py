@@ -185,10 +185,24 @@ def test_names_of_loggers():
         loggers("tensorboard,mlflow")
 
 
-@pytest.mark.parametrize("callbacks", [[print], print, [Recorder(), 3]])
+@pytest.mark.parametrize("callbacks", [[print], print, [Recorder(), 3], [Recorder]])
 def test_what_is_no_callback_is_refused(callbacks):
     with pytest.raises(UserError, match=r"callbacks must be objects with a method on_epoch_end\(row\), got "):
         trainer(callbacks=callbacks)
+
+
+def test_a_logger_that_cannot_begin_is_a_warning(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    run = trainer(out=out, callbacks=TensorBoard())
+    (out / "tensorboard").write_text("in its place")
+    with pytest.warns(UserWarning, match="nothing is shown in TensorBoard: FileExistsError"):
+        assert run.fit()["epoch"] == 1
+
+
+def test_weights_of_epochs_that_were_not_kept_are_told(tmp_path):
+    trainer(epochs=2, out=tmp_path / "run").fit()
+    with pytest.warns(UserWarning, match="keep_best: the weights of earlier epochs are gone"):
+        trainer(epochs=2, out=tmp_path / "run", resume=True, keep_best=True)
 
 
 def test_a_logger_that_fails_is_a_warning(tmp_path, monkeypatch):

@@ -212,11 +212,15 @@ def matched_epochs(build: Callable[[int], Trainer], epochs: int, budget: str, ta
     def uses(count: int) -> float:
         if count not in known:
             try:
-                known[count] = spent(budget, vars(forecast(build(count))))
+                trainer = build(count)
+                known[count] = spent(budget, vars(forecast(trainer)))
             except UserError:
                 if count == epochs:
                     raise
                 known[count] = math.inf  # too few epochs for the steps of Stepwise
+            if known[count] == 0:
+                names = "+".join(strategy.name for strategy in trainer.strategies)
+                raise UserError(f"{names} selects too few samples for an update in {count} epochs of this training set")
         return known[count]
 
     guess = epochs

@@ -118,7 +118,8 @@ def about_tests(seeds: int, tests: int, pairing: str) -> list[str]:
         return []
     about = [
         f"Means over {seeds} seeds ± half of their 95 % confidence interval (Student's t). Differences are paired: "
-        f"{pairing} p: paired t-test, corrected by Holm's method for all {tests} tests of this comparison; below "
+        f"{pairing} p: paired t-test (where all differences are the same, a sign test), corrected by Holm's method for "
+        f"all {tests} tests of this comparison; below "
         f"{LEVEL} a difference counts as found. Intervals are of single differences, not corrected.",
         "The p-values hold for arms and seeds that were fixed beforehand: who looks, adds seeds or arms and looks "
         "again will find something sooner or later, whether it is there or not.",

@@ -187,6 +187,7 @@ class DatasetFeed:
         self.device = torch.device(device)
         self.seed = seed
         self.workers = workers
+        self.classes = None if data.classes is None else len(data.classes)
         self.depth = max(1, workers)
         """How many batches ahead are fetched."""
         self._pool: ProcessPoolExecutor | None = None
@@ -210,8 +211,8 @@ class DatasetFeed:
     def batch(self, indices: Tensor, step: int | None, positions: Tensor | None = None) -> tuple[Inputs, Tensor]:
         """Inputs and labels at `indices`, on the device; `step` and `positions` as of `Feed.batch`."""
         inputs, labels = self._fetched(self._request(indices, step, positions))
-        if self.data.classes is not None:
-            check_labels(self.data.name, labels, len(self.data.classes), masks=labels.dim() > 1)
+        if self.classes is not None:
+            check_labels(self.data.name, labels, self.classes, masks=labels.dim() > 1)
         on_device = tree_map(lambda x: x.to(self.device, non_blocking=True) if isinstance(x, Tensor) else x, inputs)
         return on_device, labels.to(self.device)
 

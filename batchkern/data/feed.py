@@ -74,9 +74,12 @@ class Feed:
         # (pixel / 255 - mean) / std = pixel * scale + shift
         self._scale = self._shift = None
         if mean is not None and std is not None:
-            most, wide = 255 if isinstance(data, ImageData) else 1, (-1, *(1 for _ in data.shape[1:]))
-            self._scale = (1 / (most * std.double())).float().view(wide).to(self.device)
-            self._shift = (-mean.double() / std.double()).float().view(wide).to(self.device)
+            wide = (-1, *(1 for _ in data.shape[1:]))
+            if isinstance(data, ImageData):
+                self._scale = (1 / (255 * std.double())).float().view(wide).to(self.device)
+                self._shift = (-mean.double() / std.double()).float().view(wide).to(self.device)
+            else:  # in float64, or little would be left of a date in seconds
+                self._scale, self._shift = (x.double().view(wide).to(self.device) for x in (std, mean))
         self._labels = data.labels.to(self.device)
         self._images: Tensor | None = None
         if isinstance(data, TensorData | TensorImages):
@@ -138,6 +141,8 @@ class Feed:
         """uint8 (b, C, H, W) or inputs (b, C, ...) -> float32, on the device; without statistics as they are."""
         if self._scale is None or self._shift is None:
             return images
+        if self._scale.dtype == torch.float64:
+            return ((images.double() - self._shift) / self._scale).float()
         if self.device.type != "cpu" or images.numel() * 4 <= _KEPT_BY_MALLOC:
             return images.float().mul_(self._scale).add_(self._shift)
         # By NumPy, in this thread alone: torch's would wait for each other while others decode.

@@ -7,6 +7,7 @@ training set.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from batchkern.data.tensors import TensorData
 from batchkern.data.wording import printable, shortened
 from batchkern.errors import UserError, require
 
+_MOST = 1e150  # the squares of larger numbers are none
 MOST_TEXTS = 100
 """Different texts of a column that become features."""
 
@@ -46,16 +48,18 @@ class TableData(TensorData):
     Attributes:
         columns: what became of each.
         label: the name of the column of labels.
+        other: columns of the file that are no features.
     """
 
     columns: tuple[Column, ...]
     label: str
+    other: tuple[str, ...] = ()
 
     def _selected(self, positions: Tensor) -> TableData:
         part = TableData(
             self.inputs[positions], self.labels[positions], self.classes, name=self.name, standardize=self.standardize
         )
-        part.columns, part.label = self.columns, self.label
+        part.columns, part.label, part.other = self.columns, self.label, self.other
         return part
 
 
@@ -87,6 +91,7 @@ def load_table_pair(
     if not columns:
         raise UserError(f"{name}: beside {', '.join(map(repr, left_out))} there is no column, for features")
     data = _encoded(name, table, columns, label, classes)
+    data.other = left_out[1:]
     if clean_labels is not None:
         data.clean_labels = _labels(name, table, clean_labels, classes)
     if test is not None:
@@ -115,7 +120,10 @@ def load_table(
     Raises:
         UserError: as `load_table_pair`.
     """
-    name, table = _read(source)
+    texts = [column.name for column in columns if column.kind == "texts"]
+    if not _are_numbers(classes):
+        texts.append(label)
+    name, table = _read(source, texts)
     if labelled:
         _column(name, table, label, "label")
     for column in columns:
@@ -144,8 +152,13 @@ def open_pair(
     return load_table_pair(train, test, label=label, clean_labels=clean_labels)
 
 
-def _read(source: str | os.PathLike[str]) -> tuple[str, Any]:
-    """How it is called in messages, and a pyarrow.Table."""
+def _are_numbers(classes: Sequence[str]) -> bool:
+    """Or truth values: what a column of them reads as, whatever else might be read from a file of a few rows."""
+    return set(classes) <= {"False", "True"} or all(re.fullmatch(r"-?\d+", name) for name in classes)
+
+
+def _read(source: str | os.PathLike[str], texts: Sequence[str] = ()) -> tuple[str, Any]:
+    """How it is called in messages, and a pyarrow.Table; ``texts``: columns that are texts, whatever they look like."""
     path = Path(os.path.expanduser(os.fspath(source)))
     name = printable(os.fspath(source))
     if not path.is_file():
@@ -155,8 +168,11 @@ def _read(source: str | os.PathLike[str]) -> tuple[str, Any]:
         match path.suffix.lower():
             case ".csv" | ".tsv" as suffix:
                 options = csv.ParseOptions(delimiter="," if suffix == ".csv" else "\t", newlines_in_values=True)
-                # An empty place of a column of texts is a text, but one without a value.
-                read = csv.read_csv(path, parse_options=options, convert_options=_convert(csv))
+                kinds = dict.fromkeys(texts, require("pyarrow", "train").string())
+                convert = csv.ConvertOptions(
+                    strings_can_be_null=True, quoted_strings_can_be_null=False, column_types=kinds
+                )
+                read = csv.read_csv(path, parse_options=options, convert_options=convert)
             case ".parquet":
                 read = parquet.read_table(path)
             case suffix:
@@ -165,16 +181,15 @@ def _read(source: str | os.PathLike[str]) -> tuple[str, Any]:
         raise
     except Exception as error:
         raise UserError(f"{name}: not a readable table: {str(error).partition(chr(10))[0]:.300}") from error
+    for key in read.column_names:
+        if key == "" or key.startswith("__index_level_"):
+            raise UserError(f"{name}: the column {key!r} is an index of pandas: write the table without (index=False)")
     if read.num_rows == 0:
         raise UserError(f"{name}: the table has no rows")
     if len(set(read.column_names)) < read.num_columns:
         twice = next(key for key in read.column_names if read.column_names.count(key) > 1)
         raise UserError(f"{name}: two of its columns are called {twice!r}")
     return name, read
-
-
-def _convert(csv: Any) -> Any:
-    return csv.ConvertOptions(strings_can_be_null=True, quoted_strings_can_be_null=False)
 
 
 def _listed(table: Any) -> str:
@@ -199,7 +214,7 @@ def _check_whole(name: str, key: str, column: Any) -> None:
         raise UserError(
             f"{name}: column {key!r} has no value in row {row + 1} of {len(column)}"
             + (f", and in {count - 1} more" if count > 1 else "")
-            + ": fill them, or remove the rows or the column"
+            + ": fill them, or remove the rows or the column (of a text file, NA, null and the like are no values)"
         )
 
 
@@ -222,6 +237,8 @@ def _described(name: str, table: Any, key: str) -> Column:
     kind = _kind(column)
     if kind == "number":
         return Column(key, "number")
+    if kind is None and str(column.type) in ("binary", "large_binary"):
+        raise UserError(f"{name}: column {key!r} is no text in UTF-8: write the file in this encoding")
     if kind is None:
         raise UserError(
             f"{name}: column {key!r} is of type {column.type}; features are numbers, truth values and texts: remove "
@@ -242,7 +259,7 @@ def _classes(name: str, table: Any, label: str) -> tuple[str, ...]:
     if _kind(column) is None or types.is_floating(column.type):
         raise UserError(
             f"{name}: label is {label!r}, a column of type {column.type}; classes are texts, truth values or whole "
-            "numbers"
+            "numbers: write it as one of these"
         )
     found = sorted(set(column.to_pylist()))
     if len(found) < 2:
@@ -284,7 +301,7 @@ def _encoded(
 
 
 def _features(name: str, column: Any, of: Column) -> Tensor:
-    """float32 ``(N, width)``."""
+    """float64 ``(N, width)``."""
     _check_whole(name, of.name, column)
     kind = _kind(column)
     if of.kind == "texts":  # of a test set, numbers may be texts of the training set
@@ -296,13 +313,12 @@ def _features(name: str, column: Any, of: Column) -> Tensor:
                 f"{name}: row {row + 1} has {_texts(column)[row]!r} in {of.name!r}, which no row of the training set "
                 f"has: {shortened(of.values)}"
             )
-        return torch.nn.functional.one_hot(torch.tensor(found), of.width).float()
+        return torch.nn.functional.one_hot(torch.tensor(found), of.width).double()
     if kind != "number":
         raise UserError(f"{name}: column {of.name!r} is of type {column.type}, but of numbers in the training set")
-    numbers = torch.from_numpy(np.asarray(column.to_pylist(), dtype=np.float64)).float()
-    if not torch.isfinite(numbers).all():
-        row = int((~torch.isfinite(numbers)).nonzero()[0])
-        raise UserError(
-            f"{name}: column {of.name!r} is {column[row].as_py()} in row {row + 1}; it must be finite in float32"
-        )
+    numbers = torch.from_numpy(np.asarray(column.to_pylist(), dtype=np.float64))
+    finite = torch.isfinite(numbers) & (numbers.abs() < _MOST)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise UserError(f"{name}: column {of.name!r} is {column[row].as_py()} in row {row + 1}; it must be finite")
     return numbers[:, None]

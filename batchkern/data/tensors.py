@@ -48,7 +48,7 @@ class TensorData(Labelled):
         )
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and standard deviation for each index of dimension 1, a feature or a channel: two (C,) float32 tensors.
+        """Mean and standard deviation for each index of dimension 1, a feature or a channel: two (C,) float64 tensors.
 
         The deviation of what is constant is 1.
         """
@@ -57,7 +57,7 @@ class TensorData(Labelled):
         rows = self.inputs.transpose(0, 1).flatten(1).double()
         deviation = rows.std(1, correction=0)
         constant = deviation <= 1e-12 * rows.abs().amax(1)
-        return rows.mean(1).float(), deviation.masked_fill(constant, 1.0).float()
+        return rows.mean(1), deviation.masked_fill(constant, 1.0)
 
 
 def from_tensors(
@@ -66,9 +66,9 @@ def from_tensors(
     """Data of a pair of tensors or arrays.
 
     Args:
-        inputs: ``(N, ...)`` of any numbers. Floats become float32; whole numbers, such as tokens, stay as they are, but
-            for uint8 ``(N, C, H, W)``, which are images: each channel is standardised, and with C = 1 or 3 they are
-            what `load` gives.
+        inputs: ``(N, ...)`` of any numbers. Floats become float32, those that are standardised after that; whole
+            numbers, such as tokens, stay as they are, but for uint8 ``(N, C, H, W)``, which are images: each channel is
+            standardised, and with C = 1 or 3 they are what `load` gives.
         labels: ``(N,)`` whole numbers in 0..C-1; or masks ``(N, *places)`` of them, for a model whose logits are ``(N,
             C, *places)``: a place of -100 counts nowhere.
         classes: their names; default: "0", "1", ... as far as the labels go.
@@ -97,9 +97,9 @@ def from_tensors(
     if inputs.dtype == torch.uint8 and inputs.dim() == 4:
         if inputs.shape[1] in (1, 3) and labels.dim() == 1:
             return TensorImages(inputs, labels, names, name=name)
-        return TensorData(inputs.float() / 255, labels, names, name=name, standardize=True)
+        return TensorData(inputs.float(), labels, names, name=name, standardize=True)
     if inputs.is_floating_point() or inputs.dtype == torch.bool:
-        inputs = inputs.float()
+        inputs = inputs if standardize and inputs.dtype == torch.float64 else inputs.float()
         if not torch.isfinite(inputs).all():
             row = int((~torch.isfinite(inputs.flatten(1)).all(1)).nonzero()[0])
             raise UserError(f"{name}: row {row} of inputs has a value that is not finite")

@@ -52,7 +52,8 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)
     """The processes of the training; a loss takes ``group=run.ranks.group``."""
     fresh: Callable[[int], nn.Module] | None = None
-    """The network as the training begins, from a seed; a module of the user's is copied as he gave it."""
+    """The network with random weights from a seed (a module of the user's is copied as he gave it), whatever file the
+    training's own weights are of."""
     images_vary: bool = True
     """A row that stands in a batch twice gives two images: by the trainer's augmentation or a strategy's transform."""
 
@@ -140,7 +141,8 @@ def row_losses(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[
     if losses.dim() == 1:
         return losses, None
     places = (target != IGNORED).flatten(1).sum(1).float()
-    return losses.flatten(1).sum(1) / places.clamp(min=1), places
+    # A row without a place that counts has no loss and no gradient; alone in a batch, it must not divide by 0.
+    return losses.flatten(1).sum(1) / places.clamp(min=1), places.clamp(min=1e-12)
 
 
 Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]

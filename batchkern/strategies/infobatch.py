@@ -22,15 +22,16 @@ class InfoBatch(Strategy):
     """Of the samples that lose less than the mean, some are left out of an epoch, and the others count for them.
 
     Before each epoch but the first, a sample whose last known loss is below the mean of all is pruned with probability
-    r; where it stays, its loss counts 1 / (1 - r) times in the mean over its batch, so that the expected gradient is
-    that of all samples. The last epochs train on all of them. The authors' program prunes exactly the share r of those
-    below the mean.
+    r; where it stays, its loss counts 1 / (1 - r) times in the mean over its batch, so that the expected sum of an
+    epoch's gradients is that of all samples. Of an epoch with fewer updates each is larger for it, N / kept times on
+    average. The last epochs train on all. The authors' program prunes exactly the share r of those below the mean.
 
     Args:
         prune: r, in [0, 1).
         until: share of the epochs, delta, in [0, 1]: from epoch floor(until * E) on, counted from 0, nothing is pruned.
             That is what the authors' program does.
-        at_random: prune as many, but at random among all samples, and weigh none: the control.
+        at_random: prune as many, but at random among all samples, and let each of the others count N / kept times: the
+            control, whose updates are as large.
     """
 
     name: ClassVar[str] = "infobatch"
@@ -75,6 +76,7 @@ class InfoBatch(Strategy):
         pruned = low & (torch.rand(len(low), generator=numbers) < self.prune)
         if self.at_random:
             pruned = pruned[torch.randperm(len(low), generator=numbers)]
+            weights *= len(low) / int((~pruned).sum())
         else:
             weights[low] = 1 / (1 - self.prune)
         return weights.masked_fill(pruned, 0)

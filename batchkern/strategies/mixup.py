@@ -14,8 +14,8 @@ from batchkern.configure import check_range
 from batchkern.seeding import derived_seed, generator
 from batchkern.strategies.base import Fetch, Run, Step, Strategy, as_probabilities
 
-MIXING = frozenset({"how images are mixed"})
-"""What mixup and cutmix both decide."""
+MIXING = frozenset({"whether images are mixed"})
+"""What mixup and cutmix both decide, and rho, which needs whole ones."""
 
 
 MOST = 1e6

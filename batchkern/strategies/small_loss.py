@@ -24,9 +24,8 @@ class SmallLoss(Strategy):
     """The loss is the mean over the samples of each batch that lose least: wrong labels are learned last.
 
     R(T) = 1 - noise * min(T / warm_up, 1) of a batch is kept, with T the epochs that are done: the first epoch keeps
-    all, as Algorithm 1 does, which updates R(T) at the end of an epoch. The authors' program falls from all to
-    1 - noise within ``warm_up - 1`` epochs. This is one network, which selects for itself; Co-teaching trains two, each
-    on what the other one selects.
+    all, as Algorithm 1 does, which updates R(T) at the end of an epoch. The authors' program is one step ahead. This is
+    one network, which selects for itself; Co-teaching trains two, each on what the other one selects.
 
     Args:
         noise: share of wrong labels, tau, in [0, 1), as it is known or estimated.

@@ -241,3 +241,15 @@ def test_the_nearest_number_of_epochs_is_taken():
 def test_an_arm_that_cannot_train_says_so():
     with pytest.raises(UserError, match="epochs must be at least 5"):
         matched("stepwise", "cost", epochs=3)
+
+
+@pytest.mark.filterwarnings("ignore:the training has made no update")
+def test_an_arm_that_makes_no_update_is_told():
+    def build(epochs):
+        return trainer(parse("selective-backprop(beta=60)"), epochs=epochs, batch_size=40)
+
+    with pytest.raises(UserError, match="selective-backprop selects too few samples for an update in 1 epochs"):
+        matched_epochs(build, 1, "updates", 2.0)
+    run = build(1)
+    with pytest.warns(UserWarning, match="the training has made no update, so the model is what it was"):
+        run.fit()

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 from training import furthest, images, net, normalised, single_thread, trainer
 
-from batchkern.data import DatasetData, from_dataset
+from batchkern import load_model
+from batchkern.data import DatasetData, from_dataset, from_tensors
 from batchkern.errors import UserError
 from batchkern.strategies import (
     BatchAugmentation,
@@ -244,6 +245,41 @@ def test_rows_can_be_selected():
     part = from_dataset(Named(noise=0.1)).select(torch.tensor([5, 3]))
     assert isinstance(part, DatasetData)
     assert part.fetch([0, 1], [0, 0])[1].tolist() == DATA.labels[[5, 3]].tolist()
+
+
+def test_rows_that_are_taken_as_they_are_are_no_test_of_standardised_ones():
+    standardised = from_tensors(PIXELS, DATA.labels, standardize=True)
+    with pytest.raises(UserError, match="test is the dataset Rows, whose rows are taken as they are"):
+        trainer(train=standardised, test=TEST)
+    with pytest.raises(UserError, match="data is the dataset Rows, whose rows are taken as they are"):
+        trainer(train=standardised, test=(PIXELS, DATA.labels)).predict(TEST)
+
+
+@pytest.mark.parametrize("label", [5, -1, -100])
+def test_a_label_out_of_range_is_a_sentence_without_names_of_classes(label):
+    with pytest.raises(UserError, match=rf"Broken: the label \[\d+\] is {label}; it must be in 0..3"):
+        trainer(train=Broken(lambda row: (PIXELS[row], label)), test=TEST).fit()
+
+
+@pytest.mark.parametrize(
+    "collate", [None, lambda rows: ({"x": torch.stack([r[0] for r in rows])}, torch.tensor([r[1] for r in rows]))]
+)
+def test_what_was_trained_on_a_dataset_is_loaded_again(collate, tmp_path):
+    data = from_dataset(Rows(), collate_fn=collate)
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            return self.net(x["x"] if isinstance(x, dict) else x)
+
+    run = trainer(model=Named(), train=data, test=data, out=tmp_path / "run")
+    last = run.fit()
+    found = load_model(tmp_path / "run", model=Named()).evaluate(data)
+    assert found["accuracy"] == last["test_accuracy_plain"]
+    assert found["loss"] == pytest.approx(last["test_loss"])
 
 
 # --- what is wrong ---------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_uint8_images_are_images():
     assert pair.classes == data.classes
     four = from_tensors(data.images.expand(-1, 4, -1, -1), data.labels)
     assert four.standardize
-    assert torch.equal(four.inputs[3], data.images[3].expand(4, -1, -1).float() / 255)
+    assert torch.equal(four.inputs[3], data.images[3].expand(4, -1, -1).float())
 
 
 @pytest.mark.parametrize("augment", ["flip", "crop+flip"])
@@ -375,6 +375,24 @@ def test_images_and_other_inputs_are_not_mixed():
         trainer(train=floats)
     with pytest.raises(UserError, match="data has other inputs, but the training set has uint8 images"):
         trainer().predict(floats)
+
+
+def test_test_data_of_another_shape_of_labels_are_refused():
+    inputs, labels = table(20, 1)
+    with pytest.raises(UserError, match=r"test has labels of shape \(N, 1\), but those of the training set are \(N,\)"):
+        on(table(46), (inputs, labels[:, None]))
+    with pytest.raises(UserError, match=r"data has labels of shape \(N, 1\), but those of the training set are \(N,\)"):
+        on(table(46)).predict((inputs, labels[:, None]))
+
+
+def test_batches_without_a_place_that_counts_change_nothing():
+    """Rows of masks that count nowhere, alone in a batch, or chosen at random among others."""
+    inputs, levels = masks(44)
+    levels[:30] = -100
+    run = trainer([RandomSelection(start=0.2, end=0.2)], Segments(), (inputs, levels), masks(20, 1), batch_size=2)
+    run.fit()
+    assert all(weights.isfinite().all() for weights in run.weights)
+    assert furthest(run.weights[-1:], run.weights[:1]) > 1e-3
 
 
 def test_a_test_set_has_the_classes_of_training():

@@ -33,6 +33,7 @@ def paper_loop(run, mutation="", *, smoothing=0.0, at_random=False):
             out = [is_low and draw < PRUNE for is_low, draw in zip(low, draws, strict=True)]
             if at_random:
                 out = [out[place] for place in torch.randperm(ROWS, generator=numbers).tolist()]
+                weight = [ROWS / out.count(False)] * ROWS
             elif mutation != "no weights":
                 weight = [1 / (1 - PRUNE) if is_low else 1.0 for is_low in low]
             weight = [0.0 if is_out else w for is_out, w in zip(out, weight, strict=True)]
@@ -99,7 +100,8 @@ def test_the_control_prunes_whatever_the_loss_is():
     draws = torch.rand(ROWS, generator=generator(run.batches.seed, "pruned", 1))
     assert int(pruned.sum()) == int((low & (draws < 0.5)).sum()) > 0
     assert (pruned & ~low).any()
-    assert set(strategy.weights.tolist()) == {0.0, 1.0}
+    assert float(strategy.weights.sum()) == pytest.approx(ROWS)
+    assert len(set(strategy.weights.tolist())) == 2
 
 
 @pytest.mark.parametrize(("until", "epochs", "pruned"), [(0.875, 8, 7), (0.875, 3, 2), (0.29, 100, 29), (1.0, 4, 4)])
