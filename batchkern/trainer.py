@@ -244,12 +244,12 @@ class Trainer(Learner):
         least = least_rows(model, inputs, classes, places, ranks.device, ranks.world, batch_size)
         self.classes = train.classes or tuple(map(str, range(classes)))
         if isinstance(feed, DatasetFeed):
-            feed.classes = classes
+            feed.classes = classes  # which a dataset need not know
         self.preprocessing = preprocessing_of(
             train, self.statistics, classes=self.classes, model=named, classifier=classifier
         )
         """What the model is given inputs by."""
-        self.test_feed = self._feed(test, ranks.device)
+        self.test_feed = self._feed(test, ranks.device, classes=classes)
         rate = pick_schedule(schedule)
         if warmup_epochs:  # of the first batch as large a part of the rate as it is one of the warm-up
             start = min(1.0, batch_size / (warmup_epochs * len(train)))
@@ -298,13 +298,8 @@ class Trainer(Learner):
         """States of torch's generators where this run goes on, once it has begun."""
         self.directory = self._open(out, overwrite=overwrite, resume=resume)
 
-    def _feed(
-        self, data: Labelled, device: torch.device, *, augment: str = "none", seed: int = 0
-    ) -> Feed | DatasetFeed:
-        feed = feed_of(data, self.statistics, device=device, augment=augment, seed=seed, workers=self.workers)
-        if isinstance(feed, DatasetFeed) and hasattr(self, "classes"):
-            feed.classes = len(self.classes)
-        return feed
+    def _feed(self, data: Labelled, device: torch.device, **options: Any) -> Feed | DatasetFeed:
+        return feed_of(data, self.statistics, device=device, workers=self.workers, **options)
 
     # --- files -------------------------------------------------------------------------------------------------
 
@@ -639,7 +634,8 @@ class Trainer(Learner):
         check_same_kind("data", data, self.feed.data)
         if data.shape != self.run.shape:
             raise UserError(f"data has inputs of shape {data.shape}; the model was trained on {self.run.shape}")
-        mine = {place: scores.argmax(1).cpu() for place, _, _, scores in self._inference(self._feed(data, self.device))}
+        feed = self._feed(data, self.device, classes=self.run.classes)
+        mine = {place: scores.argmax(1).cpu() for place, _, _, scores in self._inference(feed)}
         predicted = {place: classes for part in self.ranks.collect(mine) for place, classes in part.items()}
         return torch.cat([predicted[place] for place in sorted(predicted)])
 

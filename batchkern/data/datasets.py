@@ -180,14 +180,23 @@ class DatasetFeed:
     Args:
         seed: of the rows' own randomness.
         workers: 0: in this process, when the batch is due.
+        classes: how many there are, where the dataset does not say; without, labels are not looked at.
     """
 
-    def __init__(self, data: DatasetData, *, device: torch.device | str, seed: int = 0, workers: int = 0) -> None:
+    def __init__(
+        self,
+        data: DatasetData,
+        *,
+        device: torch.device | str,
+        seed: int = 0,
+        workers: int = 0,
+        classes: int | None = None,
+    ) -> None:
         self.data = data
         self.device = torch.device(device)
         self.seed = seed
         self.workers = workers
-        self.classes = None if data.classes is None else len(data.classes)
+        self.classes = classes if data.classes is None else len(data.classes)
         self.depth = max(1, workers)
         """How many batches ahead are fetched."""
         self._pool: ProcessPoolExecutor | None = None
@@ -269,19 +278,20 @@ def feed_of(
     augment: str = "none",
     seed: int = 0,
     workers: int = 0,
+    classes: int | None = None,
 ) -> Feed | DatasetFeed:
     """What hands out batches of `data`.
 
     Args:
         statistics: those of the training set, as `Labelled.statistics` gives them.
-        workers: of a dataset.
+        workers, classes: of a dataset, as of `DatasetFeed`.
     """
     if isinstance(data, DatasetData):
         if augment != "none":
             raise UserError(
                 f"augment is {augment}, but {data.name} is a dataset, whose transforms are its own: give none"
             )
-        return DatasetFeed(data, device=device, seed=seed, workers=workers)
+        return DatasetFeed(data, device=device, seed=seed, workers=workers, classes=classes)
     assert isinstance(data, ImageData | TensorData)
     mean, std = statistics or (None, None)
     return Feed(data, mean=mean, std=std, device=device, augment=augment, seed=seed)
