@@ -73,17 +73,15 @@ class WeightsAndBiases(Callback):
     """
 
     def __init__(self) -> None:
-        require("wandb", "log")
+        self._wandb = require("wandb", "log")
         self._run: Any = None
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        import wandb
-
         if trainer.directory is None:
             raise UserError("WeightsAndBiases() writes into the run's directory, and out is None")
         path, identifier = trainer.directory.path, trainer.directory.identifier
         with only_warned("nothing is logged by wandb"):
-            self._run = wandb.init(
+            self._run = self._wandb.init(
                 dir=str(path), name=path.name, id=identifier, resume="allow", config=trainer.settings
             )
 
