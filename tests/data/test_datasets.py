@@ -145,6 +145,28 @@ def test_workers_end_with_a_training_that_is_killed_and_leave_its_directory(tmp_
     assert run.active == 3
 
 
+def test_a_row_is_another_one_in_each_update_and_place():
+    feed = trainer(train=Rows(noise=0.3), test=TEST).feed
+    rows = torch.tensor([5, 5, 3])
+    first, second = (feed.batch(rows, step)[0] for step in (3, 4))
+    assert torch.equal(first, feed.batch(rows, 3)[0])
+    assert torch.equal(first[1:2], feed.batch(rows, 3, torch.tensor([1]))[0])
+    for one, other in ((first[0], first[1]), (first[0], second[0]), (first[2], second[2])):
+        assert (one - other).abs().max() > 0.1
+
+
+def test_what_was_read_ahead_is_not_read_again():
+    feed = trainer(train=Rows(noise=0.3), test=TEST, workers=1).feed
+    sent, submit = [], feed._submit
+    feed._submit = lambda request: sent.append(request) or submit(request)
+    for step in range(4):
+        for later in (step, step + 1):
+            feed.prepare(torch.arange(8) + 4 * later, later)
+        feed.batch(torch.arange(8) + 4 * step, step)
+    feed.forget()
+    assert len(sent) == 5  # each batch once, and the one after the last
+
+
 def test_global_generators_are_left_alone():
     run = trainer(train=Rows(noise=0.3), test=TEST)
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
