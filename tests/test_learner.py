@@ -191,9 +191,7 @@ def test_compiled_passes_train_to_the_same_weights(arm, graphs):
     assert all(map(torch.equal, run.heads, plain.heads))
     assert run.model.state_dict().keys() == plain.model.state_dict().keys()
     assert {shape[0] for shape in graphs} >= {8, 20}  # whole batches, and the test images
-    if arm == "compact":
-        assert {shape[0] for shape in graphs} == {8, 4, 20}  # and not the 7, 4 and 2 rows that are chosen of 8
-        assert len(set(graphs)) == 3
+    assert not {7, 2} & {shape[0] for shape in graphs}  # rows that are chosen of 8
 
 
 def test_more_shapes_than_torch_would_compile_are_all_compiled(graphs):
