@@ -11,6 +11,7 @@ from batchkern.cli._options import BestOption, DataOption, DeviceOption, argumen
 from batchkern.cli._streams import visible
 from batchkern.cli._tables import make_table, print_tables
 from batchkern.cli._train import spare_threads
+from batchkern.data import ImageData
 from batchkern.files import write_file
 from batchkern.trained import load_model
 
@@ -44,7 +45,8 @@ def evaluate(
         content = {"kind": KIND, "run": os.fspath(run), "data": data, "split": split, **figures}
         write_file(out, json.dumps(content, indent=1).encode())
     top = f"  top-5 accuracy {figures['top5_accuracy']:.2%}" if "top5_accuracy" in figures else ""
-    print(f"{figures['rows']:,} images of {visible(images.name)}")
+    kind = "images" if isinstance(images, ImageData) else "rows"
+    print(f"{figures['rows']:,} {kind} of {visible(images.name)}")
     print(f"accuracy {figures['accuracy']:.2%}{top}  loss {figures['loss']:.4f}\n")
     table = make_table("class", "rows", "accuracy", numbers=True)
     for entry in figures["per_class"]:

@@ -250,6 +250,7 @@ def test_train_evaluate_and_predict(cancer, tmp_path, monkeypatch):
     status, out, err = run_command("evaluate", "run", "--data", table, "--split", "held-out")
     assert (status, err) == (0, "")
     assert f"accuracy {last['test_accuracy_plain']:.2%}" in out
+    assert " rows of " in out
     status, out, err = run_command("evaluate", "run", "--data", table)
     assert status == 2
     assert "the model was trained on it; say by split (--split) held-out" in err
