@@ -1,10 +1,13 @@
 """What does each CUDA kernel take: registers, static shared memory, and memory it should not need: stack and spills?
+And what does its machine code for Hopper say about its speed (``machine_code.py``)?
 
-    python bench/kernel_resources.py [--out bench/KERNEL_RESOURCES.md | --check]
+    python bench/kernel_resources.py [--out bench/KERNEL_RESOURCES.md | --check | --loops NAME]
 
 Reads it from the machine code in batchkern._C, by the cuobjdump that Triton brings: nothing is compiled, and neither a
-GPU nor a CUDA toolkit is needed. Exits with 1 where a kernel of ours has a stack or spills on any architecture, and
-with 2 where there is nothing to judge: no module, one without one of the architectures, a report that cannot be read.
+GPU nor a CUDA toolkit is needed. Exits with 1 where a kernel of ours has a stack or spills on any architecture, or with
+``--check`` where its machine code is worse than the table says, if the same nvcc made both; and with 2 where there is
+nothing to judge: no module, one without one of the architectures, a report that cannot be read.
+``--loops`` shows every loop that reads memory, of kernels with such a name.
 """
 
 from __future__ import annotations
@@ -18,10 +21,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from bench import machine_code  # noqa: E402
+
 ARCHITECTURES = (80, 90, 100)
 OURS = "_ZN9batchkern"
 """How the mangled names in namespace batchkern begin, and none of CUB's."""
 ARCHITECTURE = re.compile(r"^arch = sm_(\d+)$", re.MULTILINE)
+HOPPER = 90
+THREADS = re.compile(r"^\.nv\.info\.(\S+)$|EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+0x([0-9a-f]+)", re.MULTILINE)
 FUNCTION = re.compile(r"^ Function (\S+):\n  REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+) ", re.MULTILINE)
 
 
@@ -39,6 +47,7 @@ class Kernel:
     registers: int
     shared: int
     stack: int
+    mangled: str = ""
 
 
 def parse(report: str) -> list[Kernel]:
@@ -56,7 +65,7 @@ def parse(report: str) -> list[Kernel]:
     return kernels
 
 
-def report() -> str:
+def report(*options: str) -> str:
     """Of cuobjdump, on the module that Python would import."""
     import triton  # here, so that its absence is a sentence
 
@@ -65,7 +74,49 @@ def report() -> str:
     if not _C.build_facts()["cuda"]:
         raise Failure("batchkern._C was built without CUDA")
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([cuobjdump, "-res-usage", _C.__file__], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([cuobjdump, *options, _C.__file__], capture_output=True, text=True, check=True).stdout
+
+
+def compiler() -> str:
+    from batchkern import _C
+
+    return f"nvcc {_C.build_facts()['cuda_version']}"
+
+
+def threads(report: str) -> dict[str, int]:
+    """Of a block, by mangled names, from what cuobjdump says of the ELF."""
+    found, kernel = {}, ""
+    for name, value in THREADS.findall(report):
+        if name:
+            kernel = name
+        else:
+            found[kernel] = int(value, 16)
+    return found
+
+
+def speeds(kernels: list[Kernel]) -> dict[str, machine_code.Speed]:
+    """By short names, of those for Hopper."""
+    hopper = f"sm_{HOPPER}"
+    of_block = threads(report("-elf", "-arch", hopper))
+    code = machine_code.kernels(report("-sass", "-arch", hopper))
+    result = {}
+    for kernel in kernels:
+        if kernel.architecture == HOPPER:
+            warps = machine_code.resident_warps(kernel.registers, kernel.shared, of_block[kernel.mangled])
+            size = 2 if "Float16" in kernel.name else 4
+            result[kernel.name] = machine_code.Speed.of(code[kernel.mangled], warps, size)
+    return result
+
+
+def show_loops(name: str, kernels: list[Kernel]) -> None:
+    code = machine_code.kernels(report("-sass", "-arch", f"sm_{HOPPER}"))
+    for kernel in kernels:
+        if kernel.architecture == HOPPER and name in kernel.name:
+            print(kernel.name)
+            for loop in code[kernel.mangled].loops:
+                loads = f"{loop.loads} loads of {loop.width:g} bytes in flight, {loop.bytes} bytes in all"
+                main = ", the main loop" if loop == code[kernel.mangled].main else ""
+                print(f"  {loop.address:#x}: {loads}, {loop.instructions} instructions{main}")
 
 
 def demangle(kernels: list[Kernel]) -> list[Kernel]:
@@ -73,11 +124,11 @@ def demangle(kernels: list[Kernel]) -> list[Kernel]:
     names = "\n".join(kernel.name for kernel in kernels)
     plain = subprocess.run(["c++filt", "-p"], input=names, capture_output=True, text=True).stdout
     short = [name.replace("batchkern::", "").replace("> >", ">>") for name in plain.splitlines()]
-    named = [replace(kernel, name=name) for kernel, name in zip(kernels, short, strict=True)]
+    named = [replace(k, name=name, mangled=k.name) for k, name in zip(kernels, short, strict=True)]
     return sorted(named, key=lambda kernel: (kernel.name, kernel.architecture))
 
 
-def table(kernels: list[Kernel]) -> str:
+def table(kernels: list[Kernel], found: dict[str, machine_code.Speed]) -> str:
     columns = [f"sm_{a} {what}" for a in ARCHITECTURES for what in ("registers", "shared", "stack + spills")]
     lines = [
         "# What the CUDA kernels take",
@@ -98,21 +149,39 @@ def table(kernels: list[Kernel]) -> str:
                 # Several where kernels share a name, none where an architecture lacks the kernel.
                 cells.append(" / ".join(map(str, sorted(values))) or "-")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    lines += ["", f"## What their machine code for sm_{HOPPER} says", "", f"Compiled by {compiler()}.", ""]
+    lines += [*machine_code.HEADER, *(f"| `{name}` | {speed.cells()}" for name, speed in found.items())]
     return "\n".join(lines) + "\n"
 
 
+def worse(found: dict[str, machine_code.Speed], before: str) -> list[str]:
+    if f"Compiled by {compiler()}." not in before:
+        print(f"the table's machine code is of another compiler than {compiler()}: not compared")
+        return []
+    known = machine_code.rows(before)
+    changes = {name: speed.worse(known[name]) for name, speed in found.items() if name in known}
+    return [f"sm_{HOPPER}: {name}: {change}" for name, change in changes.items() if change]
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Tabulate what the CUDA kernels take, and refuse stack and spills.")
+    parser = argparse.ArgumentParser(description="Tabulate what the CUDA kernels take, and refuse what is worse.")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "KERNEL_RESOURCES.md")
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--check", action="store_true", help="write nothing, and compare")
+    parser.add_argument("--loops", metavar="NAME", help="show the loops of kernels whose names have this in them")
     arguments = parser.parse_args()
     try:
-        kernels = demangle([k for k in parse(report()) if k.architecture in ARCHITECTURES])
+        kernels = demangle([k for k in parse(report("-res-usage")) if k.architecture in ARCHITECTURES])
         if missing := set(ARCHITECTURES) - {k.architecture for k in kernels}:
             names = ", ".join(f"sm_{architecture}" for architecture in sorted(missing))
             raise Failure(f"batchkern._C has no kernel of ours for {names}")
+        if arguments.loops:
+            show_loops(arguments.loops, kernels)
+            return 0
+        found = speeds(kernels)
+        before = arguments.out.read_text() if arguments.out.exists() else ""
+        slower = worse(found, before) if arguments.check else []
         if not arguments.check:
-            arguments.out.write_text(table(kernels))
+            arguments.out.write_text(table(kernels, found))
     except (Failure, ImportError, OSError, subprocess.CalledProcessError) as failure:
         print(f"kernel_resources: {failure}", file=sys.stderr)
         return 2
@@ -123,7 +192,8 @@ def main() -> int:
     bad = [kernel for kernel in kernels if kernel.stack]
     for kernel in bad:
         print(f"sm_{kernel.architecture}: {kernel.name} has {kernel.stack} bytes of stack and spills")
-    return int(bool(bad))
+    print(*slower, sep="\n", end="\n" * bool(slower))
+    return int(bool(bad or slower))
 
 
 if __name__ == "__main__":

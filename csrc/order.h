@@ -18,4 +18,12 @@ BATCHKERN_HOST_DEVICE uint32_t order_key(float loss) {
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// The loss of a key: the very same but for -0.0, which becomes 0.0, and for the bits of a NaN.
+BATCHKERN_HOST_DEVICE float loss_of_key(uint32_t key) {
+    const uint32_t bits = key >> 31 ? key & 0x7fffffffu : ~key;
+    float loss;
+    memcpy(&loss, &bits, sizeof loss);
+    return loss;
+}
+
 }  // namespace batchkern

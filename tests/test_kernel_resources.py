@@ -41,6 +41,28 @@ compressed
 ptxasOptions =
 """
 REPORT = "".join(PART.replace("sm_90", f"sm_{architecture}") for architecture in (100, 80, 90, 75))
+ELF = f"""
+.nv.info.{SELECT}
+	<0x10>
+	Attribute:	EIATTR_MAX_THREADS
+	Format:	EIFMT_SVAL
+	Value:	0x400 0x1 0x1
+.nv.info.{SPILLS}
+	Attribute:	EIATTR_MAX_THREADS
+	Format:	EIFMT_SVAL
+	Value:	0x100 0x1 0x1
+"""
+SASS = "".join(
+    f"""
+		Function : {name}
+        /*0000*/                   LDG.E.64 R8, desc[UR4][R4.64] ;
+        /*0010*/                   LDG.E.128 R12, desc[UR4][R8.64] ;
+        /*0020*/                   FADD R20, R12, R13 ;
+        /*0030*/              @!P0 BRA 0x10 ;
+        /*0040*/                   EXIT ;
+"""
+    for name in (SELECT, SPILLS)
+)
 CLEAN = REPORT.replace("STACK:856", "STACK:0").replace("LOCAL:24", "LOCAL:0")  # only CUB's kernel still has a stack
 SPEC = importlib.util.spec_from_file_location("kernel_resources", SCRIPT)
 script = sys.modules["kernel_resources"] = importlib.util.module_from_spec(SPEC)  # where dataclass looks for it
@@ -52,7 +74,9 @@ def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Runs the script on a report: (exit status, stdout, stderr)."""
 
     def run(report: str, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(script, "report", lambda: report)
+        parts = {"-res-usage": report, "-elf": ELF, "-sass": SASS}
+        monkeypatch.setattr(script, "report", lambda what, *_: parts[what])
+        monkeypatch.setattr(script, "compiler", lambda: "nvcc 13.0")
         monkeypatch.setattr(sys, "argv", ["kernel_resources.py", *arguments])
         return script.main(), *capsys.readouterr()
 
@@ -71,8 +95,23 @@ def test_clean_kernels_are_tabulated(main, tmp_path: Path) -> None:
     code, shown, _ = main(CLEAN, "--out", str(out))
     assert (code, shown.splitlines()[0]) == (0, "2 kernels for 3 architectures")
     rows = [line for line in out.read_text().splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == SHORT
+    assert [row.split("`")[1] for row in rows] == SHORT * 2
     assert rows[1].endswith("` |" + " 64 | 9616 | 0 |" * 3)
+    assert rows[2].endswith("` | 1 x 16 | 0.8 | 1 | 0 | 8 | 4.1 |")  # 255 registers: a block of 8 warps
+    assert rows[3].endswith("` | 1 x 16 | 0.4 | 1 | 0 | 32 | 16.4 |")
+
+
+def test_machine_code_worse_than_the_table_is_refused(main, tmp_path: Path) -> None:
+    out = tmp_path / "table.md"
+    main(CLEAN, "--out", str(out))
+    assert main(CLEAN, "--check", "--out", str(out))[0] == 0
+    out.write_text(out.read_text().replace("| 0.4 | 1 | 0 | 32 |", "| 0.3 | 1 | 0 | 32 |"))
+    code, shown, _ = main(CLEAN, "--check", "--out", str(out))
+    assert (code, shown.splitlines()[-1]) == (1, f"sm_90: {SHORT[1]}: instructions an element 0.4, was 0.3")
+    out.write_text(out.read_text().replace("nvcc 13.0", "nvcc 12.9"))
+    code, shown, _ = main(CLEAN, "--check", "--out", str(out))
+    assert code == 0
+    assert "of another compiler than nvcc 13.0: not compared" in shown
 
 
 def test_spills_are_refused_by_name(main, tmp_path: Path) -> None:
@@ -105,4 +144,4 @@ def test_a_module_without_cuda_has_nothing_to_judge(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(_C, "build_facts", lambda: {"cuda": False})
     with pytest.raises(script.Failure, match="was built without CUDA"):
-        script.report()
+        script.report("-res-usage")

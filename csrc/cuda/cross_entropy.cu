@@ -2,15 +2,16 @@
 #include "cross_entropy_backward.cuh"
 #include "cross_entropy_forward.cuh"
 #include "cross_entropy_general.cuh"
+#include "cross_entropy_narrow.cuh"
 #include "launch.cuh"
 
 namespace batchkern {
 namespace {
 
-// The threads of a row: as many as have two loads of 16 bytes or more each, where the row is long enough.
+// The threads of a row: few enough to have two loads of 16 bytes or more each.
 template <class Use>
 auto with_group(int64_t row_bytes, Use use) {
-    if (row_bytes <= 256) return use(std::integral_constant<int, 8>());
+    if (row_bytes <= 1024) return use(std::integral_constant<int, 8>());
     if (row_bytes <= 8192) return use(std::integral_constant<int, kWarp>());
     if (row_bytes <= 32768) return use(std::integral_constant<int, 256>());
     return use(std::integral_constant<int, 512>());
@@ -18,21 +19,39 @@ auto with_group(int64_t row_bytes, Use use) {
 
 int64_t row_bytes(ElementType type, int classes) { return int64_t{classes} * (type == kFloat32 ? 4 : 2); }
 
-// Blocks that share a row. More than one where rows are long and too few to keep all multiprocessors busy:
-// eight blocks for each, of 16 KiB or more. (A cluster of blocks would do the same on Hopper alone.)
+// The lanes of a narrow row.
+template <class Use>
+auto with_lanes(int64_t row_bytes, Use use) {
+    if (row_bytes <= kLaneBytes) return use(std::integral_constant<int, 1>());
+    if (row_bytes <= 2 * kLaneBytes) return use(std::integral_constant<int, 2>());
+    return use(std::integral_constant<int, 4>());
+}
+
+bool is_narrow(ElementType type, const void* rows, const RowLayout& at, int classes) {
+    return classes > 0 && at.row == classes && row_bytes(type, classes) <= kNarrowBytes &&
+           reinterpret_cast<uintptr_t>(rows) % 16 == 0;
+}
+
+// Blocks that share a row. More than one where rows are long and too few to keep all multiprocessors busy: as
+// many as they have room for at once, of 16 KiB or more. (A cluster of blocks would do the same on Hopper
+// alone.)
 unsigned blocks_per_row(ElementType type, int64_t rows, int classes) {
     constexpr int64_t kPartBytes = 16384, kMaxParts = 256;  // 256: the threads that merge them
     if (rows == 0 || rows > kMaxSplitRows) return 1;
-    const int64_t wanted = 8 * multiprocessors() / rows, most = row_bytes(type, classes) / kPartBytes;
-    return static_cast<unsigned>(std::max<int64_t>(1, std::min({wanted, most, kMaxParts})));
+    const int64_t bytes = row_bytes(type, classes), most = bytes / kPartBytes;
+    const int64_t resident = bytes <= 32768 ? kResident<256, false> : kResident<512, false>;
+    return static_cast<unsigned>(
+        std::max<int64_t>(1, std::min({resident * multiprocessors() / rows, most, kMaxParts})));
 }
 
-template <int kGroup>
+// Blocks of a multiprocessor stay, and know the target of their next row while they read this one, where rows
+// are a warp's or less: there a block has little more to do than to begin.
+template <int kGroup, bool kSmooth>
 dim3 blocks_of(int64_t rows, unsigned parts) {
-    constexpr int kRows = kThreads<kGroup> / kGroup;
-    // Twice as many rows as groups are still one block's work, which selects without waiting for others.
-    if (parts == 1 && rows <= 2 * kRows) return dim3(1);
-    return dim3(blocks_for(rows, kRows), parts);
+    constexpr int kOfBlock = kThreads<kGroup, kSmooth>;
+    const unsigned blocks = blocks_for(std::max<int64_t>(rows, 1), kOfBlock / kGroup);
+    const unsigned resident = kResident<kOfBlock, kSmooth> * multiprocessors();
+    return dim3(kGroup <= kWarp ? std::min(blocks, resident) : blocks, parts);
 }
 
 struct ForwardScratch {
@@ -62,10 +81,33 @@ bool is_general(const CrossEntropyRows& rows, bool stats) {
     return stats || rows.probabilities.data || !is_rows(rows.at, rows);
 }
 
-bool is_one_block(ElementType type, int64_t rows, int classes, unsigned parts) {
-    return with_group(row_bytes(type, classes), [&](auto group) {
-        const dim3 blocks = blocks_of<decltype(group)::value>(rows, parts);
-        return blocks.x == 1 && blocks.y == 1;
+// Of the forward pass, which selects in its last block where its threads can hold all losses.
+struct Plan {
+    bool is_general, is_narrow;
+    unsigned parts;
+    dim3 blocks;
+    int threads;
+
+    bool needs_workspace() const { return blocks.x * blocks.y > 1; }
+    bool selects(int64_t rows) const { return !is_general && rows <= int64_t{kHeld} * threads; }
+};
+
+Plan plan_forward(ElementType type, const CrossEntropyRows& rows, bool stats) {
+    if (is_general(rows, stats)) return {true, false, 1, {}, kGeneralThreads};
+    const int64_t bytes = row_bytes(type, rows.classes);
+    if (is_narrow(type, rows.logits, rows.at, rows.classes))
+        return with_lanes(bytes, [&](auto lanes) {
+            const dim3 blocks(
+                blocks_for(std::max<int64_t>(rows.rows, 1), kNarrowThreads / decltype(lanes)::value));
+            return Plan{false, true, 1, blocks, kNarrowThreads};
+        });
+    const unsigned parts = blocks_per_row(type, rows.rows, rows.classes);
+    return with_group(bytes, [&](auto group) {
+        constexpr int kGroup = decltype(group)::value;
+        if (rows.smoothing > 0)
+            return Plan{false, false, parts, blocks_of<kGroup, true>(rows.rows, parts),
+                        kThreads<kGroup, true>};
+        return Plan{false, false, parts, blocks_of<kGroup, false>(rows.rows, parts), kThreads<kGroup, false>};
     });
 }
 
@@ -115,46 +157,56 @@ cudaError_t launch_general_backward(ElementType type, const BackwardCall& call, 
 }  // namespace
 
 Needs cross_entropy_needs(ElementType type, const CrossEntropyRows& rows, bool stats, bool selects) {
-    if (is_general(rows, stats)) return {ForwardScratch(nullptr, rows, 1).bytes, selects};
-    const unsigned parts = blocks_per_row(type, rows.rows, rows.classes);
-    return {ForwardScratch(nullptr, rows, parts).bytes, !is_one_block(type, rows.rows, rows.classes, parts)};
+    const Plan plan = plan_forward(type, rows, stats);
+    const bool grid_selects = selects && !plan.selects(rows.rows) && select_blocks(rows.rows) > 1;
+    return {ForwardScratch(nullptr, rows, plan.parts).bytes,
+            grid_selects || (!plan.is_general && plan.needs_workspace())};
 }
 
 cudaError_t launch_cross_entropy_forward(ElementType type, const ForwardCall& call, const Memory& memory,
                                          cudaStream_t stream) {
     const CrossEntropyRows& rows = call.rows;
-    const bool general = is_general(rows, call.entropy != nullptr);
-    const unsigned parts = general ? 1 : blocks_per_row(type, rows.rows, rows.classes);
-    const ForwardScratch scratch(memory.scratch, rows, parts);
+    const Plan plan = plan_forward(type, rows, call.entropy != nullptr);
+    const ForwardScratch scratch(memory.scratch, rows, plan.parts);
     const Reduction reduction = call.reduction.value_or(Reduction{});
-    const Selection<KeyedLosses> selection{{scratch.keys, call.losses, scratch.row_weights},
+    const Selection<KeyedLosses> selection{{scratch.keys, scratch.row_weights},
                                            rows.rows,
                                            {reduction.keep_tensor, reduction.keep},
                                            {reduction.kept, reduction.mean, reduction.normalizer},
                                            memory.workspace,
                                            scratch.block_sums};
-    const bool at_once = !general && call.reduction && rows.rows <= kOneBlock;
+    const bool at_once = call.reduction && plan.selects(rows.rows);
     const auto by_rows = [&] {
         const CrossEntropyForward a{rows,           call.ignore_index,
                                     call.losses,    reinterpret_cast<float2*>(call.lse),
                                     scratch.keys,   scratch.row_weights,
-                                    scratch.states, parts > 1 ? memory.workspace->row_tickets : nullptr,
+                                    scratch.states, plan.parts > 1 ? memory.workspace->row_tickets : nullptr,
                                     at_once,        selection};
+        const bool smooth = rows.smoothing > 0;
         return with_type(type, [&](auto* element) {
             using T = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
+            const auto start = [&](auto kernel) {
+                return launch(stream, plan.blocks, plan.threads, 0, false, kernel, a);
+            };
+            if (plan.is_narrow)
+                return with_lanes(row_bytes(type, rows.classes), [&](auto lanes) {
+                    constexpr int kLanes = decltype(lanes)::value;
+                    return start(smooth ? &cross_entropy_narrow_forward<T, true, kLanes>
+                                        : &cross_entropy_narrow_forward<T, false, kLanes>);
+                });
             return with_group(row_bytes(type, rows.classes), [&](auto group) {
                 constexpr int kGroup = decltype(group)::value;
-                const auto kernel = rows.smoothing > 0 ? &cross_entropy_forward<T, true, kGroup>
-                                                       : &cross_entropy_forward<T, false, kGroup>;
-                return launch(stream, blocks_of<kGroup>(rows.rows, parts), kThreads<kGroup>, 0, false, kernel,
-                              a);
+                return start(smooth ? &cross_entropy_forward<T, true, kGroup>
+                                    : &cross_entropy_forward<T, false, kGroup>);
             });
         });
     };
-    const cudaError_t error = general ? launch_general_forward(type, call, scratch, stream) : by_rows();
+    const cudaError_t error =
+        plan.is_general ? launch_general_forward(type, call, scratch, stream) : by_rows();
     if (at_once || !call.reduction || error != cudaSuccess) return error;
-    return launch(stream, dim3(select_blocks(rows.rows)), kSelectThreads, 0, true,
-                  &select_rows<true, KeyedLosses>, selection);
+    const int blocks = select_blocks(rows.rows);
+    return launch(stream, dim3(blocks), kSelectThreads, 0, blocks > 1,
+                  blocks > 1 ? &select_rows<true, KeyedLosses> : &select_rows<false, KeyedLosses>, selection);
 }
 
 cudaError_t launch_cross_entropy_backward(ElementType type, const BackwardCall& call, cudaStream_t stream) {
@@ -163,15 +215,27 @@ cudaError_t launch_cross_entropy_backward(ElementType type, const BackwardCall& 
     if (!are_side_by_side(rows.at, rows.classes)) return launch_general_backward<1, true>(type, call, stream);
     if (rows.probabilities.data || !is_rows(rows.at, rows) || !is_rows(call.grad_at, rows))
         return launch_general_backward<kWarp, false>(type, call, stream);
-    const unsigned parts = blocks_per_row(type, rows.rows, rows.classes);
+    const bool smooth = rows.smoothing > 0;
+    const bool narrow = is_narrow(type, rows.logits, rows.at, rows.classes) &&
+                        is_narrow(type, call.grad, call.grad_at, rows.classes);
+    const unsigned parts = narrow ? 1 : blocks_per_row(type, rows.rows, rows.classes);
     return with_type(type, [&](auto* element) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
+        if (narrow)
+            return with_lanes(row_bytes(type, rows.classes), [&](auto lanes) {
+                constexpr int kLanes = decltype(lanes)::value;
+                return launch(stream, dim3(blocks_for(rows.rows, kNarrowThreads / kLanes)), kNarrowThreads, 0,
+                              false,
+                              smooth ? &cross_entropy_narrow_backward<T, true, kLanes>
+                                     : &cross_entropy_narrow_backward<T, false, kLanes>,
+                              call);
+            });
         return with_group(row_bytes(type, rows.classes), [&](auto group) {
-            constexpr int kGroup = decltype(group)::value;
-            const auto kernel = rows.smoothing > 0 ? &cross_entropy_backward<T, true, kGroup>
-                                                   : &cross_entropy_backward<T, false, kGroup>;
-            return launch(stream, blocks_of<kGroup>(rows.rows, parts), kThreads<kGroup>, 0, false, kernel,
-                          call);
+            constexpr int kGroup = decltype(group)::value, kOfBlock = kBackwardThreads<kGroup>;
+            return launch(
+                stream, dim3(blocks_for(rows.rows, kOfBlock / kGroup), parts), kOfBlock, 0, false,
+                smooth ? &cross_entropy_backward<T, true, kGroup> : &cross_entropy_backward<T, false, kGroup>,
+                call);
         });
     });
 }

@@ -10,26 +10,30 @@
 
 namespace batchkern {
 
-// Threads of a block. Of the narrow rows as many as 64 fit one, so that a small batch is one block's work.
-template <int kGroup>
-constexpr int kThreads = kGroup == 8       ? 512
-                         : kGroup == kWarp ? 256
-                                           : kGroup;
-
-// Blocks of a multiprocessor: 64 registers for each thread, whose loads are then enough to keep the memory
-// busy. With label smoothing, short rows take more of them.
+// Threads of a block of the forward pass. 512 hold 4,096 losses when they select; with label smoothing there
+// would be room for one such block alone.
 template <int kGroup, bool kSmooth>
-constexpr int kResident = (kSmooth ? 768 : 1024) / kThreads<kGroup>;
+constexpr int kThreads = kGroup > kWarp ? kGroup
+                         : kSmooth      ? 256
+                                        : 512;
+
+// Vectors that a thread loads before it uses the first.
+constexpr int kInFlight = 4;
+
+// Blocks of so many threads that a multiprocessor has room for: 64 registers for each thread, whose loads are
+// then enough to keep the memory busy. With label smoothing they take more of them.
+template <int kThreads, bool kSmooth>
+constexpr int kResident = (kSmooth ? 768 : 1024) / kThreads;
 
 // The first row of this thread's group, how many rows on the next one is, and the thread's place in the
 // group. With several blocks to a row, blockIdx.y says which of them this is.
-template <int kGroup>
+template <int kGroup, int kOfBlock>
 __device__ __forceinline__ int64_t first_row() {
-    return int64_t{blockIdx.x} * (kThreads<kGroup> / kGroup) + threadIdx.x / kGroup;
+    return int64_t{blockIdx.x} * (kOfBlock / kGroup) + threadIdx.x / kGroup;
 }
-template <int kGroup>
+template <int kGroup, int kOfBlock>
 __device__ __forceinline__ int64_t row_step() {
-    return int64_t{gridDim.x} * (kThreads<kGroup> / kGroup);
+    return int64_t{gridDim.x} * (kOfBlock / kGroup);
 }
 template <int kGroup>
 __device__ __forceinline__ int member() {

@@ -17,31 +17,42 @@ struct RowGradient {
 
     __device__ __forceinline__ float share(float z) const { return total * expf((z - maximum) - log_sum); }
 
+    // But for what is the target's alone.
+    template <bool kSmooth>
+    __device__ __forceinline__ float elsewhere(int column, float z) const {
+        return share(z) - (!kSmooth ? 0.0f : class_weight ? level * class_weight[column] : level);
+    }
+
     template <bool kSmooth>
     __device__ __forceinline__ float at(int column, float z) const {
-        const float p = share(z);
-        const float below = !kSmooth ? 0.0f : class_weight ? level * class_weight[column] : level;
-        return column == target ? (p - below) - peak : p - below;
+        const float value = elsewhere<kSmooth>(column, z);
+        return column == target ? value - peak : value;
     }
 };
 
-// What is upstream of a row: of its loss, and of its log-sum-exp.
-__device__ __forceinline__ float2 upstream_of(const Upstream& u, const CrossEntropyRows& rows, int64_t row) {
-    if (u.kept) return {u.kept[row] ? *u.scalar / *u.normalizer : 0.0f, 0.0f};
-    if (!rows.probabilities.data && class_of(rows.target, row) == u.ignore_index) return {0.0f, 0.0f};
-    return {u.loss ? u.loss[row * u.loss_stride] : 0.0f, u.lse ? u.lse[row * u.lse_stride] : 0.0f};
+// What is upstream of a row: of its loss, and of its log-sum-exp. No load waits for another, whatever is
+// decided then.
+__device__ __forceinline__ float2 upstream_of(const Upstream& u, int64_t row, bool ignored) {
+    if (u.kept) {
+        const bool kept = load_here(u.kept + row);
+        const float share = *u.scalar / *u.normalizer;
+        return {kept ? share : 0.0f, 0.0f};
+    }
+    const float loss = u.loss ? u.loss[row * u.loss_stride] : 0.0f;
+    const float lse = u.lse ? u.lse[row * u.lse_stride] : 0.0f;
+    return {ignored ? 0.0f : loss, ignored ? 0.0f : lse};
 }
 
 // False where the row has no gradient.
 template <bool kSmooth>
 __device__ __forceinline__ bool row_gradient(const BackwardCall& a, int64_t row, RowGradient& g) {
     const CrossEntropyRows& rows = a.rows;
-    const float2 upstream = upstream_of(a.upstream, rows, row);
-    if (upstream.x == 0.0f && upstream.y == 0.0f) return false;
+    const float2 lse = reinterpret_cast<const float2*>(a.lse)[row];
     const int64_t target = class_of(rows.target, row);
+    const float2 upstream = upstream_of(a.upstream, row, target == a.upstream.ignore_index);
+    if (upstream.x == 0.0f && upstream.y == 0.0f) return false;
     check_class(target, a.all_classes);
     const int64_t column = target - a.first_class;
-    const float2 lse = reinterpret_cast<const float2*>(a.lse)[row];
     const float weight = rows.class_weight ? rows.class_weight[target] : 1.0f;
     const float smooth = kSmooth ? rows.smoothing / static_cast<float>(a.all_classes) : 0.0f;
     const float peak = kSmooth ? (1.0f - rows.smoothing) * weight : weight;
@@ -69,10 +80,34 @@ __device__ __forceinline__ void zero_row(T* grad, int classes) {
     for (int v = share.begin + place; v < share.end; v += kGroup) __stcs(vectors + v, uint4{0, 0, 0, 0});
 }
 
-// Both rows begin alike within 16 bytes.
+// The vectors of a gradient, from those of the logits, which begin at another place within 16 bytes unless
+// kAligned.
+template <class T, bool kSmooth, int kGroup, bool kAligned>
+__device__ __forceinline__ void write_vectors(const RowGradient& g, const ColumnGroups<T>& from, T* to,
+                                              int head, const Share& share) {
+    constexpr int kN = kPerVector<T>;
+    for (int begin = share.begin + member<kGroup>(); begin < share.end; begin += kInFlight * kGroup) {
+        from.template load<kAligned, kGroup, kInFlight>(begin, share.end, [&](const auto& loaded, auto all) {
+#pragma unroll
+            for (int i = 0; i < kInFlight; ++i) {
+                const int v = begin + i * kGroup, first = head + v * kN;
+                if (!decltype(all)::value && v >= share.end) break;
+                float z[kN];
+                unpack(loaded[i], z, to);
+#pragma unroll
+                for (int j = 0; j < kN; ++j) z[j] = g.template elsewhere<kSmooth>(first + j, z[j]);
+                if (g.target >= first && g.target < first + kN) {
+#pragma unroll
+                    for (int j = 0; j < kN; ++j) z[j] -= first + j == g.target ? g.peak : 0.0f;
+                }
+                __stcs(reinterpret_cast<uint4*>(to) + v, pack(z, to));
+            }
+        });
+    }
+}
+
 template <class T, bool kSmooth, int kGroup>
 __device__ __forceinline__ void write_row(const RowGradient& g, const T* row, T* grad, int classes) {
-    constexpr int kN = kPerVector<T>, kInFlight = 2;
     const RowParts<T> parts(grad, classes);
     const Share share = share_of_block(parts.vectors);
     const int place = member<kGroup>(), behind = classes - parts.tail + place;
@@ -80,51 +115,30 @@ __device__ __forceinline__ void write_row(const RowGradient& g, const T* row, T*
         grad[place] = from_float<T>(g.at<kSmooth>(place, to_float(row[place])));
     if (share.last && place < parts.tail)
         grad[behind] = from_float<T>(g.at<kSmooth>(behind, to_float(row[behind])));
-    const auto* const from = reinterpret_cast<const uint4*>(row + parts.head);
-    auto* const to = reinterpret_cast<uint4*>(grad + parts.head);
-    for (int begin = share.begin + place; begin < share.end; begin += kInFlight * kGroup) {
-        uint4 loaded[kInFlight];
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i)
-            if (begin + i * kGroup < share.end) loaded[i] = from[begin + i * kGroup];
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-            const int v = begin + i * kGroup;
-            if (v >= share.end) break;
-            float z[kN];
-            unpack(loaded[i], z, row);
-#pragma unroll
-            for (int j = 0; j < kN; ++j) z[j] = g.at<kSmooth>(parts.head + v * kN + j, z[j]);
-            __stcs(to + v, pack(z, grad));
-        }
-    }
+    const ColumnGroups<T> from(row + parts.head, classes - parts.head);
+    if (from.past == 0)
+        write_vectors<T, kSmooth, kGroup, true>(g, from, grad + parts.head, parts.head, share);
+    else
+        write_vectors<T, kSmooth, kGroup, false>(g, from, grad + parts.head, parts.head, share);
 }
 
-// Rows that no 16 bytes of both can be read and written at once.
-template <class T, bool kSmooth, int kGroup>
-__device__ __forceinline__ void write_elements(const RowGradient& g, const T* row, T* grad, int classes) {
-    const Share share = share_of_block(classes);
-#pragma unroll 4
-    for (int j = share.begin + member<kGroup>(); j < share.end; j += kGroup)
-        grad[j] = from_float<T>(g.at<kSmooth>(j, to_float(row[j])));
-}
+// Small blocks: a kept row keeps the places of few dropped ones.
+template <int kGroup>
+constexpr int kBackwardThreads = kGroup <= kWarp ? 64 : kGroup;
 
 template <class T, bool kSmooth, int kGroup>
-__global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup, kSmooth>)
+__global__ void __launch_bounds__(kBackwardThreads<kGroup>, kResident<kBackwardThreads<kGroup>, kSmooth>)
     cross_entropy_backward(const BackwardCall a) {
+    constexpr int kOfBlock = kBackwardThreads<kGroup>;
     const int classes = a.rows.classes;
-    for (int64_t i = first_row<kGroup>(); i < a.rows.rows; i += row_step<kGroup>()) {
+    for (int64_t i = first_row<kGroup, kOfBlock>(); i < a.rows.rows; i += row_step<kGroup, kOfBlock>()) {
         const T* const row = static_cast<const T*>(a.rows.logits) + i * a.rows.at.row;
         T* const grad = static_cast<T*>(a.grad) + i * a.grad_at.row;
         RowGradient g;
-        if (!row_gradient<kSmooth>(a, i, g)) {
-            zero_row<T, kGroup>(grad, classes);
-            continue;
-        }
-        if ((reinterpret_cast<uintptr_t>(row) ^ reinterpret_cast<uintptr_t>(grad)) % 16 == 0)
+        if (row_gradient<kSmooth>(a, i, g))
             write_row<T, kSmooth, kGroup>(g, row, grad, classes);
         else
-            write_elements<T, kSmooth, kGroup>(g, row, grad, classes);
+            zero_row<T, kGroup>(grad, classes);
     }
 }
 

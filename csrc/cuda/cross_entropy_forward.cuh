@@ -99,78 +99,40 @@ __device__ __forceinline__ RowState merge_group(RowState a, ForwardStorage& shar
     return a;
 }
 
-// A row as groups of columns, 16 bytes each, and a tail of single ones. Which thread adds which columns
-// depends on nothing but their number: rows that are equal have the same loss to the last bit, wherever they
-// begin in memory.
-template <class T>
-struct ColumnGroups {
-    static constexpr int kColumns = kPerVector<T>;
-
-    __device__ __forceinline__ ColumnGroups(const T* row_, int classes)
-        : row(row_),
-          vectors(reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row_) -
-                                                 reinterpret_cast<uintptr_t>(row_) % 16)),
-          past(static_cast<int>(reinterpret_cast<uintptr_t>(row_) % 16)),
-          count(classes / kColumns),
-          tail(classes % kColumns) {}
-
-    // An aligned group; or else the vector that an inner group begins in. (The others are not used, but must
-    // lie within the row.)
-    template <bool kAligned>
-    __device__ __forceinline__ uint4 load(int group) const {
-        if (kAligned) return vectors[group];
-        return count > 2 ? vectors[max(group, 1)] : uint4{};
+// Adds vectors that are kGroup apart, of those before `end`, or all.
+template <bool kSmooth, int kGroup, bool kAll, class T, int kCount>
+__device__ __forceinline__ void add_groups(RowState& state, const uint4 (&loaded)[kCount], int group, int end,
+                                           const T* row, const float* weight) {
+    constexpr int kN = kPerVector<T>;
+    float maximum = state.maximum, z[kN], sums[4] = {};
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        if (!kAll && group + i * kGroup >= end) break;
+        unpack(loaded[i], z, row);
+#pragma unroll
+        for (int j = 0; j < kN; ++j) maximum = fmaxf(maximum, z[j]);
     }
-
-    // The rest of an unaligned group, from the vector that follows. The first and the last group have bytes
-    // in vectors that do not lie within the row, and are read one by one.
-    __device__ __forceinline__ uint4 join(int group, const uint4& before) const {
-        if (group > 0 && group < count - 1) return shift_bytes(before, vectors[group + 1], past);
-        return gather(row + group * kColumns);
+    raise<kSmooth, T>(state, maximum);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        if (!kAll && group + i * kGroup >= end) break;
+        unpack(loaded[i], z, row);
+        accumulate<kSmooth, kN, T>(state, sums, z, weight ? weight + (group + i * kGroup) * kN : nullptr);
     }
+    state.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
 
-    const T* row;
-    const uint4* vectors;  // the first begins `past` bytes before the row
-    int past;
-    int count;
-    int tail;
-};
-
-// Vectors that a thread loads before it uses the first.
-constexpr int kInFlight = 4;
-
+// Which thread adds which columns depends on nothing but their number: rows that are equal have the same loss
+// to the last bit, wherever they begin in memory.
 template <class T, bool kSmooth, int kGroup, bool kAligned>
 __device__ __forceinline__ void read_groups(RowState& state, const ColumnGroups<T>& groups,
                                             const Share& share, const float* weight) {
-    constexpr int kN = kPerVector<T>;
-    for (int begin = share.begin + member<kGroup>(); begin < share.end; begin += kInFlight * kGroup) {
-        uint4 loaded[kInFlight];
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i)
-            if (begin + i * kGroup < share.end)
-                loaded[i] = groups.template load<kAligned>(begin + i * kGroup);
-        if (!kAligned) {
-#pragma unroll
-            for (int i = 0; i < kInFlight; ++i)
-                if (begin + i * kGroup < share.end) loaded[i] = groups.join(begin + i * kGroup, loaded[i]);
-        }
-        float maximum = state.maximum, z[kN], sums[4] = {};
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-            if (begin + i * kGroup >= share.end) break;
-            unpack(loaded[i], z, groups.row);
-#pragma unroll
-            for (int j = 0; j < kN; ++j) maximum = fmaxf(maximum, z[j]);
-        }
-        raise<kSmooth, T>(state, maximum);
-#pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-            const int group = begin + i * kGroup;
-            if (group >= share.end) break;
-            unpack(loaded[i], z, groups.row);
-            accumulate<kSmooth, kN, T>(state, sums, z, weight ? weight + group * kN : nullptr);
-        }
-        state.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (int group = share.begin + member<kGroup>(); group < share.end; group += kInFlight * kGroup) {
+        groups.template load<kAligned, kGroup, kInFlight>(
+            group, share.end, [&](const auto& loaded, auto all) {
+                add_groups<kSmooth, kGroup, decltype(all)::value>(state, loaded, group, share.end, groups.row,
+                                                                  weight);
+            });
     }
 }
 
@@ -220,11 +182,28 @@ __device__ __forceinline__ float row_loss(const CrossEntropyRows& a, const RowSt
     return (1.0f - a.smoothing) * loss + a.smoothing / static_cast<float>(a.classes) * spread;
 }
 
+// Registers are too few to hold it.
+__device__ __forceinline__ void prefetch_class(const ClassIndices& target, int64_t i) {
+#ifdef __CUDA_ARCH__
+    const int size = target.type == kInt64                             ? 8
+                     : target.type == kInt32 || target.type == kUInt32 ? 4
+                     : target.type == kInt16 || target.type == kUInt16 ? 2
+                                                                       : 1;
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(static_cast<const char*>(target.data) + i * size));
+#endif
+}
+
 template <class T, bool kSmooth, int kGroup>
-__global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup, kSmooth>)
+__global__ void __launch_bounds__(kThreads<kGroup, kSmooth>, kResident<kThreads<kGroup, kSmooth>, kSmooth>)
     cross_entropy_forward(const CrossEntropyForward a) {
     BATCHKERN_SHARED(ForwardStorage, shared);
-    for (int64_t i = first_row<kGroup>(); i < a.rows.rows; i += row_step<kGroup>()) {
+    constexpr int kOfBlock = kThreads<kGroup, kSmooth>;
+    // Of 32 bits, for rows are fewer, and registers as well.
+    const auto rows = static_cast<uint32_t>(a.rows.rows),
+               step = static_cast<uint32_t>(row_step<kGroup, kOfBlock>());
+    for (auto i = static_cast<uint32_t>(first_row<kGroup, kOfBlock>());
+         i<rows; i = rows - i> step ? i + step : rows) {
+        if (rows - i > step) prefetch_class(a.rows.target, i + step);
         const T* const row = static_cast<const T*>(a.rows.logits) + i * a.rows.at.row;
         const int64_t target = class_of(a.rows.target, i);
         const bool ignored = target == a.ignore_index;
@@ -250,7 +229,9 @@ __global__ void __launch_bounds__(kThreads<kGroup>, kResident<kGroup, kSmooth>)
         a.keys[i] = order_key(loss);
         if (a.row_weights) a.row_weights[i] = a.rows.class_weight[target];
     }
-    if (a.select) select_in_last_block<kThreads<kGroup>>(a.selection);
+    if (!a.select) return;
+    BATCHKERN_SHARED(SelectStorage, select);
+    select_in_last_block<kOfBlock>(a.selection, select);
 }
 
 }  // namespace batchkern

@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kGeneralThreads) cross_entropy_general_backwar
         RowGradient g{};
         bool live;
         if (q.data) {
-            const float2 upstream = upstream_of(a.upstream, a.rows, i);
+            const float2 upstream = upstream_of(a.upstream, i, false);
             const float* const state = a.lse + 3 * i;
             live = upstream.x != 0.0f || upstream.y != 0.0f;
             if (live) {

@@ -62,17 +62,34 @@ __device__ __forceinline__ T reduce_group(T value, Op op, T (&scratch)[kMaxWarps
     }
 }
 
+// atomicAdd that releases what this thread wrote, and what the others of its block wrote before a barrier.
+// The fence that belongs to it acquires. Both are cheaper than __threadfence(), which also orders what nobody
+// asks about.
+__device__ __forceinline__ uint32_t add_release(uint32_t* p, uint32_t value) {
+#ifdef __CUDA_ARCH__
+    uint32_t before;
+    asm volatile("atom.add.release.gpu.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(value) : "memory");
+    return before;
+#else
+    return atomicAdd(p, value);
+#endif
+}
+__device__ __forceinline__ void fence_acquire() {
+#ifdef __CUDA_ARCH__
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+#endif
+}
+
 // Whether this block is the last of `blocks` to come here. What it does next sees all that the others wrote
-// before, if it reads past the L1 cache (__ldcg). The ticket is 0 before and after. One thread's fence is
+// before, if it reads past the L1 cache (__ldcg). The ticket is 0 before and after. One thread is
 // enough: the barriers make it stand for what its whole block wrote and reads.
 __device__ __forceinline__ bool is_last(uint32_t* ticket, uint32_t blocks, bool& scratch) {
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence();
-        scratch = atomicAdd(ticket, 1u) == blocks - 1;
+        scratch = add_release(ticket, 1u) == blocks - 1;
         if (scratch) {
             *ticket = 0;
-            __threadfence();
+            fence_acquire();
         }
     }
     __syncthreads();

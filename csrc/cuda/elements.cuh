@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "../element_type.h"
 #include "device.cuh"
 
@@ -15,6 +17,18 @@ constexpr int kPerVector = 16 / sizeof(T);
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 __device__ __forceinline__ float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+// Loads where this stands. The compiler would move a load to where its value is needed, behind others that it
+// then waits for.
+__device__ __forceinline__ bool load_here(const bool* p) {
+#ifdef __CUDA_ARCH__
+    uint32_t result;
+    asm volatile("ld.global.u8 %0, [%1];" : "=r"(result) : "l"(p));
+    return result != 0;
+#else
+    return *p;
+#endif
+}
 
 // To nearest, ties to even.
 template <class T>
@@ -93,6 +107,52 @@ __device__ __forceinline__ uint4 shift_bytes(const uint4& first, const uint4& se
     return {__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
             __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits)};
 }
+
+// A row as groups of columns, 16 bytes each, and a tail of single ones, wherever it begins in memory.
+template <class T>
+struct ColumnGroups {
+    static constexpr int kColumns = kPerVector<T>;
+
+    __device__ __forceinline__ ColumnGroups(const T* row_, int columns)
+        : row(row_),
+          vectors(reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row_) -
+                                                 reinterpret_cast<uintptr_t>(row_) % 16)),
+          past(static_cast<int>(reinterpret_cast<uintptr_t>(row_) % 16)),
+          count(columns / kColumns),
+          tail(columns % kColumns) {}
+
+    // Loads kN groups, kStep apart, of those before `end`, and calls use(loaded, a constant: whether all are
+    // known to be there, which takes registers that there are for float32 alone). An unaligned group is
+    // shifted out of two aligned vectors; but the first and the last have bytes in vectors that do not lie
+    // within the row, and are read one by one, as those beside them are.
+    template <bool kAligned, int kStep, int kN, class Use>
+    __device__ __forceinline__ void load(int group, int end, Use use) const {
+        uint4 loaded[kN];
+        const int last = group + (kN - 1) * kStep;
+        if (last < end && (kAligned || (group > 0 && last < count - 1))) {
+#pragma unroll
+            for (int i = 0; i < kN; ++i) loaded[i] = vectors[group + i * kStep];
+            if (!kAligned) {
+#pragma unroll
+                for (int i = 0; i < kN; ++i)
+                    loaded[i] = shift_bytes(loaded[i], vectors[group + i * kStep + 1], past);
+            }
+            return use(loaded, std::bool_constant<kAligned && sizeof(T) == 4>());
+        }
+#pragma unroll
+        for (int i = 0; i < kN; ++i)
+            if (group + i * kStep < end)
+                loaded[i] =
+                    kAligned ? vectors[group + i * kStep] : gather(row + (group + i * kStep) * kColumns);
+        use(loaded, std::false_type());
+    }
+
+    const T* row;
+    const uint4* vectors;  // the first begins `past` bytes before the row
+    int past;
+    int count;
+    int tail;
+};
 
 // Where the 16-byte vectors of a row begin, and how many elements stand before, in and behind them.
 template <class T>

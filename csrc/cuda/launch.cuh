@@ -9,8 +9,9 @@
 
 namespace batchkern {
 
-// Up to so many losses are selected from by one block; more, by all the blocks of a cooperative launch.
-constexpr int64_t kOneBlock = 16384;
+// Up to so many losses are selected from by one block of 1,024 threads, which holds them; more, by all the
+// blocks of a cooperative launch.
+constexpr int64_t kOneBlock = 8192;
 constexpr int64_t kRowsOfBlock = 8192;
 
 inline int multiprocessors() {

@@ -56,7 +56,9 @@ __global__ void __launch_bounds__(kSelectThreads, 1) rank_few(const RankFew<T> a
     BATCHKERN_SHARED(RankStorage, shared);
     BATCHKERN_DYNAMIC_SHARED(uint64_t, chosen);
     Merge* const merge = kGrid ? &a.workspace->merge : nullptr;
-    Selector<kSelectThreads, kGrid> selector{a.n, merge, shared.select};
+    Selector<kSelectThreads, kGrid ? Where::kGrid : Where::kRegisters> selector{
+        a.n, merge, shared.select, {}};
+    selector.hold(a.rows);
     if (threadIdx.x == 0) shared.gathered = 0;  // the search has barriers
     const Threshold threshold = selector.find(a.rows, selector.survey(a.rows), a.k, 0);
     selector.each(a.rows, [&](int64_t i, uint32_t key) {

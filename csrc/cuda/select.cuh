@@ -13,6 +13,9 @@
 //
 // Where the first rows of the order are left out, 2 and 3 find a second threshold, theirs.
 //
+// A block of few rows has their keys in registers, and reads them once. One of very few counts, for each row,
+// those that rank higher, in place of 1 to 3.
+//
 // With several blocks, each adds its counts to global ones (integers: the order does not matter), all wait
 // for the grid, and all then read the same totals and take the same way. The last block to finish leaves
 // zeros behind. A key of 0 stands for a row that does not take part.
@@ -26,19 +29,19 @@
 
 namespace batchkern {
 
-// Losses whose keys the forward pass wrote, perhaps in this very launch: so they are read past the L1 cache.
+// Losses as keys, which the forward pass wrote, perhaps in this very launch: so they are read past the L1
+// cache.
 struct KeyedLosses {
     const uint32_t* keys;  // (n,)
-    const float* losses;   // (n,)
     const float* weights;  // (n,), likewise, or null: all 1
     static constexpr int kLoads = 8;
 
     static constexpr bool kBand = false;
 
     __device__ __forceinline__ uint32_t key(int64_t i) const { return __ldcg(keys + i); }
-    __device__ __forceinline__ double value(int64_t i) const { return __ldcg(losses + i); }
+    __device__ __forceinline__ float value(int64_t, uint32_t key) const { return loss_of_key(key); }
     __device__ __forceinline__ bool weighted() const { return weights != nullptr; }
-    __device__ __forceinline__ double weight(int64_t i) const { return __ldcg(weights + i); }
+    __device__ __forceinline__ float weight(int64_t i) const { return __ldcg(weights + i); }
 };
 
 // Losses that a user computed.
@@ -51,10 +54,9 @@ struct PlainLosses {
     static constexpr int kLoads = 4;
 
     __device__ __forceinline__ uint32_t key(int64_t i) const {
-        if (mask && !mask[i * mask_stride]) return 0;
-        return order_key(to_float(losses[i * stride]));
+        const float loss = to_float(losses[i * stride]);  // whatever the mask says: so neither load waits
+        return mask && !mask[i * mask_stride] ? 0 : order_key(loss);
     }
-    __device__ __forceinline__ double value(int64_t i) const { return to_float(losses[i * stride]); }
 };
 
 // And what else he says of them: what to rank by, what each is times, which part of the order counts.
@@ -85,13 +87,13 @@ struct BandedLosses {
         const uint32_t key = !score ? plain.key(i) : out ? 0 : order_key(score[i * score_stride]);
         return lowest && key != 0 ? max(~key, 1u) : key;  // NaN last
     }
-    __device__ __forceinline__ double value(int64_t i) const {
-        return weights ? plain.value(i) * weights[i * weight_stride] : plain.value(i);
+    __device__ __forceinline__ double value(int64_t i, uint32_t) const {
+        return to_float(plain.losses[i * plain.stride]) * weight(i);
     }
     // How many there are is not known before they are counted.
     __device__ __forceinline__ bool weighted() const { return weights != nullptr || has_above; }
     __device__ __forceinline__ double weight(int64_t i) const {
-        return weights ? weights[i * weight_stride] : 1.0;
+        return weights ? weights[i * weight_stride] : 1.0f;
     }
     __device__ __forceinline__ uint32_t skipped(uint32_t count, uint32_t k) const {
         return min(static_cast<uint32_t>(rint(skip * count)), count - k);
@@ -115,7 +117,7 @@ struct BlockSum {
 };
 
 struct SelectStorage {
-    uint32_t bins[kBins];
+    alignas(16) uint32_t bins[kBins];
     uint32_t scratch[kMaxWarps];
     double sums[kMaxWarps];
     uint32_t digit, count, remaining;
@@ -135,34 +137,72 @@ struct Threshold {
     uint32_t key;         // relative to the lowest
     uint32_t last_index;  // of those with this very key
 
-    __device__ __forceinline__ bool keeps(uint32_t row_key, int64_t i) const {
+    __device__ __forceinline__ bool keeps(uint32_t row_key, uint32_t i) const {
         if (row_key == 0 || k == 0) return false;
         const uint32_t relative = row_key - lowest;
         return relative > key || (relative == key && i <= last_index);
     }
 };
 
-template <int kThreads, bool kGrid>
+// Where rows are: in memory, in memory with a part for each block of the grid, or, of one block and up to
+// kHeld for each of its threads, in registers.
+enum class Where { kMemory, kGrid, kRegisters };
+constexpr int kHeld = 8;
+
+template <int kThreads, Where kWhere>
 struct Selector {
+    static constexpr bool kGrid = kWhere == Where::kGrid;
+
     int64_t n;
     Merge* merge;  // used where kGrid
     SelectStorage& shared;
+    uint32_t held[kWhere == Where::kRegisters ? kHeld : 1];
 
-    // Calls use(i, key) for each row of this block. Rows::kLoads loads are in flight at a time.
+    // Of registers there are too few for more than two.
+    template <class Rows>
+    static constexpr int kBatch = kWhere == Where::kRegisters ? 2 : Rows::kLoads;
+
+    // Before all else.
+    template <class Rows>
+    __device__ __forceinline__ void hold(const Rows& rows) {
+        if constexpr (kWhere == Where::kRegisters) {
+            const int end = static_cast<int>(n), first = threadIdx.x;
+#pragma unroll
+            for (int j = 0; j < kHeld; ++j)
+                held[j] = first + j * kThreads < end ? rows.key(first + j * kThreads) : 0;
+        }
+    }
+
+    // Calls use(first, end, keys) for kBatch<Rows> rows of this thread at a time, kThreads apart, of which
+    // those before `end` are rows.
+    template <class Rows, class Use>
+    __device__ __forceinline__ void batches(const Rows& rows, Use use) const {
+        if constexpr (kWhere == Where::kRegisters) {
+            const int end = static_cast<int>(n), first = threadIdx.x;
+#pragma unroll
+            for (int j = 0; j < kHeld; j += kBatch<Rows>)
+                if (j * kThreads < end) use(first + j * kThreads, end, held + j);
+        } else {
+            const int64_t begin = kGrid ? n * blockIdx.x / gridDim.x : 0;
+            const int64_t end = kGrid ? n * (blockIdx.x + int64_t{1}) / gridDim.x : n;
+            for (int64_t first = begin + threadIdx.x; first < end; first += kBatch<Rows> * kThreads) {
+                uint32_t key[kBatch<Rows>];
+#pragma unroll
+                for (int j = 0; j < kBatch<Rows>; ++j)
+                    key[j] = first + j * kThreads < end ? rows.key(first + j * kThreads) : 0;
+                use(first, end, key);
+            }
+        }
+    }
+
+    // Calls use(i, key) for each row of this thread.
     template <class Rows, class Use>
     __device__ __forceinline__ void each(const Rows& rows, Use use) const {
-        constexpr int kLoads = Rows::kLoads;
-        const int64_t begin = kGrid ? n * blockIdx.x / gridDim.x : 0;
-        const int64_t end = kGrid ? n * (blockIdx.x + int64_t{1}) / gridDim.x : n;
-        for (int64_t first = begin + threadIdx.x; first < end; first += kLoads * kThreads) {
-            uint32_t key[kLoads];
+        batches(rows, [&](auto first, auto end, const uint32_t* key) {
 #pragma unroll
-            for (int j = 0; j < kLoads; ++j)
-                key[j] = first + j * kThreads < end ? rows.key(first + j * kThreads) : 0;
-#pragma unroll
-            for (int j = 0; j < kLoads; ++j)
+            for (int j = 0; j < kBatch<Rows>; ++j)
                 if (first + j * kThreads < end) use(first + j * kThreads, key[j]);
-        }
+        });
     }
 
     // Finds, for the highest values that are left, the digits of the lowest of them. candidate(i, key, value)
@@ -308,10 +348,71 @@ struct Chosen {
     double weight;
 };
 
-template <int kThreads, bool kGrid, class Rows>
+// Up to so many rows are counted: each of 256 threads compares 256 keys, some 1,000 instructions.
+constexpr int64_t kCounted = 256;
+
+// keeps(i, key) decides about a row. Of kBatch rows, kThreads apart, all loads come before the first store,
+// which they might follow otherwise.
+template <int kThreads, int kBatch, class Rows, class Index, class Keeps>
+__device__ __forceinline__ void take(const Rows& rows, Index first, Index end, const uint32_t* key,
+                                     Keeps keeps, bool* kept, Chosen& chosen) {
+    bool taken[kBatch];
+    decltype(rows.weight(0)) value[kBatch], weight[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+        const Index i = first + j * kThreads;
+        taken[j] = i < end && keeps(i, key[j]);
+        value[j] = taken[j] ? rows.value(i, key[j]) : 0;
+        weight[j] = taken[j] && rows.weighted() ? rows.weight(i) : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+        if (first + j * kThreads < end) kept[first + j * kThreads] = taken[j];
+        chosen.sum += value[j];
+        chosen.weight += weight[j];
+    }
+}
+
+// The rows whose place in the order is from `first` on and below first + k.
+template <int kThreads, class Rows>
+__device__ __forceinline__ Chosen choose_by_counting(const Rows& rows, int64_t n, const KeepFraction& keep,
+                                                     bool* kept, SelectStorage& shared) {
+    static_assert(kCounted <= kThreads);
+    const auto own = static_cast<int>(threadIdx.x);
+    const uint32_t key = own < n ? rows.key(own) : 0;
+    if (own < (n + 3) / 4 * 4) shared.bins[own] = key;
+    __syncthreads();
+    Chosen chosen{};
+    if (own >= n) return chosen;
+    uint32_t count = 0, place = 0;
+    for (int j = 0; j < n; j += 4) {
+        const uint4 others = *reinterpret_cast<const uint4*>(shared.bins + j);
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const uint32_t other = word(others, w);
+            count += other != 0;
+            place += other > key || (other == key && j + w < own);
+        }
+    }
+    chosen.k = keep(count);
+    uint32_t first = 0;
+    if constexpr (Rows::kBand) first = rows.skipped(count, chosen.k);
+    const auto keeps = [&](int, uint32_t) {
+        bool result = place < first + chosen.k;
+        if constexpr (Rows::kBand) result = result || (rows.has_above && key > rows.above);
+        return key != 0 && place >= first && result;
+    };
+    take<kThreads, 1>(rows, own, own + 1, &key, keeps, kept, chosen);
+    return chosen;
+}
+
+template <int kThreads, Where kWhere, class Rows>
 __device__ __forceinline__ Chosen choose(const Rows& rows, int64_t n, const KeepFraction& keep, bool* kept,
                                          Merge* merge, SelectStorage& shared) {
-    Selector<kThreads, kGrid> selector{n, merge, shared};
+    if constexpr (kWhere != Where::kGrid)
+        if (n <= kCounted) return choose_by_counting<kThreads>(rows, n, keep, kept, shared);
+    Selector<kThreads, kWhere> selector{n, merge, shared, {}};
+    selector.hold(rows);
     const Survey survey = selector.survey(rows);
     const uint32_t k = keep(survey.count);
     uint32_t first = 0;
@@ -325,16 +426,17 @@ __device__ __forceinline__ Chosen choose(const Rows& rows, int64_t n, const Keep
             chosen.passes = skipped.passes;
         }
     }
-    selector.each(rows, [&](int64_t i, uint32_t key) {
-        bool keeps = threshold.keeps(key, i);
+    const auto keeps = [&](uint32_t i, uint32_t key) {
+        bool result = threshold.keeps(key, i);
         if constexpr (Rows::kBand) {
-            keeps = keeps || (rows.has_above && key > rows.above);
-            keeps = keeps && !skipped.keeps(key, i);
+            result = result || (rows.has_above && key > rows.above);
+            result = result && !skipped.keeps(key, i);
         }
-        kept[i] = keeps;
-        if (!keeps) return;
-        chosen.sum += rows.value(i);
-        if (rows.weighted()) chosen.weight += rows.weight(i);
+        return result;
+    };
+    constexpr int kBatch = Selector<kThreads, kWhere>::template kBatch<Rows>;
+    selector.batches(rows, [&](auto begin, auto end, const uint32_t* key) {
+        take<kThreads, kBatch>(rows, begin, end, key, keeps, kept, chosen);
     });
     return chosen;
 }
@@ -366,14 +468,15 @@ __device__ __forceinline__ void write_mean(const SelectionResult& out, double su
 }
 
 // Selects, and reduces what was selected.
-template <int kThreads, bool kGrid, class Rows>
+template <int kThreads, Where kWhere, class Rows>
 __device__ __forceinline__ void select_and_reduce(const Rows& rows, int64_t n, const KeepFraction& keep,
                                                   const SelectionResult& out, Merge* merge,
                                                   BlockSum* block_sums, SelectStorage& shared) {
-    Chosen chosen = choose<kThreads, kGrid>(rows, n, keep, out.kept, merge, shared);
+    constexpr bool kGrid = kWhere == Where::kGrid;
+    Chosen chosen = choose<kThreads, kWhere>(rows, n, keep, out.kept, merge, shared);
     if (!add_up<kThreads, kGrid>(chosen.sum, chosen.weight, rows.weighted(), merge, block_sums, shared))
         return;
-    if (kGrid) Selector<kThreads, kGrid>{n, merge, shared}.clear(chosen.passes);
+    if (kGrid) Selector<kThreads, kWhere>{n, merge, shared, {}}.clear(chosen.passes);
     write_mean(out, chosen.sum, rows.weighted() ? chosen.weight : chosen.k);
 }
 
@@ -389,11 +492,12 @@ struct Selection {
 
 constexpr int kSelectThreads = 1024;
 
+// By one block, or by all of a cooperative launch.
 template <bool kGrid, class Rows>
 __global__ void __launch_bounds__(kSelectThreads, 1) select_rows(const Selection<Rows> a) {
     BATCHKERN_SHARED(SelectStorage, shared);
-    select_and_reduce<kSelectThreads, kGrid>(a.rows, a.n, a.keep, a.out,
-                                             kGrid ? &a.workspace->merge : nullptr, a.block_sums, shared);
+    select_and_reduce<kSelectThreads, kGrid ? Where::kGrid : Where::kRegisters>(
+        a.rows, a.n, a.keep, a.out, kGrid ? &a.workspace->merge : nullptr, a.block_sums, shared);
 }
 
 // Samples of n rows, each ranked apart by one block.
@@ -403,8 +507,8 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     BATCHKERN_SHARED(SelectStorage, shared);
     double sum = 0, weight = 0, count = 0;
     for (int64_t s = blockIdx.x; s < samples; s += gridDim.x) {
-        const Chosen chosen = choose<kSelectThreads, false>(a.rows.from(s * a.n), a.n, a.keep,
-                                                            a.out.kept + s * a.n, nullptr, shared);
+        const Chosen chosen = choose<kSelectThreads, Where::kMemory>(a.rows.from(s * a.n), a.n, a.keep,
+                                                                     a.out.kept + s * a.n, nullptr, shared);
         sum += chosen.sum;
         weight += chosen.weight;
         if (threadIdx.x == 0) count += chosen.k;
@@ -415,16 +519,15 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
         write_mean(a.out, sum, weight);
 }
 
-// By the last block of a launch that wrote the losses.
+// By the last block of a launch that wrote the losses: of up to kHeld for each of its threads.
 template <int kThreads, class Rows>
-__device__ __forceinline__ void select_in_last_block(const Selection<Rows>& a) {
-    BATCHKERN_SHARED(SelectStorage, shared);
+__device__ __forceinline__ void select_in_last_block(const Selection<Rows>& a, SelectStorage& shared) {
     const uint32_t blocks = gridDim.x * gridDim.y;
     if (blocks == 1)
         __syncthreads();
     else if (!is_last(&a.workspace->ticket, blocks, shared.last))
         return;
-    select_and_reduce<kThreads, false>(a.rows, a.n, a.keep, a.out, nullptr, nullptr, shared);
+    select_and_reduce<kThreads, Where::kRegisters>(a.rows, a.n, a.keep, a.out, nullptr, nullptr, shared);
 }
 
 }  // namespace batchkern

@@ -1,0 +1,349 @@
+"""What the machine code of a GPU kernel says about its speed: how its main loop reads memory, and what comes before.
+
+Reads what ``cuobjdump -sass`` prints. A kernel that memory bounds needs, on each multiprocessor, as many bytes in
+flight as memory delivers while one load waits (Little's law).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[\dT]+) )?\s*([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
+REGISTER = re.compile(r"\b(U?R)(\d+)((?:\.\w+)*)")
+PREDICATE = re.compile(r"\bU?P\d\b")
+LOAD = re.compile(r"LDG?\.E\b")
+ANSWERED = re.compile(r"ATOMG?\b")
+WORK = re.compile(r"MUFU|FMNMX|ST|ATOM|RED")
+NO_RESULT = re.compile(
+    r"ST|RED|BAR|BRA|BRX|EXIT|MEMBAR|ERRBAR|BSSY|BSYNC|BREAK|CALL|RET|WARPSYNC|NOP|CCTL|DEPBAR|BPT|YIELD"
+)
+ONLY_PREDICATES = re.compile(r"\w*SETP\d?\b|U?PLOP3\b|FCHK\b")
+
+# Of a multiprocessor of sm_90.
+REGISTERS, SHARED, THREADS, BLOCKS = 65536, 228 * 1024, 2048, 32
+ASKED = 4.2e12 * 800e-9 / 132
+"""Bytes in flight on a multiprocessor: an H200's copy bandwidth times 800 ns, what a load takes beside many others."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    guard: str  # a predicate, perhaps behind "!", or nothing
+    opcode: str
+    operands: str
+
+    @cached_property
+    def load(self) -> int:
+        """Bytes that a thread loads from global memory, or 0."""
+        if not LOAD.match(self.opcode):
+            return 0
+        width = re.search(r"\.[US]?(8|16|64|128)\b", self.opcode)
+        return int(width[1]) // 8 if width else 4
+
+    @cached_property
+    def target(self) -> int | None:
+        """Of a jump; of BSSY where its threads meet again."""
+        found = re.search(r"0x([0-9a-f]+)$", self.operands) if re.match(r"BRA|BSSY", self.opcode) else None
+        return int(found[1], 16) if found else None
+
+    @cached_property
+    def falls_through(self) -> bool:
+        jumps = re.match(r"EXIT|BRA|BRX|RET|BSYNC", self.opcode)
+        return not jumps or self.guard not in ("", "PT") or bool(PREDICATE.search(self.operands.split(",")[0]))
+
+    @cached_property
+    def _parts(self) -> tuple[set[str], str]:
+        """What is written, and the operands that are read."""
+        if NO_RESULT.match(self.opcode):
+            return set(), self.operands
+        operands, written = self.operands.split(","), set()
+        while operands and (PREDICATE.fullmatch(operands[0].strip()) or operands[0].strip() in ("PT", "UPT")):
+            written.add(operands.pop(0).strip())
+        if operands and not ONLY_PREDICATES.match(self.opcode) and (first := REGISTER.match(operands.pop(0).strip())):
+            wide = re.search(r"\.WIDE\b|\.64\b|^D(?:ADD|MUL|FMA)\b", self.opcode)
+            size = -(-self.load // 4) or (2 if wide else 1)
+            written |= {f"{first[1]}{int(first[2]) + i}" for i in range(size)}
+        return written - {"PT", "UPT"}, ",".join(operands)
+
+    @property
+    def written(self) -> set[str]:
+        return self._parts[0]
+
+    @cached_property
+    def read(self) -> set[str]:
+        operands = self._parts[1]
+        names = set(PREDICATE.findall(operands)) | set(PREDICATE.findall(self.guard))
+        for kind, number, suffix in REGISTER.findall(operands):
+            size = 4 if ".128" in self.opcode and NO_RESULT.match(self.opcode) else 2 if ".64" in suffix else 1
+            names |= {f"{kind}{int(number) + i}" for i in range(size)}
+        return names
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop that reads global memory. Of a thread and an iteration on the shortest of the ways that load most and do
+    all the work: loads before the value of one is used, their bytes, all bytes, that work, and all instructions."""
+
+    address: int
+    loads: int
+    in_flight: int
+    bytes: int
+    work: int
+    instructions: int
+
+    @property
+    def width(self) -> float:
+        return self.in_flight / self.loads
+
+
+@dataclass(frozen=True)
+class _Way:
+    """From the beginning of a loop: what has been loaded and not been used, until one is used."""
+
+    pending: frozenset[str] = frozenset()
+    waiting: bool = True
+    loads: int = 0
+    in_flight: int = 0
+    bytes: int = 0
+    work: int = 0
+    instructions: int = 0
+
+    def rank(self) -> tuple[int, int, int]:
+        return self.bytes, self.work, -self.instructions
+
+    def through(self, block: list[Instruction]) -> _Way:
+        pending, waiting, loads, in_flight = set(self.pending), self.waiting, self.loads, self.in_flight
+        for x in block:
+            waiting = waiting and not pending & x.read
+            if x.load and waiting:
+                pending |= x.written
+                loads, in_flight = loads + 1, in_flight + x.load
+        loaded = self.bytes + sum(x.load for x in block)
+        work = self.work + sum(bool(WORK.match(x.opcode)) for x in block)
+        instructions = self.instructions + len(block)
+        return _Way(frozenset(pending), waiting, loads, in_flight, loaded, work, instructions)
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel's instructions as blocks that are entered at their first and left at their last."""
+
+    blocks: list[list[Instruction]]
+    after: list[list[int]]
+
+    @classmethod
+    def of(cls, instructions: list[Instruction]) -> Code:
+        starts = {x.target for x in instructions} | {instructions[0].address}
+        blocks: list[list[Instruction]] = []
+        for i, instruction in enumerate(instructions):
+            if instruction.address in starts or re.match(r"BRA|BRX|EXIT|RET|BSYNC", instructions[i - 1].opcode):
+                blocks.append([])
+            blocks[-1].append(instruction)
+        at = {block[0].address: i for i, block in enumerate(blocks)}
+        # Threads that wait at a BSYNC go on where the BSSY of the same barrier says, the last one in the code.
+        meets: dict[str, int | None] = {}
+        after: list[list[int]] = []
+        for i, block in enumerate(blocks):
+            meets |= {x.operands.split(",")[0]: x.target for x in block if x.opcode.startswith("BSSY")}
+            last = block[-1]
+            jump = meets.get(last.operands) if last.opcode == "BSYNC" else last.target
+            jump = None if last.opcode == "BSSY" else jump
+            next_ = [i + 1] if last.falls_through and i + 1 < len(blocks) else []
+            after.append(next_ if jump is None else [*next_, at[jump]])
+        # The table of an indirect jump is not printed: it leads to the blocks behind it to which nothing else does.
+        known = {0, *(following for of_block in after for following in of_block)}
+        for i in range(len(blocks)):
+            if i not in known:
+                after[max((j for j in range(i) if blocks[j][-1].opcode == "BRX"), default=i)].append(i)
+        return cls(blocks, after)
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Blocks that are reached, each behind those that lead to it, but for jumps back."""
+        seen, order = set(), []
+
+        def visit(block: int) -> None:
+            stack = [(block, iter(self.after[block]))]
+            seen.add(block)
+            while stack:
+                current, rest = stack[-1]
+                following = next((b for b in rest if b not in seen), None)
+                if following is None:
+                    order.append(current)
+                    stack.pop()
+                else:
+                    seen.add(following)
+                    stack.append((following, iter(self.after[following])))
+
+        visit(0)
+        return order[::-1]
+
+    @cached_property
+    def before(self) -> dict[int, list[int]]:
+        result: dict[int, list[int]] = {block: [] for block in self.order}
+        for block in self.order:
+            for following in self.after[block]:
+                result[following].append(block)
+        return result
+
+    @cached_property
+    def dominators(self) -> dict[int, set[int]]:
+        """Blocks that every way to a block passes."""
+        found = {block: set(self.order) for block in self.order} | {0: {0}}
+        changed = True
+        while changed:
+            changed = False
+            for block in self.order[1:]:
+                new = set.intersection(*(found[b] for b in self.before[block])) | {block}
+                changed, found[block] = changed or new != found[block], new
+        return found
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """The innermost loops that read global memory."""
+        bodies: dict[int, set[int]] = {}
+        for block in self.order:
+            for head in set(self.after[block]) & self.dominators[block]:
+                body, todo = bodies.setdefault(head, {head}), [block]
+                while todo:
+                    if (member := todo.pop()) not in body:
+                        body.add(member)
+                        todo += self.before[member]
+        inner = [body for head, body in bodies.items() if not any(h in body for h in bodies if h != head)]
+        loops = [self._loop([block for block in self.order if block in body]) for body in inner]
+        return [loop for loop in loops if loop.bytes]
+
+    def _loop(self, body: list[int]) -> Loop:
+        """Of its blocks, each behind those that lead to it."""
+        ways: dict[int, _Way] = {}
+        ends = []
+        for block in body:
+            before = [ways[b] for b in self.before[block] if b in ways]
+            way = max(before, key=_Way.rank, default=_Way())
+            ways[block] = way = way.through(self.blocks[block])
+            if body[0] in self.after[block]:
+                ends.append(way)
+        way = max(ends, key=_Way.rank)
+        return Loop(self.blocks[body[0]][0].address, way.loads, way.in_flight, way.bytes, way.work, way.instructions)
+
+    @cached_property
+    def main(self) -> Loop | None:
+        """Of the loops with the widest loads the one that does the most, by the fewest loads."""
+        return max(self.loops, key=lambda loop: (loop.width, loop.work, -loop.bytes), default=None)
+
+    @cached_property
+    def barriers(self) -> int:
+        return sum(x.opcode.startswith("BAR.SYNC") for block in self.blocks for x in block)
+
+    @cached_property
+    def dependent(self) -> int:
+        """Loads, each of which waits for the one before, that those of the main loop wait for, or where there is none,
+        in the whole kernel. One waits for its address, and for the branches before it. The longest way counts."""
+        longest = 0
+        states: dict[int, dict[str, int]] = {0: {}}  # loads behind a register; behind "" those behind the way taken
+        for block in self.order:
+            state = dict(states.get(block, {}))
+            if self.main and self.blocks[block][0].address == self.main.address:
+                read = {name for x in self.blocks[block] if x.load for name in x.read}
+                return max(state.get(name, 0) for name in {"", *read})
+            for x in self.blocks[block]:
+                waits = max([state.get("", 0), *(state.get(name, 0) for name in x.read)])
+                waits += bool(x.load or ANSWERED.match(x.opcode))
+                longest = max(longest, waits)
+                state |= dict.fromkeys(x.written, waits)
+                if re.match(r"BRA|EXIT", x.opcode):
+                    state[""] = waits
+            for following in self.after[block]:
+                known = states.setdefault(following, {})
+                known |= {name: max(known.get(name, 0), waits) for name, waits in state.items()}
+        return longest
+
+
+def kernels(sass: str) -> dict[str, Code]:
+    """By the kernels' mangled names."""
+    parts = FUNCTION.split(sass)
+    return {
+        name: Code.of([Instruction(int(address, 16), *rest) for address, *rest in INSTRUCTION.findall(text)])
+        for name, text in zip(parts[1::2], parts[2::2], strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a table has of a kernel: loads in flight of a thread in the main loop, and the bytes of one; loads that wait
+    for each other before; barriers; instructions for each element loaded; warps of a multiprocessor, KB in flight."""
+
+    loads: int
+    width: float
+    dependent: int
+    barriers: int
+    instructions: float
+    warps: int
+    in_flight: float
+
+    @classmethod
+    def of(cls, code: Code, warps: int, element_bytes: int) -> Speed:
+        loop = code.main
+        if loop is None:
+            return cls(0, 0, code.dependent, code.barriers, 0, warps, 0)
+        elements = loop.bytes / element_bytes
+        in_flight = loop.in_flight * 32 * warps / 1000
+        return cls(
+            loop.loads,
+            round(loop.width, 1),
+            code.dependent,
+            code.barriers,
+            round(loop.instructions / elements, 1),
+            warps,
+            round(in_flight, 1),
+        )
+
+    def cells(self) -> str:
+        loads = f"{self.loads} x {self.width:g} | {self.instructions:g}" if self.loads else "- | -"
+        in_flight = f"{self.in_flight:g}" if self.loads else "-"
+        return f"{loads} | {self.dependent} | {self.barriers} | {self.warps} | {in_flight} |"
+
+    def worse(self, before: str) -> str:
+        """What has become worse than the cells of a table say, or nothing."""
+        shown = dict(zip(NAMES, (cell.strip() for cell in before.split("|")), strict=False))
+        now = dict(zip(NAMES, (cell.strip() for cell in self.cells().split("|")), strict=False))
+
+        def is_worse(name: str, sign: int) -> bool:
+            if "-" in (shown[name], now[name]):
+                return shown[name] != now[name]
+            return sign * (float(now[name]) - float(shown[name])) > 0
+
+        return "; ".join(
+            f"{name} {now[name]}, was {shown[name]}" for name, sign in SIGNS.items() if is_worse(name, sign)
+        )
+
+
+NAMES = ("loads", "instructions an element", "dependent loads before", "barriers", "warps", "KB in flight")
+SIGNS = {"instructions an element": 1, "dependent loads before": 1, "barriers": 1, "warps": -1, "KB in flight": -1}
+"""Which way is worse."""
+HEADER = [
+    "Of the main loop, the one with the widest loads: how many of how many bytes a thread has in flight before it uses",
+    "the first, and instructions for each element loaded. Before it: loads each of which waits for the one before. In",
+    "the whole kernel: barriers. On a multiprocessor: warps that its registers and shared memory hold, and so KB in",
+    f"flight; where memory is the bound an H200 asks for {ASKED / 1000:.0f} (4.2 TB/s, 800 ns a load, 132 of them).",
+    "",
+    f"| kernel | {' | '.join(NAMES)} |",
+    f"|---|{'---:|' * len(NAMES)}",
+]
+
+
+def rows(text: str) -> dict[str, str]:
+    """The cells of such a table by its kernels."""
+    _, _, table = text.partition(HEADER[-1])
+    return dict(re.findall(r"^\| `?([^`|]+?)`? \|(.*)$", table, re.MULTILINE))
+
+
+def resident_warps(registers: int, shared: int, threads: int) -> int:
+    """Of a multiprocessor of sm_90. ``shared``: bytes of a block, with those that CUDA takes."""
+    warps = threads // 32
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32) // warps  # a thread's come in eights
+    by_shared = SHARED // shared if shared else BLOCKS
+    return min(by_registers, by_shared, THREADS // threads, BLOCKS) * warps
