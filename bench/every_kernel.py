@@ -21,8 +21,10 @@ from batchkern import reference
 from batchkern.basis import Hadamard
 
 LOGITS = [
-    (128, 10),  # eight lanes for a row, one block in all
-    (300, 19),  # rows that begin at every alignment
+    (128, 10),  # a tile, and ranks that are counted
+    (300, 19),  # two lanes for a row in float32, and one in bfloat16
+    (3000, 64),  # four, of rows of whole vectors; a block of its own selects
+    (300, 151),  # eight lanes, rows that begin at every alignment
     (100, 1001),  # a warp
     (20, 5003),  # a block of 256
     (10, 20_003),  # a block of 512

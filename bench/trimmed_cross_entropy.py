@@ -114,7 +114,7 @@ OPERATION = Operation(
         ],
         "cuda": [
             Sweep(case(64, 1024, BF16), "rows", doubled(128, 65_536)),
-            Sweep(case(4096, 128, BF16), "classes", doubled(128, 131_072)),
+            Sweep(case(4096, 10, BF16), "classes", (10, 19, 32, 64, *doubled(128, 131_072))),
         ],
     },
     quick=case(256, 100),

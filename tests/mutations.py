@@ -320,6 +320,12 @@ CUDA = [
         ("the last of the kept equal losses is dropped", "i <= last_index", "i < last_index"),
         ("k rounds halves away from zero", "rint((tensor", "round((tensor"),
         ("k may be 0", ": min(count, 1u);", ": 0u;"),
+        ("of equal rows that are counted all or none are kept", "(other == key && j + w < own)", "false"),
+        (
+            "a thread holds its first row again and again",
+            "held[j] = first + j * kThreads < end ? rows.key(first + j * kThreads) : 0;",
+            "held[j] = first < end ? rows.key(first) : 0;",
+        ),
         ("counts of later passes are left behind", "b < passes * kBins", "b < kBins"),
         ("32 bits are shifted by 32", "uint64_t{value} >> upper == result", "value >> upper == result"),
         (
@@ -375,8 +381,8 @@ CUDA = [
         (*HOST, *MEAN),
         (
             "rows that are left out come back above",
-            "keeps = keeps && !skipped.keeps(key, i);",
-            "keeps = keeps && (key > rows.above || !skipped.keeps(key, i));",
+            "result = result && !skipped.keeps(key, i);",
+            "result = result && (key > rows.above || !skipped.keeps(key, i));",
         ),
         ("NaN among the lowest does not take part", "max(~key, 1u)", "~key"),
         (
@@ -416,12 +422,30 @@ CUDA = [
         "cuda",
         "csrc/cuda/cross_entropy_backward.cuh",
         (*HOST, *CROSS_ENTROPY),
-        ("the target is not smoothed", "? (p - below) - peak : p - below", "? p - peak : p - below"),
+        (
+            "of a target beside the vectors nothing is taken off",
+            "return column == target ? value - peak : value;",
+            "return value;",
+        ),
+        (
+            "of a target in a vector nothing is taken off",
+            "z[j] -= first + j == g.target ? g.peak : 0.0f;",
+            "z[j] -= 0.0f;",
+        ),
         (
             "the elements behind a dropped row's vectors are not zeroed",
             "    if (share.last && place < parts.tail) grad[classes - parts.tail + place] = from_float<T>(0.0f);\n",
             "",
         ),
+    ),
+    *within(
+        "cuda",
+        "csrc/cuda/cross_entropy_narrow.cuh",
+        (*HOST, *CROSS_ENTROPY),
+        ("a vector is read where its first row is kept alone", "r <= tile.row_of(end)", "r <= tile.row_of(begin)"),
+        ("rows of whole vectors lie where there is no room for them", "(padded ? row_of(v * kPerVector<T>) : 0)", "0"),
+        ("the elements behind the last vector are left out", "if (e < count * classes) use(e);", ""),
+        ("an ignored row takes part in the ranking", "a.keys[i] = ignored ? 0 : ", "a.keys[i] = "),
     ),
     *within(
         "cuda",
@@ -448,6 +472,11 @@ CUDA = [
             "bytes of two vectors are joined as if all began at words",
             "const int bits = past % 4 * 8;",
             "const int bits = 0;",
+        ),
+        (
+            "an unaligned group is the vector that it begins in, twice",
+            "vectors[group + i * kStep + 1]",
+            "vectors[group + i * kStep]",
         ),
     ),
     *within(
