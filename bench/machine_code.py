@@ -218,21 +218,29 @@ class Code:
 
     def _loop(self, body: list[int]) -> Loop:
         """Of its blocks, each behind those that lead to it."""
+        ways = self._ways(body)
+        way = max((ways[block] for block in body if body[0] in self.after[block]), key=_Way.rank)
+        return Loop(self.blocks[body[0]][0].address, way.loads, way.in_flight, way.bytes, way.work, way.instructions)
+
+    def _ways(self, body: list[int]) -> dict[int, _Way]:
         ways: dict[int, _Way] = {}
-        ends = []
         for block in body:
             before = [ways[b] for b in self.before[block] if b in ways]
-            way = max(before, key=_Way.rank, default=_Way())
-            ways[block] = way = way.through(self.blocks[block])
-            if body[0] in self.after[block]:
-                ends.append(way)
-        way = max(ends, key=_Way.rank)
-        return Loop(self.blocks[body[0]][0].address, way.loads, way.in_flight, way.bytes, way.work, way.instructions)
+            ways[block] = max(before, key=_Way.rank, default=_Way()).through(self.blocks[block])
+        return ways
 
     @cached_property
     def main(self) -> Loop | None:
-        """Of the loops with the widest loads the one that does the most, by the fewest loads."""
-        return max(self.loops, key=lambda loop: (loop.width, loop.work, -loop.bytes), default=None)
+        """Of the loops with the widest loads the one that does the most, by the fewest loads. None where the kernel has
+        more in flight at its beginning."""
+        loop = max(self.loops, key=lambda loop: (loop.width, loop.work, -loop.bytes), default=None)
+        return loop if loop and loop.in_flight >= self.beginning[1] else None
+
+    @cached_property
+    def beginning(self) -> tuple[int, int]:
+        """Loads from the kernel's first on before the value of one is used, and their bytes."""
+        way = max(self._ways(self.order).values(), key=lambda way: way.in_flight)
+        return way.loads, way.in_flight
 
     @cached_property
     def barriers(self) -> int:
@@ -273,8 +281,9 @@ def kernels(sass: str) -> dict[str, Code]:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a table has of a kernel: loads in flight of a thread in the main loop, and the bytes of one; loads that wait
-    for each other before; barriers; instructions for each element loaded; warps of a multiprocessor, KB in flight."""
+    """What a table has of a kernel: loads in flight of a thread in the main loop, or at the beginning, and the bytes of
+    one; loads that wait for each other before; barriers; instructions for each element that the loop loads; warps of a
+    multiprocessor, and KB in flight."""
 
     loads: int
     width: float
@@ -287,24 +296,21 @@ class Speed:
     @classmethod
     def of(cls, code: Code, warps: int, element_bytes: int) -> Speed:
         loop = code.main
-        if loop is None:
-            return cls(0, 0, code.dependent, code.barriers, 0, warps, 0)
-        elements = loop.bytes / element_bytes
-        in_flight = loop.in_flight * 32 * warps / 1000
+        loads, in_flight = (loop.loads, loop.in_flight) if loop else code.beginning
         return cls(
-            loop.loads,
-            round(loop.width, 1),
+            loads,
+            round(in_flight / max(loads, 1), 1),
             code.dependent,
             code.barriers,
-            round(loop.instructions / elements, 1),
+            round(loop.instructions / (loop.bytes / element_bytes), 1) if loop else 0,
             warps,
-            round(in_flight, 1),
+            round(in_flight * 32 * warps / 1000, 1),
         )
 
     def cells(self) -> str:
-        loads = f"{self.loads} x {self.width:g} | {self.instructions:g}" if self.loads else "- | -"
-        in_flight = f"{self.in_flight:g}" if self.loads else "-"
-        return f"{loads} | {self.dependent} | {self.barriers} | {self.warps} | {in_flight} |"
+        instructions = f"{self.instructions:g}" if self.instructions else "-"
+        counts = f"{self.dependent} | {self.barriers} | {self.warps}"
+        return f"{self.loads} x {self.width:g} | {instructions} | {counts} | {self.in_flight:g} |"
 
     def worse(self, before: str) -> str:
         """What has become worse than the cells of a table say, or nothing."""
@@ -325,10 +331,11 @@ NAMES = ("loads", "instructions an element", "dependent loads before", "barriers
 SIGNS = {"instructions an element": 1, "dependent loads before": 1, "barriers": 1, "warps": -1, "KB in flight": -1}
 """Which way is worse."""
 HEADER = [
-    "Of the main loop, the one with the widest loads: how many of how many bytes a thread has in flight before it uses",
-    "the first, and instructions for each element loaded. Before it: loads each of which waits for the one before. In",
-    "the whole kernel: barriers. On a multiprocessor: warps that its registers and shared memory hold, and so KB in",
-    f"flight; where memory is the bound an H200 asks for {ASKED / 1000:.0f} (4.2 TB/s, 800 ns a load, 132 of them).",
+    "Of the main loop, the one with the widest loads, or of the beginning where more is loaded there: how many loads",
+    "of how many bytes a thread has in flight before it uses the first. Of the loop: instructions for each element",
+    "loaded. Before: loads each of which waits for the one before. In the whole kernel: barriers. On a multiprocessor:",
+    "warps that its registers and shared memory hold, and so KB in flight; where memory is the bound an H200 asks for",
+    f"{ASKED / 1000:.0f} (4.2 TB/s, 800 ns a load, 132 multiprocessors).",
     "",
     f"| kernel | {' | '.join(NAMES)} |",
     f"|---|{'---:|' * len(NAMES)}",

@@ -182,7 +182,9 @@ def test_losses_beyond_32_bits(need: Callable[[float], None]) -> None:
     assert_gradients_close(grad[-3:], torch.autograd.grad(exact.mean(), leaf)[0], 1e-6 / 3)
 
 
-@pytest.mark.parametrize(("shape", "most"), [((128, 10), 1), ((4096, 1000), 1), ((3000, 10), 2), ((20_011, 33), 2)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "most"), [((128, 10), 1), ((4096, 1000), 1), ((3000, 10), 2), ((20_011, 33), 2)], ids=str
+)
 def test_launches(shape: tuple[int, int], most: int) -> None:
     logits, target = batch(*shape)
     logits.requires_grad_()

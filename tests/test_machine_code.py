@@ -51,6 +51,7 @@ def test_the_main_loop_and_what_it_waits_for() -> None:
     assert first.dependent == 2  # the byte decides whether the address is loaded
     assert first.barriers == 1
     assert (second.main, second.dependent) == (None, 2)  # not 3: the first two do not wait
+    assert second.beginning == (2, 8)
 
 
 def test_a_way_around_a_load_is_not_the_loop() -> None:
@@ -114,7 +115,7 @@ SPEED = Speed(4, 16, 1, 22, 11.9, 32, 65.5)
         (Speed(8, 16, 0, 3, 8.0, 48, 131.0), ""),
         (Speed(2, 16, 1, 22, 11.9, 32, 32.8), "KB in flight 32.8, was 65.5"),
         (Speed(4, 16, 2, 22, 12.0, 32, 65.5), "instructions an element 12, was 11.9; dependent loads before 2, was 1"),
-        (Speed(0, 0, 1, 22, 0, 32, 0), "instructions an element -, was 11.9; KB in flight -, was 65.5"),
+        (Speed(1, 4, 1, 22, 0, 32, 4.1), "instructions an element -, was 11.9; KB in flight 4.1, was 65.5"),
     ],
 )
 def test_what_is_worse_than_a_table_says(now: Speed, worse: str) -> None:

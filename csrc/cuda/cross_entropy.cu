@@ -13,8 +13,7 @@ template <class Use>
 auto with_group(int64_t row_bytes, Use use) {
     if (row_bytes <= 1024) return use(std::integral_constant<int, 8>());
     if (row_bytes <= 8192) return use(std::integral_constant<int, kWarp>());
-    if (row_bytes <= 32768) return use(std::integral_constant<int, 256>());
-    return use(std::integral_constant<int, 512>());
+    return use(std::integral_constant<int, kThreads>());
 }
 
 int64_t row_bytes(ElementType type, int classes) { return int64_t{classes} * (type == kFloat32 ? 4 : 2); }
@@ -38,19 +37,17 @@ bool is_narrow(ElementType type, const void* rows, const RowLayout& at, int clas
 unsigned blocks_per_row(ElementType type, int64_t rows, int classes) {
     constexpr int64_t kPartBytes = 16384, kMaxParts = 256;  // 256: the threads that merge them
     if (rows == 0 || rows > kMaxSplitRows) return 1;
-    const int64_t bytes = row_bytes(type, classes), most = bytes / kPartBytes;
-    const int64_t resident = bytes <= 32768 ? kResident<256, false> : kResident<512, false>;
-    return static_cast<unsigned>(
-        std::max<int64_t>(1, std::min({resident * multiprocessors() / rows, most, kMaxParts})));
+    const int64_t resident = int64_t{kResidentThreads<false>} / kThreads * multiprocessors();
+    const int64_t most = row_bytes(type, classes) / kPartBytes;
+    return static_cast<unsigned>(std::max<int64_t>(1, std::min({resident / rows, most, kMaxParts})));
 }
 
 // Blocks of a multiprocessor stay, and know the target of their next row while they read this one, where rows
 // are a warp's or less: there a block has little more to do than to begin.
-template <int kGroup, bool kSmooth>
+template <int kGroup>
 dim3 blocks_of(int64_t rows, unsigned parts) {
-    constexpr int kOfBlock = kThreads<kGroup, kSmooth>;
-    const unsigned blocks = blocks_for(std::max<int64_t>(rows, 1), kOfBlock / kGroup);
-    const unsigned resident = kResident<kOfBlock, kSmooth> * multiprocessors();
+    const unsigned blocks = blocks_for(std::max<int64_t>(rows, 1), kThreads / kGroup);
+    const unsigned resident = kResidentThreads<false> / kThreads * multiprocessors();
     return dim3(kGroup <= kWarp ? std::min(blocks, resident) : blocks, parts);
 }
 
@@ -89,7 +86,9 @@ struct Plan {
     int threads;
 
     bool needs_workspace() const { return blocks.x * blocks.y > 1; }
-    bool selects(int64_t rows) const { return !is_general && rows <= int64_t{kHeld} * threads; }
+    bool selects(int64_t rows) const {
+        return !is_general && rows <= int64_t{is_narrow ? kHeldOf64 : kHeld} * threads;
+    }
 };
 
 Plan plan_forward(ElementType type, const CrossEntropyRows& rows, bool stats) {
@@ -103,11 +102,7 @@ Plan plan_forward(ElementType type, const CrossEntropyRows& rows, bool stats) {
         });
     const unsigned parts = blocks_per_row(type, rows.rows, rows.classes);
     return with_group(bytes, [&](auto group) {
-        constexpr int kGroup = decltype(group)::value;
-        if (rows.smoothing > 0)
-            return Plan{false, false, parts, blocks_of<kGroup, true>(rows.rows, parts),
-                        kThreads<kGroup, true>};
-        return Plan{false, false, parts, blocks_of<kGroup, false>(rows.rows, parts), kThreads<kGroup, false>};
+        return Plan{false, false, parts, blocks_of<decltype(group)::value>(rows.rows, parts), kThreads};
     });
 }
 

@@ -10,20 +10,16 @@
 
 namespace batchkern {
 
-// Threads of a block of the forward pass. 512 hold 4,096 losses when they select; with label smoothing there
-// would be room for one such block alone.
-template <int kGroup, bool kSmooth>
-constexpr int kThreads = kGroup > kWarp ? kGroup
-                         : kSmooth      ? 256
-                                        : 512;
+// Threads of a block of the forward pass.
+constexpr int kThreads = 256;
 
 // Vectors that a thread loads before it uses the first.
 constexpr int kInFlight = 4;
 
-// Blocks of so many threads that a multiprocessor has room for: 64 registers for each thread, whose loads are
-// then enough to keep the memory busy. With label smoothing they take more of them.
-template <int kThreads, bool kSmooth>
-constexpr int kResident = (kSmooth ? 768 : 1024) / kThreads;
+// Of a multiprocessor: room for 80 registers each, and 48 KB of loads in flight, twice what an H200's memory asks for. 1,024
+// would have 64, of which some kernels spill. Label smoothing takes more.
+template <bool kSmooth>
+constexpr int kResidentThreads = kSmooth ? 512 : 768;
 
 // The first row of this thread's group, how many rows on the next one is, and the thread's place in the
 // group. With several blocks to a row, blockIdx.y says which of them this is.
@@ -49,9 +45,10 @@ struct Share {
     bool last;
 };
 
+template <int kGroup>
 __device__ __forceinline__ Share share_of_block(int vectors) {
     const int64_t parts = gridDim.y, part = blockIdx.y;
-    if (parts == 1) return {0, vectors, true, true};
+    if (kGroup <= kWarp || parts == 1) return {0, vectors, true, true};
     return {static_cast<int>(vectors * part / parts), static_cast<int>(vectors * (part + 1) / parts),
             part == 0, part == parts - 1};
 }

@@ -71,7 +71,7 @@ __device__ __forceinline__ bool row_gradient(const BackwardCall& a, int64_t row,
 template <class T, int kGroup>
 __device__ __forceinline__ void zero_row(T* grad, int classes) {
     const RowParts<T> parts(grad, classes);
-    const Share share = share_of_block(parts.vectors);
+    const Share share = share_of_block<kGroup>(parts.vectors);
     const int place = member<kGroup>();
     if (share.first && place < parts.head) grad[place] = from_float<T>(0.0f);
     if (share.last && place < parts.tail) grad[classes - parts.tail + place] = from_float<T>(0.0f);
@@ -109,7 +109,7 @@ __device__ __forceinline__ void write_vectors(const RowGradient& g, const Column
 template <class T, bool kSmooth, int kGroup>
 __device__ __forceinline__ void write_row(const RowGradient& g, const T* row, T* grad, int classes) {
     const RowParts<T> parts(grad, classes);
-    const Share share = share_of_block(parts.vectors);
+    const Share share = share_of_block<kGroup>(parts.vectors);
     const int place = member<kGroup>(), behind = classes - parts.tail + place;
     if (share.first && place < parts.head)
         grad[place] = from_float<T>(g.at<kSmooth>(place, to_float(row[place])));
@@ -127,7 +127,7 @@ template <int kGroup>
 constexpr int kBackwardThreads = kGroup <= kWarp ? 64 : kGroup;
 
 template <class T, bool kSmooth, int kGroup>
-__global__ void __launch_bounds__(kBackwardThreads<kGroup>, kResident<kBackwardThreads<kGroup>, kSmooth>)
+__global__ void __launch_bounds__(kBackwardThreads<kGroup>, kResidentThreads<kSmooth> / kBackwardThreads<kGroup>)
     cross_entropy_backward(const BackwardCall a) {
     constexpr int kOfBlock = kBackwardThreads<kGroup>;
     const int classes = a.rows.classes;

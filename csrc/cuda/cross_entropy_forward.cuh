@@ -141,7 +141,7 @@ template <class T, bool kSmooth, int kGroup>
 __device__ __forceinline__ RowState read_row(const CrossEntropyRows& a, const T* row,
                                              ForwardStorage& shared) {
     const ColumnGroups<T> groups(row, a.classes);
-    const Share share = share_of_block(groups.count);
+    const Share share = share_of_block<kGroup>(groups.count);
     const float* const weight = kSmooth ? a.class_weight : nullptr;
     RowState state{-INFINITY, 0.0f, 0.0f, 0.0f};
     if (share.last && member<kGroup>() < groups.tail) {
@@ -173,7 +173,7 @@ __device__ __forceinline__ bool merge_parts(const CrossEntropyForward& a, int64_
 }
 
 template <bool kSmooth>
-__device__ __forceinline__ float row_loss(const CrossEntropyRows& a, const RowState& row, int64_t target,
+__device__ __forceinline__ float row_loss(const CrossEntropyRows& a, const RowState& row, int target,
                                           float at_target, float log_sum) {
     const float weight = a.class_weight ? a.class_weight[target] : 1.0f;
     const float loss = weight * (log_sum + (row.maximum - at_target));
@@ -194,19 +194,21 @@ __device__ __forceinline__ void prefetch_class(const ClassIndices& target, int64
 }
 
 template <class T, bool kSmooth, int kGroup>
-__global__ void __launch_bounds__(kThreads<kGroup, kSmooth>, kResident<kThreads<kGroup, kSmooth>, kSmooth>)
+__global__ void __launch_bounds__(kThreads, kResidentThreads<kSmooth> / kThreads)
     cross_entropy_forward(const CrossEntropyForward a) {
     BATCHKERN_SHARED(ForwardStorage, shared);
-    constexpr int kOfBlock = kThreads<kGroup, kSmooth>;
-    // Of 32 bits, for rows are fewer, and registers as well.
-    const auto rows = static_cast<uint32_t>(a.rows.rows),
-               step = static_cast<uint32_t>(row_step<kGroup, kOfBlock>());
-    for (auto i = static_cast<uint32_t>(first_row<kGroup, kOfBlock>());
-         i<rows; i = rows - i> step ? i + step : rows) {
-        if (rows - i > step) prefetch_class(a.rows.target, i + step);
+    // Of 32 bits, for rows are fewer, and registers as well. A row that a block works on is its only one.
+    const auto rows = static_cast<uint32_t>(a.rows.rows), step = static_cast<uint32_t>(row_step<kGroup, kThreads>());
+    for (auto i = static_cast<uint32_t>(first_row<kGroup, kThreads>()), next = rows; i < rows; i = next) {
+        if (kGroup <= kWarp && rows - i > step) {
+            prefetch_class(a.rows.target, i + step);
+            next = i + step;
+        } else {
+            next = rows;
+        }
         const T* const row = static_cast<const T*>(a.rows.logits) + i * a.rows.at.row;
-        const int64_t target = class_of(a.rows.target, i);
-        const bool ignored = target == a.ignore_index;
+        const int64_t label = class_of(a.rows.target, i);
+        const bool ignored = label == a.ignore_index;
         const bool writes = member<kGroup>() == 0;
         if (ignored) {
             if (writes && blockIdx.y == 0) {
@@ -216,7 +218,8 @@ __global__ void __launch_bounds__(kThreads<kGroup, kSmooth>, kResident<kThreads<
             }
             continue;
         }
-        check_class(target, a.rows.classes);
+        check_class(label, a.rows.classes);
+        const auto target = static_cast<int>(label);
         const float at_target = to_float(row[target]);
         RowState state = read_row<T, kSmooth, kGroup>(a.rows, row, shared);
         if constexpr (kGroup > kWarp)
@@ -231,7 +234,7 @@ __global__ void __launch_bounds__(kThreads<kGroup, kSmooth>, kResident<kThreads<
     }
     if (!a.select) return;
     BATCHKERN_SHARED(SelectStorage, select);
-    select_in_last_block<kOfBlock>(a.selection, select);
+    select_in_last_block<kThreads, kHeld>(a.selection, select);
 }
 
 }  // namespace batchkern

@@ -10,10 +10,10 @@
 namespace batchkern {
 
 constexpr int kNarrowThreads = 256;
+constexpr int kNarrowResident = 4;
 constexpr int kNarrowBytes = 256;                // of a row, at most
 constexpr int kLaneBytes = kNarrowBytes / 4;     // and of a lane
 constexpr int kNarrowVectors = kLaneBytes / 16;  // that a thread copies
-constexpr int kNarrowResident = 4;
 
 struct NarrowStorage {
     // Rows of whole vectors get another one each, so that those of neighbours lie in different banks.
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kNarrowThreads, kNarrowResident)
     if (inside && tile.lane_of_row() == 0) {
         const float log_sum = ignored ? 0.0f : logf(state.sum);
         const float loss =
-            ignored ? 0.0f : row_loss<kSmooth>(a.rows, state, target, to_float(row[target]), log_sum);
+            ignored ? 0.0f : row_loss<kSmooth>(a.rows, state, static_cast<int>(target), to_float(row[target]), log_sum);
         a.losses[i] = loss;
         a.lse[i] = {ignored ? 0.0f : state.maximum, log_sum};
         a.keys[i] = ignored ? 0 : order_key(loss);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kNarrowThreads, kNarrowResident)
     }
     if (!a.select) return;
     BATCHKERN_SHARED(SelectStorage, select);
-    select_in_last_block<kNarrowThreads>(a.selection, select);
+    select_in_last_block<kNarrowThreads, kHeldOf64>(a.selection, select);
 }
 
 template <class T, bool kSmooth, int kLanes>

@@ -118,13 +118,13 @@ struct ColumnGroups {
           vectors(reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row_) -
                                                  reinterpret_cast<uintptr_t>(row_) % 16)),
           past(static_cast<int>(reinterpret_cast<uintptr_t>(row_) % 16)),
-          count(columns / kColumns),
-          tail(columns % kColumns) {}
+          count(static_cast<unsigned>(columns) / kColumns),
+          tail(static_cast<unsigned>(columns) % kColumns) {}
 
-    // Loads kN groups, kStep apart, of those before `end`, and calls use(loaded, a constant: whether all are
-    // known to be there, which takes registers that there are for float32 alone). An unaligned group is
-    // shifted out of two aligned vectors; but the first and the last have bytes in vectors that do not lie
-    // within the row, and are read one by one, as those beside them are.
+    // Loads kN groups, kStep apart, of those before `end`, and calls use(loaded, a constant: whether all are known to be
+    // there; of unaligned ones they never are, for want of registers). An unaligned group is shifted out of two aligned
+    // vectors; but the first and the last have bytes in vectors that do not lie within the row, and are read one by one,
+    // as those beside them are.
     template <bool kAligned, int kStep, int kN, class Use>
     __device__ __forceinline__ void load(int group, int end, Use use) const {
         uint4 loaded[kN];
@@ -137,7 +137,7 @@ struct ColumnGroups {
                 for (int i = 0; i < kN; ++i)
                     loaded[i] = shift_bytes(loaded[i], vectors[group + i * kStep + 1], past);
             }
-            return use(loaded, std::bool_constant<kAligned && sizeof(T) == 4>());
+            return use(loaded, std::bool_constant<kAligned>());
         }
 #pragma unroll
         for (int i = 0; i < kN; ++i)

@@ -34,7 +34,7 @@ namespace batchkern {
 struct KeyedLosses {
     const uint32_t* keys;  // (n,)
     const float* weights;  // (n,), likewise, or null: all 1
-    static constexpr int kLoads = 8;
+    static constexpr int kLoads = 4;
 
     static constexpr bool kBand = false;
 
@@ -144,31 +144,32 @@ struct Threshold {
     }
 };
 
-// Where rows are: in memory, in memory with a part for each block of the grid, or, of one block and up to
-// kHeld for each of its threads, in registers.
-enum class Where { kMemory, kGrid, kRegisters };
-constexpr int kHeld = 8;
+// Where the keys of rows are: in memory; in memory, with a part for each block of the grid; or, of one block, so many in
+// the registers of each thread.
+constexpr int kInMemory = 0, kOfGrid = -1;
+constexpr int kHeld = 16;      // with 80 registers for each thread,
+constexpr int kHeldOf64 = 8;  // and with 64
 
-template <int kThreads, Where kWhere>
+template <int kThreads, int kWhere>
 struct Selector {
-    static constexpr bool kGrid = kWhere == Where::kGrid;
+    static constexpr bool kGrid = kWhere == kOfGrid, kRegisters = kWhere > 0;
 
     int64_t n;
     Merge* merge;  // used where kGrid
     SelectStorage& shared;
-    uint32_t held[kWhere == Where::kRegisters ? kHeld : 1];
+    uint32_t held[kRegisters ? kWhere : 1];
 
     // Of registers there are too few for more than two.
     template <class Rows>
-    static constexpr int kBatch = kWhere == Where::kRegisters ? 2 : Rows::kLoads;
+    static constexpr int kBatch = kRegisters ? 2 : Rows::kLoads;
 
     // Before all else.
     template <class Rows>
     __device__ __forceinline__ void hold(const Rows& rows) {
-        if constexpr (kWhere == Where::kRegisters) {
+        if constexpr (kRegisters) {
             const int end = static_cast<int>(n), first = threadIdx.x;
 #pragma unroll
-            for (int j = 0; j < kHeld; ++j)
+            for (int j = 0; j < kWhere; ++j)
                 held[j] = first + j * kThreads < end ? rows.key(first + j * kThreads) : 0;
         }
     }
@@ -177,10 +178,10 @@ struct Selector {
     // those before `end` are rows.
     template <class Rows, class Use>
     __device__ __forceinline__ void batches(const Rows& rows, Use use) const {
-        if constexpr (kWhere == Where::kRegisters) {
+        if constexpr (kRegisters) {
             const int end = static_cast<int>(n), first = threadIdx.x;
 #pragma unroll
-            for (int j = 0; j < kHeld; j += kBatch<Rows>)
+            for (int j = 0; j < kWhere; j += kBatch<Rows>)
                 if (j * kThreads < end) use(first + j * kThreads, end, held + j);
         } else {
             const int64_t begin = kGrid ? n * blockIdx.x / gridDim.x : 0;
@@ -406,10 +407,10 @@ __device__ __forceinline__ Chosen choose_by_counting(const Rows& rows, int64_t n
     return chosen;
 }
 
-template <int kThreads, Where kWhere, class Rows>
+template <int kThreads, int kWhere, class Rows>
 __device__ __forceinline__ Chosen choose(const Rows& rows, int64_t n, const KeepFraction& keep, bool* kept,
                                          Merge* merge, SelectStorage& shared) {
-    if constexpr (kWhere != Where::kGrid)
+    if constexpr (kWhere != kOfGrid)
         if (n <= kCounted) return choose_by_counting<kThreads>(rows, n, keep, kept, shared);
     Selector<kThreads, kWhere> selector{n, merge, shared, {}};
     selector.hold(rows);
@@ -468,11 +469,11 @@ __device__ __forceinline__ void write_mean(const SelectionResult& out, double su
 }
 
 // Selects, and reduces what was selected.
-template <int kThreads, Where kWhere, class Rows>
+template <int kThreads, int kWhere, class Rows>
 __device__ __forceinline__ void select_and_reduce(const Rows& rows, int64_t n, const KeepFraction& keep,
                                                   const SelectionResult& out, Merge* merge,
                                                   BlockSum* block_sums, SelectStorage& shared) {
-    constexpr bool kGrid = kWhere == Where::kGrid;
+    constexpr bool kGrid = kWhere == kOfGrid;
     Chosen chosen = choose<kThreads, kWhere>(rows, n, keep, out.kept, merge, shared);
     if (!add_up<kThreads, kGrid>(chosen.sum, chosen.weight, rows.weighted(), merge, block_sums, shared))
         return;
@@ -496,7 +497,7 @@ constexpr int kSelectThreads = 1024;
 template <bool kGrid, class Rows>
 __global__ void __launch_bounds__(kSelectThreads, 1) select_rows(const Selection<Rows> a) {
     BATCHKERN_SHARED(SelectStorage, shared);
-    select_and_reduce<kSelectThreads, kGrid ? Where::kGrid : Where::kRegisters>(
+    select_and_reduce<kSelectThreads, kGrid ? kOfGrid : kHeldOf64>(
         a.rows, a.n, a.keep, a.out, kGrid ? &a.workspace->merge : nullptr, a.block_sums, shared);
 }
 
@@ -507,7 +508,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     BATCHKERN_SHARED(SelectStorage, shared);
     double sum = 0, weight = 0, count = 0;
     for (int64_t s = blockIdx.x; s < samples; s += gridDim.x) {
-        const Chosen chosen = choose<kSelectThreads, Where::kMemory>(a.rows.from(s * a.n), a.n, a.keep,
+        const Chosen chosen = choose<kSelectThreads, kInMemory>(a.rows.from(s * a.n), a.n, a.keep,
                                                                      a.out.kept + s * a.n, nullptr, shared);
         sum += chosen.sum;
         weight += chosen.weight;
@@ -519,15 +520,15 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
         write_mean(a.out, sum, weight);
 }
 
-// By the last block of a launch that wrote the losses: of up to kHeld for each of its threads.
-template <int kThreads, class Rows>
+// By the last block of a launch that wrote the losses: of up to kWhere for each of its threads.
+template <int kThreads, int kWhere, class Rows>
 __device__ __forceinline__ void select_in_last_block(const Selection<Rows>& a, SelectStorage& shared) {
     const uint32_t blocks = gridDim.x * gridDim.y;
     if (blocks == 1)
         __syncthreads();
     else if (!is_last(&a.workspace->ticket, blocks, shared.last))
         return;
-    select_and_reduce<kThreads, Where::kRegisters>(a.rows, a.n, a.keep, a.out, nullptr, nullptr, shared);
+    select_and_reduce<kThreads, kWhere>(a.rows, a.n, a.keep, a.out, nullptr, nullptr, shared);
 }
 
 }  // namespace batchkern
