@@ -27,7 +27,6 @@ LOGITS = [
     (300, 151),  # eight lanes, rows that begin at every alignment
     (100, 1001),  # a warp
     (20, 5003),  # a block of 256
-    (10, 20_003),  # a block of 512
     (3, 100_001),  # several blocks for a row
     (17_000, 12),  # a selection of its own
 ]

@@ -16,8 +16,8 @@ constexpr int kThreads = 256;
 // Vectors that a thread loads before it uses the first.
 constexpr int kInFlight = 4;
 
-// Of a multiprocessor: room for 80 registers each, and 48 KB of loads in flight, twice what an H200's memory asks for. 1,024
-// would have 64, of which some kernels spill. Label smoothing takes more.
+// Of a multiprocessor: room for 80 registers each, and 48 KB of loads in flight, twice what an H200's memory
+// asks for. 1,024 would have 64, of which some kernels spill. Label smoothing takes more.
 template <bool kSmooth>
 constexpr int kResidentThreads = kSmooth ? 512 : 768;
 

@@ -127,7 +127,8 @@ template <int kGroup>
 constexpr int kBackwardThreads = kGroup <= kWarp ? 64 : kGroup;
 
 template <class T, bool kSmooth, int kGroup>
-__global__ void __launch_bounds__(kBackwardThreads<kGroup>, kResidentThreads<kSmooth> / kBackwardThreads<kGroup>)
+__global__ void __launch_bounds__(kBackwardThreads<kGroup>,
+                                  kResidentThreads<kSmooth> / kBackwardThreads<kGroup>)
     cross_entropy_backward(const BackwardCall a) {
     constexpr int kOfBlock = kBackwardThreads<kGroup>;
     const int classes = a.rows.classes;

@@ -198,7 +198,8 @@ __global__ void __launch_bounds__(kThreads, kResidentThreads<kSmooth> / kThreads
     cross_entropy_forward(const CrossEntropyForward a) {
     BATCHKERN_SHARED(ForwardStorage, shared);
     // Of 32 bits, for rows are fewer, and registers as well. A row that a block works on is its only one.
-    const auto rows = static_cast<uint32_t>(a.rows.rows), step = static_cast<uint32_t>(row_step<kGroup, kThreads>());
+    const auto rows = static_cast<uint32_t>(a.rows.rows),
+               step = static_cast<uint32_t>(row_step<kGroup, kThreads>());
     for (auto i = static_cast<uint32_t>(first_row<kGroup, kThreads>()), next = rows; i < rows; i = next) {
         if (kGroup <= kWarp && rows - i > step) {
             prefetch_class(a.rows.target, i + step);

@@ -135,8 +135,9 @@ __global__ void __launch_bounds__(kNarrowThreads, kNarrowResident)
     }
     if (inside && tile.lane_of_row() == 0) {
         const float log_sum = ignored ? 0.0f : logf(state.sum);
-        const float loss =
-            ignored ? 0.0f : row_loss<kSmooth>(a.rows, state, static_cast<int>(target), to_float(row[target]), log_sum);
+        const float loss = ignored ? 0.0f
+                                   : row_loss<kSmooth>(a.rows, state, static_cast<int>(target),
+                                                       to_float(row[target]), log_sum);
         a.losses[i] = loss;
         a.lse[i] = {ignored ? 0.0f : state.maximum, log_sum};
         a.keys[i] = ignored ? 0 : order_key(loss);

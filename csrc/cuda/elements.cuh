@@ -121,10 +121,10 @@ struct ColumnGroups {
           count(static_cast<unsigned>(columns) / kColumns),
           tail(static_cast<unsigned>(columns) % kColumns) {}
 
-    // Loads kN groups, kStep apart, of those before `end`, and calls use(loaded, a constant: whether all are known to be
-    // there; of unaligned ones they never are, for want of registers). An unaligned group is shifted out of two aligned
-    // vectors; but the first and the last have bytes in vectors that do not lie within the row, and are read one by one,
-    // as those beside them are.
+    // Loads kN groups, kStep apart, of those before `end`, and calls use(loaded, a constant: whether all are
+    // known to be there; of unaligned ones they never are, for want of registers). An unaligned group is
+    // shifted out of two aligned vectors; but the first and the last have bytes in vectors that do not lie
+    // within the row, and are read one by one, as those beside them are.
     template <bool kAligned, int kStep, int kN, class Use>
     __device__ __forceinline__ void load(int group, int end, Use use) const {
         uint4 loaded[kN];

@@ -56,8 +56,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) rank_few(const RankFew<T> a
     BATCHKERN_SHARED(RankStorage, shared);
     BATCHKERN_DYNAMIC_SHARED(uint64_t, chosen);
     Merge* const merge = kGrid ? &a.workspace->merge : nullptr;
-    Selector<kSelectThreads, kGrid ? kOfGrid : kHeldOf64> selector{
-        a.n, merge, shared.select, {}};
+    Selector<kSelectThreads, kGrid ? kOfGrid : kHeldOf64> selector{a.n, merge, shared.select, {}};
     selector.hold(a.rows);
     if (threadIdx.x == 0) shared.gathered = 0;  // the search has barriers
     const Threshold threshold = selector.find(a.rows, selector.survey(a.rows), a.k, 0);

@@ -144,10 +144,10 @@ struct Threshold {
     }
 };
 
-// Where the keys of rows are: in memory; in memory, with a part for each block of the grid; or, of one block, so many in
-// the registers of each thread.
+// Where the keys of rows are: in memory; in memory, with a part for each block of the grid; or, of one block,
+// so many in the registers of each thread.
 constexpr int kInMemory = 0, kOfGrid = -1;
-constexpr int kHeld = 16;      // with 80 registers for each thread,
+constexpr int kHeld = 16;     // with 80 registers for each thread,
 constexpr int kHeldOf64 = 8;  // and with 64
 
 template <int kThreads, int kWhere>
@@ -509,7 +509,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
     double sum = 0, weight = 0, count = 0;
     for (int64_t s = blockIdx.x; s < samples; s += gridDim.x) {
         const Chosen chosen = choose<kSelectThreads, kInMemory>(a.rows.from(s * a.n), a.n, a.keep,
-                                                                     a.out.kept + s * a.n, nullptr, shared);
+                                                                a.out.kept + s * a.n, nullptr, shared);
         sum += chosen.sum;
         weight += chosen.weight;
         if (threadIdx.x == 0) count += chosen.k;
