@@ -202,8 +202,8 @@ class Code:
         return found
 
     @cached_property
-    def loops(self) -> list[Loop]:
-        """The innermost loops that read global memory."""
+    def innermost(self) -> list[list[int]]:
+        """Blocks of the innermost loops, each behind those that lead to it."""
         bodies: dict[int, set[int]] = {}
         for block in self.order:
             for head in set(self.after[block]) & self.dominators[block]:
@@ -213,11 +213,14 @@ class Code:
                         body.add(member)
                         todo += self.before[member]
         inner = [body for head, body in bodies.items() if not any(h in body for h in bodies if h != head)]
-        loops = [self._loop([block for block in self.order if block in body]) for body in inner]
-        return [loop for loop in loops if loop.bytes]
+        return [[block for block in self.order if block in body] for body in inner]
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """The innermost loops that read global memory."""
+        return [loop for body in self.innermost if (loop := self._loop(body)).bytes]
 
     def _loop(self, body: list[int]) -> Loop:
-        """Of its blocks, each behind those that lead to it."""
         ways = self._ways(body)
         way = max((ways[block] for block in body if body[0] in self.after[block]), key=_Way.rank)
         return Loop(self.blocks[body[0]][0].address, way.loads, way.in_flight, way.bytes, way.work, way.instructions)
@@ -238,8 +241,10 @@ class Code:
 
     @cached_property
     def beginning(self) -> tuple[int, int]:
-        """Loads from the kernel's first on before the value of one is used, and their bytes."""
-        way = max(self._ways(self.order).values(), key=lambda way: way.in_flight)
+        """Loads from the kernel's first on before the value of one is used, and their bytes, but for those of loops."""
+        looped = {block for body in self.innermost for block in body}
+        ways = self._ways([block for block in self.order if block not in looped])
+        way = max(ways.values(), key=lambda way: way.in_flight, default=_Way())
         return way.loads, way.in_flight
 
     @cached_property

@@ -147,7 +147,12 @@ __device__ __forceinline__ GeneralState read_part(const CrossEntropyRows& a, int
         for (int i = 0; i < kClassesInFlight; ++i) {
             const int column = first + i * kAcross;
             z[i] = column < a.classes ? to_float(z_row[column * a.at.step]) : -INFINITY;
-            q[i] = soft && column < a.classes ? q_row[column] : 0.0f;
+            q[i] = 0.0f;
+        }
+        if (soft) {  // a loop of its own: its branches would part the loads of the logits
+#pragma unroll
+            for (int i = 0; i < kClassesInFlight; ++i)
+                if (first + i * kAcross < a.classes) q[i] = q_row[first + i * kAcross];
         }
         float maximum = s.maximum;
 #pragma unroll
@@ -262,18 +267,28 @@ __global__ void __launch_bounds__(kGeneralThreads) cross_entropy_general_backwar
                 grad[c * a.grad_at.step] = from_float<T>(0.0f);
             continue;
         }
-        if (q.data) {
-#pragma unroll 4
-            for (int c = begin + P::part(); c < end; c += kAcross) {
-                const float w = a.rows.class_weight ? a.rows.class_weight[c] : 1.0f;
+        for (int first = begin + P::part(); first < end; first += kAcross * kClassesInFlight) {
+            float z[kClassesInFlight], p[kClassesInFlight];  // all loads before the first store
+#pragma unroll
+            for (int k = 0; k < kClassesInFlight; ++k) {
+                const int c = first + k * kAcross;
+                z[k] = c < end ? to_float(row[c * a.rows.at.step]) : 0.0f;
+                p[k] = 0.0f;
+            }
+            if (q.data) {
+#pragma unroll
+                for (int k = 0; k < kClassesInFlight; ++k)
+                    if (first + k * kAcross < end) p[k] = q[first + k * kAcross];
+            }
+#pragma unroll
+            for (int k = 0; k < kClassesInFlight; ++k) {
+                const int c = first + k * kAcross;
+                if (c >= end) break;
+                const float w = q.data && a.rows.class_weight ? a.rows.class_weight[c] : 1.0f;
                 const float value =
-                    g.share(to_float(row[c * a.rows.at.step])) - g.factor * (w * smoothed(q[c]));
+                    q.data ? g.share(z[k]) - g.factor * (w * smoothed(p[k])) : g.at<true>(c, z[k]);
                 grad[c * a.grad_at.step] = from_float<T>(value);
             }
-        } else {
-#pragma unroll 4
-            for (int c = begin + P::part(); c < end; c += kAcross)
-                grad[c * a.grad_at.step] = from_float<T>(g.at<true>(c, to_float(row[c * a.rows.at.step])));
         }
     }
 }
