@@ -280,7 +280,9 @@ def test_gradcheck(copies: int, temperature: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("scale", [0.3, -2.0, 0.0])
-def test_a_scale_is_in_the_mean_and_in_the_gradient_but_not_in_the_divergences(scale: float, dtype: torch.dtype) -> None:
+def test_a_scale_is_in_the_mean_and_in_the_gradient_but_not_in_the_divergences(
+    scale: float, dtype: torch.dtype
+) -> None:
     leaves = [(2 * torch.randn(n, CLASSES)).to(dtype).requires_grad_() for n in (4, 12)]
     plain, parts = batchkern.soft_label_kl(*leaves, temperature=1.5, reference_grad=True, per_sample=True)
     scaled, same = batchkern.soft_label_kl(*leaves, temperature=1.5, scale=scale, reference_grad=True, per_sample=True)

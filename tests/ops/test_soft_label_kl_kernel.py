@@ -344,9 +344,7 @@ def test_gradient_of_the_mean_in_the_dtype_of_the_logits(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_a_graph_that_is_kept_gives_the_same_again(
-    dtype: torch.dtype, wanted: tuple[bool, bool], scale: float
-) -> None:
+def test_a_graph_that_is_kept_gives_the_same_again(dtype: torch.dtype, wanted: tuple[bool, bool], scale: float) -> None:
     # The first backward pass multiplies the saved gradient in place, later ones run the kernel again.
     p, q = (torch.randn(n, 21).to(dtype).requires_grad_(flag) for n, flag in zip((4, 12), wanted, strict=True))
     leaves = [x for x in (p, q) if x.requires_grad]

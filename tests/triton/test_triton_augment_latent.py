@@ -140,4 +140,6 @@ def test_rows_of_8_and_of_4_bytes(kind: str, width: int, dtype: torch.dtype) -> 
     basis = None if kind == "none" else batchkern.random_basis(width, kind)
     out = batchkern.augment_latent(x, basis=basis, seed=3, **NUMBERS)
     expected = reference.augment_latent(x.double(), torch.tensor(3), basis=basis, **NUMBERS)
-    torch.testing.assert_close(out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-3 if dtype.itemsize == 2 else 3e-6)
+    torch.testing.assert_close(
+        out.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-3 if dtype.itemsize == 2 else 3e-6
+    )

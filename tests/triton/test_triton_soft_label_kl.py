@@ -1,4 +1,4 @@
-"""What only the Triton launcher of soft_label_kl does: a gradient multiplied where it lies, and rows in two sizes of block.
+"""What only the Triton launcher of soft_label_kl does: gradients multiplied where they lie, blocks of two sizes.
 
 Run by ``pytest --through interpreter`` (or ``cuda``, on a GPU); tests/ops has the rest.
 """
