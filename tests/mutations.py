@@ -703,6 +703,8 @@ WRAPPERS = [
         "batchkern/ops/soft_label_kl.py",
         KL,
         ("a gradient is scaled again by a second backward pass", "ctx.used = True", "ctx.used = False"),
+        ("a known factor is in the mean alone", "*(x.mul_(scale) for x in grads)", "*grads"),
+        ("a factor other than 1 is left out", "if factor != 1:", "if factor == 1:"),
     ),
     *within(
         "wrappers",
@@ -1995,8 +1997,8 @@ DISTRIBUTED = [
         RANKS,
         (
             "ranks with fewer rows weigh as much",
-            "mean = mean * (share.real * share.world / share.rows)",
-            "mean = mean * 1.0",
+            "weight = share.real * share.world / share.rows",
+            "weight = 1.0",
         ),
     ),
 ]
