@@ -3,8 +3,8 @@
     python bench/triton_resources.py [--out bench/TRITON_RESOURCES.md | --check]
 
 The launchers themselves run, on tensors of a host, and whatever they launch is compiled with the specialisation of a
-real launch instead of being run. Exits with 1 where a kernel has a stack or spills, or has no 16-byte loads though its
-rows begin at multiples of 16 bytes. ``--check`` writes nothing, and says when the table is out of date.
+real launch instead of being run. Exits with 1 where a kernel has a stack or spills, or no load as wide as its rows
+allow: 16, 8 or 4 bytes. ``--check`` writes nothing, and says when the table is out of date.
 """
 
 from __future__ import annotations
@@ -53,10 +53,6 @@ class Case:
     shifted: bool = False
     """Tensors that begin one element behind a multiple of 16 bytes."""
 
-    @property
-    def aligned(self) -> bool:
-        return not self.shifted and self.width * self.dtype.itemsize % 16 == 0
-
     def __str__(self) -> str:
         facts = (self.width, str(self.dtype).removeprefix("torch."), self.basis, "shifted" * self.shifted)
         return " ".join(str(fact) for fact in facts if fact)
@@ -65,37 +61,38 @@ class Case:
 @dataclass(frozen=True)
 class Kernel:
     """What a kernel takes: registers of a thread; shared memory, stack and spills in bytes; bytes of its widest
-    load."""
+    load, and of one that its launcher allows."""
 
     name: str
     architecture: int
     case: str
-    aligned: bool
     registers: int
     shared: int
     stack: int
     load: int
+    allowed: int
 
     def complaint(self) -> str:
         if self.stack:
             return f"{self.stack} bytes of stack and spills"
-        return f"no load of 16 bytes, but of {self.load}" if self.aligned and self.load < 16 else ""
+        return f"no load of {self.allowed} bytes, but of {self.load}" if self.load < self.allowed else ""
 
 
 def cases() -> list[Case]:
     """Shapes that reach every configuration: rows that begin at multiples of 16 bytes, rows and tensors that do not."""
     tiles = [16, 64, 256, 1024]
     widths = {
-        "soft_label_kl": [*WHOLE, 2**13 + 16],
+        "soft_label_kl": [*WHOLE, 2**13 + 16, 2**15 + 16],
         "augment_latent none": tiles,
         "augment_latent dense": tiles,
-        "augment_latent hadamard": [*WHOLE, 2**14],
+        "augment_latent hadamard": [*WHOLE, *(2**n for n in range(14, 18))],
         "augment_latent_backward": tiles,
     }
     every = []
     for what, aligned in widths.items():
         op, _, basis = what.partition(" ")
-        for width, dtype in product([*aligned, *(w - 1 for w in aligned), aligned[-1] + 1], DTYPES):
+        narrower = [w - less for w in aligned for less in (1, 2, 4)]  # loads of one element, of 4 or 8 bytes, of 8
+        for width, dtype in product([*aligned, *narrower, aligned[-1] + 1], DTYPES):
             every.append(Case(op, width, dtype, basis))
         every += [Case(op, width, dtype, basis, shifted=True) for width, dtype in product(aligned, DTYPES)]
     return every
@@ -108,7 +105,10 @@ def call(case: Case) -> None:
 
     seed, copies = torch.tensor(1), {"gaussian": 1, "dropout": 1, "drop_prob": 0.5}
     if case.op == "soft_label_kl":
-        soft_label_kl.soft_label_kl(tensor(2), tensor(2), reference_grad=True)
+        _, _, *gradients = soft_label_kl.soft_label_kl(tensor(2), tensor(2), reference_grad=True)
+        for gradient in gradients:
+            out = gradient if gradient.dtype == case.dtype else torch.empty_like(gradient, dtype=case.dtype)
+            soft_label_kl.scale_gradient_(out, gradient, torch.ones(()))
     elif case.op == "augment_latent":
         # A basis of the right shape without the memory of one.
         shape = {"none": None, "dense": (case.width, case.width), "hadamard": (case.width,)}[case.basis]
@@ -172,11 +172,11 @@ def describe(case: Case, architecture: int, function: JITFunction, options: dict
         name=f"{function.fn.__name__.lstrip('_')}, {constants}, {kernel.metadata.num_warps} warps",
         architecture=architecture,
         case=f"{case.op} {case}",
-        aligned=case.aligned,
         registers=registers,
         shared=max(shared, kernel.metadata.shared),
         stack=stack + local,
         load=max(int(vector or 1) * int(bits) // 8 for vector, bits in LOADS.findall(kernel.asm["ptx"])),
+        allowed=options["VECTOR"] * case.dtype.itemsize,
     )
 
 
@@ -192,8 +192,8 @@ def table(kernels: list[Kernel]) -> str:
         "",
         "Registers of a thread, bytes of shared memory, and bytes of stack and spills together, which should be 0, of",
         "every configuration that can be launched: the most over float32, bfloat16 and float16, and over tensors that",
-        "begin at a multiple of 16 bytes and tensors that do not. Vector: elements that a load takes, 1 where rows do",
-        "not begin at multiples of 16 bytes.",
+        "begin at a multiple of 16 bytes and tensors that do not. Vector: elements that a load takes, those in 16, 8",
+        "or 4 bytes, of which rows are multiples; 1 where there are none, or tensors begin elsewhere.",
         f"Written by `python bench/triton_resources.py` with Triton {triton.__version__}.",
         "",
         f"| kernel | {' | '.join(columns)} |",

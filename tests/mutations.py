@@ -528,31 +528,58 @@ TRITON = [
         TRITON_AUGMENT,
         (
             "no mask at the end of a row",
-            "mask = (rows < stop)[:, None] & (columns < width)[None, :]",
-            "mask = (rows < stop)[:, None] & (columns >= 0)[None, :]",
+            "mask = real[:, None] & (columns < width)[None, :]",
+            "mask = real[:, None] & (columns >= 0)[None, :]",
         ),
         (
             "rows are taken to be dense",
-            "(rows % batch)[:, None] * stride + columns[None, :], mask, 0.0).to(tl.float32)\n    to = rows",
-            "(rows % batch)[:, None] * width + columns[None, :], mask, 0.0).to(tl.float32)\n    to = rows",
+            "of_x[:, None] * stride + columns[None, :], mask, 0.0).to(tl.float32)\n    if copy",
+            "of_x[:, None] * width + columns[None, :], mask, 0.0).to(tl.float32)\n    if copy",
         ),
         (
             "the last Gaussian copy has no gradient",
             "for copy in range(0, 1 + gaussian):",
             "for copy in range(0, gaussian):",
         ),
-        ("a Hadamard basis of the padded width's norm", "size / width**0.5,", "size / padded**0.5,"),
+        ("a Hadamard basis of the padded width's norm", "size / width**0.5", "size / (pieces * piece) ** 0.5"),
     ),
     *within(
         "triton",
         "batchkern/triton/augment_latent.py",
         TRITON_NUMBERS,
-        ("pieces of a row have each other's signs", "odd = piece & j\n", "odd = piece ^ j\n"),
+        ("pieces of a row have each other's signs", "_signs(piece & those)", "_signs(piece ^ those)"),
         (
             "the noise of a second part is that of the first",
-            "write(first, last, first == batch, deviation, clip, buffer)",
-            "write(batch, batch + last - first, first == batch, deviation, clip, buffer)",
+            "deviation, clip, first, last, buffer)",
+            "deviation, clip, batch, batch + last - first, buffer)",
         ),
+        (
+            "copies of a tile lie apart in the grid",
+            "tile, copy = (place - before) // copies, (place - before) % copies\n",
+            "each = tl.cdiv(batch, ROWS) * parts\n"
+            "        tile, copy = (place - before) % each, (place - before) // each\n",
+        ),
+        (
+            "a second part of pieces is the sum of the first",
+            "of_x = ((first + row) // gaussian).to(tl.int64)",
+            "of_x = (row // gaussian).to(tl.int64)",
+        ),
+    ),
+    *within(
+        "triton",
+        "batchkern/triton/launch.py",
+        TRITON_NUMBERS,
+        ("loads of 16 bytes where a tensor begins at 8", "if any(x.data_ptr() % 16", "if any(x.data_ptr() % 8"),
+        ("a stride is not looked at", "for n in (x.stride(0), x.shape[1])", "for n in (x.shape[1],)"),
+    ),
+    *within(
+        "triton",
+        "batchkern/triton/soft_label_kl.py",
+        (*INTERPRETER, "tests/triton/test_triton_soft_label_kl.py"),
+        ("an upstream gradient other than 1 is left out", "tl.where(scale == 1.0, 0, tiles)", "0 * tiles"),
+        ("a gradient of another type is not written", "if IN_PLACE:", "if BLOCK:"),
+        ("tiles beyond the first of a program are left out", "tiles, tl.num_programs(0)):", "tiles, tiles + 1):"),
+        ("a known factor is not in the gradient", "*strides, k, scale * k / rows\n", "*strides, k, k / rows\n"),
     ),
     *within(
         "triton",
@@ -569,7 +596,7 @@ TRITON = [
             "total -= u + tl.load(kl + row_q)",
             "total += u + tl.load(kl + row_q)",
         ),
-        ("the gradient without the temperature", "*strides, k, k / rows\n", "*strides, k, 1 / rows\n"),
+        ("the gradient without the temperature", "*strides, k, scale * k / rows\n", "*strides, k, scale / rows\n"),
     ),
     *within(
         "triton",
@@ -705,6 +732,8 @@ WRAPPERS = [
         "batchkern/ops/soft_label_kl.py",
         KL,
         ("a gradient is scaled again by a second backward pass", "ctx.used = True", "ctx.used = False"),
+        ("a known factor is in the mean alone", "*(x.mul_(scale) for x in grads)", "*grads"),
+        ("a factor other than 1 is left out", "if factor != 1:", "if factor == 1:"),
     ),
     *within(
         "wrappers",
@@ -1997,8 +2026,8 @@ DISTRIBUTED = [
         RANKS,
         (
             "ranks with fewer rows weigh as much",
-            "mean = mean * (share.real * share.world / share.rows)",
-            "mean = mean * 1.0",
+            "weight = share.real * share.world / share.rows",
+            "weight = 1.0",
         ),
     ),
 ]

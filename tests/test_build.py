@@ -59,6 +59,8 @@ OPERATORS = {
     ),
     "augment_latent_backward": ("grad seed * gaussian dropout drop_prob rescale_dropout", 1),
     "soft_label_kl": ("reference_logits virtual_logits * temperature reference_grad virtual_grad", 4),
+    "soft_label_kl_scaled": ("reference_logits virtual_logits * temperature scale reference_grad virtual_grad", 4),
+    "scale_gradient_": ("out gradient factor", 0),
     "rank_batches": ("losses k", 1),
 }
 
@@ -121,7 +123,12 @@ def test_there_are_no_other_operators() -> None:
 
 def test_only_these_operators_write_to_their_arguments() -> None:
     mutable = {name for name in OPERATORS if getattr(torch.ops.batchkern, name).default._schema.is_mutable}
-    assert mutable == {"trimmed_cross_entropy_backward_", "cross_entropy_losses", "cross_entropy_backward_"}
+    assert mutable == {
+        "trimmed_cross_entropy_backward_",
+        "cross_entropy_losses",
+        "cross_entropy_backward_",
+        "scale_gradient_",
+    }
 
 
 def test_setup_accepts_this_environment() -> None:

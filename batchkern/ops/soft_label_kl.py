@@ -20,23 +20,27 @@ def soft_label_kl(
     virtual_logits: Tensor,
     *,
     temperature: float = 1.0,
+    scale: float = 1.0,
     reference_grad: bool = False,
     per_sample: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mean over virtual rows of KL(softmax(reference_i / T) || softmax(virtual_ij / T)).
+    """``scale`` times the mean over virtual rows of KL(softmax(reference_i / T) || softmax(virtual_ij / T)).
 
-    Never negative, and accurate where a virtual row sits next to its reference. A class at -inf in both rows adds
-    nothing; at -inf in the virtual row alone the divergence is +inf. The factor eta of eq. 11 is the caller's.
+    No divergence is negative, and it is accurate where a virtual row sits next to its reference. A class at -inf in
+    both rows adds nothing; at -inf in the virtual row alone the divergence is +inf.
 
     Args:
         reference_logits: ``(B, C)`` float32, bfloat16, float16 or float64: the soft labels.
         virtual_logits: ``(M * B, C)``, copy-major as :func:`batchkern.augment_latent` stacks them; same dtype.
         temperature: T, a normal number of float32: from 1.2e-38 to 3.4e38.
+        scale: a factor of the mean that is known beforehand, such as eta of eq. 11; finite in float32. The gradient,
+            which the forward pass makes, is stored with it: where the upstream gradient is then 1, the backward pass
+            has nothing to do, but to round a gradient that is kept in a wider type.
         reference_grad: let the gradient flow into the soft labels too. By default they are constants.
-        per_sample: also return the divergences ``(M * B,)``, detached.
+        per_sample: also return the divergences ``(M * B,)``, detached, and without ``scale``.
 
     Returns:
-        The 0-dim mean (float32, or float64 for float64 logits), or ``(mean, divergences)``. NaN when B is 0.
+        The 0-dim scaled mean (float32, or float64 for float64 logits), or ``(mean, divergences)``. NaN when B is 0.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range; M is 0, as where a hook that makes
@@ -52,20 +56,22 @@ def soft_label_kl(
             f"virtual_logits must have shape (M * {batch}, {classes}) to match reference_logits, with M at least 1, "
             f"got {tuple(virtual_logits.shape)}"
         )
-    check.number("temperature", temperature, torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
+    largest = torch.finfo(torch.float32).max
+    check.number("temperature", temperature, torch.finfo(torch.float32).tiny, largest)
+    check.number("scale", scale, -largest, largest)
     reference = reference_logits if reference_grad else reference_logits.detach()
     if _backend.has_kernel("soft_label_kl", reference):
-        call: dict[str, Any] = {"temperature": temperature}
+        call: dict[str, Any] = {"temperature": temperature, "scale": scale}
         mean: Tensor = _SoftLabelKL.apply(reference, virtual_logits, call)
         divergences = call["divergences"]
     else:
         divergences = plain.soft_label_kl(boundary(reference), boundary(virtual_logits), temperature=temperature)
-        mean = divergences.mean()
+        mean = scale * divergences.mean()
     return (mean, divergences.detach()) if per_sample else mean
 
 
 class _SoftLabelKL(torch.autograd.Function):
-    """The forward pass makes the gradient of the mean; the backward pass scales it where it lies.
+    """The forward pass makes the gradient of the scaled mean; the backward pass multiplies it where it lies.
 
     A second backward pass (``retain_graph=True``) finds it used up and runs the kernel again.
     """
@@ -74,11 +80,11 @@ class _SoftLabelKL(torch.autograd.Function):
     def forward(ctx: Any, reference: Tensor, virtual: Tensor, call: dict[str, Any]) -> Tensor:
         ctx.options = {
             "temperature": call["temperature"],
+            "scale": call["scale"],
             "reference_grad": ctx.needs_input_grad[0],
             "virtual_grad": ctx.needs_input_grad[1],
         }
-        outputs: tuple[Tensor, ...] = torch.ops.batchkern.soft_label_kl.default(reference, virtual, **ctx.options)
-        mean, call["divergences"], *grads = outputs
+        mean, call["divergences"], *grads = _kernel(reference, virtual, **ctx.options)
         ctx.save_for_backward(reference, virtual, *grads)
         ctx.used = False
         return mean
@@ -88,30 +94,72 @@ class _SoftLabelKL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         reference, virtual, *grads = ctx.saved_tensors
         if ctx.used:
-            _, _, *grads = torch.ops.batchkern.soft_label_kl.default(reference, virtual, **ctx.options)
-        if torch.compiler.is_compiling() or is_batched(grad):  # of which there is room for one
-            to_reference, to_virtual = (grad * x for x in reversed(grads))
-        else:
+            _, _, *grads = _kernel(reference, virtual, **ctx.options)
+        in_place = not (torch.compiler.is_compiling() or is_batched(grad))  # of a batch there is room for one
+        if in_place:
             ctx.used = True
-            # Through .data, since autograd would take the scaling for a mistake of the caller.
-            to_reference, to_virtual = (x.data.mul_(grad) for x in reversed(grads))
+
+        def multiplied(x: Tensor) -> Tensor:
+            return _multiplied(x, grad, virtual.dtype) if in_place else (grad * x).to(virtual.dtype)
+
+        to_virtual, to_reference = grads
         return (
-            to_reference.to(reference.dtype) if ctx.needs_input_grad[0] else None,
-            to_virtual.to(virtual.dtype) if ctx.needs_input_grad[1] else None,
+            multiplied(to_reference) if ctx.needs_input_grad[0] else None,
+            multiplied(to_virtual) if ctx.needs_input_grad[1] else None,
             None,
         )
 
 
-if _backend.extension is not None:
+def _kernel(reference: Tensor, virtual: Tensor, *, scale: float, **options: Any) -> tuple[Tensor, ...]:
+    ops = torch.ops.batchkern
+    if scale != 1:
+        return tuple(ops.soft_label_kl_scaled.default(reference, virtual, scale=scale, **options))
+    return tuple(ops.soft_label_kl.default(reference, virtual, **options))
 
+
+def _multiplied(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``gradient * factor`` in this type: where it lies if it has it already."""
+    gradient = gradient.data  # or autograd would take the multiplication for a mistake of the caller
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    torch.ops.batchkern.scale_gradient_.default(out, gradient, factor)
+    return out
+
+
+if _backend.extension is not None:
+    # What the C++ kernel, which takes no factor, does not know; Triton's kernels are registered beside these.
+    _library = torch.library.Library("batchkern", "FRAGMENT")
+    _library.define(
+        "soft_label_kl_scaled(Tensor reference_logits, Tensor virtual_logits, *, float temperature, float scale, "
+        "bool reference_grad, bool virtual_grad) "
+        "-> (Tensor mean, Tensor kl, Tensor grad_virtual, Tensor grad_reference)"
+    )
+    # out is gradient itself, or of another type; gradient is used up.
+    _library.define("scale_gradient_(Tensor(a!) out, Tensor(b!) gradient, Tensor factor) -> ()")
+
+    @torch.library.impl(_library, "soft_label_kl_scaled", "CompositeExplicitAutograd")
+    def _(reference_logits: Tensor, virtual_logits: Tensor, *, scale: float, **options: Any) -> tuple[Tensor, ...]:
+        mean, kl, *grads = torch.ops.batchkern.soft_label_kl.default(reference_logits, virtual_logits, **options)
+        return mean.mul_(scale), kl, *(x.mul_(scale) for x in grads)
+
+    @torch.library.impl(_library, "scale_gradient_", "CompositeExplicitAutograd")
+    def _(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
+        if factor != 1:
+            gradient.mul_(factor)
+        if out.dtype != gradient.dtype:
+            out.copy_(gradient)
+
+    @torch.library.register_fake("batchkern::scale_gradient_")
+    def _(out: Tensor, gradient: Tensor, factor: Tensor) -> None: ...
+
+    @torch.library.register_fake("batchkern::soft_label_kl_scaled")
     @torch.library.register_fake("batchkern::soft_label_kl")
     def _(
         reference_logits: Tensor,
         virtual_logits: Tensor,
         *,
-        temperature: float = 1.0,
         reference_grad: bool = False,
         virtual_grad: bool = True,
+        **numbers: float,
     ) -> Any:
         rows, classes = virtual_logits.shape
         divergences = virtual_logits.new_empty(rows, dtype=torch.float32)

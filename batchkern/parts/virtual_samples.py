@@ -326,9 +326,10 @@ class VirtualSamples(nn.Module):
         rows = raw.reshape(-1, raw.shape[-1])
         if not len(rows):
             return 0.0 * virtual.sum()  # the mean over no samples would be NaN
-        mean = soft_label_kl(rows, copies.reshape(-1, raw.shape[-1]), reference_grad=self.labels == "trained")
-        assert isinstance(mean, Tensor)
-        return self.eta * mean
+        virtual = copies.reshape(-1, raw.shape[-1])
+        penalty = soft_label_kl(rows, virtual, scale=self.eta, reference_grad=self.labels == "trained")
+        assert isinstance(penalty, Tensor)
+        return penalty
 
     def remove(self) -> None:
         """Takes the hooks off the model."""

@@ -156,18 +156,21 @@ class StochasticAugmentation(Strategy):
         if share.real < share.each:  # the filling of a share is no sample
             virtual = virtual.view(-1, *raw.shape)[:, : share.real].flatten(0, 1)
             raw, target = raw[: share.real], target[: share.real]
-        if not share.real:
-            mean = virtual.sum()  # the mean over no samples would be NaN
-        elif self.labels == "hard":
-            copies = torch.cat([target] * self.noise.copies)
-            mean = cross_entropy(virtual, copies, label_smoothing=step.run.label_smoothing)
+        weight = share.real * share.world / share.rows  # averaged over ranks, the mean over the whole batch
+        if share.real and self.labels != "hard":
+            result = soft_label_kl(
+                raw, virtual, scale=self.eta * weight, reference_grad=self.labels == "trained", per_sample=True
+            )
+            assert isinstance(result, tuple)
+            penalty, mean = result[0], result[1].mean()
         else:
-            divergence = soft_label_kl(raw, virtual, reference_grad=self.labels == "trained")
-            assert isinstance(divergence, Tensor)
-            mean = divergence
-        mean = mean * (share.real * share.world / share.rows)  # averaged over ranks, the mean over the whole batch
-        self.kl_sum = self.kl_sum + step.run.ranks.mean(mean.detach())
-        return self.eta * mean
+            mean = virtual.sum()  # the mean over no samples would be NaN
+            if share.real:
+                copies = torch.cat([target] * self.noise.copies)
+                mean = cross_entropy(virtual, copies, label_smoothing=step.run.label_smoothing)
+            penalty = self.eta * weight * mean
+        self.kl_sum = self.kl_sum + step.run.ranks.mean(weight * mean.detach())
+        return penalty
 
     def infer(self, run: Run, images: Tensor) -> Tensor | None:
         if not self.vote:

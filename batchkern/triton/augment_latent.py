@@ -19,13 +19,15 @@ from batchkern.triton.random import clipped_normals, dropout_factors
 
 NOISE_BYTES = 16 << 20
 """Of the buffer for the noise of a dense basis."""
+PIECES_BYTES = 64 << 20
+"""Of the buffer for rows that are transformed in pieces: some 50 us of work between two launches."""
 WIDEST = 8192
 """Columns that are transformed in one piece."""
 TILE = 2048
 """Elements of a block."""
 
 
-@kernel(("batch", "width", "stride", "first", "last", "first_dropout", "end", "threshold"))
+@kernel(("batch", "width", "stride", "gaussian", "copies", "left_out", "first", "last", "threshold"))
 def _rows(
     x,  # (B, Q)
     out,  # ((1 + G + D) * B, Q)
@@ -34,10 +36,11 @@ def _rows(
     batch,
     width,  # in units of VECTOR, as stride is
     stride,
-    first,  # rows [first, last) of out are Gaussian,
+    gaussian,
+    copies,  # that are written, x among them; left_out Gaussian ones behind x are not
+    left_out,
+    first,  # before them, x to the rows [first, last) of out, and their noise to its buffer
     last,
-    first_dropout,  # [first_dropout, end) are dropout
-    end,
     sigma,
     tau,
     threshold,
@@ -47,44 +50,53 @@ def _rows(
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One tile of one kind of rows: Gaussian ones, then x, then dropout. A grid may end after the first kind."""
+    """One tile of a copy. The copies of a tile of x are neighbours in the grid: they read it from memory once."""
     width *= VECTOR
     stride *= VECTOR
     parts = tl.cdiv(width, COLUMNS)
-    tile, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    gaussian, plain = tl.cdiv(last - first, ROWS), tl.cdiv(batch, ROWS)
-    if tile < gaussian:
-        start, stop = first.to(tl.int64) + tile * ROWS, last.to(tl.int64)
-    elif tile < gaussian + plain:
-        start, stop = (tile - gaussian).to(tl.int64) * ROWS, batch.to(tl.int64)
+    place = tl.program_id(0)
+    before = tl.cdiv(last - first, ROWS).to(tl.int32) * parts
+    if place < before:
+        part, copy = place % parts, (first // batch).to(tl.int32)
+        rows = first.to(tl.int64) + place // parts * ROWS + tl.arange(0, ROWS)
+        of_x, real = rows % batch, rows < last
     else:
-        start, stop = first_dropout.to(tl.int64) + (tile - gaussian - plain) * ROWS, end.to(tl.int64)
-    rows = start + tl.arange(0, ROWS)
+        tile, copy = (place - before) // copies, (place - before) % copies
+        copy += tl.where(copy > 0, left_out, 0)
+        part = tile % parts
+        of_x = (tile // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        rows, real = copy.to(tl.int64) * batch + of_x, of_x < batch
     quads = part * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)
     columns = part * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (rows < stop)[:, None] & (columns < width)[None, :]
-    value = tl.load(x + (rows % batch)[:, None] * stride + columns[None, :], mask, 0.0).to(tl.float32)
-    to = rows[:, None] * width + columns[None, :]
-    if tile < gaussian:
+    mask = real[:, None] & (columns < width)[None, :]
+    value = tl.load(x + of_x[:, None] * stride + columns[None, :], mask, 0.0).to(tl.float32)
+    if copy > gaussian:
+        value *= dropout_factors(tl.load(seed), rows, quads, threshold, scale)
+    elif copy > 0:
         drawn = clipped_normals(tl.load(seed), rows, quads, sigma, tau)
         if DENSE:
             tl.store(noise + (rows - first)[:, None] * width + columns[None, :], drawn.to(noise.dtype.element_ty), mask)
         else:
             value += drawn
-    elif tile >= gaussian + plain:
-        value *= dropout_factors(tl.load(seed), rows, quads, threshold, scale)
-    tl.store(out + to, value.to(out.dtype.element_ty), mask)
+    tl.store(out + rows[:, None] * width + columns[None, :], value.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def _signs(numbers):
+    """float32 -1 for those with an odd number of ones in their bits, else 1."""
+    odd = numbers ^ (numbers >> 16)
+    odd ^= odd >> 8
+    odd ^= odd >> 4
+    odd ^= odd >> 2
+    odd ^= odd >> 1
+    return (1 - 2 * (odd & 1)).to(tl.float32)
 
 
 @triton.jit
 def _hadamard(N: tl.constexpr):
     """(N, N) Sylvester-Hadamard matrix in float16."""
     i = tl.arange(0, N)
-    odd = i[:, None] & i[None, :]
-    odd ^= odd >> 4
-    odd ^= odd >> 2
-    odd ^= odd >> 1
-    return (1 - 2 * (odd & 1)).to(tl.float16)
+    return _signs(i[:, None] & i[None, :]).to(tl.float16)
 
 
 @triton.jit
@@ -101,62 +113,89 @@ def _product(x, h, EXACT: tl.constexpr):
     return result
 
 
-@kernel(("batch", "width", "stride", "first", "last", "pieces"))
+@kernel(("batch", "width", "stride", "gaussian", "first", "last", "pieces"))
 def _hadamard_rows(
     x,  # (B, Q)
-    out,  # ((1 + G + D) * B, Q)
+    out,  # ((1 + G + D) * B, Q), or (last - first, pieces, N) float32 for transforms of pieces
     signs,  # (Q,)
     seed,
     batch,
     width,  # in units of VECTOR, as stride is
     stride,
-    first,  # rows [first, last) of out are Gaussian
+    gaussian,
+    first,  # tiles [first, last) of ROWS rows, the Gaussian copies of the same rows of x side by side
     last,
-    pieces,  # of the padded width
+    pieces,
     sigma,
     tau,
     gain,  # what the transform of clip(sigma z, -tau, tau) is multiplied by
     ROWS: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
+    WHOLE: tl.constexpr,  # rows have one piece
     EXACT: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """A piece of A * B columns, (A, B) row-major, is transformed as H_A X H_B.
-
-    A row of several pieces is a Hadamard matrix of such blocks: each program sums all of the row's pieces, with signs.
-    """
+    """A piece of N = A * B columns, (A, B) row-major, is transformed as H_A X H_B."""
     width *= VECTOR
     stride *= VECTOR
     N: tl.constexpr = A * B
     h_a, h_b = _hadamard(A), _hadamard(B)
     key = tl.load(seed)
-    tiles = tl.cdiv(last - first, ROWS) * pieces
-    for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        piece = i % pieces
-        rows = first + (i // pieces).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        total = tl.zeros((ROWS, N), tl.float32)
-        for j in range(0, pieces):
-            odd = piece & j
-            odd ^= odd >> 16
-            odd ^= odd >> 8
-            odd ^= odd >> 4
-            odd ^= odd >> 2
-            odd ^= odd >> 1
-            columns = j * N + tl.arange(0, N)
-            sign = tl.load(signs + columns, columns < width, 0.0) * (1 - 2 * (odd & 1)).to(tl.float32)
-            drawn = clipped_normals(key, rows, j * (N // 4) + tl.arange(0, N // 4), sigma, tau)
-            total += drawn * sign[None, :]
-        total = _product(total.reshape(ROWS * A, B), h_b, EXACT)
+    for i in range(tl.program_id(0), (last - first) * pieces, tl.num_programs(0)):
+        tile, piece = first + i // pieces, i % pieces
+        of_x = (tile // gaussian).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        rows = (1 + tile % gaussian).to(tl.int64) * batch + of_x
+        columns = piece * N + tl.arange(0, N)
+        sign = tl.load(signs + columns, columns < width, 0.0)
+        drawn = clipped_normals(key, rows, piece * (N // 4) + tl.arange(0, N // 4), sigma, tau) * sign[None, :]
+        total = _product(drawn.reshape(ROWS * A, B), h_b, EXACT)
         if A > 1:
             total = total.reshape(ROWS, A, B).permute(0, 2, 1).reshape(ROWS * B, A)
             total = _product(total, h_a, EXACT).reshape(ROWS, B, A).permute(0, 2, 1)
         total = total.reshape(ROWS, N)
-        columns = piece * N + tl.arange(0, N)
-        mask = (rows < last)[:, None] & (columns < width)[None, :]
-        value = tl.load(x + (rows % batch)[:, None] * stride + columns[None, :], mask, 0.0).to(tl.float32)
+        if WHOLE:
+            mask = (of_x < batch)[:, None] & (columns < width)[None, :]
+            value = tl.load(x + of_x[:, None] * stride + columns[None, :], mask, 0.0).to(tl.float32)
+            value = tl.fma(total, gain, value)
+            tl.store(out + rows[:, None] * width + columns[None, :], value.to(out.dtype.element_ty), mask)
+        else:
+            tl.store(out + tl.cast(i, tl.int64) * N + tl.arange(0, N)[None, :], total)
+
+
+@kernel(("batch", "width", "stride", "gaussian", "first", "pieces"))
+def _sum_of_pieces(
+    x,  # (B, Q)
+    out,  # ((1 + G + D) * B, Q)
+    transforms,  # (rows, pieces, N)
+    batch,
+    width,  # in units of VECTOR, as stride is
+    stride,
+    gaussian,
+    first,  # row of out, in the order of _hadamard_rows
+    pieces,
+    gain,
+    N: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PIECES: tl.constexpr,  # a power of two
+    VECTOR: tl.constexpr,
+):
+    """A row of several pieces is a Hadamard matrix of such blocks: each piece is the sum of all, with signs."""
+    width *= VECTOR
+    stride *= VECTOR
+    PARTS: tl.constexpr = N // COLUMNS
+    row, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    of_x = ((first + row) // gaussian).to(tl.int64)
+    to = (1 + (first + row) % gaussian).to(tl.int64) * batch + of_x
+    those, inside = tl.arange(0, PIECES), part * COLUMNS + tl.arange(0, COLUMNS)
+    at = (row.to(tl.int64) * pieces + those)[:, None] * N + inside[None, :]
+    transformed = tl.load(transforms + at, (those < pieces)[:, None], 0.0)
+    for piece in range(0, pieces):
+        columns = piece * N + inside
+        value = tl.load(x + of_x * stride + columns, columns < width, 0.0).to(tl.float32)
+        total = tl.sum(transformed * _signs(piece & those)[:, None], 0)
         value = tl.fma(total, gain, value)
-        tl.store(out + rows[:, None] * width + columns[None, :], value.to(out.dtype.element_ty), mask)
+        tl.store(out + to * width + columns, value.to(out.dtype.element_ty), columns < width)
 
 
 @kernel(("batch", "width", "stride", "gaussian", "dropout", "threshold"))
@@ -208,8 +247,8 @@ def augment_latent(
     rescale_dropout: bool = False,
     basis: Tensor | None = None,
 ) -> Tensor:
-    """``batchkern::augment_latent``: one launch; two with a Hadamard basis; two for every 16 MB of noise with a
-    dense one."""
+    """``batchkern::augment_latent``: one launch; two with a Hadamard basis, or one and two for every 64 MB of its
+    pieces; two for every 16 MB of noise with a dense one."""
     check_float(x, "x")
     _check_seed(seed)
     if x.dim() != 2:
@@ -222,16 +261,15 @@ def augment_latent(
     out = x.new_empty(copies * batch, width)
     if out.numel() == 0:
         return out
-    end_gaussian = (1 + gaussian) * batch
     threshold, scale = _mask(drop_prob, rescale_dropout)
     columns, rows = _tile(width)
-    parts, plain = cdiv(width, columns), cdiv(batch, rows)
-    dropped = cdiv(dropout * batch, rows)
     unit = vector(x)
 
-    def write(first: int, last: int, others: bool, deviation: float, clip: float, noise: Tensor | None = None) -> None:
-        tiles = cdiv(last - first, rows) + (plain + dropped if others else 0)
-        _rows[tiles * parts,](
+    def write(
+        written: int, deviation: float, clip: float, first: int = 0, last: int = 0, noise: Tensor | None = None
+    ) -> None:
+        tiles = cdiv(last - first, rows) + cdiv(batch, rows) * written
+        _rows[tiles * cdiv(width, columns),](
             x,
             out,
             out if noise is None else noise,
@@ -239,10 +277,11 @@ def augment_latent(
             batch,
             width // unit,
             x.stride(0) // unit,
+            gaussian,
+            written,
+            copies - written,
             first,
             last,
-            end_gaussian,
-            copies * batch,
             deviation,
             clip,
             threshold,
@@ -256,68 +295,72 @@ def augment_latent(
 
     with device_of(x):
         if basis is None or gaussian == 0:
-            write(batch, end_gaussian, True, sigma, tau)
+            write(copies, sigma, tau)
             return out
         # The noise in units of its size, so that float16 neither overflows nor loses digits.
         size = min(sigma, tau)
         deviation, clip = (sigma / size, tau / size) if size > 0 else (0.0, 1.0)
         if basis.dim() == 1:
-            write(batch, batch, True, sigma, tau)
+            write(1 + dropout, sigma, tau)
             signs = basis.to(torch.float32).contiguous()
             signs = signs.clone() if signs.data_ptr() % 16 else signs  # as the kernel expects of its other data
-            _write_hadamard(x, out, signs, seed, batch, end_gaussian, deviation, clip, size)
+            _write_hadamard(x, out, signs, seed, gaussian, deviation, clip, size)
             return out
         matrix = basis.to(x.dtype).t()
         chunk = max(1, NOISE_BYTES // (width * x.element_size()))
         buffer = x.new_empty(min(chunk, gaussian * batch), width)
-        for first in range(batch, end_gaussian, chunk):
-            last = min(first + chunk, end_gaussian)
-            write(first, last, first == batch, deviation, clip, buffer)
+        end = (1 + gaussian) * batch
+        for first in range(batch, end, chunk):
+            last = min(first + chunk, end)
+            write(1 + dropout if first == batch else 0, deviation, clip, first, last, buffer)
             out[first:last].addmm_(buffer[: last - first], matrix, alpha=size)
     return out
 
 
 def _write_hadamard(
-    x: Tensor,
-    out: Tensor,
-    signs: Tensor,
-    seed: Tensor,
-    first: int,
-    last: int,
-    deviation: float,
-    clip: float,
-    size: float,
+    x: Tensor, out: Tensor, signs: Tensor, seed: Tensor, gaussian: int, deviation: float, clip: float, size: float
 ) -> None:
     batch, width = x.shape
     unit = vector(x)
-    padded = power_of_two(width, 16)
-    piece = min(padded, WIDEST)
-    pieces = padded // piece
+    piece = min(power_of_two(width, 16), WIDEST)
+    pieces = cdiv(width, piece)
     # Factors of at least 16, the least that a tensor core takes, and at most 128.
     a = 1 if piece <= 128 else 1 << (piece.bit_length() - 1) // 2
-    rows = max(1, 4096 // piece)
-    tiles = cdiv(last - first, rows) * pieces
-    _hadamard_rows[min(tiles, 4096),](
-        x,
-        out,
-        signs,
-        seed,
-        batch,
-        width // unit,
-        x.stride(0) // unit,
-        first,
-        last,
-        pieces,
-        deviation,
-        clip,
-        size / width**0.5,
-        ROWS=rows,
-        A=a,
-        B=piece // a,
-        EXACT=x.dtype != torch.bfloat16,
-        VECTOR=unit,
-        num_warps=8,
-    )
+    rows = max(1, 4096 // piece) if pieces == 1 else 1
+    tiles, numbers = cdiv(batch, rows) * gaussian, (batch, width // unit, x.stride(0) // unit, gaussian)
+    chunk, to = tiles, out
+    if pieces > 1:
+        chunk = min(tiles, max(1, PIECES_BYTES // (4 * pieces * piece)))
+        to = x.new_empty(chunk, pieces, piece, dtype=torch.float32)
+    gain = size / width**0.5
+    for first in range(0, tiles, chunk):
+        last = min(first + chunk, tiles)
+        _hadamard_rows[min((last - first) * pieces, 4096),](
+            x,
+            to,
+            signs,
+            seed,
+            *numbers,
+            first,
+            last,
+            pieces,
+            deviation,
+            clip,
+            gain,
+            ROWS=rows,
+            A=a,
+            B=piece // a,
+            WHOLE=pieces == 1,
+            EXACT=x.dtype != torch.bfloat16,
+            VECTOR=unit,
+            num_warps=8,
+            num_stages=1,
+        )
+        if pieces > 1:
+            padded = power_of_two(pieces, 2)
+            columns = min(piece, max(16, min(1024, 8192 // padded)))
+            sizes = {"N": piece, "COLUMNS": columns, "PIECES": padded, "VECTOR": unit, "num_warps": 4}
+            _sum_of_pieces[(last - first) * (piece // columns),](x, out, to, *numbers, first, pieces, gain, **sizes)
 
 
 def augment_latent_backward(

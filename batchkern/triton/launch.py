@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ class Kernel:
     Triton compiles anew for each alignment of a pointer, which may depend on the number of rows before a view, and may
     change within a capture, where nothing can be compiled. So two compilations serve all: one for data that begins at
     multiples of 16 bytes, as ``VECTOR`` above 1 says, and one for data that begins anywhere, whose loads take one
-    element. A seed begins anywhere.
+    element. A seed or a factor begins anywhere.
     """
 
     def __init__(self, function: Callable[..., None], runtime: Sequence[str]) -> None:
@@ -38,7 +39,7 @@ class Kernel:
                 do_not_specialize_on_alignment=anywhere,
             )
 
-        self._aligned = compiled(["seed"])
+        self._aligned = compiled(["seed", "factor"])
         self._anywhere = compiled(arguments)
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
@@ -73,14 +74,15 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 def vector(*tensors: Tensor) -> int:
-    """Elements in 16 bytes, where every row of these tensors begins and ends at a multiple of them, else 1.
+    """Elements that a load may take: those in 16, 8 or 4 bytes, of which width and stride of all rows are multiples. 1
+    where a tensor begins at no multiple of 16 bytes.
 
-    Kernels take widths and strides in units of it: so the compiler knows that loads may take 16 bytes. Its own hint is
-    for multiples of 16 elements, which 1000 is not.
+    Kernels take widths and strides in units of it: so the compiler knows. Its own hint is for multiples of 16 elements,
+    which 1000 is not.
     """
-    size = 16 // tensors[0].dtype.itemsize
-    whole = all(not (x.data_ptr() % 16 or x.stride(0) % size or x.shape[1] % size) for x in tensors)
-    return size if whole else 1
+    if any(x.data_ptr() % 16 for x in tensors):
+        return 1
+    return math.gcd(16 // tensors[0].dtype.itemsize, *(n for x in tensors for n in (x.stride(0), x.shape[1])))
 
 
 def cdiv(n: int, size: int) -> int:

@@ -7,6 +7,9 @@ with e = sum P (e^u - 1), and KL is too large by e - log(1 + e). So no row needs
 
 A row of up to ``ONE_TILE`` classes is held in registers, and each row of virtual logits recomputes its reference. A
 longer one is swept twice, downwards the second time: the logits read last are still in the cache.
+
+The gradient is made in the forward pass, ``scale`` and all. The backward pass looks at the upstream gradient on the
+device, and where it is 1 a gradient that has its type already is not touched.
 """
 
 from __future__ import annotations
@@ -23,6 +26,11 @@ from batchkern.triton.launch import cdiv, check_float, dense_rows, device_of, ke
 ONE_TILE = 8192
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOG_2 = tl.constexpr(math.log(2))
+SHORT = 1 << 16
+"""Bytes of a swept row, up to which two blocks of half as many threads share a multiprocessor: twice as many rows are
+then in flight, and must stay in the cache between their sweeps."""
+PROGRAMS = 4096
+"""At most, of a kernel that may have nothing to do."""
 RUNTIME = ("batch", "copies", "classes", "reference_stride", "virtual_stride", "wants_grad", "wants_rows")
 """What may change from call to call without another compilation. Classes and strides are in units of VECTOR."""
 
@@ -77,6 +85,12 @@ def _corrected(kl, excess):
     return tl.where(kl < 0.0, 0.0, kl)
 
 
+@triton.jit
+def _sums(a, b, axis: tl.constexpr):
+    """Sums of two tensors, which warps exchange together."""
+    return tl.split(tl.sum(tl.join(a, b), axis))
+
+
 @kernel(RUNTIME)
 def _whole_rows(
     reference,  # (B, C)
@@ -109,13 +123,14 @@ def _whole_rows(
     p = tl.load(reference + rows[:, None] * reference_stride + columns[None, :], mask, float("-inf")).to(tl.float32)
     rows_q = copy.to(tl.int64) * batch + rows
     q = tl.load(virtual + rows_q[:, None] * virtual_stride + columns[None, :], mask, float("-inf")).to(tl.float32)
-    p_max, q_max = tl.max(p, 1)[:, None], tl.max(q, 1)[:, None]
-    p_log_sum = tl.log2(tl.sum(tl.exp2((p - p_max) * (k * LOG2_E)), 1))[:, None]
-    q_log_sum = tl.log2(tl.sum(tl.exp2((q - q_max) * (k * LOG2_E)), 1))[:, None]
+    p_max, q_max = tl.split(tl.max(tl.join(p, q), 1))
+    p_max, q_max = p_max[:, None], q_max[:, None]
+    p_sum, q_sum = _sums(tl.exp2((p - p_max) * (k * LOG2_E)), tl.exp2((q - q_max) * (k * LOG2_E)), 1)
+    p_log_sum, q_log_sum = tl.log2(p_sum)[:, None], tl.log2(q_sum)[:, None]
     offset, shift = _alignment(p_max, q_max, p_log_sum, q_log_sum, k)
     term, to_q = _divergence(p, q, p_max, q_max, p_log_sum, q_log_sum, offset, shift, k)
-    excess = tl.sum(to_q, 1)
-    tl.store(kl + rows_q, _corrected(tl.sum(term, 1), excess), real)
+    total, excess = _sums(term, to_q, 1)
+    tl.store(kl + rows_q, _corrected(total, excess), real)
     if wants_grad != 0:
         to = grad + rows_q[:, None] * classes + columns[None, :]
         tl.store(to, (to_q * grad_scale).to(grad.dtype.element_ty), mask)
@@ -220,8 +235,8 @@ def _swept_rows(
         if wants_grad != 0:
             scaled = (to_q * grad_scale).to(grad.dtype.element_ty)
             tl.store(grad + row_q * classes + columns, scaled, mask, eviction_policy="evict_first")
-    excess = tl.sum(excesses, 0)
-    tl.store(kl + row_q, _corrected(tl.sum(sums, 0), excess))
+    total, excess = _sums(sums, excesses, 0)
+    tl.store(kl + row_q, _corrected(total, excess))
     if wants_rows != 0:
         tl.store(virtual_rows + 2 * row_q, offset)
         tl.store(virtual_rows + 2 * row_q + 1, shift - excess)
@@ -266,15 +281,50 @@ def _reference_gradient(
     tl.store(grad + row * classes + columns, tl.where(p == 0.0, 0.0, p * total) * grad_scale, mask)
 
 
+@kernel(("count",))
+def _scale_gradient(
+    out,  # may be gradient
+    gradient,
+    factor,
+    count,  # in units of VECTOR
+    IN_PLACE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """``gradient * factor`` in the type of ``out``; nothing where that is what lies there."""
+    scale = tl.load(factor)
+    count = count.to(tl.int64) * VECTOR
+    tiles = tl.cdiv(count, BLOCK).to(tl.int32)
+    if IN_PLACE:
+        tiles = tl.where(scale == 1.0, 0, tiles)
+    for i in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        at = tl.cast(i, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(gradient + at, at < count).to(tl.float32) * scale
+        tl.store(out + at, value.to(out.dtype.element_ty), at < count)
+
+
+def scale_gradient_(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
+    """``batchkern::scale_gradient_``: one launch, none for no elements."""
+    count = out.numel()
+    if count == 0:
+        return
+    unit = math.gcd(16 // gradient.dtype.itemsize, count)
+    options = {"IN_PLACE": out.dtype == gradient.dtype, "BLOCK": 4096, "VECTOR": unit, "num_warps": 4}
+    with device_of(out):
+        _scale_gradient[min(cdiv(count, 4096), PROGRAMS),](out, gradient, factor, count // unit, **options)
+
+
 def soft_label_kl(
     reference_logits: Tensor,
     virtual_logits: Tensor,
     *,
     temperature: float = 1.0,
+    scale: float = 1.0,
     reference_grad: bool = False,
     virtual_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``batchkern::soft_label_kl``: two launches; one more for rows that are swept, and one for ``reference_grad``."""
+    """``batchkern::soft_label_kl``: two launches; one more for rows that are swept, for ``reference_grad`` and for
+    ``scale``."""
     batch, copies, classes = _shape(reference_logits, virtual_logits)
     reference, virtual = dense_rows(reference_logits), dense_rows(virtual_logits)
     dtype, rows = reference.dtype, batch * copies
@@ -292,10 +342,13 @@ def soft_label_kl(
     unit = vector(reference, virtual)
     strides = reference.stride(0) // unit, virtual.stride(0) // unit
     rows_of = of_reference, of_virtual
-    numbers = batch, copies, classes // unit, *strides, k, k / rows
+    numbers = batch, copies, classes // unit, *strides, k, scale * k / rows
     with device_of(reference):
         if classes > ONE_TILE:
-            sweep = {"SETS": 2 if unit > 1 else 8, "THREADS": 1024, "VECTOR": unit, "num_warps": 32}
+            threads = 512 if unit > 1 and classes * dtype.itemsize <= SHORT else 1024
+            # Of 65,536 registers, 64 for each of 1,024 threads. Single elements take more with half of these.
+            sweep = {"SETS": max(2, 8 // unit), "THREADS": threads, "VECTOR": unit}
+            sweep |= {"num_warps": threads // 32, "maxnreg": 64}
             _reference_rows[batch,](reference, of_reference, classes // unit, strides[0], k, **sweep)
             run, tiles, options = _swept_rows, batch, sweep
         else:
@@ -310,7 +363,11 @@ def soft_label_kl(
             options = {"COLUMNS": columns, "VECTOR": unit, "num_warps": columns // 256}
             grid = (batch * cdiv(classes, columns),)
             _reference_gradient[grid](reference, virtual, kl, to_reference, *rows_of, *numbers, **options)
-    return kl.mean(), kl, to_virtual, to_reference
+    mean = kl.mean()
+    return mean if scale == 1 else mean.mul_(scale), kl, to_virtual, to_reference
+
+
+soft_label_kl_scaled = soft_label_kl
 
 
 def _shape(reference: Tensor, virtual: Tensor) -> tuple[int, int, int]:

@@ -278,6 +278,22 @@ def test_gradcheck(copies: int, temperature: float) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [0.3, -2.0, 0.0])
+def test_a_scale_is_in_the_mean_and_in_the_gradient_but_not_in_the_divergences(
+    scale: float, dtype: torch.dtype
+) -> None:
+    leaves = [(2 * torch.randn(n, CLASSES)).to(dtype).requires_grad_() for n in (4, 12)]
+    plain, parts = batchkern.soft_label_kl(*leaves, temperature=1.5, reference_grad=True, per_sample=True)
+    scaled, same = batchkern.soft_label_kl(*leaves, temperature=1.5, scale=scale, reference_grad=True, per_sample=True)
+    assert torch.equal(same, parts)
+    torch.testing.assert_close(scaled, scale * plain)
+    expected = torch.autograd.grad(plain, leaves, torch.tensor(scale, dtype=plain.dtype))
+    for grad, wanted in zip(torch.autograd.grad(scaled, leaves), expected, strict=True):
+        torch.testing.assert_close(grad, wanted)
+        assert wanted.any() == (scale != 0)
+
+
 def test_second_derivative_raises() -> None:
     reference, virtual = torch.randn(2, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     squared = batchkern.soft_label_kl(reference, virtual, reference_grad=True) ** 2
@@ -354,6 +370,9 @@ P, Q = torch.zeros(2, 3), torch.zeros(4, 3)
         ({"temperature": -1}, ValueError, ["temperature", "-1", "[1.175"]),
         ({"temperature": math.nan}, ValueError, ["temperature", "nan", "[1.175"]),
         ({"temperature": "1"}, TypeError, ["temperature", "str", "number"]),
+        ({"scale": math.nan}, ValueError, ["scale", "nan", "[-3.4"]),
+        ({"scale": -1e39}, ValueError, ["scale", "-1e+39", "[-3.4"]),
+        ({"scale": torch.tensor(1.0)}, TypeError, ["scale", "Tensor", "number"]),
     ],
 )
 def test_wrong_arguments(arguments: dict, error: type[Exception], words: list[str]) -> None:

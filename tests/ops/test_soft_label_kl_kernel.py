@@ -103,6 +103,10 @@ def test_opcheck(dtype: torch.dtype, wanted: tuple[bool, bool]) -> None:
     p, q = torch.randn(3, 5).to(dtype), torch.randn(6, 5).to(dtype)
     options = {"temperature": 2.0, "reference_grad": wanted[0], "virtual_grad": wanted[1]}
     torch.library.opcheck(RAW.default, (p, q), options)
+    torch.library.opcheck(torch.ops.batchkern.soft_label_kl_scaled.default, (p, q), {**options, "scale": 0.3})
+    gradient, factor = torch.randn(6, 5), torch.tensor(0.5)
+    out = torch.empty(6, 5, dtype=dtype)
+    torch.library.opcheck(torch.ops.batchkern.scale_gradient_.default, (out, gradient, factor))
 
 
 @pytest.mark.parametrize("wanted", [(False, False), (False, True), (True, False)], ids=str)
@@ -323,7 +327,7 @@ def test_a_temperature_out_of_float32_is_refused(temperature: float) -> None:
 def test_gradient_of_the_mean_in_the_dtype_of_the_logits(dtype: torch.dtype) -> None:
     p, q = torch.randn(5, 33).to(dtype), torch.randn(15, 33).to(dtype)
     p_leaf, q_leaf = p.clone().requires_grad_(), q.clone().requires_grad_()
-    (-2.5 * batchkern.soft_label_kl(p_leaf, q_leaf, temperature=2.0, reference_grad=True)).backward()
+    (-5.0 * batchkern.soft_label_kl(p_leaf, q_leaf, temperature=2.0, scale=0.5, reference_grad=True)).backward()
     _, exact_p, exact_q = with_gradients(oracle, p.double(), q.double(), 2.0)
     for leaf, exact in ((p_leaf, exact_p), (q_leaf, exact_q)):
         assert leaf.grad.dtype == dtype
@@ -339,11 +343,12 @@ def test_gradient_of_the_mean_in_the_dtype_of_the_logits(dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=str)
-def test_a_graph_that_is_kept_gives_the_same_again(dtype: torch.dtype, wanted: tuple[bool, bool]) -> None:
-    # The first backward pass scales the saved gradient in place, later ones run the kernel again.
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_graph_that_is_kept_gives_the_same_again(dtype: torch.dtype, wanted: tuple[bool, bool], scale: float) -> None:
+    # The first backward pass multiplies the saved gradient in place, later ones run the kernel again.
     p, q = (torch.randn(n, 21).to(dtype).requires_grad_(flag) for n, flag in zip((4, 12), wanted, strict=True))
     leaves = [x for x in (p, q) if x.requires_grad]
-    loss = batchkern.soft_label_kl(p, q, reference_grad=True)
+    loss = batchkern.soft_label_kl(p, q, scale=scale, reference_grad=True)
     once = torch.autograd.grad(loss, leaves, retain_graph=True)
     kept = [x.clone() for x in once]
     again = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -355,11 +360,22 @@ def test_a_graph_that_is_kept_gives_the_same_again(dtype: torch.dtype, wanted: t
         assert torch.equal(second, copy)
         assert torch.equal(third, -4 * copy)  # a power of two: exact
         assert torch.equal(fourth, copy)
-    accumulated = batchkern.soft_label_kl(p, q, reference_grad=True)
+    accumulated = batchkern.soft_label_kl(p, q, scale=scale, reference_grad=True)
     for _ in range(3):
         accumulated.backward(retain_graph=True)
     for leaf, copy in zip(leaves, kept, strict=True):
         torch.testing.assert_close(leaf.grad, copy + copy + copy)
+
+
+def test_a_gradient_handed_out_is_nobody_elses() -> None:
+    # With a factor of 1 it is the very memory that was saved, which a later pass must not see changed.
+    q = torch.randn(6, 9, requires_grad=True)
+    loss = batchkern.soft_label_kl(torch.randn(3, 9), q, scale=0.7)
+    (grad,) = torch.autograd.grad(loss, q, retain_graph=True)
+    expected = grad.clone()
+    grad.zero_()
+    assert expected.any()
+    assert torch.equal(torch.autograd.grad(loss, q)[0], expected)
 
 
 def test_who_gets_a_gradient() -> None:
@@ -441,7 +457,8 @@ def test_compiled_equals_eager(dtype: torch.dtype, reference_grad: bool) -> None
     p, q = torch.randn(3, 7).to(dtype), torch.randn(6, 7).to(dtype)
 
     def step(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        mean, rows = batchkern.soft_label_kl(p, q, temperature=2.0, reference_grad=reference_grad, per_sample=True)
+        options = {"temperature": 2.0, "scale": 0.3, "reference_grad": reference_grad, "per_sample": True}
+        mean, rows = batchkern.soft_label_kl(p, q, **options)
         return 3 * mean, rows
 
     results = []
