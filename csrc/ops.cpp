@@ -75,12 +75,15 @@ TORCH_LIBRARY(batchkern, m) {
     m.def(
         "augment_latent_backward(Tensor grad, Tensor seed, *, int gaussian, int dropout, float drop_prob, "
         "bool rescale_dropout=False) -> Tensor");
-    // Gradients are those of the mean, empty unless asked for: float32, but that of bfloat16 logits on CUDA
-    // is bfloat16.
+    // Gradients are those of the scaled mean, empty unless asked for: float32, but that of bfloat16 logits on
+    // CUDA is bfloat16.
     m.def(
         "soft_label_kl(Tensor reference_logits, Tensor virtual_logits, *, float temperature=1.0, "
-        "bool reference_grad=False, bool virtual_grad=True) "
+        "float scale=1.0, bool reference_grad=False, bool virtual_grad=True) "
         "-> (Tensor mean, Tensor kl, Tensor grad_virtual, Tensor grad_reference)");
+    // A gradient times the upstream one, for its backward pass: in place, where `out` is `gradient`, or in
+    // the type of `out`; then `gradient` is used up.
+    m.def("scale_gradient_(Tensor(a!) out, Tensor(b!) gradient, Tensor factor) -> ()");
     m.def("rank_batches(Tensor losses, SymInt k) -> Tensor");
 }
 

@@ -243,9 +243,15 @@ CPU = [
         KL,
         (
             "the gradient without the temperature",
-            "static_cast<float>(1 / temperature / static_cast<double>",
-            "static_cast<float>(1 / static_cast<double>",
+            "static_cast<float>(scale / temperature / static_cast<double>",
+            "static_cast<float>(scale / static_cast<double>",
         ),
+        (
+            "a known factor is in the mean alone",
+            "static_cast<float>(scale / temperature / static_cast<double>",
+            "static_cast<float>(1 / temperature / static_cast<double>",
+        ),
+        ("an upstream gradient other than 1 is left out", "if (factor.item<double>() != 1)", "if (false)"),
         (
             "virtual rows are taken row by row, not copy by copy",
             "a.virtual_stride = batch * virtuals.stride(0);",
@@ -732,8 +738,6 @@ WRAPPERS = [
         "batchkern/ops/soft_label_kl.py",
         KL,
         ("a gradient is scaled again by a second backward pass", "ctx.used = True", "ctx.used = False"),
-        ("a known factor is in the mean alone", "*(x.mul_(scale) for x in grads)", "*grads"),
-        ("a factor other than 1 is left out", "if factor != 1:", "if factor == 1:"),
     ),
     *within(
         "wrappers",

@@ -58,8 +58,7 @@ OPERATORS = {
         1,
     ),
     "augment_latent_backward": ("grad seed * gaussian dropout drop_prob rescale_dropout", 1),
-    "soft_label_kl": ("reference_logits virtual_logits * temperature reference_grad virtual_grad", 4),
-    "soft_label_kl_scaled": ("reference_logits virtual_logits * temperature scale reference_grad virtual_grad", 4),
+    "soft_label_kl": ("reference_logits virtual_logits * temperature scale reference_grad virtual_grad", 4),
     "scale_gradient_": ("out gradient factor", 0),
     "rank_batches": ("losses k", 1),
 }

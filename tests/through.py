@@ -57,8 +57,7 @@ def start(name: str) -> None:
         kernels = {op: on_host(overload(op)) for op in CUDA_OPS}
     else:
         kernels = {op: on_gpu(overload(op)) for op in (*CUDA_OPS, *batchkern.triton.KERNELS)}
-        for op in ("soft_label_kl", "soft_label_kl_scaled"):
-            kernels[op] = with_wide_gradient(kernels[op])
+        kernels["soft_label_kl"] = with_wide_gradient(kernels["soft_label_kl"])
     for op, kernel in kernels.items():
         _overrides.impl(op, kernel, "CPU")
     # Whatever a kernel should write is NaN, or the largest number, before: an element that it leaves out shows.

@@ -84,7 +84,8 @@ class _SoftLabelKL(torch.autograd.Function):
             "reference_grad": ctx.needs_input_grad[0],
             "virtual_grad": ctx.needs_input_grad[1],
         }
-        mean, call["divergences"], *grads = _kernel(reference, virtual, **ctx.options)
+        outputs: tuple[Tensor, ...] = torch.ops.batchkern.soft_label_kl.default(reference, virtual, **ctx.options)
+        mean, call["divergences"], *grads = outputs
         ctx.save_for_backward(reference, virtual, *grads)
         ctx.used = False
         return mean
@@ -94,7 +95,7 @@ class _SoftLabelKL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         reference, virtual, *grads = ctx.saved_tensors
         if ctx.used:
-            _, _, *grads = _kernel(reference, virtual, **ctx.options)
+            _, _, *grads = torch.ops.batchkern.soft_label_kl.default(reference, virtual, **ctx.options)
         in_place = not (torch.compiler.is_compiling() or is_batched(grad))  # of a batch there is room for one
         if in_place:
             ctx.used = True
@@ -110,13 +111,6 @@ class _SoftLabelKL(torch.autograd.Function):
         )
 
 
-def _kernel(reference: Tensor, virtual: Tensor, *, scale: float, **options: Any) -> tuple[Tensor, ...]:
-    ops = torch.ops.batchkern
-    if scale != 1:
-        return tuple(ops.soft_label_kl_scaled.default(reference, virtual, scale=scale, **options))
-    return tuple(ops.soft_label_kl.default(reference, virtual, **options))
-
-
 def _multiplied(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``gradient * factor`` in this type: where it lies if it has it already."""
     gradient = gradient.data  # or autograd would take the multiplication for a mistake of the caller
@@ -126,40 +120,18 @@ def _multiplied(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 if _backend.extension is not None:
-    # What the C++ kernel, which takes no factor, does not know; Triton's kernels are registered beside these.
-    _library = torch.library.Library("batchkern", "FRAGMENT")
-    _library.define(
-        "soft_label_kl_scaled(Tensor reference_logits, Tensor virtual_logits, *, float temperature, float scale, "
-        "bool reference_grad, bool virtual_grad) "
-        "-> (Tensor mean, Tensor kl, Tensor grad_virtual, Tensor grad_reference)"
-    )
-    # out is gradient itself, or of another type; gradient is used up.
-    _library.define("scale_gradient_(Tensor(a!) out, Tensor(b!) gradient, Tensor factor) -> ()")
-
-    @torch.library.impl(_library, "soft_label_kl_scaled", "CompositeExplicitAutograd")
-    def _(reference_logits: Tensor, virtual_logits: Tensor, *, scale: float, **options: Any) -> tuple[Tensor, ...]:
-        mean, kl, *grads = torch.ops.batchkern.soft_label_kl.default(reference_logits, virtual_logits, **options)
-        return mean.mul_(scale), kl, *(x.mul_(scale) for x in grads)
-
-    @torch.library.impl(_library, "scale_gradient_", "CompositeExplicitAutograd")
-    def _(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
-        if factor != 1:
-            gradient.mul_(factor)
-        if out.dtype != gradient.dtype:
-            out.copy_(gradient)
-
     @torch.library.register_fake("batchkern::scale_gradient_")
     def _(out: Tensor, gradient: Tensor, factor: Tensor) -> None: ...
 
-    @torch.library.register_fake("batchkern::soft_label_kl_scaled")
     @torch.library.register_fake("batchkern::soft_label_kl")
     def _(
         reference_logits: Tensor,
         virtual_logits: Tensor,
         *,
+        temperature: float = 1.0,
+        scale: float = 1.0,
         reference_grad: bool = False,
         virtual_grad: bool = True,
-        **numbers: float,
     ) -> Any:
         rows, classes = virtual_logits.shape
         divergences = virtual_logits.new_empty(rows, dtype=torch.float32)

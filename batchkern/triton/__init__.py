@@ -16,7 +16,6 @@ KERNELS = {
     "augment_latent": "augment_latent",
     "augment_latent_backward": "augment_latent",
     "soft_label_kl": "soft_label_kl",
-    "soft_label_kl_scaled": "soft_label_kl",
     "scale_gradient_": "soft_label_kl",
 }
 """The module of each operator's launcher, which has the operator's name."""

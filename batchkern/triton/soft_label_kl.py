@@ -367,9 +367,6 @@ def soft_label_kl(
     return mean if scale == 1 else mean.mul_(scale), kl, to_virtual, to_reference
 
 
-soft_label_kl_scaled = soft_label_kl
-
-
 def _shape(reference: Tensor, virtual: Tensor) -> tuple[int, int, int]:
     """B, M and C, or an error that names the argument."""
     check_float(reference, "reference_logits")

@@ -11,7 +11,7 @@ namespace {
 using Forward = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 Forward soft_label_kl(const at::Tensor& reference_logits, const at::Tensor& virtual_logits,
-                      double temperature, bool reference_grad, bool virtual_grad) {
+                      double temperature, double scale, bool reference_grad, bool virtual_grad) {
     const ElementType type = element_type(reference_logits, "reference_logits");
     TORCH_CHECK_VALUE(reference_logits.dim() == 2, "reference_logits must be (B, C), got ",
                       reference_logits.sizes());
@@ -47,17 +47,25 @@ Forward soft_label_kl(const at::Tensor& reference_logits, const at::Tensor& virt
             a.classes = classes;
             a.inverse_temperature = static_cast<float>(1 / temperature);
             a.grad_scale =
-                static_cast<float>(1 / temperature / static_cast<double>(std::max<int64_t>(rows, 1)));
+                static_cast<float>(scale / temperature / static_cast<double>(std::max<int64_t>(rows, 1)));
             kernels().divergence_rows[type](a);
         }
     });
     double sum = 0;
     for (int64_t i = 0; i < rows; ++i) sum += divergences[i];
-    return {scalar(sum / static_cast<double>(rows)), kl, to_virtual, to_reference};
+    return {scalar(scale * sum / static_cast<double>(rows)), kl, to_virtual, to_reference};
+}
+
+void scale_gradient(const at::Tensor& out, const at::Tensor& gradient, const at::Tensor& factor) {
+    if (factor.item<double>() != 1) gradient.mul_(factor);
+    if (!out.is_same(gradient)) out.copy_(gradient);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(batchkern, CPU, m) { m.impl("soft_label_kl", &soft_label_kl); }
+TORCH_LIBRARY_IMPL(batchkern, CPU, m) {
+    m.impl("soft_label_kl", &soft_label_kl);
+    m.impl("scale_gradient_", &scale_gradient);
+}
 
 }  // namespace batchkern
