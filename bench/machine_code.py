@@ -312,6 +312,20 @@ class Speed:
             round(in_flight * 32 * warps / 1000, 1),
         )
 
+    @classmethod
+    def worst(cls, speeds: list[Speed]) -> Speed:
+        """Of each number the worst; of the loads those with the fewest bytes in flight."""
+        fewest = min(speeds, key=lambda speed: speed.in_flight)
+        return cls(
+            fewest.loads,
+            fewest.width,
+            max(speed.dependent for speed in speeds),
+            max(speed.barriers for speed in speeds),
+            max(speed.instructions for speed in speeds),
+            min(speed.warps for speed in speeds),
+            fewest.in_flight,
+        )
+
     def cells(self) -> str:
         instructions = f"{self.instructions:g}" if self.instructions else "-"
         counts = f"{self.dependent} | {self.barriers} | {self.warps}"

@@ -4,7 +4,8 @@
 
 The launchers themselves run, on tensors of a host, and whatever they launch is compiled with the specialisation of a
 real launch instead of being run. Exits with 1 where a kernel has a stack or spills, or no load as wide as its rows
-allow: 16, 8 or 4 bytes. ``--check`` writes nothing, and says when the table is out of date.
+allow: 16, 8 or 4 bytes. ``--check`` writes nothing, says when the table is out of date, and exits with 1 where machine
+code for Hopper (``machine_code.py``) is worse than the table says, if the same Triton made both.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from batchkern.triton import augment_latent, soft_label_kl  # noqa: E402
+from bench import machine_code  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
+HOPPER = 90
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WHOLE = [2**n for n in range(4, 14)]
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
@@ -71,6 +74,8 @@ class Kernel:
     stack: int
     load: int
     allowed: int
+    speed: machine_code.Speed | None
+    """For Hopper."""
 
     def complaint(self) -> str:
         if self.stack:
@@ -91,9 +96,10 @@ def cases() -> list[Case]:
     every = []
     for what, aligned in widths.items():
         op, _, basis = what.partition(" ")
-        narrower = [w - less for w in aligned for less in (1, 2, 4)]  # loads of one element, of 4 or 8 bytes, of 8
-        for width, dtype in product([*aligned, *narrower, aligned[-1] + 1], DTYPES):
-            every.append(Case(op, width, dtype, basis))
+        # Of rows that are one element shorter loads take one; two shorter, 8 and 4 bytes; four shorter, 16 and 8.
+        for less, dtypes in ((0, DTYPES), (1, DTYPES), (2, DTYPES[:2]), (4, DTYPES[1:2])):
+            every += [Case(op, width - less, dtype, basis) for width, dtype in product(aligned, dtypes)]
+        every += [Case(op, aligned[-1] + 1, dtype, basis) for dtype in DTYPES]
         every += [Case(op, width, dtype, basis, shifted=True) for width, dtype in product(aligned, DTYPES)]
     return every
 
@@ -165,23 +171,29 @@ def describe(case: Case, architecture: int, function: JITFunction, options: dict
     with TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        usage = subprocess.run([cuobjdump(), "-res-usage", cubin], capture_output=True, text=True, check=True)
-    registers, stack, shared, local = map(int, USAGE.search(usage.stdout).groups())
+        registers, stack, shared, local = map(int, USAGE.search(dumped("-res-usage", cubin)).groups())
+        shared, speed = max(shared, kernel.metadata.shared), None
+        if architecture == HOPPER:
+            (code,) = machine_code.kernels(dumped("-sass", cubin)).values()
+            warps = machine_code.resident_warps(registers, shared, 32 * kernel.metadata.num_warps)
+            speed = machine_code.Speed.of(code, warps, case.dtype.itemsize)
     constants = ", ".join(f"{name.lower()} {value}" for name, value in options.items() if name.isupper())
     return Kernel(
         name=f"{function.fn.__name__.lstrip('_')}, {constants}, {kernel.metadata.num_warps} warps",
         architecture=architecture,
         case=f"{case.op} {case}",
         registers=registers,
-        shared=max(shared, kernel.metadata.shared),
+        shared=shared,
         stack=stack + local,
         load=max(int(vector or 1) * int(bits) // 8 for vector, bits in LOADS.findall(kernel.asm["ptx"])),
         allowed=options["VECTOR"] * case.dtype.itemsize,
+        speed=speed,
     )
 
 
-def cuobjdump() -> str:
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+def dumped(what: str, cubin: Path) -> str:
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([cuobjdump, what, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def table(kernels: list[Kernel]) -> str:
@@ -199,15 +211,29 @@ def table(kernels: list[Kernel]) -> str:
         f"| kernel | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(columns)}",
     ]
-    for name in sorted(
+    names = sorted(
         {k.name for k in kernels}, key=lambda x: [int(y) if y.isdigit() else y for y in re.split(r"(\d+)", x)]
-    ):
+    )
+    for name in names:
         cells = []
         for architecture in architectures:
             same = [k for k in kernels if (k.name, k.architecture) == (name, architecture)]
             cells += [max(k.registers for k in same), max(k.shared for k in same), max(k.stack for k in same)]
         lines.append(f"| {name} | {' | '.join(map(str, cells))} |")
+    lines += ["", f"## What their machine code for sm_{HOPPER} says", "", "The worst over types.", *machine_code.HEADER]
+    lines += [f"| {name} | {slowest(kernels, name).cells()}" for name in names]
     return "\n".join(lines) + "\n"
+
+
+def slowest(kernels: list[Kernel], name: str) -> machine_code.Speed:
+    return machine_code.Speed.worst([k.speed for k in kernels if k.name == name and k.speed])
+
+
+def slower(kernels: list[Kernel], before: str) -> list[str]:
+    known = machine_code.rows(before)
+    names = sorted({k.name for k in kernels} & known.keys())
+    changes = {name: slowest(kernels, name).worse(known[name]) for name in names}
+    return [f"sm_{HOPPER}: {name}: {change}" for name, change in changes.items() if change]
 
 
 def main() -> int:
@@ -220,8 +246,10 @@ def main() -> int:
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         kernels = [kernel for found in pool.map(inspect, jobs, chunksize=4) for kernel in found]
     text, before = table(kernels), arguments.out.read_text() if arguments.out.exists() else ""
+    worse = []
     if arguments.check and f"with Triton {triton.__version__}." in before and text != before:
         print(f"{arguments.out.name} is not what the kernels take now: make triton-resources")
+        worse = slower(kernels, before)
     if not arguments.check:
         arguments.out.write_text(text)
     names = {kernel.name for kernel in kernels}
@@ -229,7 +257,9 @@ def main() -> int:
     for architecture in ARCHITECTURES:
         most = max(k.registers for k in kernels if k.architecture == architecture)
         print(f"sm_{architecture}: at most {most} registers")
-    bad = sorted({f"sm_{k.architecture}: {k.name} has {k.complaint()} ({k.case})" for k in kernels if k.complaint()})
+    bad = worse + sorted(
+        {f"sm_{k.architecture}: {k.name} has {k.complaint()} ({k.case})" for k in kernels if k.complaint()}
+    )
     print(*bad, sep="\n", end="\n" * bool(bad))
     return int(bool(bad))
 

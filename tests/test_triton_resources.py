@@ -154,11 +154,29 @@ def test_where_tensors_begin_decides_between_two_compilations(
 
 
 def test_complaints(script: ModuleType) -> None:
-    good = script.Kernel("rows", 90, "", registers=40, shared=0, stack=0, load=16, allowed=16)
+    good = script.Kernel("rows", 90, "", registers=40, shared=0, stack=0, load=16, allowed=16, speed=None)
     assert not good.complaint()
     assert not replace(good, allowed=2, load=2).complaint()
     assert "8 bytes of stack" in replace(good, stack=8).complaint()
     assert "no load of 16 bytes, but of 8" in replace(good, load=8).complaint()
+
+
+def test_machine_code_is_held_to_the_worst_of_the_table(script: ModuleType) -> None:
+    found = [
+        kernel
+        for dtype in (torch.float32, torch.float16)
+        for kernel in script.inspect((script.Case("augment_latent", 64, dtype, "none"), 90))
+    ]
+    (name,) = {replace(kernel, name=kernel.name.partition(", vector")[0]).name for kernel in found}
+    kernels = [replace(kernel, name=name) for kernel in found]
+    before = script.table(kernels)
+    assert script.slower(kernels, before) == []
+    most = max(kernel.speed.barriers for kernel in kernels)
+    assert most > 0
+    better = replace(kernels[0], speed=replace(kernels[0].speed, barriers=0))
+    assert script.slower([better], before) == []
+    worse = replace(kernels[0], speed=replace(kernels[0].speed, barriers=most + 1))
+    assert script.slower([worse], before) == [f"sm_90: {name}: barriers {most + 1}, was {most}"]
 
 
 def test_every_configuration_of_the_launchers_is_among_the_cases(script: ModuleType) -> None:
