@@ -31,24 +31,29 @@ bool is_narrow(ElementType type, const void* rows, const RowLayout& at, int clas
            reinterpret_cast<uintptr_t>(rows) % 16 == 0;
 }
 
+// Blocks that all multiprocessors have room for.
+int64_t resident_blocks(const CrossEntropyRows& rows) {
+    const int threads = rows.smoothing > 0 ? kResidentThreads<true> : kResidentThreads<false>;
+    return int64_t{threads} / kThreads * multiprocessors();
+}
+
 // Blocks that share a row. More than one where rows are long and too few to keep all multiprocessors busy: as
 // many as they have room for at once, of 16 KiB or more. (A cluster of blocks would do the same on Hopper
 // alone.)
-unsigned blocks_per_row(ElementType type, int64_t rows, int classes) {
+unsigned blocks_per_row(ElementType type, const CrossEntropyRows& of) {
     constexpr int64_t kPartBytes = 16384, kMaxParts = 256;  // 256: the threads that merge them
-    if (rows == 0 || rows > kMaxSplitRows) return 1;
-    const int64_t resident = int64_t{kResidentThreads<false>} / kThreads * multiprocessors();
-    const int64_t most = row_bytes(type, classes) / kPartBytes;
-    return static_cast<unsigned>(std::max<int64_t>(1, std::min({resident / rows, most, kMaxParts})));
+    if (of.rows == 0 || of.rows > kMaxSplitRows) return 1;
+    const int64_t most = row_bytes(type, of.classes) / kPartBytes;
+    return static_cast<unsigned>(
+        std::max<int64_t>(1, std::min({resident_blocks(of) / of.rows, most, kMaxParts})));
 }
 
 // Blocks of a multiprocessor stay, and know the target of their next row while they read this one, where rows
 // are a warp's or less: there a block has little more to do than to begin.
 template <int kGroup>
-dim3 blocks_of(int64_t rows, unsigned parts) {
-    const unsigned blocks = blocks_for(std::max<int64_t>(rows, 1), kThreads / kGroup);
-    const unsigned resident = kResidentThreads<false> / kThreads * multiprocessors();
-    return dim3(kGroup <= kWarp ? std::min(blocks, resident) : blocks, parts);
+dim3 blocks_of(const CrossEntropyRows& of, unsigned parts) {
+    const unsigned blocks = blocks_for(std::max<int64_t>(of.rows, 1), kThreads / kGroup);
+    return dim3(kGroup <= kWarp ? std::min<unsigned>(blocks, resident_blocks(of)) : blocks, parts);
 }
 
 struct ForwardScratch {
@@ -100,9 +105,9 @@ Plan plan_forward(ElementType type, const CrossEntropyRows& rows, bool stats) {
                 blocks_for(std::max<int64_t>(rows.rows, 1), kNarrowThreads / decltype(lanes)::value));
             return Plan{false, true, 1, blocks, kNarrowThreads};
         });
-    const unsigned parts = blocks_per_row(type, rows.rows, rows.classes);
+    const unsigned parts = blocks_per_row(type, rows);
     return with_group(bytes, [&](auto group) {
-        return Plan{false, false, parts, blocks_of<decltype(group)::value>(rows.rows, parts), kThreads};
+        return Plan{false, false, parts, blocks_of<decltype(group)::value>(rows, parts), kThreads};
     });
 }
 
@@ -213,7 +218,7 @@ cudaError_t launch_cross_entropy_backward(ElementType type, const BackwardCall& 
     const bool smooth = rows.smoothing > 0;
     const bool narrow = is_narrow(type, rows.logits, rows.at, rows.classes) &&
                         is_narrow(type, call.grad, call.grad_at, rows.classes);
-    const unsigned parts = narrow ? 1 : blocks_per_row(type, rows.rows, rows.classes);
+    const unsigned parts = narrow ? 1 : blocks_per_row(type, rows);
     return with_type(type, [&](auto* element) {
         using T = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
         if (narrow)
