@@ -329,8 +329,8 @@ CUDA = [
         ("of equal rows that are counted all or none are kept", "(other == key && j + w < own)", "false"),
         (
             "a thread holds its first row again and again",
-            "held[j] = first + j * kThreads < end ? rows.key(first + j * kThreads) : 0;",
-            "held[j] = first < end ? rows.key(first) : 0;",
+            "held[j] = key_before(rows, first + j * kThreads, end);",
+            "held[j] = key_before(rows, first, end);",
         ),
         ("counts of later passes are left behind", "b < passes * kBins", "b < kBins"),
         ("32 bits are shifted by 32", "uint64_t{value} >> upper == result", "value >> upper == result"),

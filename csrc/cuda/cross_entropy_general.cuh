@@ -9,6 +9,7 @@ namespace batchkern {
 
 constexpr int kGeneralThreads = 256;
 constexpr int kClassesInFlight = 8;
+constexpr int kGradientsInFlight = 6;  // eight spill on sm_80
 
 // A block has as many rows as kAcross threads each leave. Where classes lie side by side the threads of a row
 // are neighbours. Else neighbours have rows side by side, so that what they load is, too.
@@ -267,21 +268,21 @@ __global__ void __launch_bounds__(kGeneralThreads) cross_entropy_general_backwar
                 grad[c * a.grad_at.step] = from_float<T>(0.0f);
             continue;
         }
-        for (int first = begin + P::part(); first < end; first += kAcross * kClassesInFlight) {
-            float z[kClassesInFlight], p[kClassesInFlight];  // all loads before the first store
+        for (int first = begin + P::part(); first < end; first += kAcross * kGradientsInFlight) {
+            float z[kGradientsInFlight], p[kGradientsInFlight];  // all loads before the first store
 #pragma unroll
-            for (int k = 0; k < kClassesInFlight; ++k) {
+            for (int k = 0; k < kGradientsInFlight; ++k) {
                 const int c = first + k * kAcross;
                 z[k] = c < end ? to_float(row[c * a.rows.at.step]) : 0.0f;
                 p[k] = 0.0f;
             }
             if (q.data) {
 #pragma unroll
-                for (int k = 0; k < kClassesInFlight; ++k)
+                for (int k = 0; k < kGradientsInFlight; ++k)
                     if (first + k * kAcross < end) p[k] = q[first + k * kAcross];
             }
 #pragma unroll
-            for (int k = 0; k < kClassesInFlight; ++k) {
+            for (int k = 0; k < kGradientsInFlight; ++k) {
                 const int c = first + k * kAcross;
                 if (c >= end) break;
                 const float w = q.data && a.rows.class_weight ? a.rows.class_weight[c] : 1.0f;

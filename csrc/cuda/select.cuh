@@ -54,8 +54,13 @@ struct PlainLosses {
     static constexpr int kLoads = 4;
 
     __device__ __forceinline__ uint32_t key(int64_t i) const {
-        const float loss = to_float(losses[i * stride]);  // whatever the mask says: so neither load waits
-        return mask && !mask[i * mask_stride] ? 0 : order_key(loss);
+        return key_of(i, to_float(losses[i * stride]));
+    }
+    // Of a row that is ranked by this. No load waits for another, whatever the mask says.
+    __device__ __forceinline__ uint32_t key_of(int64_t i, float ranked) const {
+        const uint8_t counts = mask ? mask[i * mask_stride] : 1;
+        const uint32_t key = order_key(ranked);
+        return counts ? key : 0;
     }
 };
 
@@ -83,8 +88,8 @@ struct BandedLosses {
         return result;
     }
     __device__ __forceinline__ uint32_t key(int64_t i) const {
-        const bool out = plain.mask && !plain.mask[i * plain.mask_stride];
-        const uint32_t key = !score ? plain.key(i) : out ? 0 : order_key(score[i * score_stride]);
+        const float ranked = score ? score[i * score_stride] : to_float(plain.losses[i * plain.stride]);
+        const uint32_t key = plain.key_of(i, ranked);
         return lowest && key != 0 ? max(~key, 1u) : key;  // NaN last
     }
     __device__ __forceinline__ double value(int64_t i, uint32_t) const {
@@ -169,8 +174,7 @@ struct Selector {
         if constexpr (kRegisters) {
             const int end = static_cast<int>(n), first = threadIdx.x;
 #pragma unroll
-            for (int j = 0; j < kWhere; ++j)
-                held[j] = first + j * kThreads < end ? rows.key(first + j * kThreads) : 0;
+            for (int j = 0; j < kWhere; ++j) held[j] = key_before(rows, first + j * kThreads, end);
         }
     }
 
@@ -189,8 +193,7 @@ struct Selector {
             for (int64_t first = begin + threadIdx.x; first < end; first += kBatch<Rows> * kThreads) {
                 uint32_t key[kBatch<Rows>];
 #pragma unroll
-                for (int j = 0; j < kBatch<Rows>; ++j)
-                    key[j] = first + j * kThreads < end ? rows.key(first + j * kThreads) : 0;
+                for (int j = 0; j < kBatch<Rows>; ++j) key[j] = key_before(rows, first + j * kThreads, end);
                 use(first, end, key);
             }
         }
@@ -299,6 +302,13 @@ struct Selector {
     }
 
 private:
+    // 0 behind the last row, whose key is loaded there: a branch would part the loads.
+    template <class Rows, class Index>
+    __device__ __forceinline__ static uint32_t key_before(const Rows& rows, Index i, Index end) {
+        const uint32_t key = rows.key(i < end ? i : end - 1);
+        return i < end ? key : 0;
+    }
+
     __device__ __forceinline__ void merge_bins(uint32_t* total) {
         for (int b = threadIdx.x; b < kBins; b += kThreads)
             if (shared.bins[b] != 0) atomicAdd(total + b, shared.bins[b]);
