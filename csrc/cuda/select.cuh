@@ -35,7 +35,6 @@ struct KeyedLosses {
     const uint32_t* keys;  // (n,)
     const float* weights;  // (n,), likewise, or null: all 1
     static constexpr int kLoads = 4;
-
     static constexpr bool kBand = false;
 
     __device__ __forceinline__ uint32_t key(int64_t i) const { return __ldcg(keys + i); }
@@ -305,6 +304,7 @@ private:
     // 0 behind the last row, whose key is loaded there: a branch would part the loads.
     template <class Rows, class Index>
     __device__ __forceinline__ static uint32_t key_before(const Rows& rows, Index i, Index end) {
+        if constexpr (!kRegisters) return i < end ? rows.key(i) : 0;  // which takes fewer registers
         const uint32_t key = rows.key(i < end ? i : end - 1);
         return i < end ? key : 0;
     }
