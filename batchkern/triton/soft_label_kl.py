@@ -235,8 +235,8 @@ def _swept_rows(
         if wants_grad != 0:
             scaled = (to_q * grad_scale).to(grad.dtype.element_ty)
             tl.store(grad + row_q * classes + columns, scaled, mask, eviction_policy="evict_first")
-    total, excess = _sums(sums, excesses, 0)
-    tl.store(kl + row_q, _corrected(total, excess))
+    excess = tl.sum(excesses, 0)  # apart from the other: joined they spill on sm_100
+    tl.store(kl + row_q, _corrected(tl.sum(sums, 0), excess))
     if wants_rows != 0:
         tl.store(virtual_rows + 2 * row_q, offset)
         tl.store(virtual_rows + 2 * row_q + 1, shift - excess)
@@ -345,8 +345,9 @@ def soft_label_kl(
     numbers = batch, copies, classes // unit, *strides, k, scale * k / rows
     with device_of(reference):
         if classes > ONE_TILE:
-            threads = 512 if unit > 1 and classes * dtype.itemsize <= SHORT else 1024
-            # Of 65,536 registers, 64 for each of 1,024 threads. Single elements take more with half of these.
+            # Of 65,536 registers, 64 for each of 1,024 threads, in one block or two. With half of the threads single
+            # elements take more, and those of 16 bits on sm_100.
+            threads = 512 if unit == 4 and dtype.itemsize == 4 and classes * dtype.itemsize <= SHORT else 1024
             sweep = {"SETS": max(2, 8 // unit), "THREADS": threads, "VECTOR": unit}
             sweep |= {"num_warps": threads // 32, "maxnreg": 64}
             _reference_rows[batch,](reference, of_reference, classes // unit, strides[0], k, **sweep)
