@@ -120,6 +120,7 @@ def _multiplied(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 if _backend.extension is not None:
+
     @torch.library.register_fake("batchkern::scale_gradient_")
     def _(out: Tensor, gradient: Tensor, factor: Tensor) -> None: ...
 
