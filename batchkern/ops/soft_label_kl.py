@@ -66,7 +66,7 @@ def soft_label_kl(
         divergences = call["divergences"]
     else:
         divergences = plain.soft_label_kl(boundary(reference), boundary(virtual_logits), temperature=temperature)
-        mean = scale * divergences.mean()
+        mean = (scale * divergences).mean()  # a 0-dim tensor times a number has a float64 tangent
     return (mean, divergences.detach()) if per_sample else mean
 
 
