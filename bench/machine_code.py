@@ -163,22 +163,16 @@ class Code:
     @cached_property
     def order(self) -> list[int]:
         """Blocks that are reached, each behind those that lead to it, but for jumps back."""
-        seen, order = set(), []
-
-        def visit(block: int) -> None:
-            stack = [(block, iter(self.after[block]))]
-            seen.add(block)
-            while stack:
-                current, rest = stack[-1]
-                following = next((b for b in rest if b not in seen), None)
-                if following is None:
-                    order.append(current)
-                    stack.pop()
-                else:
-                    seen.add(following)
-                    stack.append((following, iter(self.after[following])))
-
-        visit(0)
+        seen, order, stack = {0}, [], [(0, iter(self.after[0]))]
+        while stack:
+            block, rest = stack[-1]
+            following = next((b for b in rest if b not in seen), None)
+            if following is None:
+                order.append(block)
+                stack.pop()
+            else:
+                seen.add(following)
+                stack.append((following, iter(self.after[following])))
         return order[::-1]
 
     @cached_property

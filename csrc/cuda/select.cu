@@ -7,6 +7,8 @@ namespace batchkern {
 
 namespace {
 
+static_assert(kOneBlock == kHeldOf64 * kSelectThreads, "one block selects from what its threads hold");
+
 int selecting_blocks(int64_t n, int64_t samples) {
     if (samples == 1) return select_blocks(n);
     return static_cast<int>(std::min<int64_t>(samples, 2 * multiprocessors()));
