@@ -65,6 +65,9 @@ are_plain: Callable[[tuple[Any, ...], dict[str, Any]], bool] = getattr(extension
 in_memory: Callable[[Tensor], bool] = getattr(extension, "in_memory", lambda _: True)
 """Whether the storage of a tensor holds all of its elements. Without the module, which looks, it is said to."""
 
+in_huge_pages: Callable[[Tensor], Tensor] = getattr(extension, "in_huge_pages", lambda x: x)
+"""Its argument, to be called before anything is written to it: what is large on a CPU gets huge pages."""
+
 
 def _torch_without_cuda() -> str:
     return "" if torch.version.cuda else f"torch {torch.__version__} was built without CUDA"

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 
 #ifdef BATCHKERN_WITH_CUDA
@@ -210,6 +211,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         m, "trimmed_mean_backward");
     Call<Tensor(const Tensor&, c10::SymInt)>::define(m, "rank_batches");
     m.def("in_memory", &batchkern::in_memory, "Whether a tensor's storage holds all of its elements.");
+    m.def("in_huge_pages", &batchkern::in_huge_pages,
+          "Its argument, in huge pages from its first writing on, where it is large and Linux gives them.");
     m.add_object("are_plain", PyCFunction_New(&kArePlain, nullptr));
     m.def("build_facts", &build_facts, "What this module was compiled with, as a dict.");
 #ifdef BATCHKERN_WITH_CUDA

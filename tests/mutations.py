@@ -167,7 +167,7 @@ CPU = [
         ROWS,
         (
             "the sum of earlier classes is not scaled",
-            "sum[r] = t.sum[first + r] * exp_to_sum(t.maximum[first + r] - base[r]);",
+            "sum[r] = t.sum[first + r] * exp_sum<1>(t.maximum + first + r, 1, base[r], 1.0f);",
             "sum[r] = t.sum[first + r];",
         ),
         (
@@ -198,9 +198,15 @@ CPU = [
         CROSS_ENTROPY,
         (
             "a sum is not rescaled when the maximum rises",
-            "if (sum != 0) sum *= exp_nonpositive((m - highest) * scale);",
+            "if (sum != 0 && highest > m) sum *= exp_nonpositive((m - highest) * scale);",
             "",
         ),
+        (
+            "the remainder of a row does not raise its maximum",
+            "float m = highest_above(rest, kLanes, -INFINITY);",
+            "float m = -INFINITY;",
+        ),
+        ("a row's remainder behind its groups is left out", "rest += exp_sum<1>(z + j, 1, base, scale);", ";"),
         (
             "the last class of an odd row is left out",
             "for (int64_t j = whole; j < n; ++j) rest[j - whole]",
@@ -221,6 +227,7 @@ CPU = [
             "valid[i] = static_cast<int64_t>(target[i]) != p.options.ignore_index;",
             "valid[i] = true;",
         ),
+        ("huge pages where few rows are kept", "!are_few(upstream.kept, p.rows)", "true"),
     ),
     *within(
         "cpu",
@@ -230,6 +237,16 @@ CPU = [
             "zero times an infinite logarithm",
             "const float far = p[j] == 0 ? q : p[j] * (t - 1.0f) + q;",
             "const float far = p[j] * (t - 1.0f) + q;",
+        ),
+        (
+            "a class absent from both rows has a divergence",
+            "const float t = p[j] == 0 ? 0.0f : (load",
+            "const float t = (load",
+        ),
+        (
+            "t is not that of normalised rows",
+            "const float shift = static_cast<float>(log1p(sum)),",
+            "const float shift = 0,",
         ),
         (
             "the sign of the gradient of the soft labels",
@@ -269,10 +286,11 @@ CPU = [
         ),
         (
             "one of two normals is clipped on one side",
-            "y > a.tau ? a.tau : y < -a.tau ? -a.tau : y",
-            "y > a.tau ? a.tau : y",
+            "y > tau ? tau : y < -tau ? -tau : y",
+            "y > tau ? tau : y",
         ),
         ("a seed loses its high half", "key_high = static_cast<uint32_t>(seed >> 32)", "key_high = 0"),
+        ("the rounds of AVX-512 forget a word", "_mm512_srli_epi64(p0, 32), c3)", "_mm512_srli_epi64(p0, 32), p0)"),
         (
             "a Hadamard basis of the padded width's norm",
             "sqrt(static_cast<double>(columns))",
@@ -290,6 +308,12 @@ CPU = [
         "csrc/cpu/elements.h",
         AUGMENT,
         ("bfloat16 rounds halves up, not to even", "bits + 0x7fffu + (bits >> 16 & 1u)", "bits + 0x8000u"),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/elements.h",
+        CROSS_ENTROPY,
+        ("half of the tails are left out", "*tail = first_tail + second_tail;", "*tail = first_tail;"),
     ),
 ]
 
@@ -749,7 +773,7 @@ WRAPPERS = [
             "taken_off = (1 - keep) * needs[1] if",
         ),
         ("dropped rows are added, not taken off", "~kept, -1 / normalizer, 0.0)", "~kept, 1 / normalizer, 0.0)"),
-        ("sums of many chunks in bfloat16", "dtype=x.dtype if terms == 1 else torch.float32", "dtype=x.dtype"),
+        ("sums of many chunks in bfloat16", "dtype = x.dtype if terms == 1 else torch.float32", "dtype = x.dtype"),
         ("room for one row too few", "math.floor(share * len(mask)) + 1)", "math.floor(share * len(mask)))"),
     ),
     *within(

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "huge_pages.h"
 #include "tensors.h"
 
 namespace batchkern {
@@ -57,8 +58,9 @@ at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t 
     at::Tensor matrix;
     if (basis) matrix = basis->to(at::kFloat).contiguous();
     const uint64_t key = static_cast<uint64_t>(seed.item<int64_t>());
+    const auto deviation = static_cast<float>(sigma), limit = static_cast<float>(tau);
     Mask mask = mask_of(0, seed, drop_prob, rescale_dropout);
-    at::Tensor out = at::empty({copies * batch, width}, x.options());
+    at::Tensor out = in_huge_pages(at::empty({copies * batch, width}, x.options()));
     if (out.numel() == 0) return out;
 
     // Copies of a row are neighbours here, so that every thread gets as many of each kind.
@@ -78,7 +80,7 @@ at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t 
             } else if (copy == 0 || (dense && type == kFloat32)) {
                 memcpy(to, from, bytes);  // a float matmul adds the noise where it lies
             } else if (!dense) {
-                k.noise_row({noise.data(), width, static_cast<uint64_t>(row), key, sigma, tau});
+                k.noise_row({noise.data(), width, static_cast<uint64_t>(row), key, deviation, limit});
                 if (hadamard)
                     k.hadamard_row(noise.data(), buffer.data(), matrix.const_data_ptr<float>(), width);
                 k.add_noise_row[type](from, noise.data(), to, width);
@@ -95,7 +97,7 @@ at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t 
         at::parallel_for(0, rows, grain(8 * width), [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i)
                 kernels().noise_row({static_cast<float*>(mutable_row_pointer(noise, i)), width,
-                                     static_cast<uint64_t>(first + i), key, sigma, tau});
+                                     static_cast<uint64_t>(first + i), key, deviation, limit});
         });
         at::Tensor part = out.narrow(0, first, rows);
         if (type == kFloat32) {
@@ -124,7 +126,7 @@ at::Tensor augment_latent_backward(const at::Tensor& grad_, const at::Tensor& se
     const at::Tensor grad = dense_rows(grad_);
     const int64_t batch = grad.size(0) / copies, width = grad.size(1);
     const Mask mask = mask_of(0, seed, drop_prob, rescale_dropout);
-    at::Tensor out = at::empty({batch, width}, grad.options());
+    at::Tensor out = in_huge_pages(at::empty({batch, width}, grad.options()));
     at::parallel_for(0, batch, grain(copies * width), [&](int64_t begin, int64_t end) {
         const Kernels& k = kernels();
         std::vector<float> sum(width);

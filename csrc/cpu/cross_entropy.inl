@@ -151,10 +151,7 @@ void narrow_loss_rows(const LossRows& a, const CrossEntropyOptions& o) {
             for (int64_t r = 0; r < kLanes; ++r) maximum[r] = z[j][r] > maximum[r] ? z[j][r] : maximum[r];
         }
         for (int64_t r = 0; r < kLanes; ++r) base[r] = maximum[r] == -INFINITY ? 0.0f : maximum[r];
-        for (int64_t j = 0; j < o.classes; ++j) {
-            BATCHKERN_SIMD()
-            for (int64_t r = 0; r < kLanes; ++r) sum[r] += exp_to_sum(z[j][r] - base[r]);
-        }
+        add_exponentials(z[0], kLanes, o.classes, base, sum);
         BATCHKERN_SIMD()
         for (int64_t r = 0; r < kLanes; ++r) log_sum[r] = log_nonnegative(sum[r]);
         for (int64_t r = 0; r < rows; ++r) {

@@ -86,13 +86,10 @@ BATCHKERN_INLINE void add_to_tile(const TileBlock& z, int64_t classes, TileSums&
         for (int64_t r = 0; r < kLanes; ++r) {
             base[r] = highest[r] == -INFINITY ? 0.0f : highest[r];
             // Before the first number the sum is 0 or NaN, and stays so.
-            sum[r] = t.sum[first + r] * exp_to_sum(t.maximum[first + r] - base[r]);
+            sum[r] = t.sum[first + r] * exp_sum<1>(t.maximum + first + r, 1, base[r], 1.0f);
             t.maximum[first + r] = highest[r];
         }
-        for (int64_t c = 0; c < classes; ++c) {
-            BATCHKERN_SIMD()
-            for (int64_t r = 0; r < kLanes; ++r) sum[r] += exp_to_sum(z[c][first + r] - base[r]);
-        }
+        add_exponentials(z[0] + first, kTile, classes, base, sum);
         for (int64_t r = 0; r < kLanes; ++r) t.sum[first + r] = sum[r];
     }
 }

@@ -86,8 +86,10 @@ BATCHKERN_INLINE float exp_parts(float x, float* tail) {
     p = p * r + 1.6666576845993977e-01f;
     p = p * r + 0.5f;
     p = (p * r) * r + r;
-    const float power = x < -87.3f ? 0.0f : float_of((bits_of(shifted) + 127u) << 23);
-    *tail = x < -87.3f ? 0.0f : p * power;
+    // As a mask of bits: where several exponentials stand in a loop, GCC would make branches of selections.
+    const uint32_t normal = -static_cast<uint32_t>(!(x < -87.3f));
+    const float power = float_of((bits_of(shifted) + 127u) << 23 & normal);
+    *tail = float_of(bits_of(p * power) & normal);
     return power;
 }
 
@@ -97,11 +99,29 @@ BATCHKERN_INLINE float exp_nonpositive(float x) {
     return power + tail;
 }
 
-// e^x with some 26 bits, for sums: where many terms err alike, half an ulp of each would be one of the sum.
-BATCHKERN_INLINE double exp_to_sum(float x) {
+// The sum of e^x over x = scale * (z[k * step] - base), in pairs of pairs. Of each exponential it holds some
+// 26 bits: where many err alike, half an ulp of each would be one of the sum. So powers of two, which single
+// precision adds almost without an error, and tails, which are smaller, are summed apart and widened at the
+// end.
+template <int kTerms>
+BATCHKERN_INLINE float exp_sum_parts(const float* z, int64_t step, float base, float scale, float* tail) {
+    if constexpr (kTerms == 1) {
+        return exp_parts((*z - base) * scale, tail);
+    } else {
+        constexpr int kHalf = kTerms / 2;
+        float first_tail, second_tail;
+        const float first = exp_sum_parts<kHalf>(z, step, base, scale, &first_tail);
+        const float second = exp_sum_parts<kHalf>(z + kHalf * step, step, base, scale, &second_tail);
+        *tail = first_tail + second_tail;
+        return first + second;
+    }
+}
+
+template <int kTerms>
+BATCHKERN_INLINE double exp_sum(const float* z, int64_t step, float base, float scale) {
     float tail;
-    const float power = exp_parts(x, &tail);
-    return static_cast<double>(power) + static_cast<double>(tail);
+    const float powers = exp_sum_parts<kTerms>(z, step, base, scale, &tail);
+    return static_cast<double>(powers) + static_cast<double>(tail);
 }
 
 // (e^t - 1 - t) / t^2 for |t| <= 1
@@ -117,19 +137,6 @@ BATCHKERN_INLINE float expm1_tail(float t) {
 }
 
 BATCHKERN_INLINE float expm1_small(float t) { return t + t * t * expm1_tail(t); }
-
-// t e^t - e^t + 1 for |t| <= 1: never negative
-BATCHKERN_INLINE float divergence_small(float t) {
-    float p = 2.5324404801510895e-06f;
-    p = p * t + 2.2617231860450504e-05f;
-    p = p * t + 1.7357170071979083e-04f;
-    p = p * t + 1.1900452397125446e-03f;
-    p = p * t + 6.9444554281175045e-03f;
-    p = p * t + 3.3333453468280316e-02f;
-    p = p * t + 1.2499999917417468e-01f;
-    p = p * t + 3.3333332429998613e-01f;
-    return t * t * (p * t + 0.5f);
-}
 
 // log x to 1e-11 of itself, for x >= 0 that is no denormal number, and NaN.
 BATCHKERN_INLINE double log_nonnegative(double x) {
@@ -154,24 +161,35 @@ BATCHKERN_INLINE double log_nonnegative(double x) {
     return x > 0 ? result : x == 0 ? -INFINITY : x;
 }
 
-// cos and sin of 2 pi u for u in [0, 1], to 1e-11
-BATCHKERN_INLINE void cos_sin_turn(float u, double* cosine, double* sine) {
+// log u for u in (0, 1], no denormal number, within some 2 ulp.
+BATCHKERN_INLINE float log_unit(float u) {
+    const uint32_t shifted = bits_of(u) - 0x3f3504f3u;  // of sqrt(1/2): m in [sqrt(1/2), sqrt(2))
+    const int32_t exponent = static_cast<int32_t>(shifted) >> 23;
+    const float m = float_of((shifted & 0x007fffffu) + 0x3f3504f3u);
+    const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
+    float p = 0.299243897f;
+    p = p * z + 0.399748504f;
+    p = p * z + 0.666668177f;
+    p = p * z + 2.0f;
+    return static_cast<float>(exponent) * 0.693147181f + p * s;
+}
+
+// cos and sin of 2 pi u for u in [0, 1], within some 2 ulp.
+BATCHKERN_INLINE void cos_sin_turn(float u, float* cosine, float* sine) {
     const int32_t quadrant = static_cast<int32_t>(4.0f * u + 0.5f);
-    const double r = 4.0 * u - quadrant;
-    const double z = r * r;
-    double s = 1.5820621473480918e-04;
-    s = s * z - 4.681266217860491e-03;
-    s = s * z + 7.96925827204243e-02;
-    s = s * z - 6.459640961465783e-01;
-    s = (s * z + 1.5707963267880984e+00) * r;
-    double c = -2.4850949403773362e-05;
-    c = c * z + 9.191617291039123e-04;
-    c = c * z - 2.0863468000718036e-02;
-    c = c * z + 2.5366950715358505e-01;
-    c = c * z - 1.2337005501201561e+00;
-    c = c * z + 9.999999999999444e-01;
-    const double a = quadrant & 1 ? s : c;
-    const double b = quadrant & 1 ? c : s;
+    const float r = 4.0f * u - static_cast<float>(quadrant);
+    const float z = r * r;
+    float s = -0.00460214913f;
+    s = s * z + 0.0796802193f;
+    s = s * z - 0.64596349f;
+    s = (s * z + 1.57079637f) * r;
+    float c = 0.000906739908f;
+    c = c * z - 0.0208615288f;
+    c = c * z + 0.253669411f;
+    c = c * z - 1.23370051f;
+    c = c * z + 1.0f;
+    const float a = quadrant & 1 ? s : c;
+    const float b = quadrant & 1 ? c : s;
     *cosine = (quadrant + 1) & 2 ? -a : a;
     *sine = quadrant & 2 ? -b : b;
 }

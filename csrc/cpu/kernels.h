@@ -84,8 +84,8 @@ struct NoiseRow {
     int64_t columns;
     uint64_t row;
     uint64_t seed;
-    double sigma;
-    double tau;
+    float sigma;
+    float tau;
 };
 
 // The dropout mask of a row, times a scale.

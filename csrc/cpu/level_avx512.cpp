@@ -12,6 +12,7 @@
 #endif
 
 #define BATCHKERN_LEVEL "avx512"
+#define BATCHKERN_AVX512  // for what is written in intrinsics
 
 namespace batchkern {
 namespace avx512 {

@@ -5,34 +5,86 @@ constexpr int64_t kBlock = 4096;
 // A row's remainder is padded to this many elements, the widest vector: scalar exponentials are slow.
 constexpr int64_t kLanes = 16;
 
-// Elements between two rounds of prefetching.
-constexpr int64_t kStride = 256;
+// So many exponentials of a lane are added in single precision.
+constexpr int kTerms = 8;
+constexpr int64_t kGroup = kTerms * kLanes;
 
-// Adds exp(scale * (z - m)) of a block to the sum, and raises m to the block's maximum first.
-template <bool kPrefetch, class T>
-BATCHKERN_INLINE void add_block(const T* z, int64_t size, float scale, float& m, double& sum) {
-    int32_t highest_bits = ordered_bits(m);
-    BATCHKERN_SIMD(reduction(max : highest_bits))
+// A block of whole vectors as floats: where it lies, or converted.
+BATCHKERN_INLINE const float* as_floats(const float* z, int64_t, float*) { return z; }
+
+template <class T>
+BATCHKERN_INLINE const float* as_floats(const T* z, int64_t size, float* buffer) {
+    BATCHKERN_SIMD()
+    for (int64_t j = 0; j < size; ++j) buffer[j] = load(z + j);
+    return buffer;
+}
+
+#if defined(BATCHKERN_AVX512)
+BATCHKERN_INLINE const float* as_floats(const Float16* z, int64_t size, float* buffer) {
+    for (int64_t j = 0; j < size; j += kLanes) {
+        const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(z + j));
+        _mm512_storeu_ps(buffer + j, _mm512_cvtph_ps(halves));
+    }
+    return buffer;
+}
+#endif
+
+// The highest of m and z; NaN is not above m.
+BATCHKERN_INLINE float highest_above(const float* z, int64_t size, float m) {
+    int32_t bits = ordered_bits(m);
+    BATCHKERN_SIMD(reduction(max : bits))
     for (int64_t j = 0; j < size; ++j) {
-        const int32_t x = ordered_bits(load(z + j));
-        highest_bits = x > highest_bits ? x : highest_bits;
+        const int32_t x = ordered_bits(z[j]);
+        bits = x > bits ? x : bits;
     }
-    const float highest = of_ordered_bits(highest_bits);  // NaN is not > m: it shows in the sum
-    if (highest > m) {
-        if (sum != 0) sum *= exp_nonpositive((m - highest) * scale);
-        m = highest;
-    }
+    const float highest = of_ordered_bits(bits);
+    return highest > m ? highest : m;
+}
+
+// Adds exp(scale * (z - m)) of a block to the sum, and raises m to the block's maximum first. Meanwhile
+// memory brings what begins at `later`.
+template <class T>
+BATCHKERN_INLINE void add_block(const float* z, int64_t size, float scale, const T* later, float& m,
+                                double& sum) {
+    const float highest = highest_above(z, size, m);
+    if (sum != 0 && highest > m) sum *= exp_nonpositive((m - highest) * scale);
+    m = highest;
     const float base = m == -INFINITY ? 0.0f : m;  // -inf - -inf would be NaN in a block before a finite one
-    double part = 0;
-    for (int64_t start = 0; start < size; start += kStride) {
-        // While this part is computed on, memory brings the block after the next: most often it follows.
-        for (int64_t line = 0; kPrefetch && line < kStride; line += 64 / sizeof(T))
-            __builtin_prefetch(z + 2 * size + start + line, 0, 2);
-        const int64_t end = size - start < kStride ? size : start + kStride;
-        BATCHKERN_SIMD(reduction(+ : part))
-        for (int64_t j = start; j < end; ++j) part += exp_to_sum((load(z + j) - base) * scale);
+    double lanes[kLanes] = {}, rest = 0;
+    int64_t start = 0;
+    for (; start + kGroup <= size; start += kGroup) {
+        for (int64_t line = 0; line < kGroup; line += 64 / sizeof(T))
+            __builtin_prefetch(later + start + line, 0, 2);
+        BATCHKERN_SIMD()
+        for (int64_t j = 0; j < kLanes; ++j) lanes[j] += exp_sum<kTerms>(z + start + j, kLanes, base, scale);
     }
-    sum += part;
+    BATCHKERN_SIMD(reduction(+ : rest))
+    for (int64_t j = start; j < size; ++j) rest += exp_sum<1>(z + j, 1, base, scale);
+    BATCHKERN_SIMD(reduction(+ : rest))
+    for (int64_t j = 0; j < kLanes; ++j) rest += lanes[j];
+    sum += rest;
+}
+
+template <class T>
+BATCHKERN_INLINE double log_sum_exp_of(const T* row, int64_t n, float scale, float* maximum) {
+    float floats[kBlock], rest[kLanes];
+    const int64_t whole = n / kLanes * kLanes;
+    for (int64_t j = 0; j < kLanes; ++j) rest[j] = -INFINITY;
+    for (int64_t j = whole; j < n; ++j) rest[j - whole] = load(row + j);
+    // The remainder is looked at first and added last: it costs no rescaling of the sum.
+    float m = highest_above(rest, kLanes, -INFINITY);
+    double sum = 0;
+    for (int64_t start = 0; start < whole; start += kBlock) {
+        const int64_t size = whole - start < kBlock ? whole - start : kBlock;
+        const T* const block = row + start;
+        // The block after the next: the next is brought by the first look at this one.
+        add_block(as_floats(block, size, floats), size, scale, block + 2 * size, m, sum);
+    }
+    const float base = m == -INFINITY ? 0.0f : m;
+    BATCHKERN_SIMD(reduction(+ : sum))
+    for (int64_t j = 0; j < kLanes; ++j) sum += exp_sum<1>(rest + j, 1, base, scale);
+    *maximum = m;
+    return log_nonnegative(sum);
 }
 
 // log of the sum of exp(scale * (z - m)) over a row, and its maximum m: one pass over memory in cached
@@ -40,17 +92,20 @@ BATCHKERN_INLINE void add_block(const T* z, int64_t size, float scale, float& m,
 // +inf, or only -inf.
 template <class T>
 double log_sum_exp(const T* row, int64_t n, float scale, float* maximum) {
-    float m = -INFINITY;
-    double sum = 0;
-    const int64_t whole = n / kLanes * kLanes;
-    for (int64_t start = 0; start < whole; start += kBlock)
-        add_block<true>(row + start, whole - start < kBlock ? whole - start : kBlock, scale, m, sum);
-    if (whole < n) {
-        float rest[kLanes];
-        for (int64_t j = 0; j < kLanes; ++j) rest[j] = -INFINITY;
-        for (int64_t j = whole; j < n; ++j) rest[j - whole] = load(row + j);
-        add_block<false>(rest, kLanes, scale, m, sum);
+    if (scale == 1.0f) return log_sum_exp_of(row, n, 1.0f, maximum);
+    return log_sum_exp_of(row, n, scale, maximum);
+}
+
+// sum[r] += exp(z[c * step + r] - base[r]) over some classes c, for a vector of rows.
+BATCHKERN_INLINE void add_exponentials(const float* z, int64_t step, int64_t classes, const float* base,
+                                       double* sum) {
+    int64_t c = 0;
+    for (; c + 4 <= classes; c += 4) {
+        BATCHKERN_SIMD()
+        for (int64_t r = 0; r < kLanes; ++r) sum[r] += exp_sum<4>(z + c * step + r, step, base[r], 1.0f);
     }
-    *maximum = m;
-    return log_nonnegative(sum);
+    for (; c < classes; ++c) {
+        BATCHKERN_SIMD()
+        for (int64_t r = 0; r < kLanes; ++r) sum[r] += exp_sum<1>(z + c * step + r, step, base[r], 1.0f);
+    }
 }

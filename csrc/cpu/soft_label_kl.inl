@@ -20,8 +20,85 @@ BATCHKERN_INLINE Reference prepare_reference(const T* reference, int64_t n, floa
     return r;
 }
 
-// The divergence of one virtual row. grad gets that of the row times grad_scale, unless null; t_sum, unless
-// null, adds up t.
+// So many terms of a row are added in single precision, and their sums in double.
+constexpr int64_t kStride = 128;
+
+// The divergence of a row all of whose logits are within 1/2 of the reference's, and the shift of t.
+template <bool kGrad, class T>
+double near_divergence(const T* reference, const float* p, const T* row, int64_t n, float scale,
+                       float grad_scale, float* weights, float* grad, float* shift_of_t) {
+    double sum = 0, kl = 0;  // of P e^-d - P
+    for (int64_t first = 0; first < n; first += kStride) {
+        const int64_t end = n - first < kStride ? n : first + kStride;
+        float part = 0;
+        BATCHKERN_SIMD(reduction(+ : part))
+        for (int64_t j = first; j < end; ++j) {
+            const float d = (load(reference + j) - load(row + j)) * scale;
+            const float change = p[j] == 0 ? 0.0f : p[j] * expm1_small(-d);
+            weights[j] = p[j] + change;
+            part += change;
+        }
+        sum += part;
+    }
+    const float shift = static_cast<float>(log1p(sum)), inverse = static_cast<float>(1 / (1 + sum));
+    for (int64_t first = 0; first < n; first += kStride) {
+        const int64_t end = n - first < kStride ? n : first + kStride;
+        float part = 0;
+        BATCHKERN_SIMD(reduction(+ : part))
+        for (int64_t j = first; j < end; ++j) {
+            const float q = weights[j] * inverse;
+            // |t| <= 1. Where P is 0 so is Q, and t may be the difference of two infinities.
+            const float t = p[j] == 0 ? 0.0f : (load(reference + j) - load(row + j)) * scale + shift;
+            const float tail = expm1_tail(t), square = t * t;
+            part += q * (square * (1.0f + (t - 1.0f) * tail));
+            if (kGrad) grad[j] = -q * (t + square * tail) * grad_scale;
+        }
+        kl += part;
+    }
+    *shift_of_t = shift;
+    return kl;
+}
+
+// That of any other row.
+template <bool kGrad, class T>
+double far_divergence(const T* reference, const Reference& r, const float* p, const T* row, float base_q,
+                      int64_t n, float scale, float grad_scale, float* weights, float* grad,
+                      float* shift_of_t) {
+    const float base_p = r.maximum, base = base_q == -INFINITY ? 0.0f : base_q;
+    double sum = 0, kl = 0;
+    BATCHKERN_SIMD(reduction(+ : sum))
+    for (int64_t j = 0; j < n; ++j) {
+        weights[j] = exp_nonpositive((load(row + j) - base) * scale);
+        sum += weights[j];
+    }
+    const float shift = static_cast<float>(log_nonnegative(sum) - r.log_sum);
+    const float inverse = static_cast<float>(1 / sum);
+    for (int64_t first = 0; first < n; first += kStride) {
+        const int64_t end = n - first < kStride ? n : first + kStride;
+        float part = 0;
+        BATCHKERN_SIMD(reduction(+ : part))
+        for (int64_t j = first; j < end; ++j) {
+            const float zp = load(reference + j), zq = load(row + j);
+            const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
+            const float q = weights[j] * inverse;
+            const float t = absent ? 0.0f : ((zp - base_p) - (zq - base_q)) * scale + shift;
+            const bool small = bits_of(t) << 1 <= bits_of(1.0f)
+                                                      << 1;  // |t| <= 1: of floats GCC makes branches
+            const float u = small ? t : 0.0f;
+            const float tail = expm1_tail(u), square = u * u;
+            const float far = p[j] == 0 ? q : p[j] * (t - 1.0f) + q;
+            const float term = small ? q * (square * (1.0f + (u - 1.0f) * tail)) : far;
+            part += t == INFINITY ? INFINITY : term;
+            if (kGrad) grad[j] = (small ? -q * (u + square * tail) : q - p[j]) * grad_scale;
+        }
+        kl += part;
+    }
+    *shift_of_t = shift;
+    return kl;
+}
+
+// The divergence of one virtual row. grad gets that of the row times grad_scale; t_sum, unless null, adds up
+// t. With E = e^t - 1 = t + t^2 tail(t), a term t e^t - e^t + 1 is t E - (E - t) = t^2 (1 + (t - 1) tail(t)).
 template <bool kGrad, class T>
 BATCHKERN_INLINE double divergence(const T* reference, const Reference& r, const float* p, const T* row,
                                    int64_t n, float scale, float grad_scale, float* weights, float* grad,
@@ -38,47 +115,13 @@ BATCHKERN_INLINE double divergence(const T* reference, const Reference& r, const
         const int32_t bits = ordered_bits(zq);
         max_bits = bits > max_bits ? bits : max_bits;
     }
-
-    // Q is weights / sum.
-    double sum = 0;
-    float base_p = 0, base_q = 0, shift;
-    if (float_of(static_cast<uint32_t>(largest_bits)) * scale < 0.5f) {
-        BATCHKERN_SIMD(reduction(+ : sum))
-        for (int64_t j = 0; j < n; ++j) {
-            const float d = (load(reference + j) - load(row + j)) * scale;
-            const float change = p[j] == 0 ? 0.0f : p[j] * expm1_small(-d);
-            weights[j] = p[j] + change;
-            sum += change;
-        }
-        shift = static_cast<float>(log1p(sum));
-        sum += 1;
-    } else {
-        base_p = r.maximum;
-        base_q = of_ordered_bits(max_bits);
-        const float base = base_q == -INFINITY ? 0.0f : base_q;
-        BATCHKERN_SIMD(reduction(+ : sum))
-        for (int64_t j = 0; j < n; ++j) {
-            weights[j] = exp_nonpositive((load(row + j) - base) * scale);
-            sum += weights[j];
-        }
-        shift = static_cast<float>(log_nonnegative(sum) - r.log_sum);
-    }
-
-    const float inverse = static_cast<float>(1 / sum);
-    double kl = 0;
-    BATCHKERN_SIMD(reduction(+ : kl))
-    for (int64_t j = 0; j < n; ++j) {
-        const float zp = load(reference + j), zq = load(row + j);
-        const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
-        const float q = weights[j] * inverse;
-        const float t = absent ? 0.0f : ((zp - base_p) - (zq - base_q)) * scale + shift;
-        const bool small = (t <= 1.0f) & (t >= -1.0f);
-        const float u = small ? t : 0.0f;
-        const float far = p[j] == 0 ? q : p[j] * (t - 1.0f) + q;
-        const float term = small ? q * divergence_small(u) : far;
-        kl += t == INFINITY ? INFINITY : term;
-        if (kGrad) grad[j] = (small ? -q * expm1_small(u) : q - p[j]) * grad_scale;
-    }
+    const bool near = float_of(static_cast<uint32_t>(largest_bits)) * scale < 0.5f;
+    const float base_p = near ? 0.0f : r.maximum, base_q = near ? 0.0f : of_ordered_bits(max_bits);
+    float shift;
+    const double kl =
+        near ? near_divergence<kGrad>(reference, p, row, n, scale, grad_scale, weights, grad, &shift)
+             : far_divergence<kGrad>(reference, r, p, row, base_q, n, scale, grad_scale, weights, grad,
+                                     &shift);
     if (t_sum) {
         BATCHKERN_SIMD()
         for (int64_t j = 0; j < n; ++j) {

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "huge_pages.h"
 #include "select.h"
 #include "tensors.h"
 
@@ -240,10 +241,18 @@ at::Tensor fresh_zeros(const at::Tensor& like) {
     return at::empty({0}, like.options()).set_(storage, 0, like.sizes(), strides);
 }
 
+// Below this share of kept rows most huge pages would hold zeros that nobody asked for.
+constexpr int64_t kFewKept = 12;
+
+bool are_few(const bool* kept, int64_t rows) {
+    return kept && kFewKept * std::count(kept, kept + rows, true) < rows;
+}
+
 at::Tensor gradient(const Problem& p, const at::Tensor& logits, const at::Tensor& lse,
                     const Upstream& upstream) {
     const bool fresh = logits.numel() * logits.element_size() > kAlwaysMapped;
     at::Tensor result = fresh ? fresh_zeros(logits) : at::empty_like(logits);
+    if (!fresh || !p.is_rows() || !are_few(upstream.kept, p.rows)) in_huge_pages(result);
     if (p.grid.layout(result)) {
         write_gradient(p, lse, upstream, result, fresh);
     } else {

@@ -194,8 +194,8 @@ def test_a_million_normals() -> None:
     for drawn in levels.values():
         error = (drawn.double() - expected).abs()
         assert error.max() < 1e-6
-        # 1e-6 is the promise across backends; the CPU kernel computes in double and rounds once.
-        assert through.which or (error <= expected.abs() * 2**-24 + 2e-10).all()
+        # 1e-6 is the promise across backends. On a CPU: six roundings, of a logarithm, a root, a sine and products.
+        assert through.which or (error <= 6 * 2**-24 * expected.abs()).all()
 
 
 def test_clipped_normals_follow_their_law() -> None:
