@@ -394,6 +394,15 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
+def in_channels_last(model: nn.Module) -> nn.Module:
+    """Lays out the weights of 2-d convolutions channels last, in place. Their outputs then are, whatever the inputs."""
+    for module in model.modules():
+        for weight in module.parameters(recurse=False) if isinstance(module, nn.Conv2d) else ():
+            if weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return model
+
+
 class Compiled:
     """``torch.compile`` of a model, beside it: the model's own modules, keys and hooks stay what they are.
 

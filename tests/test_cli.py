@@ -130,7 +130,7 @@ def test_options_reach_the_trainer(batchkern):
         *("--augment", "crop", "--label-smoothing", 0.1, "--image-size", 12, "--classifier", "fc", "--seed", 7),
         *("--device", "cpu", "--checkpoint-every", 1, "--out", "x/y", "--drop-last"),
         *("--warmup-epochs", 0.5, "--max-grad-norm", 2, "--gradient-accumulation-steps", 2, "--ema-decay", 0.9),
-        *("--compile", "eager", "--keep-best", "--log", "tensorboard"),
+        *("--compile", "eager", "--no-channels-last", "--keep-best", "--log", "tensorboard"),
     )
     assert (status, err) == (0, "")
     settings = json.loads(Path("x/y", CONFIG).read_text())["settings"]
@@ -155,6 +155,7 @@ def test_options_reach_the_trainer(batchkern):
         "gradient_accumulation_steps": 2,
         "ema_decay": 0.9,
         "compile": "eager",
+        "channels_last": None,
         "amp": "bf16",
         "augment": "crop",
         "label_smoothing": 0.1,

@@ -571,6 +571,26 @@ def test_steps_that_divide_the_epochs_are_not_given_more(tmp_path):
     assert trainer(**options, epochs=2, resume=True).fit()["epoch"] == 1
 
 
+def test_a_killed_run_of_a_model_by_name_ends_as_one_that_was_not(tmp_path):
+    """Its weights are laid out channels last, and so are the sums of its optimizer."""
+    data = images(60, shape=(3, 8, 8))
+
+    def made(name, **more):
+        return trainer([], "cnn", data, data, epochs=2, checkpoint_every=1, out=tmp_path / name, **more)
+
+    made("whole").fit()
+    run = made("killed")
+    arm(run, "step", 3)
+    with pytest.raises(KilledError):
+        run.fit()
+    resumed = made("killed", resume=True)
+    assert resumed.counts.updates > 0
+    resumed.fit()
+    assert difference(outcome(tmp_path / "whole"), outcome(tmp_path / "killed")) == ""
+    with pytest.raises(UserError, match="channels_last was True, now None"):
+        made("killed", resume=True, channels_last=False)
+
+
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from training import (
     CLASSES,
     DIFFERENT,
@@ -188,6 +188,32 @@ def test_a_model_by_name_is_drawn_from_the_seed_alone():
     assert not torch.equal(flat(first.model), flat(trainer(model="cnn", train=data, test=data, seed=1).model))
     torch.manual_seed(5)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def test_models_by_name_compute_in_channels_last_and_the_users_own_as_they_are(tmp_path):
+    data = images(40, shape=(3, 6, 6))
+    cases = (("cnn", {}, True), ("cnn", {"channels_last": False}, False))
+    cases += ((net(channels=3), {}, False), (net(channels=3), {"channels_last": True}, True))
+    weights = []
+    for place, (model, options, expected) in enumerate(cases):
+        run = trainer(model=model, train=data, test=data, out=tmp_path / str(place), **options)
+        outputs: list[Tensor] = []
+        first = next(m for m in run.model.modules() if isinstance(m, nn.Conv2d))
+        first.register_forward_hook(lambda _, __, output, seen=outputs: seen.append(output))
+        run.fit()
+        assert outputs
+        assert {channels_last(x) for x in outputs} == {expected}
+        assert run.settings["channels_last"] == (expected or None)
+        assert json.loads((tmp_path / str(place) / CONFIG).read_text())["settings"] == run.settings
+        weights.append(flat(run.model))
+    # The same sums in another order.
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-3, atol=1e-4)
+    with pytest.raises(UserError, match="channels_last"):
+        trainer(channels_last="yes")
 
 
 # --- repeatable -----------------------------------------------------------------------------------------------------

@@ -76,6 +76,9 @@ EmaOption = Annotated[
     float | None, option(help="evaluate and save a moving average of the weights with this decay, e.g. 0.999")
 ]
 CompileOption = Annotated[str | None, option(help="backend of torch.compile, e.g. inductor")]
+NoChannelsLastOption = Annotated[
+    bool, option("--no-channels-last", help="leave the weights of convolutions in the layout that torch gives them")
+]
 AmpOption = Annotated[str, option(help="mixed precision: none, bf16 or fp16")]
 AugmentOption = Annotated[str, option(help="none, flip, crop, crop+flip, resized-crop or resized-crop+flip")]
 SmoothingOption = Annotated[float, option(help="label smoothing of the training loss, in [0, 1]")]

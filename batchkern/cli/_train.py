@@ -33,6 +33,7 @@ from batchkern.cli._options import (
     MaxGradNormOption,
     ModelOption,
     MomentumOption,
+    NoChannelsLastOption,
     NoiseOption,
     OptimizerOption,
     OverwriteOption,
@@ -79,6 +80,7 @@ def train(
     gradient_accumulation_steps: AccumulationOption = 1,
     ema_decay: EmaOption = None,
     compile: CompileOption = None,
+    no_channels_last: NoChannelsLastOption = False,
     amp: AmpOption = "none",
     augment: AugmentOption = "none",
     label_smoothing: SmoothingOption = 0.0,
@@ -140,6 +142,7 @@ def train(
         gradient_accumulation_steps=gradient_accumulation_steps,
         ema_decay=ema_decay,
         compile=compile,
+        channels_last=False if no_channels_last else None,
         amp=amp,  # type: ignore[arg-type]
         augment=augment,
         label_smoothing=label_smoothing,
