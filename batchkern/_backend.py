@@ -65,8 +65,14 @@ are_plain: Callable[[tuple[Any, ...], dict[str, Any]], bool] = getattr(extension
 in_memory: Callable[[Tensor], bool] = getattr(extension, "in_memory", lambda _: True)
 """Whether the storage of a tensor holds all of its elements. Without the module, which looks, it is said to."""
 
-in_huge_pages: Callable[[Tensor], Tensor] = getattr(extension, "in_huge_pages", lambda x: x)
-"""Its argument, to be called before anything is written to it: what is large on a CPU gets huge pages."""
+
+def large_empty(rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """``(rows, columns)`` on the device of ``like``, uninitialised; on a CPU in memory that is used again, as
+    csrc/cpu/memory.h says."""
+    if extension is None or not like.is_cpu or type(like) not in (Tensor, torch.nn.Parameter):  # a fake tensor, say
+        return torch.empty(rows, columns, dtype=dtype, device=like.device)
+    found: Tensor = extension.large_empty(rows, columns, dtype)
+    return found
 
 
 def _torch_without_cuda() -> str:

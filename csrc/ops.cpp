@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "arguments.h"
-#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
+#include "cpu/memory.h"
 
 #ifdef BATCHKERN_WITH_CUDA
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -211,8 +211,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         m, "trimmed_mean_backward");
     Call<Tensor(const Tensor&, c10::SymInt)>::define(m, "rank_batches");
     m.def("in_memory", &batchkern::in_memory, "Whether a tensor's storage holds all of its elements.");
-    m.def("in_huge_pages", &batchkern::in_huge_pages,
-          "Its argument, in huge pages from its first writing on, where it is large and Linux gives them.");
+    m.def(
+        "large_empty",
+        [](int64_t rows, int64_t columns, at::ScalarType dtype) {
+            return batchkern::large_empty({rows, columns}, at::TensorOptions(at::kCPU).dtype(dtype));
+        },
+        "On the CPU, (rows, columns), uninitialised: see cpu/memory.h.");
     m.add_object("are_plain", PyCFunction_New(&kArePlain, nullptr));
     m.def("build_facts", &build_facts, "What this module was compiled with, as a dict.");
 #ifdef BATCHKERN_WITH_CUDA

@@ -227,7 +227,14 @@ CPU = [
             "valid[i] = static_cast<int64_t>(target[i]) != p.options.ignore_index;",
             "valid[i] = true;",
         ),
-        ("huge pages where few rows are kept", "!are_few(upstream.kept, p.rows)", "true"),
+        ("dropped rows are written, though few are kept", "&& are_few(upstream.kept, p.rows)", "&& false"),
+    ),
+    *within(
+        "cpu",
+        "csrc/cpu/memory.cpp",
+        CROSS_ENTROPY,
+        ("a freed block is used where it does not fit", "if (block && bytes <= block->bytes &&", "if (block &&"),
+        ("freed blocks are given back", "give_back(spare.exchange(block));", "give_back(block);"),
     ),
     *within(
         "cpu",
@@ -773,7 +780,7 @@ WRAPPERS = [
             "taken_off = (1 - keep) * needs[1] if",
         ),
         ("dropped rows are added, not taken off", "~kept, -1 / normalizer, 0.0)", "~kept, 1 / normalizer, 0.0)"),
-        ("sums of many chunks in bfloat16", "dtype = x.dtype if terms == 1 else torch.float32", "dtype = x.dtype"),
+        ("sums of many chunks in bfloat16", "dtype=x.dtype if terms == 1 else torch.float32", "dtype=x.dtype"),
         ("room for one row too few", "math.floor(share * len(mask)) + 1)", "math.floor(share * len(mask)))"),
     ),
     *within(

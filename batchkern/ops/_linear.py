@@ -104,7 +104,7 @@ def _parts(size: int, part: int) -> Iterator[slice]:
 def _buffer(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """``(rows, columns)`` whose rows begin at aligned places: odd strides would slow down matmuls and kernels."""
     stride = _divide(columns, ALIGNMENT) * ALIGNMENT
-    return _backend.in_huge_pages(torch.empty(rows, stride, dtype=dtype, device=like.device))[:, :columns]
+    return _backend.large_empty(rows, stride, dtype, like)[:, :columns]
 
 
 class _Layer:
@@ -163,8 +163,7 @@ class _Sums:
         def empty(x: Tensor | None, needed: bool) -> Tensor | None:
             if x is None or not needed:
                 return None
-            dtype = x.dtype if terms == 1 else torch.float32
-            return _backend.in_huge_pages(torch.empty(x.shape, dtype=dtype, device=x.device))
+            return torch.empty(x.shape, dtype=x.dtype if terms == 1 else torch.float32, device=x.device)
 
         self.weight, self.bias = empty(weight, needs[1]), empty(bias, needs[2])
         self.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -265,7 +264,7 @@ def losses_and_gradients(
     options = dtype, ignore_index, label_smoothing, softcap, logit_scale, chunk_rows
     chunks = Pass(hidden, weight, bias, target, *options, keep_u=True)
     sums = _Sums(weight, bias, needs, terms=_divide(len(hidden), chunks.rows) + (keep < 1))
-    to_hidden = _backend.in_huge_pages(torch.empty_like(hidden)) if needs[0] else None
+    to_hidden = torch.empty_like(hidden) if needs[0] else None
     upstream = (logit_scale / normalizer).expand(len(hidden))
     for part, narrow, logits, u in chunks:
         saved = target[part], chunks.lse[part], ignore_index, label_smoothing, 0, None

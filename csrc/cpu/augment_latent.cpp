@@ -5,7 +5,7 @@
 #include <cmath>
 #include <vector>
 
-#include "huge_pages.h"
+#include "memory.h"
 #include "tensors.h"
 
 namespace batchkern {
@@ -60,7 +60,7 @@ at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t 
     const uint64_t key = static_cast<uint64_t>(seed.item<int64_t>());
     const auto deviation = static_cast<float>(sigma), limit = static_cast<float>(tau);
     Mask mask = mask_of(0, seed, drop_prob, rescale_dropout);
-    at::Tensor out = in_huge_pages(at::empty({copies * batch, width}, x.options()));
+    at::Tensor out = large_empty({copies * batch, width}, x.options());
     if (out.numel() == 0) return out;
 
     // Copies of a row are neighbours here, so that every thread gets as many of each kind.
@@ -126,7 +126,7 @@ at::Tensor augment_latent_backward(const at::Tensor& grad_, const at::Tensor& se
     const at::Tensor grad = dense_rows(grad_);
     const int64_t batch = grad.size(0) / copies, width = grad.size(1);
     const Mask mask = mask_of(0, seed, drop_prob, rescale_dropout);
-    at::Tensor out = in_huge_pages(at::empty({batch, width}, grad.options()));
+    at::Tensor out = large_empty({batch, width}, grad.options());
     at::parallel_for(0, batch, grain(copies * width), [&](int64_t begin, int64_t end) {
         const Kernels& k = kernels();
         std::vector<float> sum(width);

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "huge_pages.h"
+#include "memory.h"
 #include "tensors.h"
 
 namespace batchkern {
@@ -27,8 +27,8 @@ Forward soft_label_kl(const at::Tensor& reference_logits, const at::Tensor& virt
     const at::Tensor reference = dense_rows(reference_logits), virtuals = dense_rows(virtual_logits);
     const auto floats = reference.options().dtype(at::kFloat);
     at::Tensor kl = at::empty({rows}, floats);
-    at::Tensor to_virtual = in_huge_pages(at::empty({virtual_grad ? rows : 0, classes}, floats));
-    at::Tensor to_reference = in_huge_pages(at::empty({reference_grad ? batch : 0, classes}, floats));
+    at::Tensor to_virtual = large_empty({virtual_grad ? rows : 0, classes}, floats);
+    at::Tensor to_reference = large_empty({reference_grad ? batch : 0, classes}, floats);
     float* const divergences = kl.mutable_data_ptr<float>();
 
     at::parallel_for(0, batch, grain(classes * (copies + 1)), [&](int64_t begin, int64_t end) {

@@ -1,16 +1,13 @@
 // cross_entropy and trimmed_cross_entropy on a CPU: losses and log-sum-exps of all rows, a selection,
 // gradients of the rows that have one.
-#include <ATen/ExpandUtils.h>
-#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <functional>
 #include <string>
 #include <vector>
 
-#include "huge_pages.h"
+#include "memory.h"
 #include "select.h"
 #include "tensors.h"
 
@@ -209,39 +206,8 @@ Upstream of_kept(const Problem& p, const at::Tensor& grad, const at::Tensor& lse
     return {kept.const_data_ptr<bool>(), scale, nullptr, 0, nullptr, 0};
 }
 
-// Above this size malloc maps fresh pages, which hold zeros: calloc knows, so rows that were dropped need not
-// be touched, neither here nor by a page fault. Smaller blocks are used again, and calloc would clear them by
-// itself.
-constexpr int64_t kAlwaysMapped = int64_t{32} << 20;
-
-constexpr uintptr_t kAlignment = 64;
-
-void* aligned(void* base) {
-    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(base) / kAlignment + 1) * kAlignment);
-}
-
-void release(void* base) {
-    c10::profiledCPUMemoryReporter().Delete(aligned(base));
-    std::free(base);
-}
-
-// In the memory format of `like`.
-at::Tensor fresh_zeros(const at::Tensor& like) {
-    const size_t bytes = like.numel() * like.element_size();
-    void* const base = std::calloc(bytes + kAlignment, 1);
-    TORCH_CHECK_WITH(OutOfMemoryError, base, "could not allocate ", bytes,
-                     " bytes for the gradient of logits");
-    c10::profiledCPUMemoryReporter().New(aligned(base), bytes);
-    const c10::Storage storage(c10::Storage::use_byte_size_t(), bytes,
-                               at::DataPtr(aligned(base), base, &release, at::kCPU), c10::GetCPUAllocator(),
-                               /*resizable=*/true);
-    const auto strides = like.is_non_overlapping_and_dense()
-                             ? like.strides().vec()
-                             : at::infer_dense_strides(like.sizes(), like.strides());
-    return at::empty({0}, like.options()).set_(storage, 0, like.sizes(), strides);
-}
-
-// Below this share of kept rows most huge pages would hold zeros that nobody asked for.
+// Where fewer rows than one of so many are kept, it takes less time to leave the pages of the others
+// untouched than to write zeros.
 constexpr int64_t kFewKept = 12;
 
 bool are_few(const bool* kept, int64_t rows) {
@@ -250,11 +216,11 @@ bool are_few(const bool* kept, int64_t rows) {
 
 at::Tensor gradient(const Problem& p, const at::Tensor& logits, const at::Tensor& lse,
                     const Upstream& upstream) {
-    const bool fresh = logits.numel() * logits.element_size() > kAlwaysMapped;
-    at::Tensor result = fresh ? fresh_zeros(logits) : at::empty_like(logits);
-    if (!fresh || !p.is_rows() || !are_few(upstream.kept, p.rows)) in_huge_pages(result);
+    const size_t bytes = logits.numel() * logits.element_size();
+    const bool untouched = bytes > kAlwaysMapped && p.is_rows() && are_few(upstream.kept, p.rows);
+    at::Tensor result = untouched ? untouched_zeros_like(logits) : large_empty_like(logits);
     if (p.grid.layout(result)) {
-        write_gradient(p, lse, upstream, result, fresh);
+        write_gradient(p, lse, upstream, result, untouched);
     } else {
         const at::Tensor other = at::empty(logits.sizes(), logits.options());
         write_gradient(p, lse, upstream, other, false);

@@ -412,13 +412,37 @@ def asks_for_huge_pages(x: Tensor) -> bool:
     raise AssertionError("not mapped")
 
 
+def large_gradient(rows: int, keep: float) -> Tensor:
+    leaf = torch.randn(rows, 8200, requires_grad=True)
+    batchkern.trimmed_cross_entropy(leaf, torch.randint(8200, (rows,)), keep).backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 @pytest.mark.cpu
 @pytest.mark.skipif(not HUGE_PAGES.exists(), reason="needs a Linux kernel with huge pages")
 @pytest.mark.parametrize(("keep", "asked"), [(0.05, False), (0.2, True)])
-def test_large_gradients_ask_for_huge_pages_where_enough_is_written(keep: float, asked: bool) -> None:
-    leaf = torch.randn(1025, 8200, requires_grad=True)
-    batchkern.trimmed_cross_entropy(leaf, torch.randint(8200, (1025,)), keep).backward()
-    assert asks_for_huge_pages(leaf.grad) == asked
+def test_large_gradients_are_in_huge_pages_where_enough_is_written(keep: float, asked: bool) -> None:
+    assert asks_for_huge_pages(large_gradient(1025, keep)) == asked
+
+
+@pytest.mark.cpu
+def test_the_memory_of_a_large_gradient_is_used_again() -> None:
+    first = large_gradient(1025, 0.5)
+    other = large_gradient(1025, 0.5)
+    assert first.data_ptr() != other.data_ptr()
+    place = first.data_ptr()
+    first.fill_(math.nan)
+    del first
+    again = large_gradient(1030, 0.5)
+    assert again.data_ptr() == place
+    assert again.isfinite().all()
+    assert (again == 0).all(1).sum() == 515  # dropped rows
+    del again
+    larger = large_gradient(1500, 0.5)  # does not fit
+    assert (larger != 0).any(1).sum() == 750
+    assert larger.isfinite().all()
+    assert (other == 0).all(1).sum() == 512  # of 1025
 
 
 # --- the raw operators -----------------------------------------------------------------------------------------

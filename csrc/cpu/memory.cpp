@@ -1,0 +1,128 @@
+#include "memory.h"
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/core/CPUAllocator.h>
+#include <c10/util/strides.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace batchkern {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+struct Block {
+    void* data;
+    size_t bytes;  // whole huge pages
+};
+
+std::atomic<Block*> spare{nullptr};
+
+void give_back(Block* block) {
+    if (!block) return;
+    std::free(block->data);
+    delete block;
+}
+
+// The memory from `begin` to `end` is advised what to do, in whole huge pages.
+void advise(const void* data, size_t bytes, int advice) {
+#if defined(__linux__)
+    const auto address = reinterpret_cast<uintptr_t>(data);
+    const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
+    const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+#endif
+}
+
+void ask_for_huge_pages(const void* data, size_t bytes) {
+#if defined(__linux__)
+    advise(data, bytes, MADV_HUGEPAGE);
+#endif
+}
+
+Block* take(size_t bytes) {
+    Block* const block = spare.exchange(nullptr);
+    if (block && bytes <= block->bytes && block->bytes / 2 <= bytes) return block;
+    give_back(block);
+    const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    void* const data = std::aligned_alloc(kHugePage, whole);
+    TORCH_CHECK_WITH(OutOfMemoryError, data, "could not allocate ", bytes, " bytes");
+    ask_for_huge_pages(data, whole);
+    return new Block{data, whole};
+}
+
+void keep(void* context) {
+    auto* const block = static_cast<Block*>(context);
+    c10::profiledCPUMemoryReporter().Delete(block->data);
+#if defined(__linux__) && defined(MADV_FREE)
+    advise(block->data, block->bytes, MADV_FREE);
+#endif
+    give_back(spare.exchange(block));
+}
+
+constexpr uintptr_t kAlignment = 64;
+
+void* aligned(void* base) {
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(base) / kAlignment + 1) * kAlignment);
+}
+
+void release(void* base) {
+    c10::profiledCPUMemoryReporter().Delete(aligned(base));
+    std::free(base);
+}
+
+at::Tensor tensor_in(at::DataPtr data, size_t bytes, at::IntArrayRef sizes, at::IntArrayRef strides,
+                     const at::TensorOptions& options) {
+    c10::profiledCPUMemoryReporter().New(data.get(), bytes);
+    const c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(data),
+                               c10::GetCPUAllocator(), /*resizable=*/true);
+    return at::empty({0}, options).set_(storage, 0, sizes, strides);
+}
+
+std::vector<int64_t> dense_strides(const at::Tensor& like) {
+    return like.is_non_overlapping_and_dense() ? like.strides().vec()
+                                               : at::infer_dense_strides(like.sizes(), like.strides());
+}
+
+at::Tensor large_tensor(size_t bytes, at::IntArrayRef sizes, at::IntArrayRef strides,
+                        const at::TensorOptions& options) {
+    Block* const block = take(bytes);
+    return tensor_in({block->data, block, &keep, at::kCPU}, bytes, sizes, strides, options);
+}
+
+at::Tensor in_huge_pages(at::Tensor x) {
+    if (x.nbytes() >= 2 * kHugePage) ask_for_huge_pages(x.const_data_ptr(), x.nbytes());
+    return x;
+}
+
+}  // namespace
+
+at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
+    const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
+    if (bytes <= kAlwaysMapped) return in_huge_pages(at::empty(sizes, options));
+    return large_tensor(bytes, sizes, c10::contiguous_strides(sizes), options);
+}
+
+at::Tensor large_empty_like(const at::Tensor& like) {
+    const size_t bytes = like.numel() * like.element_size();
+    if (bytes <= kAlwaysMapped) return in_huge_pages(at::empty_like(like));
+    return large_tensor(bytes, like.sizes(), dense_strides(like), like.options());
+}
+
+at::Tensor untouched_zeros_like(const at::Tensor& like) {
+    const size_t bytes = like.numel() * like.element_size();
+    void* const base = std::calloc(bytes + kAlignment, 1);
+    TORCH_CHECK_WITH(OutOfMemoryError, base, "could not allocate ", bytes, " bytes");
+    return tensor_in({aligned(base), base, &release, at::kCPU}, bytes, like.sizes(), dense_strides(like),
+                     like.options());
+}
+
+}  // namespace batchkern
