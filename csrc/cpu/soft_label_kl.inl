@@ -23,40 +23,47 @@ BATCHKERN_INLINE Reference prepare_reference(const T* reference, int64_t n, floa
 // So many terms of a row are added in single precision, and their sums in double.
 constexpr int64_t kStride = 128;
 
+// Adds term(j) over a row: in single precision over a stride, a lane each, and the strides in double.
+template <class Term>
+BATCHKERN_INLINE double sum_of(int64_t n, Term term) {
+    const int64_t whole = n / kLanes * kLanes;
+    double lanes[kLanes] = {}, sum = 0;
+    for (int64_t first = 0; first < whole; first += kStride) {
+        const int64_t end = whole - first < kStride ? whole : first + kStride;
+        float part[kLanes] = {};
+        for (int64_t j = first; j < end; j += kLanes) {
+            BATCHKERN_SIMD()
+            for (int64_t r = 0; r < kLanes; ++r) part[r] += term(j + r);
+        }
+        BATCHKERN_SIMD()
+        for (int64_t r = 0; r < kLanes; ++r) lanes[r] += part[r];
+    }
+    BATCHKERN_SIMD(reduction(+ : sum))
+    for (int64_t r = 0; r < kLanes; ++r) sum += lanes[r];
+    for (int64_t j = whole; j < n; ++j) sum += term(j);
+    return sum;
+}
+
 // The divergence of a row all of whose logits are within 1/2 of the reference's, and the shift of t.
 template <bool kGrad, class T>
 double near_divergence(const T* reference, const float* p, const T* row, int64_t n, float scale,
                        float grad_scale, float* weights, float* grad, float* shift_of_t) {
-    double sum = 0, kl = 0;  // of P e^-d - P
-    for (int64_t first = 0; first < n; first += kStride) {
-        const int64_t end = n - first < kStride ? n : first + kStride;
-        float part = 0;
-        BATCHKERN_SIMD(reduction(+ : part))
-        for (int64_t j = first; j < end; ++j) {
-            const float d = (load(reference + j) - load(row + j)) * scale;
-            const float change = p[j] == 0 ? 0.0f : p[j] * expm1_small(-d);
-            weights[j] = p[j] + change;
-            part += change;
-        }
-        sum += part;
-    }
+    const double sum = sum_of(n, [=](int64_t j) __attribute__((always_inline)) {  // of P e^-d - P
+        const float d = (load(reference + j) - load(row + j)) * scale;
+        const float change = p[j] == 0 ? 0.0f : p[j] * expm1_small(-d);
+        weights[j] = p[j] + change;
+        return change;
+    });
     const float shift = static_cast<float>(log1p(sum)), inverse = static_cast<float>(1 / (1 + sum));
-    for (int64_t first = 0; first < n; first += kStride) {
-        const int64_t end = n - first < kStride ? n : first + kStride;
-        float part = 0;
-        BATCHKERN_SIMD(reduction(+ : part))
-        for (int64_t j = first; j < end; ++j) {
-            const float q = weights[j] * inverse;
-            // |t| <= 1. Where P is 0 so is Q, and t may be the difference of two infinities.
-            const float t = p[j] == 0 ? 0.0f : (load(reference + j) - load(row + j)) * scale + shift;
-            const float tail = expm1_tail(t), square = t * t;
-            part += q * (square * (1.0f + (t - 1.0f) * tail));
-            if (kGrad) grad[j] = -q * (t + square * tail) * grad_scale;
-        }
-        kl += part;
-    }
     *shift_of_t = shift;
-    return kl;
+    return sum_of(n, [=](int64_t j) __attribute__((always_inline)) {
+        const float q = weights[j] * inverse;
+        // |t| <= 1. Where P is 0 so is Q, and t may be the difference of two infinities.
+        const float t = p[j] == 0 ? 0.0f : (load(reference + j) - load(row + j)) * scale + shift;
+        const float tail = expm1_tail(t), square = t * t;
+        if (kGrad) grad[j] = -q * (t + square * tail) * grad_scale;
+        return q * (square * (1.0f + (t - 1.0f) * tail));
+    });
 }
 
 // That of any other row.
@@ -65,36 +72,25 @@ double far_divergence(const T* reference, const Reference& r, const float* p, co
                       int64_t n, float scale, float grad_scale, float* weights, float* grad,
                       float* shift_of_t) {
     const float base_p = r.maximum, base = base_q == -INFINITY ? 0.0f : base_q;
-    double sum = 0, kl = 0;
-    BATCHKERN_SIMD(reduction(+ : sum))
-    for (int64_t j = 0; j < n; ++j) {
-        weights[j] = exp_nonpositive((load(row + j) - base) * scale);
-        sum += weights[j];
-    }
+    const double sum = sum_of(n, [=](int64_t j) __attribute__((always_inline)) {
+        return weights[j] = exp_nonpositive((load(row + j) - base) * scale);
+    });
     const float shift = static_cast<float>(log_nonnegative(sum) - r.log_sum);
     const float inverse = static_cast<float>(1 / sum);
-    for (int64_t first = 0; first < n; first += kStride) {
-        const int64_t end = n - first < kStride ? n : first + kStride;
-        float part = 0;
-        BATCHKERN_SIMD(reduction(+ : part))
-        for (int64_t j = first; j < end; ++j) {
-            const float zp = load(reference + j), zq = load(row + j);
-            const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
-            const float q = weights[j] * inverse;
-            const float t = absent ? 0.0f : ((zp - base_p) - (zq - base_q)) * scale + shift;
-            const bool small = bits_of(t) << 1 <= bits_of(1.0f)
-                                                      << 1;  // |t| <= 1: of floats GCC makes branches
-            const float u = small ? t : 0.0f;
-            const float tail = expm1_tail(u), square = u * u;
-            const float far = p[j] == 0 ? q : p[j] * (t - 1.0f) + q;
-            const float term = small ? q * (square * (1.0f + (u - 1.0f) * tail)) : far;
-            part += t == INFINITY ? INFINITY : term;
-            if (kGrad) grad[j] = (small ? -q * (u + square * tail) : q - p[j]) * grad_scale;
-        }
-        kl += part;
-    }
     *shift_of_t = shift;
-    return kl;
+    return sum_of(n, [=](int64_t j) __attribute__((always_inline)) {
+        const float zp = load(reference + j), zq = load(row + j);
+        const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
+        const float q = weights[j] * inverse;
+        const float t = absent ? 0.0f : ((zp - base_p) - (zq - base_q)) * scale + shift;
+        const bool small = bits_of(t) << 1 <= bits_of(1.0f) << 1;  // |t| <= 1: of floats GCC makes branches
+        const float u = small ? t : 0.0f;
+        const float tail = expm1_tail(u), square = u * u;
+        const float far = p[j] == 0 ? q : p[j] * (t - 1.0f) + q;
+        const float term = small ? q * (square * (1.0f + (u - 1.0f) * tail)) : far;
+        if (kGrad) grad[j] = (small ? -q * (u + square * tail) : q - p[j]) * grad_scale;
+        return t == INFINITY ? INFINITY : term;
+    });
 }
 
 // The divergence of one virtual row. grad gets that of the row times grad_scale; t_sum, unless null, adds up
@@ -137,6 +133,13 @@ BATCHKERN_INLINE double divergence(const T* reference, const Reference& r, const
 // scalar.
 constexpr int64_t kPadded = 256;
 
+// Rows of one reference lie far apart: while one is computed on, memory brings the next.
+template <int kWrite, class T>
+BATCHKERN_INLINE void fetch_ahead(const T* row, int64_t n) {
+    const int64_t size = n < kBlock ? n : kBlock;
+    for (int64_t j = 0; j < size; j += 64 / sizeof(T)) __builtin_prefetch(row + j, kWrite, 2);
+}
+
 template <bool kGrad, class T>
 void divergences(const DivergenceRows& a) {
     const T* reference = static_cast<const T*>(a.reference);
@@ -163,6 +166,10 @@ void divergences(const DivergenceRows& a) {
     for (int64_t copy = 0; copy < a.copies; ++copy) {
         const T* virtual_row = static_cast<const T*>(a.virtuals) + copy * a.virtual_stride;
         float* grad = kGrad ? a.grad_virtual + copy * a.grad_stride : nullptr;
+        if (copy + 1 < a.copies) {
+            fetch_ahead<0>(virtual_row + a.virtual_stride, n);
+            if (kGrad) fetch_ahead<1>(grad + a.grad_stride, n);
+        }
         double kl;
         if (padded) {
             for (int64_t j = 0; j < n; ++j) row[j] = load(virtual_row + j);
