@@ -125,7 +125,7 @@ gpu: ## with the torch of PYTHON: build for its GPU, test, measure, sanitize, in
 soak: setup ## kill trainings and comparisons at KILLS=200 random moments (SEED=0), fill their disk, let two meet: is anything lost? half an hour
 	$(BIN)/python tests/soak.py
 
-resources: setup ## registers and spills of the CUDA kernels, for three architectures (bench/KERNEL_RESOURCES.md)
+resources: setup ## registers, spills and machine code of the CUDA kernels, for three architectures (bench/KERNEL_RESOURCES.md)
 	$(BIN)/python bench/kernel_resources.py $(if $(CHECK),--check)
 
 triton-resources: setup ## the same for the Triton kernels (bench/TRITON_RESOURCES.md); needs no nvcc

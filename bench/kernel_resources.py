@@ -5,8 +5,8 @@ And what does its machine code for Hopper say about its speed (``machine_code.py
 
 Reads it from the machine code in batchkern._C, by the cuobjdump that Triton brings: nothing is compiled, and neither a
 GPU nor a CUDA toolkit is needed. Exits with 1 where a kernel of ours has a stack or spills on any architecture, or with
-``--check`` where its machine code is worse than the table says, if the same nvcc made both; and with 2 where there is
-nothing to judge: no module, one without one of the architectures, a report that cannot be read.
+``--check`` where the table says something else, if the same nvcc made both: what is worse is named. And with 2 where
+there is nothing to judge: no module, one without one of the architectures, no table, a report that cannot be read.
 ``--loops`` shows every loop that reads memory, of kernels with such a name.
 """
 
@@ -109,14 +109,18 @@ def speeds(kernels: list[Kernel]) -> dict[str, machine_code.Speed]:
 
 
 def show_loops(name: str, kernels: list[Kernel]) -> None:
+    named = [kernel for kernel in kernels if kernel.architecture == HOPPER and name in kernel.name]
+    if not named:
+        raise Failure(f"no kernel has {name!r} in its name")
     code = machine_code.kernels(report("-sass", "-arch", f"sm_{HOPPER}"))
-    for kernel in kernels:
-        if kernel.architecture == HOPPER and name in kernel.name:
-            print(kernel.name)
-            for loop in code[kernel.mangled].loops:
-                loads = f"{loop.loads} loads of {loop.width:g} bytes in flight, {loop.bytes} bytes in all"
-                main = ", the main loop" if loop == code[kernel.mangled].main else ""
-                print(f"  {loop.address:#x}: {loads}, {loop.instructions} instructions{main}")
+    for kernel in named:
+        print(kernel.name)
+        for loop in code[kernel.mangled].loops:
+            loads = f"{loop.loads} loads of {loop.width:g} bytes in flight, {loop.bytes} bytes in all"
+            main = ", the main loop" if loop == code[kernel.mangled].main else ""
+            print(f"  {loop.address:#x}: {loads}, {loop.instructions} instructions{main}")
+        if not code[kernel.mangled].loops:
+            print("  no loop reads memory")
 
 
 def demangle(kernels: list[Kernel]) -> list[Kernel]:
@@ -154,13 +158,24 @@ def table(kernels: list[Kernel], found: dict[str, machine_code.Speed]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def worse(found: dict[str, machine_code.Speed], before: str) -> list[str]:
+def differences(kernels: list[Kernel], found: dict[str, machine_code.Speed], path: Path) -> list[str]:
+    """Of the table in a file from what it would be now."""
+    before = path.read_text() if path.exists() else ""
+    known = machine_code.rows(before)
+    if not known:
+        raise Failure(f"{path} has no such table; it is written without --check")
     if f"Compiled by {compiler()}." not in before:
         print(f"the table's machine code is of another compiler than {compiler()}: not compared")
         return []
-    known = machine_code.rows(before)
+    if before == table(kernels, found):
+        return []
     changes = {name: speed.worse(known[name]) for name, speed in found.items() if name in known}
-    return [f"sm_{HOPPER}: {name}: {change}" for name, change in changes.items() if change]
+    return [
+        *(f"sm_{HOPPER}: {name}: {change}" for name, change in changes.items() if change),
+        *(f"{name} is not in the table" for name in found.keys() - known.keys()),
+        *(f"{name} is in the table and not in the module" for name in known.keys() - found.keys()),
+        f"{path} is not what it would be now; it is written without --check",
+    ]
 
 
 def main() -> int:
@@ -178,8 +193,7 @@ def main() -> int:
             show_loops(arguments.loops, kernels)
             return 0
         found = speeds(kernels)
-        before = arguments.out.read_text() if arguments.out.exists() else ""
-        slower = worse(found, before) if arguments.check else []
+        changed = differences(kernels, found, arguments.out) if arguments.check else []
         if not arguments.check:
             arguments.out.write_text(table(kernels, found))
     except (Failure, ImportError, OSError, subprocess.CalledProcessError) as failure:
@@ -192,8 +206,8 @@ def main() -> int:
     bad = [kernel for kernel in kernels if kernel.stack]
     for kernel in bad:
         print(f"sm_{kernel.architecture}: {kernel.name} has {kernel.stack} bytes of stack and spills")
-    print(*slower, sep="\n", end="\n" * bool(slower))
-    return int(bool(bad or slower))
+    print(*changed, sep="\n", end="\n" * bool(changed))
+    return int(bool(bad or changed))
 
 
 if __name__ == "__main__":

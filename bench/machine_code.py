@@ -331,18 +331,20 @@ class Speed:
         now = dict(zip(NAMES, (cell.strip() for cell in self.cells().split("|")), strict=False))
 
         def is_worse(name: str, sign: int) -> bool:
-            if "-" in (shown[name], now[name]):
-                return shown[name] != now[name]
-            return sign * (float(now[name]) - float(shown[name])) > 0
+            try:
+                return sign * (float(now[name]) - float(shown[name])) > 0
+            except (KeyError, ValueError):  # "-", or a table that somebody has edited
+                return shown.get(name) != now[name]
 
         return "; ".join(
-            f"{name} {now[name]}, was {shown[name]}" for name, sign in SIGNS.items() if is_worse(name, sign)
+            f"{name} {now[name]}, was {shown.get(name)}" for name, sign in SIGNS.items() if is_worse(name, sign)
         )
 
 
 NAMES = ("loads", "instructions an element", "dependent loads before", "barriers", "warps", "KB in flight")
 SIGNS = {"instructions an element": 1, "dependent loads before": 1, "barriers": 1, "warps": -1, "KB in flight": -1}
 """Which way is worse."""
+COLUMNS = f"| kernel | {' | '.join(NAMES)} |"
 HEADER = [
     "Of the main loop, the one with the widest loads, or of the beginning where more is loaded there: how many loads",
     "of how many bytes a thread has in flight before it uses the first. Of the loop: instructions for each element",
@@ -350,14 +352,14 @@ HEADER = [
     "warps that its registers and shared memory hold, and so KB in flight; where memory is the bound an H200 asks for",
     f"{ASKED / 1000:.0f} (4.2 TB/s, 800 ns a load, 132 multiprocessors).",
     "",
-    f"| kernel | {' | '.join(NAMES)} |",
+    COLUMNS,
     f"|---|{'---:|' * len(NAMES)}",
 ]
 
 
 def rows(text: str) -> dict[str, str]:
     """The cells of such a table by its kernels."""
-    _, _, table = text.partition(HEADER[-1])
+    _, _, table = text.partition(COLUMNS)
     return dict(re.findall(r"^\| `?([^`|]+?)`? \|(.*)$", table, re.MULTILINE))
 
 

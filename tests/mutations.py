@@ -227,14 +227,14 @@ CPU = [
             "valid[i] = static_cast<int64_t>(target[i]) != p.options.ignore_index;",
             "valid[i] = true;",
         ),
-        ("dropped rows are written, though few are kept", "&& are_few(upstream.kept, p.rows)", "&& false"),
+        ("dropped rows are written, though few are kept", "&& are_few(upstream, p.rows)", "&& false"),
     ),
     *within(
         "cpu",
         "csrc/cpu/memory.cpp",
         CROSS_ENTROPY,
-        ("a freed block is used where it does not fit", "if (block && bytes <= block->bytes &&", "if (block &&"),
-        ("freed blocks are given back", "give_back(spare.exchange(block));", "give_back(block);"),
+        ("a freed block is used where it does not fit", "if (block && whole <= block->bytes)", "if (block)"),
+        ("freed blocks are given back", "give_back(spare(block->bytes).exchange(block));", "give_back(block);"),
     ),
     *within(
         "cpu",

@@ -105,24 +105,50 @@ def test_machine_code_worse_than_the_table_is_refused(main, tmp_path: Path) -> N
     out = tmp_path / "table.md"
     main(CLEAN, "--out", str(out))
     assert main(CLEAN, "--check", "--out", str(out))[0] == 0
-    out.write_text(out.read_text().replace("| 0.4 | 1 | 0 | 32 |", "| 0.3 | 1 | 0 | 32 |"))
-    code, shown, _ = main(CLEAN, "--check", "--out", str(out))
-    assert (code, shown.splitlines()[-1]) == (1, f"sm_90: {SHORT[1]}: instructions an element 0.4, was 0.3")
-    out.write_text(out.read_text().replace("nvcc 13.0", "nvcc 12.9"))
+    whole = out.read_text()
+    last = f"{out} is not what it would be now; it is written without --check"
+    row = next(line for line in whole.splitlines()[::-1] if SHORT[1] in line)
+    for changed, said in (
+        (whole.replace("| 0.4 | 1 | 0 | 32 |", "| 0.3 | 1 | 0 | 32 |"), "instructions an element 0.4, was 0.3"),
+        (whole.replace("| 0.4 | 1 | 0 | 32 |", "| abc | 1 | 0 | 32 |"), "instructions an element 0.4, was abc"),
+    ):
+        out.write_text(changed)
+        code, shown, _ = main(CLEAN, "--check", "--out", str(out))
+        assert (code, shown.splitlines()[-2:]) == (1, [f"sm_90: {SHORT[1]}: {said}", last])
+    for changed, said in (
+        (whole.replace(f"{row}\n", ""), [f"{SHORT[1]} is not in the table", last]),
+        (whole + "| `gone` | 1 |\n", ["gone is in the table and not in the module", last]),
+        (whole.replace(" 64 | 9616 | 0 |", " 40 | 9616 | 0 |"), [last]),  # registers
+        (whole.replace("| 0.4 | 1 | 0 | 32 |", "| 0.9 | 1 | 0 | 32 |"), [last]),  # better
+    ):
+        out.write_text(changed)
+        code, shown, _ = main(CLEAN, "--check", "--out", str(out))
+        assert (code, shown.splitlines()[-len(said) :]) == (1, said)
+    out.write_text(whole.replace("nvcc 13.0", "nvcc 12.9"))
     code, shown, _ = main(CLEAN, "--check", "--out", str(out))
     assert code == 0
     assert "of another compiler than nvcc 13.0: not compared" in shown
+    out.write_text("")
+    assert main(CLEAN, "--check", "--out", str(out))[::2] == (
+        2,
+        f"kernel_resources: {out} has no such table; it is written without --check\n",
+    )
+
+
+def test_loops_by_a_name(main) -> None:
+    code, shown, _ = main(CLEAN, "--loops", "select_rows")
+    assert (code, shown.splitlines()[0], len(shown.splitlines())) == (0, SHORT[1], 2)
+    assert main(CLEAN, "--loops", "nosuch") == (2, "", "kernel_resources: no kernel has 'nosuch' in its name\n")
 
 
 def test_spills_are_refused_by_name(main, tmp_path: Path) -> None:
     out = tmp_path / "table.md"
-    code, shown, _ = main(REPORT, "--check", "--out", str(out))
+    code, shown, _ = main(REPORT, "--out", str(out))
     assert code == 1
     for architecture in ("sm_80", "sm_90", "sm_100"):
         assert f"{architecture}: rank_few<false, float> has 880 bytes of stack and spills" in shown
     assert "sm_75" not in shown
     assert "select_rows" not in shown
-    assert not out.exists()
 
 
 @pytest.mark.parametrize(

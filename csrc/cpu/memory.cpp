@@ -18,13 +18,17 @@ namespace batchkern {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kLarge = 2 * kHugePage;
 
 struct Block {
     void* data;
     size_t bytes;  // whole huge pages
 };
 
-std::atomic<Block*> spare{nullptr};
+std::atomic<Block*> spares[64] = {};
+
+// Where a block of so many bytes is kept.
+std::atomic<Block*>& spare(size_t bytes) { return spares[63 - __builtin_clzll(bytes)]; }
 
 void give_back(Block* block) {
     if (!block) return;
@@ -32,40 +36,31 @@ void give_back(Block* block) {
     delete block;
 }
 
-// The memory from `begin` to `end` is advised what to do, in whole huge pages.
-void advise(const void* data, size_t bytes, int advice) {
 #if defined(__linux__)
-    const auto address = reinterpret_cast<uintptr_t>(data);
-    const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage;
-    const uintptr_t end = (address + bytes) / kHugePage * kHugePage;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, advice);
+void advise(const Block& block, int advice) { madvise(block.data, block.bytes, advice); }
 #endif
-}
-
-void ask_for_huge_pages(const void* data, size_t bytes) {
-#if defined(__linux__)
-    advise(data, bytes, MADV_HUGEPAGE);
-#endif
-}
 
 Block* take(size_t bytes) {
-    Block* const block = spare.exchange(nullptr);
-    if (block && bytes <= block->bytes && block->bytes / 2 <= bytes) return block;
-    give_back(block);
     const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    Block* const block = spare(whole).exchange(nullptr);
+    if (block && whole <= block->bytes) return block;
+    give_back(block);
     void* const data = std::aligned_alloc(kHugePage, whole);
     TORCH_CHECK_WITH(OutOfMemoryError, data, "could not allocate ", bytes, " bytes");
-    ask_for_huge_pages(data, whole);
-    return new Block{data, whole};
+    auto* const made = new Block{data, whole};
+#if defined(__linux__)
+    advise(*made, MADV_HUGEPAGE);
+#endif
+    return made;
 }
 
 void keep(void* context) {
     auto* const block = static_cast<Block*>(context);
     c10::profiledCPUMemoryReporter().Delete(block->data);
 #if defined(__linux__) && defined(MADV_FREE)
-    advise(block->data, block->bytes, MADV_FREE);
+    advise(*block, MADV_FREE);
 #endif
-    give_back(spare.exchange(block));
+    give_back(spare(block->bytes).exchange(block));
 }
 
 constexpr uintptr_t kAlignment = 64;
@@ -98,22 +93,17 @@ at::Tensor large_tensor(size_t bytes, at::IntArrayRef sizes, at::IntArrayRef str
     return tensor_in({block->data, block, &keep, at::kCPU}, bytes, sizes, strides, options);
 }
 
-at::Tensor in_huge_pages(at::Tensor x) {
-    if (x.nbytes() >= 2 * kHugePage) ask_for_huge_pages(x.const_data_ptr(), x.nbytes());
-    return x;
-}
-
 }  // namespace
 
 at::Tensor large_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {
     const size_t bytes = c10::multiply_integers(sizes) * options.dtype().itemsize();
-    if (bytes <= kAlwaysMapped) return in_huge_pages(at::empty(sizes, options));
+    if (bytes < kLarge) return at::empty(sizes, options);
     return large_tensor(bytes, sizes, c10::contiguous_strides(sizes), options);
 }
 
 at::Tensor large_empty_like(const at::Tensor& like) {
     const size_t bytes = like.numel() * like.element_size();
-    if (bytes <= kAlwaysMapped) return in_huge_pages(at::empty_like(like));
+    if (bytes < kLarge) return at::empty_like(like);
     return large_tensor(bytes, like.sizes(), dense_strides(like), like.options());
 }
 

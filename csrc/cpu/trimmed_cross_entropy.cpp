@@ -206,18 +206,23 @@ Upstream of_kept(const Problem& p, const at::Tensor& grad, const at::Tensor& lse
     return {kept.const_data_ptr<bool>(), scale, nullptr, 0, nullptr, 0};
 }
 
-// Where fewer rows than one of so many are kept, it takes less time to leave the pages of the others
+// Where fewer rows than one of so many have a gradient, it takes less time to leave the pages of the others
 // untouched than to write zeros.
-constexpr int64_t kFewKept = 12;
+constexpr int64_t kFew = 12;
 
-bool are_few(const bool* kept, int64_t rows) {
-    return kept && kFewKept * std::count(kept, kept + rows, true) < rows;
+bool are_few(const Upstream& u, int64_t rows) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < rows && kFew * count < rows; ++i) {
+        const bool by_loss = u.loss && u.loss[i * u.loss_stride] != 0;
+        count += u.kept ? u.kept[i] : by_loss || (u.lse && u.lse[i * u.lse_stride] != 0);
+    }
+    return kFew * count < rows;
 }
 
 at::Tensor gradient(const Problem& p, const at::Tensor& logits, const at::Tensor& lse,
                     const Upstream& upstream) {
     const size_t bytes = logits.numel() * logits.element_size();
-    const bool untouched = bytes > kAlwaysMapped && p.is_rows() && are_few(upstream.kept, p.rows);
+    const bool untouched = bytes > kAlwaysMapped && p.is_rows() && are_few(upstream, p.rows);
     at::Tensor result = untouched ? untouched_zeros_like(logits) : large_empty_like(logits);
     if (p.grid.layout(result)) {
         write_gradient(p, lse, upstream, result, untouched);
