@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter, itemgetter
 
 FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P[\dT]+) )?\s*([A-Z][\w.]*)\s*(.*?)\s*;", re.MULTILINE)
@@ -37,11 +38,16 @@ class Instruction:
 
     @cached_property
     def load(self) -> int:
-        """Bytes that a thread loads from global memory, or 0."""
+        """Bytes that a thread loads from global memory, or 0. What other blocks have written is loaded STRONG."""
         if not LOAD.match(self.opcode):
             return 0
         width = re.search(r"\.[US]?(8|16|64|128)\b", self.opcode)
         return int(width[1]) // 8 if width else 4
+
+    @property
+    def input(self) -> int:
+        """Bytes of the kernel's inputs."""
+        return 0 if ".STRONG" in self.opcode else self.load
 
     @cached_property
     def target(self) -> int | None:
@@ -84,19 +90,26 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop that reads global memory. Of a thread and an iteration on the shortest of the ways that load most and do
-    all the work: loads before the value of one is used, their bytes, all bytes, that work, and all instructions."""
+    """A loop that reads inputs from global memory. Of a thread and an iteration on the shortest of the ways that load
+    most and do all the work: loads before the value of one is used, their bytes, those of the widest load, all bytes,
+    that work, the exponentials in it, and all instructions."""
 
     address: int
     loads: int
     in_flight: int
+    widest: int
     bytes: int
     work: int
+    exponentials: int
     instructions: int
 
     @property
     def width(self) -> float:
         return self.in_flight / self.loads
+
+    def elements(self, size: int) -> float:
+        """Of an iteration: each takes one exponential. Where there is none, what the bytes hold."""
+        return self.exponentials or self.bytes / size
 
 
 @dataclass(frozen=True)
@@ -107,8 +120,10 @@ class _Way:
     waiting: bool = True
     loads: int = 0
     in_flight: int = 0
+    widest: int = 0
     bytes: int = 0
     work: int = 0
+    exponentials: int = 0
     instructions: int = 0
 
     def rank(self) -> tuple[int, int, int]:
@@ -118,13 +133,20 @@ class _Way:
         pending, waiting, loads, in_flight = set(self.pending), self.waiting, self.loads, self.in_flight
         for x in block:
             waiting = waiting and not pending & x.read
-            if x.load and waiting:
+            if x.input and waiting:
                 pending |= x.written
-                loads, in_flight = loads + 1, in_flight + x.load
-        loaded = self.bytes + sum(x.load for x in block)
-        work = self.work + sum(bool(WORK.match(x.opcode)) for x in block)
-        instructions = self.instructions + len(block)
-        return _Way(frozenset(pending), waiting, loads, in_flight, loaded, work, instructions)
+                loads, in_flight = loads + 1, in_flight + x.input
+        return _Way(
+            frozenset(pending),
+            waiting,
+            loads,
+            in_flight,
+            max([self.widest, *(x.input for x in block)]),
+            self.bytes + sum(x.input for x in block),
+            self.work + sum(bool(WORK.match(x.opcode)) for x in block),
+            self.exponentials + sum(x.opcode.startswith("MUFU.EX2") for x in block),
+            self.instructions + len(block),
+        )
 
 
 @dataclass(frozen=True)
@@ -211,13 +233,14 @@ class Code:
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """The innermost loops that read global memory."""
+        """The innermost loops that read inputs."""
         return [loop for body in self.innermost if (loop := self._loop(body)).bytes]
 
     def _loop(self, body: list[int]) -> Loop:
         ways = self._ways(body)
         way = max((ways[block] for block in body if body[0] in self.after[block]), key=_Way.rank)
-        return Loop(self.blocks[body[0]][0].address, way.loads, way.in_flight, way.bytes, way.work, way.instructions)
+        numbers = way.loads, way.in_flight, way.widest, way.bytes, way.work, way.exponentials, way.instructions
+        return Loop(self.blocks[body[0]][0].address, *numbers)
 
     def _ways(self, body: list[int]) -> dict[int, _Way]:
         ways: dict[int, _Way] = {}
@@ -228,18 +251,30 @@ class Code:
 
     @cached_property
     def main(self) -> Loop | None:
-        """Of the loops with the widest loads the one that does the most, by the fewest loads. None where the kernel has
-        more in flight at its beginning."""
-        loop = max(self.loops, key=lambda loop: (loop.width, loop.work, -loop.bytes), default=None)
-        return loop if loop and loop.in_flight >= self.beginning[1] else None
+        """Of the loops with the widest loads the one with the most exponentials, or else the most work, by the fewest
+        loads. None where that computes none and the kernel has more in flight outside its loops."""
+        key = attrgetter("widest", "exponentials", "work")
+        loop = max(self.loops, key=lambda loop: (*key(loop), -loop.bytes), default=None)
+        return loop if loop and (loop.exponentials or loop.in_flight >= self.outside[1]) else None
 
     @cached_property
-    def beginning(self) -> tuple[int, int]:
-        """Loads from the kernel's first on before the value of one is used, and their bytes, but for those of loops."""
+    def outside(self) -> tuple[int, int]:
+        """The most bytes in flight outside the loops, and their loads: (loads, bytes). A value that is used has come,
+        and so have those that were loaded before it."""
         looped = {block for body in self.innermost for block in body}
-        ways = self._ways([block for block in self.order if block not in looped])
-        way = max(ways.values(), key=lambda way: way.in_flight, default=_Way())
-        return way.loads, way.in_flight
+        most: tuple[int, int] = (0, 0)
+        flying: dict[int, list[Instruction]] = {}
+        for block in self.order:
+            before = [flying[b] for b in self.before[block] if b in flying]
+            loads = list(max(before, key=lambda loads: sum(x.input for x in loads), default=[]))
+            for x in self.blocks[block]:
+                used = [i for i, load in enumerate(loads) if load.written & x.read]
+                loads = loads[max(used) + 1 :] if used else loads
+                if x.input and block not in looped:
+                    loads.append(x)
+                    most = max(most, (len(loads), sum(load.input for load in loads)), key=itemgetter(1))
+            flying[block] = loads
+        return most
 
     @cached_property
     def barriers(self) -> int:
@@ -248,21 +283,20 @@ class Code:
     @cached_property
     def dependent(self) -> int:
         """Loads, each of which waits for the one before, that those of the main loop wait for, or where there is none,
-        in the whole kernel. One waits for its address, and for the branches before it. The longest way counts."""
+        in the whole kernel. One waits for its address, and, since a warp issues in order, for whatever an instruction
+        before it has waited for. The longest way counts."""
         longest = 0
-        states: dict[int, dict[str, int]] = {0: {}}  # loads behind a register; behind "" those behind the way taken
+        states: dict[int, dict[str, int]] = {0: {}}  # loads behind a register; behind "" those behind what was issued
         for block in self.order:
             state = dict(states.get(block, {}))
             if self.main and self.blocks[block][0].address == self.main.address:
                 read = {name for x in self.blocks[block] if x.load for name in x.read}
                 return max(state.get(name, 0) for name in {"", *read})
             for x in self.blocks[block]:
-                waits = max([state.get("", 0), *(state.get(name, 0) for name in x.read)])
+                state[""] = waits = max([state.get("", 0), *(state.get(name, 0) for name in x.read)])
                 waits += bool(x.load or ANSWERED.match(x.opcode))
                 longest = max(longest, waits)
                 state |= dict.fromkeys(x.written, waits)
-                if re.match(r"BRA|EXIT", x.opcode):
-                    state[""] = waits
             for following in self.after[block]:
                 known = states.setdefault(following, {})
                 known |= {name: max(known.get(name, 0), waits) for name, waits in state.items()}
@@ -280,8 +314,8 @@ def kernels(sass: str) -> dict[str, Code]:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a table has of a kernel: loads in flight of a thread in the main loop, or at the beginning, and the bytes of
-    one; loads that wait for each other before; barriers; instructions for each element that the loop loads; warps of a
+    """What a table has of a kernel: loads in flight of a thread in the main loop, or outside loops, and the bytes of
+    one; loads that wait for each other before; barriers; instructions for each element of the loop; warps of a
     multiprocessor, and KB in flight."""
 
     loads: int
@@ -295,13 +329,13 @@ class Speed:
     @classmethod
     def of(cls, code: Code, warps: int, element_bytes: int) -> Speed:
         loop = code.main
-        loads, in_flight = (loop.loads, loop.in_flight) if loop else code.beginning
+        loads, in_flight = (loop.loads, loop.in_flight) if loop else code.outside
         return cls(
             loads,
             round(in_flight / max(loads, 1), 1),
             code.dependent,
             code.barriers,
-            round(loop.instructions / (loop.bytes / element_bytes), 1) if loop else 0,
+            round(loop.instructions / loop.elements(element_bytes), 1) if loop else 0,
             warps,
             round(in_flight * 32 * warps / 1000, 1),
         )
@@ -346,11 +380,13 @@ SIGNS = {"instructions an element": 1, "dependent loads before": 1, "barriers": 
 """Which way is worse."""
 COLUMNS = f"| kernel | {' | '.join(NAMES)} |"
 HEADER = [
-    "Of the main loop, the one with the widest loads, or of the beginning where more is loaded there: how many loads",
-    "of how many bytes a thread has in flight before it uses the first. Of the loop: instructions for each element",
-    "loaded. Before: loads each of which waits for the one before. In the whole kernel: barriers. On a multiprocessor:",
-    "warps that its registers and shared memory hold, and so KB in flight; where memory is the bound an H200 asks for",
-    f"{ASKED / 1000:.0f} (4.2 TB/s, 800 ns a load, 132 multiprocessors).",
+    "Of the main loop, the one with the widest loads and most exponentials: how many loads of how many bytes a",
+    "thread has in flight before it uses the first, and instructions for each element, of which each has one",
+    "exponential. Of a kernel without such a loop: the most that is in flight anywhere outside loops. Dependent:",
+    "loads each of which waits for the one before, on the longest way to the main loop or, without one, through the",
+    "kernel. Barriers: in the code, not on a way through it. On a multiprocessor: warps that registers and shared",
+    f"memory hold, and so KB in flight; where memory is the bound an H200 asks for {ASKED / 1000:.0f} (4.2 TB/s, 800",
+    "ns a load, 132 multiprocessors).",
     "",
     COLUMNS,
     f"|---|{'---:|' * len(NAMES)}",

@@ -47,11 +47,12 @@ def test_the_main_loop_and_what_it_waits_for() -> None:
     first, second = machine_code.kernels(SASS).values()
     (loop,) = first.loops
     assert (loop.address, loop.loads, loop.in_flight, loop.bytes, loop.instructions) == (0x60, 2, 32, 48, 8)
+    assert (loop.exponentials, loop.elements(4)) == (1, 1)
     assert first.main == loop
     assert first.dependent == 2  # the byte decides whether the address is loaded
     assert first.barriers == 1
     assert (second.main, second.dependent) == (None, 2)  # not 3: the first two do not wait
-    assert second.beginning == (2, 8)
+    assert second.outside == (2, 8)
 
 
 def test_a_way_around_a_load_is_not_the_loop() -> None:
@@ -121,3 +122,24 @@ SPEED = Speed(4, 16, 1, 22, 11.9, 32, 65.5)
 def test_what_is_worse_than_a_table_says(now: Speed, worse: str) -> None:
     table = "\n".join(["| `kernel<1>` | 1 | 2 |", *machine_code.HEADER, f"| `kernel<1>` | {SPEED.cells()}", ""])
     assert now.worse(machine_code.rows(table)["kernel<1>"]) == worse
+
+
+def test_a_warp_issues_in_order_and_what_other_blocks_wrote_is_no_input() -> None:
+    sass = """
+		Function : head
+        /*0000*/                   LDG.E R2, desc[UR4][R4.64] ;
+        /*0010*/                   FADD R3, R2, R2 ;
+        /*0020*/                   LDG.E.64.STRONG.GPU R8, desc[UR4][R6.64] ;
+        /*0030*/                   DADD R10, R8, R8 ;
+        /*0040*/              @!P1 BRA 0x20 ;
+        /*0050*/                   LDG.E R12, desc[UR4][R14.64] ;
+        /*0060*/                   LDG.E R13, desc[UR4][R14.64+0x4] ;
+        /*0070*/                   LDG.E R16, desc[UR4][R14.64+0x8] ;
+        /*0080*/                   FADD R17, R13, R12 ;
+        /*0090*/                   LDG.E R18, desc[UR4][R14.64+0xc] ;
+        /*00a0*/                   EXIT ;
+"""
+    (code,) = machine_code.kernels(sass).values()
+    assert code.loops == []  # of blocks' sums
+    assert code.dependent == 4  # each behind an instruction that uses the one before
+    assert code.outside == (3, 12)
