@@ -94,7 +94,11 @@ class _Data(_Named):
     classes: Whole | None
 
 
-class _ModelSettings(TypedDict):
+class _Layout(TypedDict, total=False):
+    channels_last: bool | None
+
+
+class _ModelSettings(_Layout):
     train: _Data
     model: str
     amp: Literal["none", "bf16", "fp16"]

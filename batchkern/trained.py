@@ -171,6 +171,8 @@ def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None, b
             model = models.build(preprocessing.model, shape=preprocessing.shape or (), classes=classes)
     load_all_weights(model, path / (BEST if best else WEIGHTS))
     model = model.cpu().eval()
+    if settings.get("channels_last"):  # as in training, so that the figures are the same to the last bit
+        models.in_channels_last(model)
     if isinstance(preprocessing, ImagePreprocessing):
         check_logits(model, torch.zeros(2, *preprocessing.shape), classes, ())
     if preprocessing.classifier is not None:
