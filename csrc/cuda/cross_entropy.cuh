@@ -36,22 +36,54 @@ __device__ __forceinline__ int member() {
     return threadIdx.x % kGroup;
 }
 
-// The vectors of a row that this block works on. The first block also has the elements before them, the last
-// one those behind.
+// The vectors of a row that this block works on, of those from `begin` on and before `end`. The first block
+// also has the elements before and behind them.
 struct Share {
     int begin;
     int end;
     bool first;
-    bool last;
 };
 
 template <int kGroup>
-__device__ __forceinline__ Share share_of_block(int vectors) {
-    const int64_t parts = gridDim.y, part = blockIdx.y;
-    if (kGroup <= kWarp || parts == 1) return {0, vectors, true, true};
-    return {static_cast<int>(vectors * part / parts), static_cast<int>(vectors * (part + 1) / parts),
-            part == 0, part == parts - 1};
+__device__ __forceinline__ Share share_of_block(int begin, int end) {
+    const int64_t parts = gridDim.y, part = blockIdx.y, count = end - begin;
+    if (kGroup <= kWarp || parts == 1) return {begin, end, true};
+    return {begin + static_cast<int>(count * part / parts),
+            begin + static_cast<int>(count * (part + 1) / parts), part == 0};
 }
+
+// The columns of a row that do not come in vectors, kMost at most: those before `head`, and those from
+// `behind` on. They are loaded before the vectors and used after these, since a warp that waits for them
+// issues no more loads. More than three for a thread do not fit in its registers, and are loaded late.
+template <class T, int kGroup, int kMost>
+struct Edges {
+    static constexpr int kOwn = (kMost + kGroup - 1) / kGroup;
+    static constexpr bool kEarly = kOwn <= 3;
+
+    __device__ __forceinline__ Edges(const T* row_, int head_, int behind_, int end_)
+        : row(row_), head(head_), behind(behind_), end(end_) {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i)
+            if (kEarly && column(i) < end) loaded[i] = load_here(row + column(i));
+    }
+
+    // Calls use(column, element) for those of this thread.
+    template <class Use>
+    __device__ __forceinline__ void each(Use use) const {
+#pragma unroll
+        for (int i = 0; i < kOwn; ++i)
+            if (column(i) < end) use(column(i), to_float(kEarly ? loaded[i] : row[column(i)]));
+    }
+
+    __device__ __forceinline__ int column(int i) const {
+        const int place = member<kGroup>() + i * kGroup;
+        return place < head ? place : place - head + behind;
+    }
+
+    const T* row;
+    int head, behind, end;
+    T loaded[kOwn];
+};
 
 // What sums are relative to.
 __device__ __forceinline__ float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }

@@ -71,10 +71,10 @@ __device__ __forceinline__ bool row_gradient(const BackwardCall& a, int64_t row,
 template <class T, int kGroup>
 __device__ __forceinline__ void zero_row(T* grad, int classes) {
     const RowParts<T> parts(grad, classes);
-    const Share share = share_of_block<kGroup>(parts.vectors);
+    const Share share = share_of_block<kGroup>(0, parts.vectors);
     const int place = member<kGroup>();
     if (share.first && place < parts.head) grad[place] = from_float<T>(0.0f);
-    if (share.last && place < parts.tail) grad[classes - parts.tail + place] = from_float<T>(0.0f);
+    if (share.first && place < parts.tail) grad[classes - parts.tail + place] = from_float<T>(0.0f);
     auto* const vectors = reinterpret_cast<uint4*>(grad + parts.head);
 #pragma unroll 4
     for (int v = share.begin + place; v < share.end; v += kGroup) __stcs(vectors + v, uint4{0, 0, 0, 0});
@@ -86,11 +86,13 @@ template <class T, bool kSmooth, int kGroup, bool kAligned>
 __device__ __forceinline__ void write_vectors(const RowGradient& g, const ColumnGroups<T>& from, T* to,
                                               int head, const Share& share) {
     constexpr int kN = kPerVector<T>;
-    for (int begin = share.begin + member<kGroup>(); begin < share.end; begin += kInFlight * kGroup) {
-        from.template load<kAligned, kGroup, kInFlight>(begin, share.end, [&](const auto& loaded, auto all) {
+    constexpr int kStep = kInFlight * kGroup;
+    for (int begin = share.begin; begin < share.end; begin += kStep) {
+        const int group = begin + member<kGroup>();
+        const auto write = [&](const auto& loaded, auto all) {
 #pragma unroll
             for (int i = 0; i < kInFlight; ++i) {
-                const int v = begin + i * kGroup, first = head + v * kN;
+                const int v = group + i * kGroup, first = head + v * kN;
                 if (!decltype(all)::value && v >= share.end) break;
                 float z[kN];
                 unpack(loaded[i], z, to);
@@ -102,24 +104,28 @@ __device__ __forceinline__ void write_vectors(const RowGradient& g, const Column
                 }
                 __stcs(reinterpret_cast<uint4*>(to) + v, pack(z, to));
             }
-        });
+        };
+        from.template load<kAligned, kGroup, kInFlight>(group, share.end, begin + kStep <= share.end, write);
     }
 }
 
 template <class T, bool kSmooth, int kGroup>
 __device__ __forceinline__ void write_row(const RowGradient& g, const T* row, T* grad, int classes) {
+    constexpr int kN = kPerVector<T>;
     const RowParts<T> parts(grad, classes);
-    const Share share = share_of_block<kGroup>(parts.vectors);
-    const int place = member<kGroup>(), behind = classes - parts.tail + place;
-    if (share.first && place < parts.head)
-        grad[place] = from_float<T>(g.at<kSmooth>(place, to_float(row[place])));
-    if (share.last && place < parts.tail)
-        grad[behind] = from_float<T>(g.at<kSmooth>(behind, to_float(row[behind])));
     const ColumnGroups<T> from(row + parts.head, classes - parts.head);
-    if (from.past == 0)
+    const bool odd = from.past != 0;
+    const int first = odd ? min(1, parts.vectors) : 0,
+              last = odd ? max(first, parts.vectors - 1) : parts.vectors;
+    const Share share = share_of_block<kGroup>(first, last);
+    const Edges<T, kGroup, 4 * kN - 2> edges(row, parts.head + first * kN, parts.head + last * kN,
+                                             share.first ? classes : 0);
+    if (!odd)
         write_vectors<T, kSmooth, kGroup, true>(g, from, grad + parts.head, parts.head, share);
     else
         write_vectors<T, kSmooth, kGroup, false>(g, from, grad + parts.head, parts.head, share);
+    edges.each(
+        [&](int column, float element) { grad[column] = from_float<T>(g.at<kSmooth>(column, element)); });
 }
 
 // Small blocks: a kept row keeps the places of few dropped ones.

@@ -79,8 +79,8 @@ __device__ __forceinline__ void accumulate(RowState& a, float (&sums)[4], const 
 }
 
 template <bool kSmooth, class T>
-__device__ __forceinline__ void add_element(RowState& a, const T* element, const float* weight) {
-    const float z[1] = {to_float(*element)};
+__device__ __forceinline__ void add_element(RowState& a, float element, const float* weight) {
+    const float z[1] = {element};
     raise<kSmooth, T>(a, fmaxf(a.maximum, z[0]));
     float sums[4] = {};
     accumulate<kSmooth, 1, T>(a, sums, z, weight);
@@ -102,13 +102,14 @@ __device__ __forceinline__ RowState merge_group(RowState a, ForwardStorage& shar
 // Adds vectors that are kGroup apart, of those before `end`, or all.
 template <bool kSmooth, int kGroup, bool kAll, class T, int kCount>
 __device__ __forceinline__ void add_groups(RowState& state, const uint4 (&loaded)[kCount], int group, int end,
-                                           const T* row, const float* weight) {
+                                           const float* weight) {
+    constexpr const T* kOf = nullptr;
     constexpr int kN = kPerVector<T>;
     float maximum = state.maximum, z[kN], sums[4] = {};
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
         if (!kAll && group + i * kGroup >= end) break;
-        unpack(loaded[i], z, row);
+        unpack(loaded[i], z, kOf);
 #pragma unroll
         for (int j = 0; j < kN; ++j) maximum = fmaxf(maximum, z[j]);
     }
@@ -116,22 +117,23 @@ __device__ __forceinline__ void add_groups(RowState& state, const uint4 (&loaded
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
         if (!kAll && group + i * kGroup >= end) break;
-        unpack(loaded[i], z, row);
+        unpack(loaded[i], z, kOf);
         accumulate<kSmooth, kN, T>(state, sums, z, weight ? weight + (group + i * kGroup) * kN : nullptr);
     }
     state.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Which thread adds which columns depends on nothing but their number: rows that are equal have the same loss
-// to the last bit, wherever they begin in memory.
+// Which thread adds which columns is the same for all rows of a launch: rows that are equal have the same
+// loss to the last bit, wherever they begin in memory.
 template <class T, bool kSmooth, int kGroup, bool kAligned>
 __device__ __forceinline__ void read_groups(RowState& state, const ColumnGroups<T>& groups,
                                             const Share& share, const float* weight) {
-    for (int group = share.begin + member<kGroup>(); group < share.end; group += kInFlight * kGroup) {
+    constexpr int kStep = kInFlight * kGroup;
+    for (int begin = share.begin; begin < share.end; begin += kStep) {
+        const int group = begin + member<kGroup>();
         groups.template load<kAligned, kGroup, kInFlight>(
-            group, share.end, [&](const auto& loaded, auto all) {
-                add_groups<kSmooth, kGroup, decltype(all)::value>(state, loaded, group, share.end, groups.row,
-                                                                  weight);
+            group, share.end, begin + kStep <= share.end, [&](const auto& loaded, auto all) {
+                add_groups<kSmooth, kGroup, decltype(all)::value, T>(state, loaded, group, share.end, weight);
             });
     }
 }
@@ -140,18 +142,25 @@ __device__ __forceinline__ void read_groups(RowState& state, const ColumnGroups<
 template <class T, bool kSmooth, int kGroup>
 __device__ __forceinline__ RowState read_row(const CrossEntropyRows& a, const T* row,
                                              ForwardStorage& shared) {
+    constexpr int kN = kPerVector<T>;
     const ColumnGroups<T> groups(row, a.classes);
-    const Share share = share_of_block<kGroup>(groups.count);
+    // Where rows may begin at odd addresses, the first and the last group of all are taken one by one.
+    const bool odd =
+        a.classes % kN != 0 || a.at.row % kN != 0 || reinterpret_cast<uintptr_t>(a.logits) % 16 != 0;
+    const int first = odd ? min(1, groups.count) : 0,
+              last = odd ? max(first, groups.count - 1) : groups.count;
+    const Share share = share_of_block<kGroup>(first, last);
+    const Edges<T, kGroup, 3 * kN - 1> edges(row, first * kN, last * kN, share.first ? a.classes : 0);
     const float* const weight = kSmooth ? a.class_weight : nullptr;
     RowState state{-INFINITY, 0.0f, 0.0f, 0.0f};
-    if (share.last && member<kGroup>() < groups.tail) {
-        const int column = a.classes - groups.tail + member<kGroup>();
-        add_element<kSmooth>(state, row + column, weight ? weight + column : nullptr);
-    }
-    if (groups.past == 0)
+    // Of lanes of several rows all go one way.
+    if (kGroup < kWarp ? !odd : groups.past == 0)
         read_groups<T, kSmooth, kGroup, true>(state, groups, share, weight);
     else
         read_groups<T, kSmooth, kGroup, false>(state, groups, share, weight);
+    edges.each([&](int column, float element) {
+        add_element<kSmooth, T>(state, element, weight ? weight + column : nullptr);
+    });
     return merge_group<kSmooth, kGroup>(state, shared);
 }
 

@@ -30,6 +30,28 @@ __device__ __forceinline__ bool load_here(const bool* p) {
 #endif
 }
 
+__device__ __forceinline__ float load_here(const float* p) {
+#ifdef __CUDA_ARCH__
+    float result;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(result) : "l"(p));
+    return result;
+#else
+    return *p;
+#endif
+}
+
+template <class T>
+__device__ __forceinline__ T load_here(const T* p) {
+    static_assert(sizeof(T) == 2);
+#ifdef __CUDA_ARCH__
+    uint16_t result;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(result) : "l"(p));
+    return {result};
+#else
+    return *p;
+#endif
+}
+
 // To nearest, ties to even.
 template <class T>
 __device__ __forceinline__ T from_float(float x);
@@ -76,17 +98,6 @@ __device__ __forceinline__ uint4 pack(const float (&x)[4], float*) {
     return {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3])};
 }
 
-// The same from elements one by one.
-__device__ __forceinline__ uint4 gather(const float* p) {
-    return {__float_as_uint(p[0]), __float_as_uint(p[1]), __float_as_uint(p[2]), __float_as_uint(p[3])};
-}
-
-template <class T>
-__device__ __forceinline__ uint4 gather(const T* p) {
-    return {p[0].bits | uint32_t{p[1].bits} << 16, p[2].bits | uint32_t{p[3].bits} << 16,
-            p[4].bits | uint32_t{p[5].bits} << 16, p[6].bits | uint32_t{p[7].bits} << 16};
-}
-
 template <class T>
 __device__ __forceinline__ uint4 pack(const float (&x)[8], T*) {
     uint32_t words[4];
@@ -108,50 +119,42 @@ __device__ __forceinline__ uint4 shift_bytes(const uint4& first, const uint4& se
             __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits)};
 }
 
-// A row as groups of columns, 16 bytes each, and a tail of single ones, wherever it begins in memory.
+// The columns of a row in groups of 16 bytes, wherever it begins in memory.
 template <class T>
 struct ColumnGroups {
     static constexpr int kColumns = kPerVector<T>;
 
-    __device__ __forceinline__ ColumnGroups(const T* row_, int columns)
-        : row(row_),
-          vectors(reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row_) -
-                                                 reinterpret_cast<uintptr_t>(row_) % 16)),
-          past(static_cast<int>(reinterpret_cast<uintptr_t>(row_) % 16)),
-          count(static_cast<unsigned>(columns) / kColumns),
-          tail(static_cast<unsigned>(columns) % kColumns) {}
+    __device__ __forceinline__ ColumnGroups(const T* row, int columns)
+        : vectors(reinterpret_cast<const uint4*>(reinterpret_cast<const char*>(row) -
+                                                 reinterpret_cast<uintptr_t>(row) % 16)),
+          past(static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16)),
+          count(static_cast<unsigned>(columns) / kColumns) {}
 
-    // Loads kN groups, kStep apart, of those before `end`, and calls use(loaded, a constant: whether all are
-    // known to be there; of unaligned ones they never are, for want of registers). An unaligned group is
-    // shifted out of two aligned vectors; but the first and the last have bytes in vectors that do not lie
-    // within the row, and are read one by one, as those beside them are.
+    // Loads kN groups, kStep apart, and calls use(loaded, a constant: whether all are known to lie before
+    // `end`). Whether they do, `all`, has one answer for a warp: else it would go both ways, one after the
+    // other. An unaligned group is shifted out of two aligned vectors, which must lie within the row: it is
+    // neither the first nor the last.
     template <bool kAligned, int kStep, int kN, class Use>
-    __device__ __forceinline__ void load(int group, int end, Use use) const {
+    __device__ __forceinline__ void load(int group, int end, bool all, Use use) const {
         uint4 loaded[kN];
-        const int last = group + (kN - 1) * kStep;
-        if (last < end && (kAligned || (group > 0 && last < count - 1))) {
+        if (kAligned && all) {
 #pragma unroll
             for (int i = 0; i < kN; ++i) loaded[i] = vectors[group + i * kStep];
-            if (!kAligned) {
-#pragma unroll
-                for (int i = 0; i < kN; ++i)
-                    loaded[i] = shift_bytes(loaded[i], vectors[group + i * kStep + 1], past);
-            }
-            return use(loaded, std::bool_constant<kAligned>());
+            return use(loaded, std::true_type());
         }
 #pragma unroll
-        for (int i = 0; i < kN; ++i)
-            if (group + i * kStep < end)
-                loaded[i] =
-                    kAligned ? vectors[group + i * kStep] : gather(row + (group + i * kStep) * kColumns);
+        for (int i = 0; i < kN; ++i) loaded[i] = vectors[min(group + i * kStep, end - 1)];
+        if (!kAligned) {
+#pragma unroll
+            for (int i = 0; i < kN; ++i)
+                loaded[i] = shift_bytes(loaded[i], vectors[min(group + i * kStep, end - 1) + 1], past);
+        }
         use(loaded, std::false_type());
     }
 
-    const T* row;
     const uint4* vectors;  // the first begins `past` bytes before the row
     int past;
     int count;
-    int tail;
 };
 
 // Where the 16-byte vectors of a row begin, and how many elements stand before, in and behind them.

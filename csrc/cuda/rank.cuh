@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kPackThreads)
     pack_rows(const PlainLosses<T> rows, uint64_t* packed, int64_t n) {
     const int64_t step = int64_t{gridDim.x} * kPackThreads;
     for (int64_t i = int64_t{blockIdx.x} * kPackThreads + threadIdx.x; i < n; i += step)
-        packed[i] = pack_row(rows.key(i), i);
+        packed[i] = pack_row(rows.key_of(rows.load(i)), i);
 }
 
 __global__ void __launch_bounds__(kPackThreads)

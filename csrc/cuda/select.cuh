@@ -29,6 +29,10 @@
 
 namespace batchkern {
 
+// Rows have load(i), which loads what the key of a row takes, and key_of(what was loaded); taken(i, key),
+// which loads what a row adds where it is selected, and value_of and weight_of that. So the loads of several
+// rows are in flight before the first is used.
+
 // Losses as keys, which the forward pass wrote, perhaps in this very launch: so they are read past the L1
 // cache.
 struct KeyedLosses {
@@ -37,10 +41,17 @@ struct KeyedLosses {
     static constexpr int kLoads = 4;
     static constexpr bool kBand = false;
 
-    __device__ __forceinline__ uint32_t key(int64_t i) const { return __ldcg(keys + i); }
-    __device__ __forceinline__ float value(int64_t, uint32_t key) const { return loss_of_key(key); }
+    __device__ __forceinline__ uint32_t load(int64_t i) const { return __ldcg(keys + i); }
+    __device__ __forceinline__ uint32_t key_of(uint32_t loaded) const { return loaded; }
+    struct Taken {
+        float loss, weight;
+    };
+    __device__ __forceinline__ Taken taken(int64_t i, uint32_t key) const {
+        return {loss_of_key(key), weights ? __ldcg(weights + i) : 0.0f};
+    }
+    __device__ __forceinline__ double value_of(const Taken& taken) const { return taken.loss; }
+    __device__ __forceinline__ double weight_of(const Taken& taken) const { return taken.weight; }
     __device__ __forceinline__ bool weighted() const { return weights != nullptr; }
-    __device__ __forceinline__ float weight(int64_t i) const { return __ldcg(weights + i); }
 };
 
 // Losses that a user computed.
@@ -52,14 +63,14 @@ struct PlainLosses {
     int64_t mask_stride;
     static constexpr int kLoads = 4;
 
-    __device__ __forceinline__ uint32_t key(int64_t i) const {
-        return key_of(i, to_float(losses[i * stride]));
-    }
-    // Of a row that is ranked by this. No load waits for another, whatever the mask says.
-    __device__ __forceinline__ uint32_t key_of(int64_t i, float ranked) const {
-        const uint8_t counts = mask ? mask[i * mask_stride] : 1;
-        const uint32_t key = order_key(ranked);
-        return counts ? key : 0;
+    struct Loaded {
+        T loss;
+        uint8_t counts;
+    };
+    __device__ __forceinline__ uint8_t counts(int64_t i) const { return mask ? mask[i * mask_stride] : 1; }
+    __device__ __forceinline__ Loaded load(int64_t i) const { return {losses[i * stride], counts(i)}; }
+    __device__ __forceinline__ uint32_t key_of(const Loaded& loaded) const {
+        return loaded.counts ? order_key(to_float(loaded.loss)) : 0;
     }
 };
 
@@ -75,7 +86,7 @@ struct BandedLosses {
     double skip;  // this share, at the top, is left out first
     bool has_above;
     uint32_t above;  // keys above it count too
-    static constexpr int kLoads = 2;
+    static constexpr int kLoads = 3;
     static constexpr bool kBand = true;
 
     __device__ __forceinline__ BandedLosses from(int64_t first) const {
@@ -86,19 +97,37 @@ struct BandedLosses {
         if (weights) result.weights += first * weight_stride;
         return result;
     }
-    __device__ __forceinline__ uint32_t key(int64_t i) const {
-        const float ranked = score ? score[i * score_stride] : to_float(plain.losses[i * plain.stride]);
-        const uint32_t key = plain.key_of(i, ranked);
-        return lowest && key != 0 ? max(~key, 1u) : key;  // NaN last
+    struct Loaded {
+        T loss;
+        float score;
+        uint8_t counts;
+    };
+    __device__ __forceinline__ Loaded load(int64_t i) const {
+        Loaded result{};
+        if (score)
+            result.score = score[i * score_stride];
+        else
+            result.loss = plain.losses[i * plain.stride];
+        result.counts = plain.counts(i);
+        return result;
     }
-    __device__ __forceinline__ double value(int64_t i, uint32_t) const {
-        return to_float(plain.losses[i * plain.stride]) * weight(i);
+    __device__ __forceinline__ uint32_t key_of(const Loaded& loaded) const {
+        const uint32_t key = order_key(score ? loaded.score : to_float(loaded.loss));
+        return loaded.counts == 0 ? 0 : lowest ? max(~key, 1u) : key;  // NaN last
     }
+    struct Taken {
+        T loss;
+        float weight;
+    };
+    __device__ __forceinline__ Taken taken(int64_t i, uint32_t) const {
+        return {plain.losses[i * plain.stride], weights ? weights[i * weight_stride] : 1.0f};
+    }
+    __device__ __forceinline__ double value_of(const Taken& taken) const {
+        return to_float(taken.loss) * double{taken.weight};
+    }
+    __device__ __forceinline__ double weight_of(const Taken& taken) const { return taken.weight; }
     // How many there are is not known before they are counted.
     __device__ __forceinline__ bool weighted() const { return weights != nullptr || has_above; }
-    __device__ __forceinline__ double weight(int64_t i) const {
-        return weights ? weights[i * weight_stride] : 1.0f;
-    }
     __device__ __forceinline__ uint32_t skipped(uint32_t count, uint32_t k) const {
         return min(static_cast<uint32_t>(rint(skip * count)), count - k);
     }
@@ -163,17 +192,14 @@ struct Selector {
     SelectStorage& shared;
     uint32_t held[kRegisters ? kWhere : 1];
 
-    // Of registers there are too few for more than two.
     template <class Rows>
-    static constexpr int kBatch = kRegisters ? 2 : Rows::kLoads;
+    static constexpr int kBatch = kRegisters ? 4 : Rows::kLoads;
 
     // Before all else.
     template <class Rows>
     __device__ __forceinline__ void hold(const Rows& rows) {
         if constexpr (kRegisters) {
-            const int end = static_cast<int>(n), first = threadIdx.x;
-#pragma unroll
-            for (int j = 0; j < kWhere; ++j) held[j] = key_before(rows, first + j * kThreads, end);
+            load_keys(rows, static_cast<int>(threadIdx.x), static_cast<int>(n), held);
         }
     }
 
@@ -191,8 +217,7 @@ struct Selector {
             const int64_t end = kGrid ? n * (blockIdx.x + int64_t{1}) / gridDim.x : n;
             for (int64_t first = begin + threadIdx.x; first < end; first += kBatch<Rows> * kThreads) {
                 uint32_t key[kBatch<Rows>];
-#pragma unroll
-                for (int j = 0; j < kBatch<Rows>; ++j) key[j] = key_before(rows, first + j * kThreads, end);
+                load_keys(rows, first, end, key);
                 use(first, end, key);
             }
         }
@@ -301,12 +326,16 @@ struct Selector {
     }
 
 private:
-    // 0 behind the last row, whose key is loaded there: a branch would part the loads.
-    template <class Rows, class Index>
-    __device__ __forceinline__ static uint32_t key_before(const Rows& rows, Index i, Index end) {
-        if constexpr (!kRegisters) return i < end ? rows.key(i) : 0;  // which takes fewer registers
-        const uint32_t key = rows.key(i < end ? i : end - 1);
-        return i < end ? key : 0;
+    // Of rows that are kThreads apart: 0 behind the last row, which is loaded there, for a branch would part
+    // the loads.
+    template <class Rows, class Index, int kCount>
+    __device__ __forceinline__ static void load_keys(const Rows& rows, Index first, Index end,
+                                                     uint32_t (&keys)[kCount]) {
+        decltype(rows.load(0)) loaded[kCount];
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) loaded[j] = rows.load(min(first + j * kThreads, end - 1));
+#pragma unroll
+        for (int j = 0; j < kCount; ++j) keys[j] = first + j * kThreads < end ? rows.key_of(loaded[j]) : 0;
     }
 
     __device__ __forceinline__ void merge_bins(uint32_t* total) {
@@ -367,20 +396,20 @@ constexpr int64_t kCounted = 256;
 template <int kThreads, int kBatch, class Rows, class Index, class Keeps>
 __device__ __forceinline__ void take(const Rows& rows, Index first, Index end, const uint32_t* key,
                                      Keeps keeps, bool* kept, Chosen& chosen) {
-    bool taken[kBatch];
-    decltype(rows.weight(0)) value[kBatch], weight[kBatch];
+    bool is_taken[kBatch];
+    typename Rows::Taken taken[kBatch];
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
         const Index i = first + j * kThreads;
-        taken[j] = i < end && keeps(i, key[j]);
-        value[j] = taken[j] ? rows.value(i, key[j]) : 0;
-        weight[j] = taken[j] && rows.weighted() ? rows.weight(i) : 0;
+        is_taken[j] = i < end && keeps(i, key[j]);
+        taken[j] = {};
+        if (is_taken[j]) taken[j] = rows.taken(i, key[j]);
     }
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-        if (first + j * kThreads < end) kept[first + j * kThreads] = taken[j];
-        chosen.sum += value[j];
-        chosen.weight += weight[j];
+        if (first + j * kThreads < end) kept[first + j * kThreads] = is_taken[j];
+        chosen.sum += rows.value_of(taken[j]);
+        chosen.weight += rows.weight_of(taken[j]);
     }
 }
 
@@ -390,7 +419,7 @@ __device__ __forceinline__ Chosen choose_by_counting(const Rows& rows, int64_t n
                                                      bool* kept, SelectStorage& shared) {
     static_assert(kCounted <= kThreads);
     const auto own = static_cast<int>(threadIdx.x);
-    const uint32_t key = own < n ? rows.key(own) : 0;
+    const uint32_t key = own < n ? rows.key_of(rows.load(own)) : 0;
     if (own < (n + 3) / 4 * 4) shared.bins[own] = key;
     __syncthreads();
     Chosen chosen{};
