@@ -129,7 +129,12 @@ OPERATION = Operation(
     cases={
         "cpu": [case(128, 512, 8, 8, kind) for kind in KINDS],
         "cuda": [
-            case(1024, 4096, 32, 0, kind, BF16, target, modes=("forward",)) for kind, target in zip(KINDS, GPU_TARGETS)
+            *(
+                case(1024, 4096, 32, 0, kind, BF16, target, modes=("forward",))
+                for kind, target in zip(KINDS, GPU_TARGETS)
+            ),
+            case(65_536, 1024, 0, 4, dtype=BF16, modes=("forward",)),
+            case(1024, 20_000, 32, 0, "hadamard", BF16, modes=("forward",)),
         ],
     },
     sweeps={

@@ -196,7 +196,8 @@ def _open_parquet(source: str, path: str) -> Mapping[str, Any]:
             raise UserError(f"{source}: the file has no rows")
         # Among what datasets knows its cache by is the name of a configuration.
         options = {"name": _digest(path), "cache_dir": _cache_dir()}
-        splits = _load_dataset("parquet", data_files={"train": glob.escape(path)}, **options)
+        with _no_download_count():
+            splits = _load_dataset("parquet", data_files={"train": glob.escape(path)}, **options)
     except UserError:
         raise
     except Exception as error:
@@ -393,6 +394,17 @@ def _load_dataset(*args: Any, **options: Any) -> Mapping[str, Any]:
     datasets = require("datasets", "train")
     with _no_progress_bars(datasets):
         return datasets.load_dataset(*args, **options)
+
+
+@contextlib.contextmanager
+def _no_download_count() -> Iterator[None]:
+    """``datasets`` tells the hub of each load, of local files too, and waits for its answer."""
+    config = require("datasets.config", "train")
+    counts, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    try:
+        yield
+    finally:
+        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
 @contextlib.contextmanager

@@ -271,11 +271,12 @@ def _reference_gradient(
     row = row.to(tl.int64)
     p = tl.load(reference + row * reference_stride + columns, mask, float("-inf")).to(tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
-    for copy in range(0, copies):
-        row_q = copy * batch + row
+    row_q = row
+    for _ in range(0, copies):
         q = tl.load(virtual + row_q * virtual_stride + columns, mask, float("-inf")).to(tl.float32)
         u = _log_ratio(p, q, tl.load(virtual_rows + 2 * row_q), tl.load(virtual_rows + 2 * row_q + 1), k)
         total -= u + tl.load(kl + row_q)
+        row_q += batch
     p_max, p_log_sum = tl.load(reference_rows + 2 * row), tl.load(reference_rows + 2 * row + 1)
     p = tl.exp2(tl.fma(p - p_max, k * LOG2_E, -p_log_sum))
     tl.store(grad + row * classes + columns, tl.where(p == 0.0, 0.0, p * total) * grad_scale, mask)
@@ -309,7 +310,7 @@ def scale_gradient_(out: Tensor, gradient: Tensor, factor: Tensor) -> None:
     if count == 0:
         return
     unit = math.gcd(16 // gradient.dtype.itemsize, count)
-    options = {"IN_PLACE": out.dtype == gradient.dtype, "BLOCK": 4096, "VECTOR": unit, "num_warps": 4}
+    options = {"IN_PLACE": out.data_ptr() == gradient.data_ptr(), "BLOCK": 4096, "VECTOR": unit, "num_warps": 4}
     with device_of(out):
         _scale_gradient[min(cdiv(count, 4096), PROGRAMS),](out, gradient, factor, count // unit, **options)
 

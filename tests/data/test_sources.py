@@ -273,6 +273,18 @@ def test_a_parquet_file_whose_path_looks_like_an_address() -> None:
         assert load(path.replace("s3:/", "s3://")).labels.tolist() == [0, 1, 0, 1]
 
 
+def test_a_local_file_is_read_without_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = pytest.importorskip("datasets").config
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(config, "HF_UPDATE_DOWNLOAD_COUNTS", True)
+    asked: list[Any] = []
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **options: asked.append(address) or [])
+    write_parquet(tmp_path / "a.parquet", random_pixels(4), [0, 1, 0, 1])
+    load(str(tmp_path / "a.parquet"))
+    assert not asked
+    assert config.HF_UPDATE_DOWNLOAD_COUNTS is True
+
+
 def test_the_digest_of_a_file_is_of_its_size_its_head_its_tail_and_its_footer() -> None:
     content = bytearray(np.random.default_rng(0).bytes(4 << 20))
     content[-8:-4] = (2 << 20).to_bytes(4, "little")  # of the footer

@@ -20,14 +20,21 @@ OPS = torch.ops.batchkern
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (4, 2048), (5, 2047)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_a_gradient_of_its_type_is_touched_only_where_the_factor_is_not_1(shape: tuple, dtype: torch.dtype) -> None:
-    # Into another tensor, which shows whether anything was written.
+def test_a_gradient_is_multiplied_into_another_tensor(shape: tuple, dtype: torch.dtype) -> None:
     gradient, out = torch.randn(shape), torch.full(shape, 7.0, dtype=dtype)
-    OPS.scale_gradient_(out, gradient, torch.tensor(1.0))
-    assert torch.equal(out, torch.full(shape, 7.0) if dtype == torch.float32 else gradient.half())
-    for factor in (torch.tensor([7.0, -3.0])[1], torch.tensor(torch.nan)):  # the first begins at no multiple of 16
+    factors = torch.tensor([7.0, -3.0])[1], torch.tensor(torch.nan), torch.tensor(1.0)
+    for factor in factors:  # the first begins at no multiple of 16
         OPS.scale_gradient_(out, gradient, factor)
         torch.testing.assert_close(out, (gradient * factor).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_factor_of_1_touches_nothing_in_place() -> None:
+    gradient, out = torch.randn(300), torch.full((300,), 7.0)  # another tensor shows what was written
+    options = {"IN_PLACE": True, "BLOCK": 4096, "VECTOR": 4, "num_warps": 4}
+    launcher._scale_gradient[1,](out, gradient, torch.tensor(1.0), 75, **options)
+    assert (out == 7.0).all()
+    launcher._scale_gradient[1,](out, gradient, torch.tensor(2.0), 75, **options)
+    assert torch.equal(out, 2.0 * gradient)
 
 
 def test_more_elements_than_all_programs_take_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
