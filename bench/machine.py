@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -39,6 +40,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "commit": os.environ.get("BATCHKERN_BENCH_COMMIT") or _git("rev-parse", "--short", "HEAD"),
         "dirty": _git("status", "--porcelain", "--", ".", ":!bench/results") not in ("", "unknown"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "huge_pages": huge_pages(),
         "load_average": os.getloadavg(),
         "quick": QUICK,
     }
@@ -49,6 +51,17 @@ def folder(facts: dict[str, Any]) -> str:
     name = facts["gpu"] or facts["cpu"]
     words = re.findall(r"[a-z0-9.]+", re.sub(r"\((r|tm)\)|\bcpu\b|\bprocessor\b|@", " ", name.lower()))
     return "-".join(words if facts["gpu"] else [*words, f"{facts['cores']}cores"])
+
+
+def huge_pages() -> str | None:
+    """Linux's setting of transparent huge pages for this process: always, madvise or never."""
+    get_thp_disable = 42  # of prctl
+    try:
+        setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+        disabled = ctypes.CDLL(None).prctl(get_thp_disable, 0, 0, 0, 0) == 1
+    except (OSError, AttributeError):
+        return None
+    return "never" if disabled else re.search(r"\[(\w+)\]", setting).group(1)
 
 
 def _cpu_model() -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -396,3 +399,14 @@ def test_a_machine_has_a_folder_of_its_own() -> None:
     cpu = {"gpu": None, "cpu": "Intel(R) Xeon(R) CPU @ 2.80GHz", "cores": 2}
     assert machine.folder(cpu) == "intel-xeon-2.80ghz-2cores"
     assert machine.folder({**cpu, "gpu": "NVIDIA H200"}) == "nvidia-h200"
+
+
+@pytest.mark.skipif(machine.huge_pages() is None, reason="not Linux")
+@pytest.mark.parametrize("disabled", [False, True])
+def test_huge_pages_are_those_of_the_process(disabled: bool) -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    set_thp_disable = 41  # of prctl
+    code = f"import ctypes; ctypes.CDLL(None).prctl({set_thp_disable}, {int(disabled)}, 0, 0, 0)\n"
+    code += "from bench import machine; print(machine.huge_pages())"
+    said = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "never" if disabled else f"[{said.stdout.strip()}]" in setting

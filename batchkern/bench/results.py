@@ -217,7 +217,8 @@ def facts(results: Results) -> str:
         said.append("a quick run, whose figures mean nothing")
     load = [machine[key][0] for key in ("load_average", "load_average_at_end") if machine.get(key)]
     loads = [f"load {' to '.join(f'{value:.1f}' for value in load)}"] if load else []
-    return "; ".join([", ".join(said), *_rates(results), *loads])
+    pages = [f"huge pages: {machine['huge_pages']}"] if machine.get("huge_pages") else []
+    return "; ".join([", ".join(said), *_rates(results), *pages, *loads])
 
 
 def _left_out(results: Results) -> str:

@@ -30,11 +30,11 @@ def test_facts_name_the_machine(tmp_path):
     )
 
 
-def test_facts_tell_of_an_interrupted_run_and_of_the_load(tmp_path):
+def test_facts_tell_of_an_interrupted_run_of_huge_pages_and_of_the_load(tmp_path):
     path = tmp_path / "x.json"
-    machine = small.MACHINE | {"load_average": [1.24, 0, 0], "load_average_at_end": [2.0, 0, 0]}
+    machine = small.MACHINE | {"load_average": [1.24, 0, 0], "load_average_at_end": [2.0, 0, 0], "huge_pages": "never"}
     path.write_text(json.dumps({"machine": machine, "complete": False}))
-    assert facts(load(path)) == f"{small.FACTS}, interrupted; load 1.2 to 2.0"
+    assert facts(load(path)) == f"{small.FACTS}, interrupted; huge pages: never; load 1.2 to 2.0"
 
 
 def test_facts_of_a_gpu_and_of_a_plan(tmp_path):
