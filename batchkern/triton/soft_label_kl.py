@@ -271,12 +271,11 @@ def _reference_gradient(
     row = row.to(tl.int64)
     p = tl.load(reference + row * reference_stride + columns, mask, float("-inf")).to(tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
-    row_q = row
-    for _ in range(0, copies):
+    for copy in range(0, copies):
+        row_q = tl.cast(copy, tl.int64) * batch + row
         q = tl.load(virtual + row_q * virtual_stride + columns, mask, float("-inf")).to(tl.float32)
         u = _log_ratio(p, q, tl.load(virtual_rows + 2 * row_q), tl.load(virtual_rows + 2 * row_q + 1), k)
         total -= u + tl.load(kl + row_q)
-        row_q += batch
     p_max, p_log_sum = tl.load(reference_rows + 2 * row), tl.load(reference_rows + 2 * row + 1)
     p = tl.exp2(tl.fma(p - p_max, k * LOG2_E, -p_log_sum))
     tl.store(grad + row * classes + columns, tl.where(p == 0.0, 0.0, p * total) * grad_scale, mask)
