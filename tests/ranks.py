@@ -350,7 +350,7 @@ def wrong(folder: Path) -> dict[str, str]:
     return said
 
 
-# --- a loop that is not ours ----------------------------------------------------------------------------------------
+# --- your own training loop ----------------------------------------------------------------------------------------
 
 
 def snippet(folder: Path) -> Tensor:

@@ -339,7 +339,7 @@ def test_torchrun(tmp_path):
     assert len((tmp_path / "run" / METRICS).read_text().splitlines()) == 1
 
 
-# --- a loop that is not ours ----------------------------------------------------------------------------------------
+# --- your own training loop ----------------------------------------------------------------------------------------
 
 
 def test_the_documented_loop_selects_over_all_ranks(pair):

@@ -38,7 +38,7 @@ OP_CARDS = {name: f"ops/{name}.md" for name in OPERATIONS}
 CARDS = [*STRATEGY_CARDS.values(), *OP_CARDS.values()]
 SECTIONS = [
     "What it does",
-    "In a loop that is not ours",
+    "In your own training loop",
     "Hyperparameters and how to choose them",
     "Cost",
     "When it helps and when it did not",

@@ -1,4 +1,4 @@
-"""Every measured figure of README.md and of the cards is that of a file under bench/results."""
+"""Every measured figure of README.md, of docs/benchmarks.md and of the cards is that of a file under bench/results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from batchkern.compare import ARMS
 from batchkern.strategies import STRATEGIES, parse
 
 ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
+README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 COMPARISONS = sorted(ROOT.glob("bench/results/*/*-compare-*.json"))
 
 MEASURED = re.compile(
@@ -67,19 +67,23 @@ def unsourced(text: str, tables: bool) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "page", [README, ROOT / "docs" / "token-selection.md", ROOT / "docs" / "recipes.md"], ids=lambda page: page.name
+    "page",
+    [README, BENCHMARKS, ROOT / "docs" / "token-selection.md", ROOT / "docs" / "recipes.md"],
+    ids=lambda page: page.name,
 )
 def test_blocks_are_those_of_their_files(page):
     assert blocks(page, page.read_text())
     assert check(page) == []
 
 
-def test_tables_with_figures_have_a_source():
-    assert unsourced(README.read_text(), tables=True) == []
+@pytest.mark.parametrize("page", [README, BENCHMARKS], ids=lambda page: page.name)
+def test_tables_with_figures_have_a_source(page):
+    assert unsourced(page.read_text(), tables=True) == []
 
 
-def test_prose_has_no_measured_figures():
-    assert unsourced(README.read_text(), tables=False) == []
+@pytest.mark.parametrize("page", [README, BENCHMARKS], ids=lambda page: page.name)
+def test_prose_has_no_measured_figures(page):
+    assert unsourced(page.read_text(), tables=False) == []
 
 
 SOURCED = """
@@ -121,14 +125,15 @@ def test_there_are_comparisons_of_five_seeds():
     assert all(len(settings["seeds"]) >= 5 for settings in compared)
 
 
-def test_readme_has_every_budget_of_every_comparison():
-    shown = {(block.path.resolve(), *block.arguments) for block in blocks(README, README.read_text())}
+def test_the_page_has_every_budget_of_every_comparison():
+    shown = {(block.path.resolve(), *block.arguments) for block in blocks(BENCHMARKS, BENCHMARKS.read_text())}
     budgets = {path: json.loads(path.read_text())["settings"]["budgets"] for path in COMPARISONS}
     assert {(path, budget) for path, named in budgets.items() for budget in named} <= shown
 
 
-def test_readme_has_the_selections_of_tokens_on_noisy_and_on_clean_text():
-    (block,) = (block for block in blocks(README, README.read_text()) if block.kind == "language")
+def test_the_page_has_the_selections_of_tokens_on_noisy_and_on_clean_text():
+    page = ROOT / "docs" / "token-selection.md"
+    (block,) = (block for block in blocks(page, page.read_text()) if block.kind == "language")
     settings = json.loads(block.path.read_text())["settings"]
     assert 0 in settings["noise"]
     assert len(settings["noise"]) > 1

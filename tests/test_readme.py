@@ -35,7 +35,7 @@ def test_batchkern_commands_run(line, tmp_path):
     """In one working directory of their own; the lengthy comparison with fewer seeds, epochs, images and budgets."""
     words = shlex.split(line)
     if words[1] == "compare":
-        words += ["--seeds", "1", "--epochs", "5", "--train-rows", "300", "--budget", "updates", "--jobs", "1"]
+        words += ["--seeds", "1", "--epochs", "2", "--train-rows", "200", "--budget", "updates", "--jobs", "1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = warm.run("-m", "batchkern", *words[1:], cwd=tmp_path, env=environment, timeout=250)
     assert done.returncode == 0, done.stderr
@@ -48,6 +48,6 @@ def test_make_targets_exist(line):
 
 
 def test_every_other_command_is_one_we_test_elsewhere():
-    known = ("batchkern ", "make ", "pip install --no-build-isolation ", "python examples/selective_lm.py")
+    known = ("batchkern ", "make ", "pip install --no-build-isolation ")
     known += ("pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl]'",)  # test_build.py: what setup.py asks for
     assert [line for line in SHELL if not line.startswith(known)] == []

@@ -39,6 +39,7 @@ OTHERS = {
     "csrc/cpu/losses.inl": ["test_trimmed_mean_kernel", "test_rank_batches_kernel"],
     "csrc/cpu/select.": ["test_trimmed_mean_kernel", "test_trimmed_cross_entropy_kernel", "test_rank_batches_kernel"],
     "README.md": ["test_readme", "test_figures"],
+    "docs/benchmarks.md": ["test_figures", "test_docs"],
     "docs/": ["test_docs"],
     "examples/": ["test_examples"],
     "bench/results/": ["test_figures", "test_bench_measure"],

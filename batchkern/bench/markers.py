@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchkern.bench.comparisons import reproduced, strategies
-from batchkern.bench.operations import linear, operations, planned
+from batchkern.bench.operations import linear, operations, planned, summary
 from batchkern.bench.results import Results, facts, load, read_text, rendering
 from batchkern.bench.tables import accuracy, confident, growth_table, language, training
 from batchkern.errors import UserError
@@ -23,6 +23,7 @@ from batchkern.files import write_file
 
 KINDS: dict[str, Callable[..., str]] = {
     "operations": operations,
+    "summary": summary,
     "linear": linear,
     "planned": planned,
     "growth": growth_table,

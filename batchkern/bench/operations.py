@@ -173,6 +173,28 @@ def operations(results: Results) -> str:
     return table(headings, lines)
 
 
+def summary(results: Results) -> str:
+    """A line for each operation: of the cases with its lowest keep the largest one, by its floor."""
+    largest: dict[str, Case] = {}
+    for case in whole_passes(results.rows("operations")):
+        row = case.get(OURS, {})
+        if row.get("time") is not None and EAGER in case:
+            known = largest.get(row["op"])
+            if known is None or _extent(row) > _extent(known[OURS]):
+                largest[row["op"]] = case
+    headings = ["operation", "shape", "ours", "eager", "eager / ours", "of the floor"]
+    lines = []
+    for op, case in largest.items():
+        row, eager = case[OURS], case[EAGER]
+        times = (seconds(median(variant.get("time"))) for variant in (row, eager))
+        lines.append([f"`{op}`", what(row), *times, ratio(_against(row, eager)), percent(row.get("fraction"))])
+    return table(headings, lines)
+
+
+def _extent(row: Row) -> tuple[float, float]:
+    return -(row.get("keep") or 0.0), (row.get("floor") or {}).get("seconds") or 0.0
+
+
 def _against(row: Row, peer: Row) -> float | None:
     """The peer's time over this variant's: both have a ratio to ours, within rounds."""
     theirs = median(peer.get("ratio"))

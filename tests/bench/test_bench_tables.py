@@ -13,7 +13,7 @@ from small_results import SHAPE, row, sweep
 pytest.importorskip("jinja2")
 
 from batchkern.bench.markdown import quantity
-from batchkern.bench.operations import detail, linear, operations, planned
+from batchkern.bench.operations import detail, linear, operations, planned, summary
 from batchkern.bench.results import load
 from batchkern.bench.tables import BRACKETS, accuracy, confident, growth_table, language, training
 
@@ -78,6 +78,29 @@ def test_operations_stand_beside_pytorch(results):
         | `trimmed_cross_entropy`, inplace | rows 4,096, classes 1,000, float32, keep 0.2 | 5.20 ms | 18.1 ms | 11.5 ms | 3.5 | 2.2 | 19 % | 0 B | 393 MB |
         | `trimmed_cross_entropy` | rows 4,096, classes 1,000, bfloat16, keep 0.5 | 4.40 ms |  |  |  |  | 23 % | 131 MB |  |
         | `rank_batches` | losses 1,000,000, float32, a fifth, forward | 8.30 ms | 36.4 ms |  | 4.3 |  | 12 % | 131 MB | 131 MB |
+        """
+    )
+
+
+def test_the_largest_case_of_each_operation():
+    def case(op, rows, keep, floor):
+        pair = ("ours", 5e-3, 1.0), ("eager", 2e-2, 4.1)
+        floors = {"bytes": 1, "flops": 0, "seconds": floor}
+        return [row(op, {"rows": rows}, *variant, keep=keep, floor=floors) for variant in pair]
+
+    rows = [
+        *case(OP, 1, 0.2, 2e-3),
+        *case(OP, 2, 0.2, 3e-3),
+        *case(OP, 3, 1.0, 9e-3),
+        *case("rank_batches", 4, None, 0.0),
+    ]
+    rows.append(row("no_peer", {"rows": 5}, "ours", 1.0))
+    assert summary(results(operations=rows)) == told(
+        """
+        | operation | shape | ours | eager | eager / ours | of the floor |
+        | --- | --- | --- | --- | --- | --- |
+        | `trimmed_cross_entropy` | rows 2, float32, keep 0.2 | 5.00 ms | 20.0 ms | 4.1 | 20 % |
+        | `rank_batches` | rows 4, float32 | 5.00 ms | 20.0 ms | 4.1 | 20 % |
         """
     )
 
