@@ -82,7 +82,7 @@ def test_operations_stand_beside_pytorch(results):
     )
 
 
-def test_the_largest_case_of_each_operation():
+def test_the_largest_case_of_each_operation(results):
     def case(op, rows, keep, floor):
         pair = ("ours", 5e-3, 1.0), ("eager", 2e-2, 4.1)
         floors = {"bytes": 1, "flops": 0, "seconds": floor}
