@@ -59,6 +59,22 @@ KL = ("tests/ops/test_soft_label_kl_kernel.py", *UNCOMPILED)
 CPU = [
     *within(
         "cpu",
+        "csrc/cpu/losses.inl",
+        MEAN,
+        ("weights do not count", "return loss(j) * value_if(kept[j], weight[j]);", "return loss(j);"),
+        (
+            "what the lanes do not divide is left out",
+            "for (int lane = 0; j < n; ++j, ++lane)",
+            "for (int lane = 0; j < 0; ++j, ++lane)",
+        ),
+        (
+            "a weight of a dropped row counts, so that its infinity makes the sum NaN",
+            "value_if(kept[j], weight[j])",
+            "weight[j]",
+        ),
+    ),
+    *within(
+        "cpu",
         "csrc/cpu/select.cpp",
         MEAN,
         (
@@ -91,8 +107,8 @@ CPU = [
         RANK,
         (
             "a NaN with a sign ranks lowest",
-            "if (magnitude > 0x7f800000u) return 0xffffffffu;",
-            "if (magnitude > 0x7f800000u && bits >> 31 == 0) return 0xffffffffu;",
+            "return loss == loss ?",
+            "return loss == loss || bits >> 31 ?",
         ),
     ),
     *within(
@@ -335,8 +351,8 @@ CUDA = [
         (*HOST, *RANK),
         (
             "a negative zero ranks below zero",
-            "if (magnitude == 0) return 0x80000000u;",
-            "",
+            "loss + 0.0f",
+            "loss",
         ),
     ),
     *within(
@@ -360,8 +376,8 @@ CUDA = [
         ("of equal rows that are counted all or none are kept", "(other == key && j + w < own)", "false"),
         (
             "a thread holds its first row again and again",
-            "held[j] = key_before(rows, first + j * kThreads, end);",
-            "held[j] = key_before(rows, first, end);",
+            "rows.load(min(first + j * kThreads, end - 1))",
+            "rows.load(min(first, end - 1))",
         ),
         ("counts of later passes are left behind", "b < passes * kBins", "b < kBins"),
         ("32 bits are shifted by 32", "uint64_t{value} >> upper == result", "value >> upper == result"),
@@ -435,8 +451,13 @@ CUDA = [
         (*HOST, *CROSS_ENTROPY),
         (
             "the last class behind the vectors is left out",
-            "member<kGroup>() < groups.tail)",
-            "member<kGroup>() < groups.tail - 1)",
+            "share.first ? a.classes : 0);",
+            "share.first ? a.classes - 1 : 0);",
+        ),
+        (
+            "the first vector of rows at odd addresses is left to nobody",
+            "edges(row, first * kN, last * kN,",
+            "edges(row, 0, last * kN,",
         ),
         (
             "smoothed distances move the wrong way when the maximum rises",
@@ -471,7 +492,7 @@ CUDA = [
         ),
         (
             "the elements behind a dropped row's vectors are not zeroed",
-            "    if (share.last && place < parts.tail) grad[classes - parts.tail + place] = from_float<T>(0.0f);\n",
+            "    if (share.first && place < parts.tail) grad[classes - parts.tail + place] = from_float<T>(0.0f);\n",
             "",
         ),
     ),
@@ -512,8 +533,8 @@ CUDA = [
         ),
         (
             "an unaligned group is the vector that it begins in, twice",
-            "vectors[group + i * kStep + 1]",
-            "vectors[group + i * kStep]",
+            "vectors[min(group + i * kStep, end - 1) + 1]",
+            "vectors[min(group + i * kStep, end - 1)]",
         ),
     ),
     *within(

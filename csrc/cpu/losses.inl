@@ -8,18 +8,37 @@ void order_keys(const void* losses, uint32_t* keys, int64_t n) {
 }
 
 // Losses times weights, where these are not null.
+// By the bits: a branch on what is kept cannot be predicted.
+inline float value_if(bool kept, float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    bits &= -static_cast<uint32_t>(kept);
+    memcpy(&value, &bits, sizeof bits);
+    return value;
+}
+
+// The sum of value(j), a double, with the lanes in an array: a reduction would add one after the other.
+template <class Value>
+double sum_in_lanes(int64_t n, Value value) {
+    constexpr int kLanes = 64;
+    double sums[kLanes] = {};
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes) {
+        BATCHKERN_SIMD()
+        for (int lane = 0; lane < kLanes; ++lane) sums[lane] += value(j + lane);
+    }
+    for (int lane = 0; j < n; ++j, ++lane) sums[lane] += value(j);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+        for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+    return sums[0];
+}
+
 template <class T>
 double sum_kept(const void* losses, const bool* kept, const float* weight, int64_t n) {
     const T* in = static_cast<const T*>(losses);
-    double sum = 0;
-    if (weight) {
-        BATCHKERN_SIMD(reduction(+ : sum))
-        for (int64_t j = 0; j < n; ++j) sum += kept[j] ? static_cast<double>(load(in + j)) * weight[j] : 0.0;
-    } else {
-        BATCHKERN_SIMD(reduction(+ : sum))
-        for (int64_t j = 0; j < n; ++j) sum += kept[j] ? load(in + j) : 0.0f;
-    }
-    return sum;
+    const auto loss = [=](int64_t j) { return double{value_if(kept[j], load(in + j))}; };
+    if (!weight) return sum_in_lanes(n, loss);
+    return sum_in_lanes(n, [=](int64_t j) { return loss(j) * value_if(kept[j], weight[j]); });
 }
 
 template <class T>
