@@ -19,9 +19,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchkern.configure import pick_device
 from batchkern.data.labelled import IGNORED
 from batchkern.errors import UserError
+from batchkern.validation import pick_device
 
 ASK_EVERY = 4
 """Updates between two questions whether some rank was told to stop; each question waits for the slowest rank."""

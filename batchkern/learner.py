@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from batchkern import models
 from batchkern.averaging import WeightAverage
-from batchkern.configure import OptimizerFactory, uses_all_parameters
 from batchkern.data import DatasetFeed, Feed
 from batchkern.data.labelled import IGNORED, rows_of
 from batchkern.diagnostics import SampleLog
 from batchkern.divergence import FiniteCheck
+from batchkern.model_checks import uses_all_parameters
+from batchkern.optimizers import OptimizerFactory
 from batchkern.plan import Batch, Window
 from batchkern.schedules import RateSchedule
 from batchkern.strategies import Run, Step, Strategy

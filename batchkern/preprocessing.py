@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from batchkern._version import __version__
-from batchkern.configure import check_kind, check_standardized
 from batchkern.data import (
     HELD_OUT,
     Column,
@@ -36,6 +35,7 @@ from batchkern.data import (
 )
 from batchkern.data.sources import held_out
 from batchkern.errors import UserError
+from batchkern.validation import check_kind, check_standardized
 
 FORMAT = 1
 """Raised when what the file holds means something else than before."""

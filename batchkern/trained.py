@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from batchkern import models
-from batchkern.configure import AMP_TYPES, check_kind, check_logits, check_model_kind, pick_device
 from batchkern.data import Labelled, as_labelled
 from batchkern.data.datasets import Data
 from batchkern.data.labelled import IGNORED, check_labels
 from batchkern.errors import UserError
 from batchkern.initial_weights import load_all_weights
+from batchkern.model_checks import check_logits, check_model_kind
 from batchkern.preprocessing import ImagePreprocessing, Preprocessing, read
 from batchkern.rundir import BEST, CONFIG, PREPROCESSING, WEIGHTS
+from batchkern.validation import AMP_TYPES, check_kind, pick_device
 
 
 @dataclass(frozen=True)

@@ -21,44 +21,36 @@ from torch import Tensor, nn
 from batchkern import models, schedules
 from batchkern._version import __version__
 from batchkern.callbacks import Callback, checked_callbacks
-from batchkern.configure import (
-    AMP_TYPES,
-    OptimizerFactory,
-    build_optimizer,
-    check_choice,
-    check_counts,
-    check_data,
-    check_flags,
-    check_kind,
-    check_knobs,
-    check_model,
-    check_model_kind,
-    check_range,
-    check_rates,
-    check_same_kind,
-    count,
-    describe_choice,
-    describe_data,
-    describe_model,
-    least_rows,
-    load_optimizer,
-    pick_schedule,
-)
 from batchkern.data import AUGMENTATIONS, DatasetData, DatasetFeed, Feed, ImageData, Labelled, as_labelled, feed_of
 from batchkern.data.datasets import Data
 from batchkern.data.labelled import IGNORED
+from batchkern.description import describe_choice, describe_data, describe_model
 from batchkern.diagnostics import SampleLog
 from batchkern.distributed import Ranks
 from batchkern.errors import UserError, only_warned
 from batchkern.initial_weights import PRETRAINED, check_outside, describe_weights, load_weights
 from batchkern.interrupts import Interrupted, StopRequest
 from batchkern.learner import EVALUATION_BATCH, Counts, Learner
+from batchkern.model_checks import check_model, check_model_kind, least_rows
+from batchkern.optimizers import OptimizerFactory, build_optimizer, check_rates, load_optimizer, pick_schedule
 from batchkern.plan import Batch, EpochBatches
 from batchkern.preprocessing import encoded, preprocessing_of
 from batchkern.progress import ProgressBar
 from batchkern.rundir import BEST, CHECKPOINT, CURVES, SAMPLES, WEIGHTS, RunDirectory, check_readable, check_saved
 from batchkern.seeding import derived_seed, set_torch_states, torch_states
 from batchkern.strategies import Run, Strategy, check_combination
+from batchkern.validation import (
+    AMP_TYPES,
+    check_choice,
+    check_counts,
+    check_data,
+    check_flags,
+    check_kind,
+    check_knobs,
+    check_range,
+    check_same_kind,
+    count,
+)
 
 __all__ = ["EVALUATION_BATCH", "Counts", "Interrupted", "Trainer"]
 

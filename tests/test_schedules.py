@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from batchkern import schedules
-from batchkern.configure import describe_choice
+from batchkern.description import describe_choice
 from batchkern.errors import UserError
 
 

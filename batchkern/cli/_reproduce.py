@@ -12,7 +12,6 @@ from batchkern.cli._options import AmpOption, DeviceOption, OverwriteOption, Wei
 from batchkern.cli._streams import visible
 from batchkern.cli._tables import make_table, print_tables
 from batchkern.compare import RESULTS, Comparison, run, slug
-from batchkern.configure import check_range
 from batchkern.data import load_pair
 from batchkern.errors import UserError
 from batchkern.files import write_file
@@ -43,6 +42,7 @@ from batchkern.recipes.reproduction import (
     with_half,
 )
 from batchkern.schedules import step
+from batchkern.validation import check_range
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -27,11 +27,11 @@ from batchkern.compare.comparison import Comparison, RunOf, load_data
 from batchkern.compare.report import REPORT_FILES, write_report
 from batchkern.compare.summary import summarise
 from batchkern.compare.workers import in_processes
-from batchkern.configure import check_counts, check_one_process, count, pick_device
 from batchkern.errors import UserError, out_of_memory, require
 from batchkern.files import check_place, contents, locked, make_directory, remove_parts, write_file
 from batchkern.rundir import CONFIG, METRICS, RUN_FILES, identity
 from batchkern.trainer import Interrupted, Trainer
+from batchkern.validation import check_counts, check_one_process, count, pick_device
 
 RESULTS = "results.json"
 KIND = "batchkern comparison"

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchkern.configure import check_number
 from batchkern.errors import UserError
 from batchkern.ops import BatchLedger
 from batchkern.plan import Batch, EpochBatches, Replay
 from batchkern.seeding import generator
+from batchkern.validation import check_number
 
 
 def check_delta(delta: float) -> None:

@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from batchkern.configure import check_number, count
 from batchkern.errors import UserError
 from batchkern.parts.samplers import PlannedBatches
 from batchkern.plan import AHEAD, Batch, EpochBatches, count_batches, cut, saved_number
 from batchkern.seeding import generator
+from batchkern.validation import check_number, count
 
 FRACTIONS = (0.2, 0.4, 0.6, 0.8, 1.0)
 BATCH_MULTIPLES = (1, 2, 3, 4, 1)

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from batchkern.basis import KINDS, Basis, BasisKind, random_basis
-from batchkern.configure import check_number
 from batchkern.distributed import Share
 from batchkern.errors import UserError
 from batchkern.models import find_classifier
 from batchkern.ops import augment_latent, soft_label_kl
 from batchkern.schedules import bernoulli
 from batchkern.seeding import derived_seed, generator
+from batchkern.validation import check_number
 
 DENSE_LIMIT = 8192
 """Widest latent space for which a dense Q x Q basis is formed (256 MiB)."""

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from batchkern.configure import check_flags, check_number, count, describe_choice
 from batchkern.data.labelled import IGNORED, Labelled, rows_of
+from batchkern.description import describe_choice
 from batchkern.distributed import Ranks, Share
 from batchkern.errors import UserError
 from batchkern.ops import cross_entropy, trimmed_cross_entropy, trimmed_mean
 from batchkern.parts.virtual_samples import stacked
 from batchkern.plan import Batch, EpochBatches, count_batches
+from batchkern.validation import check_flags, check_number, count
 
 
 @dataclass

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from batchkern.configure import count
 from batchkern.plan import Batch, EpochBatches
 from batchkern.strategies.base import Run, Strategy
+from batchkern.validation import count
 
 
 @dataclass

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from batchkern.configure import check_counts
 from batchkern.errors import UserError
 from batchkern.seeding import generator
 from batchkern.strategies.base import Fetch, Run, Step, Strategy
+from batchkern.validation import check_counts
 
 
 def cut_out(images: Tensor, centres: Tensor, size: int) -> Tensor:

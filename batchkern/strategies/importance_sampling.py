@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from batchkern.configure import count
 from batchkern.errors import UserError
 from batchkern.plan import Batch, EpochBatches
 from batchkern.seeding import generator
 from batchkern.strategies.base import Run, Step, Strategy, as_probabilities, weighted_mean
+from batchkern.validation import count
 
 SMOOTHING = 0.9
 """a_tau: share of the earlier tau in its moving average, which begins at 0."""

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from batchkern.configure import check_range
 from batchkern.seeding import derived_seed, generator
 from batchkern.strategies.base import Fetch, Run, Step, Strategy, as_probabilities
+from batchkern.validation import check_range
 
 MIXING = frozenset({"whether images are mixed"})
 """What mixup and cutmix both decide, and rho, which needs whole ones."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from batchkern import models
-from batchkern.configure import check_kind, check_model, count
 from batchkern.errors import UserError
+from batchkern.model_checks import check_model
 from batchkern.ops import select_rows
 from batchkern.plan import Batch, EpochBatches, Passes, cut
 from batchkern.seeding import derived_seed, generator
@@ -22,6 +22,7 @@ from batchkern.strategies.base import Beside, Run, Step, Strategy, loaded
 from batchkern.strategies.mixup import MIXING
 from batchkern.strategies.random_selection import random_rows
 from batchkern.strategies.trimming import kept_rows, positions
+from batchkern.validation import check_kind, count
 
 
 @dataclass

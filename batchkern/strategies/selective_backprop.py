@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from batchkern.configure import check_range, count
 from batchkern.plan import Batch, EpochBatches, saved_number
 from batchkern.seeding import generator
 from batchkern.strategies.base import Run, Step, Strategy, loaded
+from batchkern.validation import check_range, count
 
 
 @dataclass

@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from batchkern.configure import count
 from batchkern.errors import UserError
 from batchkern.ops import select_rows
 from batchkern.strategies.base import Step, Strategy, selected_mean
 from batchkern.strategies.random_selection import random_rows
 from batchkern.strategies.trimming import kept_rows, positions
+from batchkern.validation import count
 
 
 @dataclass

@@ -12,9 +12,9 @@ import pytest
 import torch
 from image_files import PIL_Image, as_tensor, random_pixels, write_parquet
 
-from batchkern.configure import describe_data
 from batchkern.data import Feed, StreamedImages, TensorImages, decode, load, load_pair, match_shape
 from batchkern.data.crops import random_window, resized_windows, window_numbers
+from batchkern.description import describe_data
 from batchkern.errors import UserError
 
 transforms = pytest.importorskip("torchvision.transforms.v2")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from image_files import random_pixels, write_parquet
 
-from batchkern.configure import describe_data
 from batchkern.data import Feed, TensorImages, load, match_shape, subset, with_label_noise
+from batchkern.description import describe_data
 from batchkern.errors import UserError
 
 IMAGES = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
