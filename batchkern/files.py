@@ -18,6 +18,11 @@ from batchkern.errors import UserError
 _PART = re.compile(r"(.+)\.[0-9a-f]{8}\.part")
 
 
+def slug(text: str) -> str:
+    """``text`` as the name of a file."""
+    return re.sub(r"[^\w.]+", "-", text).strip("-.")
+
+
 def write_file(path: Path, content: bytes, *, previous: Path | None = None) -> None:
     """All of ``content`` or, after a kill, the old file: never a part. A link in its place is replaced, not followed.
 

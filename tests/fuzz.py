@@ -32,8 +32,9 @@ from hypothesis import HealthCheck, Verbosity, given, settings
 from hypothesis import strategies as st
 
 from batchkern import data, records
-from batchkern.compare import RESULTS, Comparison, run, running, slug, split_arms
+from batchkern.compare import RESULTS, Comparison, run, running, split_arms
 from batchkern.errors import UserError, require
+from batchkern.files import slug
 from batchkern.plots import plot_run
 from batchkern.rundir import (
     CHECKPOINT,

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from lost import OURS, LostError, check, check_parts, listing
 
 from batchkern import cli
-from batchkern.compare import RESULTS, slug
+from batchkern.compare import RESULTS
+from batchkern.files import slug
 from batchkern.rundir import CONFIG, WEIGHTS
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from batchkern.files import (
     make_directory,
     read_file,
     remove_parts,
+    slug,
     write_file,
 )
 
@@ -164,3 +165,8 @@ def test_a_directory_that_was_moved_is_told_from_the_one_in_its_place(tmp_path):
         place.mkdir()
         with pytest.raises(UserError, match="out is not the directory that this began in, which was moved"):
             check_place(place, descriptor)
+
+
+def test_a_slug_is_one_plain_name():
+    assert slug("trimming(end=0.3)+passive(passive='a/../b')") == "trimming-end-0.3-passive-passive-a-..-b"
+    assert slug("../..") == ""

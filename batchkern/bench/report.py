@@ -11,9 +11,9 @@ from batchkern.bench.markdown import paragraphs
 from batchkern.bench.operations import detail, name
 from batchkern.bench.results import COMPARISON, REPRODUCTION, Results, facts, read_text, rendering
 from batchkern.bench.tables import about, accuracy, confident, growth_table, language, sweeps, training
-from batchkern.compare.arms import BUDGETS, slug
+from batchkern.compare.arms import BUDGETS
 from batchkern.errors import UserError, require
-from batchkern.files import make_directory, write_file
+from batchkern.files import make_directory, slug, write_file
 from batchkern.plots import plot_fractions
 from batchkern.strategies import STRATEGIES
 

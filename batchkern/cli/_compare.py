@@ -46,9 +46,11 @@ from batchkern.cli._options import (
 )
 from batchkern.cli._streams import visible
 from batchkern.cli._tables import make_table, print_tables
-from batchkern.compare import ARMS, BUDGETS, RESULTS, Comparison, run, slug, split_arms, wants_passive
+from batchkern.compare import ARMS, BUDGETS, RESULTS, Comparison, run, split_arms
 from batchkern.compare.report import CSV, REPORT, costs, effects, notes, verdict
 from batchkern.errors import UserError
+from batchkern.files import slug
+from batchkern.strategies import wants_passive
 
 if TYPE_CHECKING:
     from rich.table import Table

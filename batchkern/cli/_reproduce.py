@@ -11,10 +11,10 @@ from batchkern.cli._compare import check_runs, print_run
 from batchkern.cli._options import AmpOption, DeviceOption, OverwriteOption, WeightsOption, argument, option
 from batchkern.cli._streams import visible
 from batchkern.cli._tables import make_table, print_tables
-from batchkern.compare import RESULTS, Comparison, run, slug
+from batchkern.compare import RESULTS, Comparison, run
 from batchkern.data import load_pair
 from batchkern.errors import UserError
-from batchkern.files import write_file
+from batchkern.files import slug, write_file
 from batchkern.initial_weights import PRETRAINED
 from batchkern.recipes import (
     LEAST_BATCHES,

@@ -52,11 +52,11 @@ from batchkern.cli._options import (
     option,
 )
 from batchkern.cli._streams import visible
-from batchkern.compare import check_passive, slug
 from batchkern.data import load, open_pair, validation_split, with_label_noise
+from batchkern.files import slug
 from batchkern.plots import kept_fractions
 from batchkern.rundir import RUN_FILES
-from batchkern.strategies import parse
+from batchkern.strategies import check_passive, parse
 from batchkern.trainer import Trainer
 
 

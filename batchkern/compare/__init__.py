@@ -7,11 +7,8 @@ their strategies.
 from batchkern.compare.arms import (
     ARMS,
     BUDGETS,
-    check_passive,
     control_of,
-    slug,
     split_arms,
-    wants_passive,
     with_controls,
 )
 from batchkern.compare.comparison import Comparison
@@ -22,11 +19,8 @@ __all__ = [
     "BUDGETS",
     "RESULTS",
     "Comparison",
-    "check_passive",
     "control_of",
     "run",
-    "slug",
     "split_arms",
-    "wants_passive",
     "with_controls",
 ]

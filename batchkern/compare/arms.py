@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ from batchkern.plan import Window
 from batchkern.seeding import generator
 from batchkern.strategies import (
     HardBatches,
-    PassiveInjection,
     RandomSelection,
     Step,
     Strategy,
@@ -43,11 +41,6 @@ BUDGETS = {
     "updates": "equal updates of the model, to the nearest epoch",
     "cost": "equal cost to the nearest epoch: samples forward and backward, a backward pass counted twice",
 }
-
-
-def slug(text: str) -> str:
-    """``text`` as the name of a file."""
-    return re.sub(r"[^\w.]+", "-", text).strip("-.")
 
 
 def split_arms(text: str) -> list[str]:
@@ -103,21 +96,6 @@ def with_controls(arms: Sequence[str]) -> tuple[str, ...]:
     for arm in (BASELINE, *arms, *filter(None, map(control_of, arms))):
         by_training.setdefault(described(arm), arm)
     return tuple(by_training.values())
-
-
-def wants_passive(strategy: str) -> bool:
-    """Whether a strategy needs a passive set that its text does not name."""
-    placed = parse(strategy, passive="")
-    return any(isinstance(s, PassiveInjection) and s.passive == "" for s in placed)
-
-
-def check_passive(strategies: Sequence[str], passive: str | None) -> None:
-    """Refuses a passive set that is missing, or that nothing uses; and strategies that cannot be read."""
-    wanting = [strategy for strategy in strategies if wants_passive(strategy)]
-    if wanting and passive is None:
-        raise UserError(f"{wanting[0]} needs a data set to inject: --passive SOURCE, such as --passive photo-patches")
-    if passive is not None and not wanting:
-        raise UserError(f"--passive is {passive}, but no strategy here injects a data set: add the strategy passive")
 
 
 # --- budgets ---------------------------------------------------------------------------------------------------------

@@ -9,12 +9,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from batchkern.compare.arms import ARMS, BASELINE, BUDGETS, check_passive, described, slug, with_controls
+from batchkern.compare.arms import ARMS, BASELINE, BUDGETS, described, with_controls
 from batchkern.data import ImageData, Labelled, load, open_pair, subset, validation_split, with_label_noise
 from batchkern.errors import UserError
+from batchkern.files import slug
 from batchkern.initial_weights import check_outside
 from batchkern.rundir import CHECKPOINT, CONFIG, METRICS
-from batchkern.strategies import Trimming, parse
+from batchkern.strategies import Trimming, check_passive, parse
 from batchkern.trainer import Trainer
 from batchkern.validation import check_flags, check_kind, check_number, count
 

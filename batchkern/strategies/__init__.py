@@ -117,6 +117,21 @@ def parse(text: str, *, passive: Any = None) -> list[Strategy]:
     return strategies
 
 
+def wants_passive(strategy: str) -> bool:
+    """Whether a strategy needs a passive set that its text does not name."""
+    placed = parse(strategy, passive="")
+    return any(isinstance(s, PassiveInjection) and s.passive == "" for s in placed)
+
+
+def check_passive(strategies: Sequence[str], passive: str | None) -> None:
+    """Refuses a passive set that is missing, or that nothing uses; and strategies that cannot be read."""
+    wanting = [strategy for strategy in strategies if wants_passive(strategy)]
+    if wanting and passive is None:
+        raise UserError(f"{wanting[0]} needs a data set to inject: --passive SOURCE, such as --passive photo-patches")
+    if passive is not None and not wanting:
+        raise UserError(f"--passive is {passive}, but no strategy here injects a data set: add the strategy passive")
+
+
 def split_terms(text: str, separator: str) -> list[str]:
     """``text`` at each ``separator`` that no parentheses enclose, stripped."""
     cuts, depth = [-1], 0

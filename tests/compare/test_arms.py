@@ -6,7 +6,7 @@ import pytest
 from training import images, trainer
 
 from batchkern.cli import _compare
-from batchkern.compare import ARMS, control_of, slug, split_arms, with_controls
+from batchkern.compare import ARMS, control_of, split_arms, with_controls
 from batchkern.compare.arms import forecast, matched_epochs
 from batchkern.data import with_label_noise
 from batchkern.errors import UserError
@@ -52,11 +52,6 @@ def test_the_baseline_by_any_name():
     for empty in ("", "  "):
         with pytest.raises(UserError, match="arm must be a strategy, such as trimming, or baseline, got ''"):
             _compare._chosen_arms(["trimming", empty], None, "digits")
-
-
-def test_a_slug_is_one_plain_name():
-    assert slug("trimming(end=0.3)+passive(passive='a/../b')") == "trimming-end-0.3-passive-passive-a-..-b"
-    assert slug("../..") == ""
 
 
 def test_arms_without_a_passive_set():

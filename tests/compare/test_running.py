@@ -31,12 +31,12 @@ pytest.importorskip("scipy")
 pytest.importorskip("sklearn")
 
 from batchkern import plots
-from batchkern.compare import ARMS, RESULTS, Comparison, run, running, slug, with_controls
+from batchkern.compare import ARMS, RESULTS, Comparison, run, running, with_controls
 from batchkern.compare.comparison import RunOf
 from batchkern.compare.report import CSV, REPORT, REPORT_FILES
 from batchkern.compare.workers import in_processes
 from batchkern.errors import UserError
-from batchkern.files import locked
+from batchkern.files import locked, slug
 from batchkern.rundir import BEST, CHECKPOINT, CONFIG, CURVES, METRICS, PREVIOUS, RUN_FILES, WEIGHTS
 from batchkern.trainer import Trainer
 
