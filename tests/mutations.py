@@ -59,7 +59,7 @@ KL = ("tests/ops/test_soft_label_kl_kernel.py", *UNCOMPILED)
 CPU = [
     *within(
         "cpu",
-        "csrc/cpu/losses.inl",
+        "csrc/cpu/loss_vectors.inl",
         MEAN,
         ("weights do not count", "return loss(j) * value_if(kept[j], weight[j]);", "return loss(j);"),
         (

@@ -10,7 +10,7 @@ namespace {
 #include "cross_entropy_columns.inl"
 #include "soft_label_kl.inl"
 #include "augment_latent.inl"
-#include "losses.inl"
+#include "loss_vectors.inl"
 // clang-format on
 
 #define BATCHKERN_EACH_TYPE(kernel) {kernel<float>, kernel<BFloat16>, kernel<Float16>}

@@ -6,7 +6,7 @@
 #include <assert.h>
 
 #include "elements.cuh"
-#include "launch.h"
+#include "kernels.h"
 
 namespace batchkern {
 

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "launch.h"
+#include "kernels.h"
 
 namespace batchkern {
 

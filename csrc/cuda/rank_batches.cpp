@@ -1,7 +1,7 @@
 // rank_batches on a GPU.
 #include <torch/library.h>
 
-#include "place.h"
+#include "device_context.h"
 
 namespace batchkern {
 namespace {

@@ -1,7 +1,7 @@
 // CUB's radix sort.
 #include <cub/device/device_radix_sort.cuh>
 
-#include "launch.h"
+#include "kernels.h"
 
 namespace batchkern {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <limits>
 
-#include "place.h"
+#include "device_context.h"
 
 namespace batchkern {
 namespace {

@@ -2,7 +2,7 @@
 #include <torch/library.h>
 
 #include "../order.h"
-#include "place.h"
+#include "device_context.h"
 
 namespace batchkern {
 namespace {

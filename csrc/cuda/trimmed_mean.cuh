@@ -2,7 +2,7 @@
 #pragma once
 
 #include "elements.cuh"
-#include "launch.h"
+#include "kernels.h"
 
 namespace batchkern {
 

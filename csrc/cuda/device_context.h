@@ -15,7 +15,7 @@
 #include <utility>
 
 #include "../arguments.h"
-#include "launch.h"
+#include "kernels.h"
 
 namespace batchkern {
 
