@@ -83,7 +83,7 @@ format: setup ## rewrite Python and C++ in the project's style
 demo: setup ## compare the strategies on a small real data set (results in runs/demo)
 	$(BIN)/batchkern compare --data digits --seeds 2 --out runs/demo --overwrite
 
-bench: setup ## measure every operation beside its peers, and trainings, on a quiet machine: 10 minutes (JSON in bench/results)
+bench: setup ## measure every operation beside its peers, and trainings, on a quiet machine: 15 minutes (JSON in bench/results)
 	BATCHKERN_BENCH_OUT=bench/results $(BIN)/python -m pytest bench --benchmark-quiet -W ignore::DeprecationWarning
 
 # Leaks are not looked for: Python and torch keep memory on purpose. What torch.compile builds would need the sanitizer too; several
@@ -120,20 +120,20 @@ cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetch
 		-fopenmp-simd -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -c csrc/cpu/$$1.cpp -o build/cross/$$0-$$1.o'
 
 gpu: ## with the torch of PYTHON: build for its GPU, test, measure, sanitize, in MINUTES=5 (into GPU_OUT=runs/gpu; STAGES="growth training": these alone, after the build)
-	$(PYTHON) bench/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(STAGES),--stages $(STAGES)) $(if $(DRY_RUN),--dry-run)
+	$(PYTHON) tools/gpu_run.py --out $(or $(GPU_OUT),runs/gpu) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(STAGES),--stages $(STAGES)) $(if $(DRY_RUN),--dry-run)
 
 soak: setup ## kill trainings and comparisons at KILLS=200 random moments (SEED=0), fill their disk, let two meet: is anything lost? half an hour
 	$(BIN)/python tests/soak.py
 
-resources: setup ## registers, spills and machine code of the CUDA kernels, for three architectures (bench/KERNEL_RESOURCES.md)
-	$(BIN)/python bench/kernel_resources.py $(if $(CHECK),--check)
+resources: setup ## registers, spills and machine code of the CUDA kernels, for three architectures (tools/KERNEL_RESOURCES.md)
+	$(BIN)/python tools/kernel_resources.py $(if $(CHECK),--check)
 
-triton-resources: setup ## the same for the Triton kernels (bench/TRITON_RESOURCES.md); needs no nvcc
-	$(BIN)/python bench/triton_resources.py $(if $(CHECK),--check)
+triton-resources: setup ## the same for the Triton kernels (tools/TRITON_RESOURCES.md); needs no nvcc
+	$(BIN)/python tools/triton_resources.py $(if $(CHECK),--check)
 
 fuzz: setup ## give damaged files and odd text to what reads them, for MINUTES=10 in all
 	$(BIN)/python tests/fuzz.py $(or $(MINUTES),10) $(TARGETS)
 
 clean: ## remove what was built, but not $(VENV)
 	rm -rf build dist *.egg-info batchkern/_C*.so
-	find batchkern tests bench -name __pycache__ -prune -exec rm -rf {} +
+	find batchkern tests bench tools -name __pycache__ -prune -exec rm -rf {} +

@@ -30,7 +30,7 @@ MOST_FILES = 8  # that a lent machine gives back
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module, on a machine without a GPU."""
-    spec = util.spec_from_file_location("gpu_run", ROOT / "bench" / "gpu_run.py")
+    spec = util.spec_from_file_location("gpu_run", ROOT / "tools" / "gpu_run.py")
     module = util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -314,7 +314,7 @@ def test_it_takes_what_it_runs_with_it(run: Run) -> None:
     """Killed outright, it has no time to end anything."""
     code = f"""
 import importlib.util, os, pathlib, signal, sys
-spec = importlib.util.spec_from_file_location("gpu_run", {str(ROOT / "bench" / "gpu_run.py")!r})
+spec = importlib.util.spec_from_file_location("gpu_run", {str(ROOT / "tools" / "gpu_run.py")!r})
 module = sys.modules["gpu_run"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 out = pathlib.Path({str(run.out)!r})

@@ -1,4 +1,4 @@
-"""What bench/kernel_resources.py reads in a report of cuobjdump, and what it refuses."""
+"""What tools/kernel_resources.py reads in a report of cuobjdump, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "kernel_resources.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "kernel_resources.py"
 SELECT = "_ZN9batchkern11select_rowsILb1ENS_11PlainLossesINS_7Float16EEEEEvNS_9SelectionIT0_EE"
 SPILLS = "_ZN9batchkern8rank_fewILb0EfEEvNS_7RankFewIT0_EE"
 SHORT = ["rank_few<false, float>", "select_rows<true, PlainLosses<Float16>>"]

@@ -1,4 +1,4 @@
-"""What bench/machine_code.py reads in the machine code of kernels."""
+"""What tools/machine_code.py reads in the machine code of kernels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import machine_code
-from bench.machine_code import Speed
+from tools import machine_code
+from tools.machine_code import Speed
 
 # As cuobjdump prints it: the second word of each instruction stands in a line of its own.
 SASS = """

@@ -1,4 +1,4 @@
-"""That bench/triton_resources.py compiles what is launched, reads it rightly, and refuses what it should."""
+"""That tools/triton_resources.py compiles what is launched, reads it rightly, and refuses what it should."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("triton")
 
-SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "triton_resources.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "triton_resources.py"
 
 
 @pytest.fixture(scope="module")

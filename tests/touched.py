@@ -101,7 +101,7 @@ def own_tests(path: str) -> set[Path]:
     named = [name for begin, names in OTHERS.items() if path.startswith(begin) for name in names]
     found = {test for test in TESTS if test.stem in named or mirrors(test, path)}
     if path.endswith(".py"):
-        found |= {test for test in TESTS if module(path) in imported(test) - {"batchkern", "bench"}}
+        found |= {test for test in TESTS if module(path) in imported(test) - {"batchkern", "bench", "tools"}}
     return found
 
 

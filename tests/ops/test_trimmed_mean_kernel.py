@@ -99,7 +99,7 @@ def test_drawn_losses(
 
 
 def test_many_small_batches_of_ties() -> None:
-    path = Path(__file__).parents[2] / "bench" / "million_selections.py"
+    path = Path(__file__).parents[2] / "tools" / "million_selections.py"
     spec = importlib.util.spec_from_file_location("million_selections", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

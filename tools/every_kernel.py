@@ -1,4 +1,4 @@
-"""Runs every GPU kernel once or twice, for a sanitizer to watch: ``compute-sanitizer python bench/every_kernel.py``.
+"""Runs every GPU kernel once or twice, for a sanitizer to watch: ``compute-sanitizer python tools/every_kernel.py``.
 
 Shapes are small: one for each way of sharing rows among threads, and of selecting, with rows that begin at every
 alignment. What comes out is held against float64, loosely: the tests are for that.

@@ -1,6 +1,6 @@
 """What a GPU is needed for, made for a quarter of an hour on a machine that keeps nothing (``make gpu``).
 
-    python3 bench/gpu_run.py [--out FOLDER] [--minutes 5] [--stages NAME ...] [--dry-run]
+    python3 tools/gpu_run.py [--out FOLDER] [--minutes 5] [--stages NAME ...] [--dry-run]
 
 Builds for the GPU that is there, runs the GPU tests, measures the most important cases first, and looks for memory
 errors; then, while time is left, the rest. Each stage has a limit. ``--stages`` runs some alone, after the build; each
@@ -131,7 +131,7 @@ def measurement(name: str, seconds: float, out: Path, file: str, *options: str) 
 def sanitizer(tool: str, verdict: str) -> Stage:
     """Looks only at kernels with our name in theirs. torch may take long to start, and its own calls of the
     driver fail now and then by design."""
-    script = [sys.executable, "bench/every_kernel.py"]
+    script = [sys.executable, "tools/every_kernel.py"]
     program = [find("compute-sanitizer"), "--tool", tool, "--kernel-name", "kns=batchkern", "--error-exitcode", "9"]
     program += ["--launch-timeout", "120", "--report-api-errors", "no"]
     without_gpu = [*script, "--on", "cpu"]

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel, in every configuration that can be launched, for three architectures, without a GPU.
 
-    python bench/triton_resources.py [--out bench/TRITON_RESOURCES.md | --check]
+    python tools/triton_resources.py [--out tools/TRITON_RESOURCES.md | --check]
 
 The launchers themselves run, on tensors of a host, and whatever they launch is compiled with the specialisation of a
 real launch instead of being run. Exits with 1 where a kernel has a stack or spills, or no load as wide as its rows
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from batchkern.triton import augment_latent, soft_label_kl  # noqa: E402
-from bench import machine_code  # noqa: E402
+from tools import machine_code  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 HOPPER = 90
@@ -206,7 +206,7 @@ def table(kernels: list[Kernel]) -> str:
         "every configuration that can be launched: the most over float32, bfloat16 and float16, and over tensors that",
         "begin at a multiple of 16 bytes and tensors that do not. Vector: elements that a load takes, those in 16, 8",
         "or 4 bytes, of which rows are multiples; 1 where there are none, or tensors begin elsewhere.",
-        f"Written by `python bench/triton_resources.py` with Triton {triton.__version__}.",
+        f"Written by `python tools/triton_resources.py` with Triton {triton.__version__}.",
         "",
         f"| kernel | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(columns)}",
@@ -238,7 +238,7 @@ def slower(kernels: list[Kernel], before: str) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tabulate what the Triton kernels take, and refuse stack and spills.")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "TRITON_RESOURCES.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "tools" / "TRITON_RESOURCES.md")
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
     start = time.monotonic()

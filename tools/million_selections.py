@@ -1,6 +1,6 @@
 """A million random small batches, full of ties: are the rows that the CPU kernels keep exactly those of the definition?
 
-    python bench/million_selections.py [--cases 1000000] [--seed 0]
+    python tools/million_selections.py [--cases 1000000] [--seed 0]
 
 Losses come from few values, NaN and infinities and zeros of either sign among them, with and without a mask, for keep
 at both ends, in between, and where keep * n ends in exactly .5. ``trimmed_mean`` gets them as they are;

@@ -1,7 +1,7 @@
 """What does each CUDA kernel take: registers, static shared memory, and memory it should not need: stack and spills?
 And what does its machine code for Hopper say about its speed (``machine_code.py``)?
 
-    python bench/kernel_resources.py [--out bench/KERNEL_RESOURCES.md | --check | --loops NAME]
+    python tools/kernel_resources.py [--out tools/KERNEL_RESOURCES.md | --check | --loops NAME]
 
 Reads it from the machine code in batchkern._C, by the cuobjdump that Triton brings: nothing is compiled, and neither a
 GPU nor a CUDA toolkit is needed. Exits with 1 where a kernel of ours has a stack or spills on any architecture, or with
@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bench import machine_code  # noqa: E402
+from tools import machine_code  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 OURS = "_ZN9batchkern"
@@ -140,7 +140,7 @@ def table(kernels: list[Kernel], found: dict[str, machine_code.Speed]) -> str:
         "Registers of a thread, bytes of static shared memory, and bytes of stack and of spills together, which should",
         "be 0, in the machine code of `batchkern._C`; kernels that come from CUB are left out. From sm_90 on CUDA",
         "takes 1,024 bytes of the shared memory of a kernel that has any.",
-        "Written by `python bench/kernel_resources.py`.",
+        "Written by `python tools/kernel_resources.py`.",
         "",
         f"| kernel | {' | '.join(columns)} |",
         f"|---|{'---:|' * len(columns)}",
@@ -180,7 +180,7 @@ def differences(kernels: list[Kernel], found: dict[str, machine_code.Speed], pat
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Tabulate what the CUDA kernels take, and refuse what is worse.")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "KERNEL_RESOURCES.md")
+    parser.add_argument("--out", type=Path, default=ROOT / "tools" / "KERNEL_RESOURCES.md")
     parser.add_argument("--check", action="store_true", help="write nothing, and compare")
     parser.add_argument("--loops", metavar="NAME", help="show the loops of kernels whose names have this in them")
     arguments = parser.parse_args()
