@@ -3,6 +3,8 @@
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,25 @@ def test_there_is_something_to_run():
 def test_python_snippets_run(snippet, tmp_path):
     done = warm.run("-c", snippet, cwd=tmp_path, timeout=250)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_python_snippets_pass_a_type_checker(tmp_path):
+    pytest.importorskip("mypy")
+    files = [tmp_path / f"snippet_{number}.py" for number in range(len(PYTHON))]
+    for file, snippet in zip(files, PYTHON, strict=True):
+        file.write_text(snippet)
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file=",
+        "--ignore-missing-imports",
+        "--follow-imports=silent",
+        *files,
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("line", [x for x in SHELL if x.startswith("batchkern ")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -11,6 +13,40 @@ from batchkern.ops._public import public
 from batchkern.ops.linear_cross_entropy import check_options, checked, trimmed
 
 
+@overload
+def linear_trimmed_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    keep: float | Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    per_sample: Literal[False] = ...,
+    group: dist.ProcessGroup | None = ...,
+    chunk_rows: int | None = ...,
+    vocab_group: dist.ProcessGroup | None = ...,
+) -> Tensor: ...
+@overload
+def linear_trimmed_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    keep: float | Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    per_sample: Literal[True],
+    group: dist.ProcessGroup | None = ...,
+    chunk_rows: int | None = ...,
+    vocab_group: dist.ProcessGroup | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 @public
 def linear_trimmed_cross_entropy(
     hidden: Tensor,
@@ -113,7 +149,7 @@ class LinearTrimmedCrossEntropyLoss(nn.Module):
     def forward(
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return linear_trimmed_cross_entropy(
+        return linear_trimmed_cross_entropy(  # type: ignore[call-overload]
             hidden,
             weight,
             target,

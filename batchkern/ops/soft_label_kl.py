@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,26 @@ from batchkern.ops._autograd import boundary, is_batched, once_differentiable
 from batchkern.ops._public import public
 
 
+@overload
+def soft_label_kl(
+    reference_logits: Tensor,
+    virtual_logits: Tensor,
+    *,
+    temperature: float = ...,
+    scale: float = ...,
+    reference_grad: bool = ...,
+    per_sample: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def soft_label_kl(
+    reference_logits: Tensor,
+    virtual_logits: Tensor,
+    *,
+    temperature: float = ...,
+    scale: float = ...,
+    reference_grad: bool = ...,
+    per_sample: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 @public
 def soft_label_kl(
     reference_logits: Tensor,
