@@ -56,7 +56,7 @@ def test_batchkern_commands_run(line, tmp_path):
     """In one working directory of their own; the lengthy comparison with fewer seeds, epochs, images and budgets."""
     words = shlex.split(line)
     if words[1] == "compare":
-        words += ["--seeds", "1", "--epochs", "2", "--train-rows", "200", "--budget", "updates", "--jobs", "1"]
+        words += ["--seeds", "1", "--epochs", "5", "--train-rows", "200", "--budget", "updates", "--jobs", "1"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = warm.run("-m", "batchkern", *words[1:], cwd=tmp_path, env=environment, timeout=250)
     assert done.returncode == 0, done.stderr

@@ -82,7 +82,8 @@ class Block:
             return KINDS[self.kind](results, *self.arguments)
 
     def newer(self) -> Path | None:
-        """The newest file of the same folder, and of the same release of torch, if it could take this one's place."""
+        """The newest file of the same folder, release of torch, threads and huge pages, if it could take this one's
+        place."""
         own = load(self.path)
         rows = self._made(own).count("\n|")
         others = [own]
@@ -92,7 +93,8 @@ class Block:
             except UserError:  # what lies there besides
                 continue
             same = other.subject == own.subject and own.release in ("", other.release)
-            if same and self._serves(other, rows):
+            settings = [(own.machine.get(key), other.machine.get(key)) for key in ("threads", "huge_pages")]
+            if same and all(mine in (None, its) for mine, its in settings) and self._serves(other, rows):
                 others.append(other)
         newest = max(others, key=lambda results: results.date)  # the first, which is its own, of those of one date
         return None if newest is own else newest.path

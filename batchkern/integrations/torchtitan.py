@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -44,10 +44,9 @@ class TrimmedLossWrapper(ChunkedLossWrapper):
             if isinstance(head.weight, DTensor):
                 raise TypeError("lm_head must have all words in each process, its weight is a DTensor")
             target = labels.flatten()
-            loss = linear_trimmed_cross_entropy(
+            return linear_trimmed_cross_entropy(
                 hidden.flatten(0, 1), head.weight, target, keep, bias=head.bias, ignore_index=IGNORE_INDEX
             )
-            return cast(Tensor, loss)
 
         # Within a call of the layer, so that FSDP2 gathers its weight and reduces the gradient.
         head.forward = mean  # type: ignore[method-assign, assignment]

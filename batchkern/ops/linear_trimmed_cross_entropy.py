@@ -149,7 +149,7 @@ class LinearTrimmedCrossEntropyLoss(nn.Module):
     def forward(
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return linear_trimmed_cross_entropy(  # type: ignore[call-overload]
+        return linear_trimmed_cross_entropy(  # type: ignore[call-overload, misc]
             hidden,
             weight,
             target,

@@ -118,6 +118,21 @@ def test_a_run_that_is_no_full_measurement_is_not_newer(page, changes):
     assert len(check(page)) == 1
 
 
+@pytest.mark.parametrize("other", [{"threads": 1}, {"huge_pages": "never"}], ids=str)
+def test_a_file_of_other_settings_is_not_newer(page, other):
+    path = page.parent / "results" / "a.json"
+    content = json.loads(path.read_text())
+    content["machine"] |= {"huge_pages": "madvise"}
+    path.write_text(json.dumps(content))
+    rewrite(page)
+    rows = [row(OP, SHAPE, "ours", 2e-3)]
+    newer = {"date": "2026-11-30T00:00:00+00:00", "commit": "abc1235", "huge_pages": "madvise"}
+    small.write(page.parent / "results" / "other.json", newer | other, operations=rows)
+    assert check(page) == []
+    small.write(page.parent / "results" / "same.json", newer, operations=rows)
+    assert ["results/a.json is older than results/same.json" in sentence for sentence in check(page)] == [True]
+
+
 def test_a_file_of_another_release_of_torch_is_not_newer(page):
     rewrite(page)
     rows = [row(OP, SHAPE, "ours", 2e-3)]
