@@ -19,7 +19,7 @@ SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 FORMATTED := $(filter-out %.py,$(SOURCES)) $(wildcard tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp $(addprefix tests/cuda_on_host/include/,*.h c10/cuda/*.h))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test every-test check lint style types format demo bench sanitize cuda-on-host interpret cross soak fuzz resources triton-resources gpu clean
+.PHONY: help setup docs test every-test check lint style types format demo bench sanitize cuda-on-host interpret cross soak fuzz resources triton-resources gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -82,6 +82,11 @@ format: setup ## rewrite Python and C++ in the project's style
 
 demo: setup ## compare the strategies on a small real data set (results in runs/demo)
 	$(BIN)/batchkern compare --data digits --seeds 2 --out runs/demo --overwrite
+
+docs: setup ## build the documentation site in build/site, without a warning
+	@$(PIP) 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
+	$(BIN)/python tools/site.py build/site-pages
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 bench: setup ## measure every operation beside its peers, and trainings, on a quiet machine: 15 minutes (JSON in bench/results)
 	BATCHKERN_BENCH_OUT=bench/results $(BIN)/python -m pytest bench --benchmark-quiet -W ignore::DeprecationWarning

@@ -27,6 +27,7 @@ import batchkern
 from batchkern import cli, ops
 from batchkern.compare import split_arms
 from batchkern.strategies import STRATEGIES, parse
+from tools import site
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -186,6 +187,17 @@ def test_links_lead_somewhere(page):
 def test_index_names_every_page():
     linked = re.findall(r"\]\(([^)#]+\.md)", PAGES["README.md"])
     assert {page for page in PAGES if page != "README.md"} <= set(linked)
+
+
+def test_the_site_has_every_page_and_every_part_of_the_api():
+    named = set(re.findall(r"\S+\.md", (ROOT / "mkdocs.yml").read_text()))
+    pages = {f"docs/{page}" for page in PAGES} | {f"docs/api/{module}.md" for module in site.MODULES}
+    assert pages <= named
+    assert {page for page in named if not page.startswith("docs/api/")} <= {
+        path.relative_to(ROOT).as_posix() for pattern in site.PAGES for path in ROOT.glob(pattern)
+    }
+    for module in site.MODULES:
+        assert site.public(module), module
 
 
 # --- cards and code --------------------------------------------------------------------------------------------

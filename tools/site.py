@@ -1,0 +1,74 @@
+"""Gathers what the documentation site is made of in a folder: the Markdown files of the repository where they are, so that their
+links hold, what they link to, and pages of the API made from ``__all__``. ``make docs`` gives that folder to MkDocs.
+
+    python tools/site.py FOLDER
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["*.md", "docs/**/*.md", "bench/NOTES.md", "tools/*.md"]
+MODULES = {
+    "batchkern": "Operations",
+    "batchkern.trainer": "Trainer",
+    "batchkern.strategies": "Strategies",
+    "batchkern.parts": "Strategies in any loop",
+    "batchkern.data": "Data",
+    "batchkern.schedules": "Schedules",
+    "batchkern.callbacks": "Callbacks",
+    "batchkern.compare": "Comparisons",
+    "batchkern.trained": "Trained models",
+    "batchkern.integrations.transformers": "transformers",
+    "batchkern.integrations.lightning": "Lightning",
+    "batchkern.integrations.accelerate": "accelerate",
+    "batchkern.integrations.trl": "TRL",
+    "batchkern.integrations.torchtitan": "torchtitan",
+}
+LINK = re.compile(r"\]\(([^)#\s]+)")
+
+
+def public(module: str) -> list[str]:
+    """Names of ``__all__``, or else what a module defines without an underscore."""
+    path = ROOT / module.replace(".", "/")
+    tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            names = [name for name in ast.literal_eval(node.value) if not name.startswith("_")]
+            return [name for name in names if name != "load_model"]  # imported when it is asked for: a page of its own
+    defined = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
+    return [name for name in defined if not name.startswith("_")]
+
+
+def place(module: str, name: str) -> str:
+    """Where an object is found. An operation has the name of its module, which would be taken for it."""
+    own = ROOT / "batchkern" / "ops" / f"{name}.py"
+    return f"batchkern.ops.{name}.{name}" if module == "batchkern" and own.exists() else f"{module}.{name}"
+
+
+def main(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    found = [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
+    for page in found:
+        for link in LINK.findall(page.read_text()):
+            there = (page.parent / link).resolve()
+            if "://" not in link and there.is_file() and there.suffix != ".md":
+                found.append(there) if there not in found else None
+    for path in found:
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    api = folder / "docs" / "api"
+    api.mkdir()
+    for module, title in MODULES.items():
+        objects = "\n\n".join(f"::: {place(module, name)}" for name in public(module))
+        (api / f"{module}.md").write_text(f"# {title}\n\n`{module}`\n\n{objects}\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
