@@ -83,10 +83,15 @@ format: setup ## rewrite Python and C++ in the project's style
 demo: setup ## compare the strategies on a small real data set (results in runs/demo)
 	$(BIN)/batchkern compare --data digits --seeds 2 --out runs/demo --overwrite
 
-docs: setup ## build the documentation site in build/site, without a warning
-	@$(PIP) 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.26'
-	$(BIN)/python tools/site.py build/site-pages
-	$(BIN)/python -m mkdocs build --strict --quiet
+build/docs-venv/.ready:
+	@$(PYTHON) -m venv build/docs-venv
+	@build/docs-venv/bin/pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.26'
+	@touch $@
+
+docs: build/docs-venv/.ready ## build the documentation site in build/site; a warning is an error
+	build/docs-venv/bin/python tools/site.py build/site-pages
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/python -m mkdocs build --strict --quiet
+	@echo "built build/site/index.html"
 
 bench: setup ## measure every operation beside its peers, and trainings, on a quiet machine: 15 minutes (JSON in bench/results)
 	BATCHKERN_BENCH_OUT=bench/results $(BIN)/python -m pytest bench --benchmark-quiet -W ignore::DeprecationWarning

@@ -1,5 +1,7 @@
-"""Gathers what the documentation site is made of in a folder: the Markdown files of the repository where they are, so that their
-links hold, what they link to, and pages of the API made from ``__all__``. ``make docs`` gives that folder to MkDocs.
+"""Gathers in a folder what the documentation site is made of; ``make docs`` gives it to MkDocs.
+
+The Markdown files of the repository lie there as they do here, so that their links hold, beside what they link to and
+pages of the API made from ``__all__``.
 
     python tools/site.py FOLDER
 """
