@@ -30,15 +30,15 @@ from batchkern.distributed import Ranks
 from batchkern.errors import UserError, only_warned
 from batchkern.initial_weights import PRETRAINED, check_outside, describe_weights, load_weights
 from batchkern.interrupts import Interrupted, StopRequest
-from batchkern.learner import EVALUATION_BATCH, Counts, Learner
 from batchkern.model_checks import check_model, check_model_kind, least_rows
-from batchkern.optimizers import OptimizerFactory, build_optimizer, check_rates, load_optimizer, pick_schedule
+from batchkern.optimizers import OptimizerFactory, build_optimizer, check_rates, pick_schedule
 from batchkern.plan import Batch, EpochBatches
 from batchkern.preprocessing import encoded, preprocessing_of
 from batchkern.progress import ProgressBar
 from batchkern.rundir import BEST, CHECKPOINT, CURVES, SAMPLES, WEIGHTS, RunDirectory, check_readable, check_saved
 from batchkern.seeding import derived_seed, set_torch_states, torch_states
 from batchkern.strategies import Run, Strategy, check_combination
+from batchkern.updater import EVALUATION_BATCH, Counts, Updater
 from batchkern.validation import (
     AMP_TYPES,
     check_choice,
@@ -55,7 +55,7 @@ from batchkern.validation import (
 __all__ = ["EVALUATION_BATCH", "Counts", "Interrupted", "Trainer"]
 
 
-class Trainer(Learner):
+class Trainer:
     """One training run, in one process or in all that torchrun started (docs/distributed.md).
 
     Args:
@@ -258,7 +258,7 @@ class Trainer(Learner):
             rate = schedules.warm_up(rate, warmup_epochs / epochs, start)
         clean = train.clean_labels
         wrong = None if clean is None else clean != train.one_label_each("clean labels")
-        super().__init__(
+        self.updater = Updater(
             Run(
                 model=model,
                 shape=train.shape,
@@ -293,12 +293,21 @@ class Trainer(Learner):
             samples=SampleLog(len(train), ranks.device, wrong),
             last_checkpoint=self._last_checkpoint,
         )
+        """Makes the updates."""
+        self.run, self.ranks, self.device, self.model = self.updater.run, ranks, ranks.device, self.updater.model
+        self.strategies, self.feed, self.optimizer = self.updater.strategies, feed, self.updater.optimizer
+        self.samples = self.updater.samples
         self.batches = EpochBatches(len(train), batch_size, epochs, derived_seed(seed, "order"), least, drop_last)
         self.history: list[dict[str, Any]] = []
         """One row an epoch, as in metrics.jsonl."""
         self._rng: tuple[Tensor, Tensor | None] | None = None
         """States of torch's generators where this run goes on, once it has begun."""
         self.directory = self._open(out, overwrite=overwrite, resume=resume)
+
+    @property
+    def counts(self) -> Counts:
+        """What the training has cost so far."""
+        return self.updater.counts
 
     def _feed(self, data: Labelled, device: torch.device, **options: Any) -> Feed | DatasetFeed:
         return feed_of(data, self.statistics, device=device, workers=self.workers, **options)
@@ -350,7 +359,7 @@ class Trainer(Learner):
         warnings.warn(
             f"{path} was to end after {before} epochs, and now after {now}: the schedule {self.settings['schedule']}, "
             f"and those of strategies, reach over {now}; after epoch {done} the learning rate{last} goes on at "
-            f"{self.base_rates[0] * self.schedule(done / now):.3g}",
+            f"{self.updater.base_rates[0] * self.updater.schedule(done / now):.3g}",
             stacklevel=4,
         )
 
@@ -359,7 +368,7 @@ class Trainer(Learner):
         directory = self.directory
         if directory is None:
             return
-        self._check_finite()
+        self.updater.check_finite()
         generators = self.ranks.collect(torch_states(self.device))
         self.ranks.first(lambda: directory.save_checkpoint(self._state(generators)))
 
@@ -368,17 +377,8 @@ class Trainer(Learner):
         (rng, cuda_rng), *others = generators
         return {
             "epochs_done": len(self.history),
-            "counts": asdict(self.counts),
-            "active": self.active,
-            "sums": self._sums,
-            "model": self.model.state_dict(),
-            "extras": self.run.extras.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            **self.updater.state_dict(),
             "batches": self.batches.state_dict(),
-            "strategies": [strategy.state_dict() for strategy in self.strategies],
-            "samples": self.samples.state_dict(),
             "rng": rng,
             "cuda_rng": cuda_rng,
             "rng_of_other_ranks": others,
@@ -403,26 +403,10 @@ class Trainer(Learner):
             raise UserError(f"{CHECKPOINT} does not fit this training: {reason}") from error
 
     def _take(self, state: dict[str, Any]) -> None:
-        if state["epochs_done"] > self.run.epochs or state["sums"].shape != self._sums.shape:
-            raise ValueError(
-                f"epochs_done is {state['epochs_done']}, and sums are of shape {tuple(state['sums'].shape)}"
-            )
-        self.counts, self.active = Counts(**state["counts"]), state["active"]
-        self._sums.copy_(state["sums"])
-        self.model.load_state_dict(state["model"])
-        self.run.extras.load_state_dict(state["extras"])
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["epochs_done"] > self.run.epochs:
+            raise ValueError(f"epochs_done is {state['epochs_done']}")
+        self.updater.load_state_dict(state)
         self.batches.load_state_dict(state["batches"])
-        if len(state["strategies"]) != len(self.strategies):
-            raise ValueError(
-                f"it is of {len(state['strategies'])} strategies, and this training has {len(self.strategies)}"
-            )
-        for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
-            strategy.load_state_dict(saved)
-        self.samples.load_state_dict(state["samples"])
         self._rng = [(state["rng"], state["cuda_rng"]), *state["rng_of_other_ranks"]][self.ranks.rank]
         torch.Generator().set_state(self._rng[0])  # says now if it cannot be
 
@@ -447,11 +431,11 @@ class Trainer(Learner):
                 self._prepare()
                 for batch in self.plan():
                     started = time.perf_counter()
-                    self._update(batch)
+                    self.updater.update(batch)
                     if batch.ends_epoch and self.device.type == "cuda":
                         torch.cuda.synchronize(self.device)  # the time of queued work is the training's
                     self.counts.seconds += time.perf_counter() - started
-                    if self.window.batches:
+                    if self.updater.window.batches:
                         continue  # a checkpoint has no gradients that wait for an update
                     if batch.ends_epoch:
                         self._end_epoch(batch.epoch)
@@ -483,7 +467,7 @@ class Trainer(Learner):
             return
         started = time.perf_counter()
         for strategy in self.strategies:
-            strategy.prepare(self.beside)
+            strategy.prepare(self.updater.beside)
             forward, backward = strategy.preparation()
             self.counts.samples_forward += forward
             self.counts.samples_backward += backward
@@ -525,7 +509,7 @@ class Trainer(Learner):
         raise Interrupted(f"{place}; checkpoint written to {self.directory.path}; resume it to go on from there")
 
     def _show(self, bar: ProgressBar, progress: float) -> None:
-        loss, correct, rows, *_ = self._sums.tolist()
+        loss, correct, rows, *_ = self.updater.sums.tolist()
         bar.show(
             progress,
             loss=loss / max(rows, 1),
@@ -544,8 +528,8 @@ class Trainer(Learner):
     # --- the end of an epoch, of a run --------------------------------------------------------------------------
 
     def _end_epoch(self, epoch: int) -> None:
-        self._check_finite()
-        loss, correct, rows, objective, trained = self._sums.tolist()
+        self.updater.check_finite()
+        loss, correct, rows, objective, trained = self.updater.sums.tolist()
         row: dict[str, Any] = {
             "epoch": epoch,
             **asdict(self.counts),
@@ -562,7 +546,7 @@ class Trainer(Learner):
             row.update(strategy.diagnostics(row))
         best = max((before["test_accuracy"] for before in self.history), default=-1.0)
         self.history.append(row)
-        self._sums.zero_()
+        self.updater.sums.zero_()
         if self.directory:
             if self.keep_best and row["test_accuracy"] > best:
                 with self._averaged():
@@ -571,11 +555,11 @@ class Trainer(Learner):
         self._save()
 
     def _averaged(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.average is None else self.average.applied()
+        return contextlib.nullcontext() if self.updater.average is None else self.updater.average.applied()
 
     def _finish(self) -> dict[str, Any]:
-        if self.average is not None:
-            self.average.apply()
+        if self.updater.average is not None:
+            self.updater.average.apply()
         if self.counts.updates == 0:
             warnings.warn(
                 "the training has made no update, so the model is what it was: its strategies selected fewer samples "
@@ -658,8 +642,8 @@ class Trainer(Learner):
                 for due in range(place, len(batches), self.ranks.world)[: feed.depth + 1]:
                     feed.prepare(batches[due], None)
                 images, target = feed.batch(batches[place], None)
-                with self._autocast():
-                    logits = self.compiled(images)
+                with self.updater.autocast():
+                    logits = self.updater.compiled(images)
                     inferred = (s.infer(self.run, images) for s in self.strategies)
                     scores = next((x for x in inferred if x is not None), logits)
                 yield place, target, logits, scores

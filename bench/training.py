@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from batchkern import models
 from batchkern.data import ImageData, TensorImages, load, load_pair
-from batchkern.learner import Counts
 from batchkern.plan import Batch, EpochBatches
 from batchkern.strategies import Step, Strategy, parse
 from batchkern.trainer import Trainer
+from batchkern.updater import Counts
 from bench.devices import quantiles
 
 PHOTOS = "photo-patches"

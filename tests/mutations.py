@@ -1062,8 +1062,8 @@ STRATEGIES = [
     ),
     *within(
         "trainer",
-        "batchkern/learner.py",
-        ("tests/test_learner.py",),
+        "batchkern/updater.py",
+        ("tests/test_updater.py",),
         (
             "a batch weighs as much as any, however many rows it has",
             "loss * (rows / self.run.batch_size)",
@@ -1086,7 +1086,7 @@ STRATEGIES = [
     *within(
         "trainer",
         "batchkern/averaging.py",
-        ("tests/test_learner.py",),
+        ("tests/test_updater.py",),
         ("the average moves too fast", "1 - decay)", "decay)"),
         (
             "the rule of the beginning is left out",
@@ -1244,7 +1244,7 @@ STRATEGIES = [
     ),
     *within(
         "strategies",
-        "batchkern/learner.py",
+        "batchkern/updater.py",
         ("tests/strategies/test_selective_backprop.py",),
         ("losses count twice", 'first = 3 if step.batch.only == "update" else 0', "first = 0"),
         (
@@ -1283,7 +1283,7 @@ STRATEGIES = [
     ),
     *within(
         "strategies",
-        "batchkern/learner.py",
+        "batchkern/updater.py",
         ("tests/strategies/test_importance_sampling.py",),
         ("rows are scored by their losses", "return scored[0][2]", "return scored[0][0]"),
     ),
@@ -1322,7 +1322,7 @@ STRATEGIES = [
     ),
     *within(
         "strategies",
-        "batchkern/learner.py",
+        "batchkern/updater.py",
         ("tests/strategies/test_rho.py",),
         (
             "another model is scored in training mode",
@@ -1630,13 +1630,18 @@ TRAINING = [
         "training",
         "batchkern/trainer.py",
         RESUME,
-        ("a resume forgets the momentum", '        load_optimizer(self.optimizer, state["optimizer"])\n', ""),
         (
             "a resume forgets torch's generators",
             "        torch.Generator().set_state(self._rng[0])  # says now if it cannot be\n",
             "        self._rng = None\n",
         ),
-        ("a resume forgets the sums of the epoch", '        self._sums.copy_(state["sums"])\n', ""),
+    ),
+    *within(
+        "training",
+        "batchkern/updater.py",
+        RESUME,
+        ("a resume forgets the momentum", '        load_optimizer(self.optimizer, state["optimizer"])\n', ""),
+        ("a resume forgets the sums of the epoch", '        self.sums.copy_(state["sums"])\n', ""),
     ),
     *within(
         "training",
@@ -1652,7 +1657,7 @@ TRAINING = [
         "training",
         "batchkern/trainer.py",
         ("tests/test_trainer.py",),
-        ("the sums of an epoch go on in the next", "        self._sums.zero_()\n", ""),
+        ("the sums of an epoch go on in the next", "        self.updater.sums.zero_()\n", ""),
         (
             "the test loss is a sum of means",
             'F.cross_entropy(logits.float(), target, reduction="sum")',
@@ -1671,7 +1676,7 @@ TRAINING = [
     ),
     *within(
         "training",
-        "batchkern/learner.py",
+        "batchkern/updater.py",
         ("tests/test_trainer.py",),
         (
             "a pass for the losses alone is not counted",
@@ -1682,7 +1687,7 @@ TRAINING = [
     ),
     *within(
         "training",
-        "batchkern/learner.py",
+        "batchkern/updater.py",
         ("tests/strategies/test_mixup.py",),
         ("transforms apply from the last to the first", "*before, last = strategies", "last, *before = strategies"),
         (
@@ -1693,7 +1698,7 @@ TRAINING = [
     ),
     *within(
         "training",
-        "batchkern/learner.py",
+        "batchkern/updater.py",
         ("tests/strategies/test_mixup.py",),
         (
             "a mixed image is right as its own class",
@@ -1703,17 +1708,17 @@ TRAINING = [
     ),
     *within(
         "training",
-        "batchkern/learner.py",
+        "batchkern/updater.py",
         ("tests/strategies/test_trimming.py",),
         (
             "batch norm counts a batch twice",
-            "self._autocast(), models.frozen_statistics(self.model):",
-            "self._autocast():",
+            "self.autocast(), models.frozen_statistics(self.model):",
+            "self.autocast():",
         ),
     ),
     *within(
         "training",
-        "batchkern/learner.py",
+        "batchkern/updater.py",
         ("tests/strategies/test_passive_injection.py",),
         ("an idle head has gradients of zero", "zero_grad(set_to_none=True)", "zero_grad(set_to_none=False)"),
     ),
@@ -1785,7 +1790,7 @@ TRAINING = [
     ),
     *within(
         "training",
-        "batchkern/learner.py",
+        "batchkern/updater.py",
         ("tests/test_trainer.py", "-k", "batch_norm"),
         (
             "a single chosen row is passed through batch norm",
@@ -1806,7 +1811,7 @@ TRAINING = [
     ),
     *within(
         "training",
-        "batchkern/learner.py",
+        "batchkern/updater.py",
         ("tests/test_trainer.py", "-k", "decoded_ahead"),
         (
             "another batch than the next one is decoded ahead",

@@ -269,7 +269,7 @@ def everything(out: Path, **options: Any) -> RecordingTrainer:
 
 def at_update(run: Any, number: int, action: Callable[[], None]) -> None:
     """Before the update of this number, counted from 1, passive ones too."""
-    update, made = run._update, 0
+    update, made = run.updater.update, 0
 
     def watched(batch: Any) -> None:
         nonlocal made
@@ -278,7 +278,7 @@ def at_update(run: Any, number: int, action: Callable[[], None]) -> None:
             action()
         update(batch)
 
-    run._update = watched
+    run.updater.update = watched
 
 
 def resumed(folder: Path) -> int:

@@ -107,7 +107,7 @@ def watched(arm, monkeypatch, **options):
             kept.append(indices)
         return images.requires_grad_() if step is not None else images, labels
 
-    gather = run._gather
+    gather = run.updater._gather
 
     def gathered(objective, *rows):
         fed_images = []
@@ -127,9 +127,9 @@ def watched(arm, monkeypatch, **options):
             own = batch(kept[-1], None)[0].flatten(1).tolist()
             numbers = {tuple(pixels): int(row) for pixels, row in zip(own, kept[-1])}
             counted = [numbers[row] for row, g in zip(rows, gradient) if row in numbers and g.abs().sum() > 0]
-            of_update = contributed[-1] and contributed[-1][-1][0] == run.active
+            of_update = contributed[-1] and contributed[-1][-1][0] == run.updater.active
             if counted and not of_update:  # neither a passive batch nor the second update of two
-                contributed[-1].append((run.active, counted))
+                contributed[-1].append((run.updater.active, counted))
         return value
 
     def ended():

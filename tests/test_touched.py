@@ -18,7 +18,7 @@ import touched
         ("batchkern/compare/statistics.py", {"tests/compare/test_statistics.py"}),  # it imports it
         ("batchkern/data/feed.py", {"tests/test_data.py"}),  # that of its folder
         (
-            "batchkern/learner.py",
+            "batchkern/updater.py",
             {"tests/test_trainer.py", "tests/strategies/test_trimming.py"},
         ),  # they find its faults
         ("csrc/cpu/soft_label_kl.inl", {"tests/ops/test_soft_label_kl_kernel.py", "tests/test_kernels.py"}),
@@ -33,7 +33,7 @@ import touched
 def test_the_tests_of_a_file(path: str, tests: set[str]) -> None:
     (found,) = touched.touched([path]).values()
     assert tests <= set(found)
-    assert len(found) <= 8  # the learner has the seams of all strategies
+    assert len(found) <= 8  # the updater has the seams of all strategies
 
 
 def test_what_everybody_imports_is_nobodys() -> None:

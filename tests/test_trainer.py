@@ -240,14 +240,14 @@ def test_the_same_seed_gives_the_same_weights_and_another_one_does_not(strategie
 
 def test_evaluation_does_not_disturb_the_training():
     runs = [trainer(model=net(norm=True, dropout=0.5), test=images(rows, seed=1), epochs=EPOCHS) for rows in (8, 900)]
-    evaluated = runs[1]._update
+    evaluated = runs[1].updater.update
 
     def update(batch):
         evaluated(batch)
         runs[1].evaluate()
         runs[1].predict(PASSIVE)
 
-    runs[1]._update = update
+    runs[1].updater.update = update
     for run in runs:
         run.fit()
     assert furthest(runs[0].weights, runs[1].weights) == 0
@@ -356,7 +356,7 @@ def test_a_training_that_ends_between_a_hint_and_its_batch_goes_on_the_same(upda
     train = streamed(data)
     settings = {"train": train, "epochs": EPOCHS, "augment": "crop+flip", "out": tmp_path / "run"}
     first = trainer(checkpoint_every=1, **settings)
-    gather = first._gather
+    gather = first.updater._gather
 
     def killed(objective, *rows):
         if first.counts.updates == update:
@@ -364,7 +364,7 @@ def test_a_training_that_ends_between_a_hint_and_its_batch_goes_on_the_same(upda
             raise KeyboardInterrupt
         return gather(objective, *rows)
 
-    first._gather = killed
+    first.updater._gather = killed
     with pytest.raises(KeyboardInterrupt):
         first.fit()
     assert not first.feed._ahead
@@ -586,14 +586,14 @@ def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(tmp_path):
     whole = trainer(model=net(dropout=0.3), **options)
     whole.fit()
     run = trainer(model=net(dropout=0.3), out=tmp_path, **options)
-    update, handler = run._update, signal.getsignal(signal.SIGINT)
+    update, handler = run.updater.update, signal.getsignal(signal.SIGINT)
 
     def interrupted(batch):
         if run.counts.updates == 7:
             os.kill(os.getpid(), signal.SIGINT)
         update(batch)
 
-    run._update = interrupted
+    run.updater.update = interrupted
     with pytest.raises(Interrupted, match=f"after update 8; checkpoint written to {tmp_path}; resume it"):
         run.fit()
     assert issubclass(Interrupted, KeyboardInterrupt)
@@ -604,7 +604,7 @@ def test_ctrl_c_finishes_the_update_saves_and_can_be_resumed(tmp_path):
     assert furthest(run.weights + resumed.weights, whole.weights) == 0
 
     run = trainer()
-    run._update = lambda batch: os.kill(os.getpid(), signal.SIGINT)
+    run.updater.update = lambda batch: os.kill(os.getpid(), signal.SIGINT)
     with pytest.raises(Interrupted, match="nothing is saved, since the run has no directory"):
         run.fit()
 
@@ -616,7 +616,7 @@ def test_a_second_ctrl_c_stops_at_once():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    run._update = twice
+    run.updater.update = twice
     with pytest.raises(KeyboardInterrupt) as stopped:
         run.fit()
     assert not isinstance(stopped.value, Interrupted)
@@ -941,7 +941,7 @@ def test_bf16_trains_and_keeps_its_weights_in_float32(strategies):
 def test_fp16_scales_its_loss():
     run = trainer(epochs=6, amp="fp16", train=images(120))
     run.fit()
-    assert run.scaler.is_enabled()
+    assert run.updater.scaler.is_enabled()
     assert run.history[-1]["train_loss"] < run.history[0]["train_loss"] - 0.2
     assert torch.isfinite(run.weights[-1]).all()  # an update that overflowed is left out, and the scale lowered
 

@@ -109,11 +109,14 @@ class RecordingTrainer(Trainer):
             return batch(indices, step, positions)
 
         self.feed.batch = fed  # type: ignore[method-assign]
+        step = self.updater._step
 
-    def _step(self) -> None:
-        super()._step()
-        self.weights.append(flat(self.model))
-        self.heads.append(flat(self.run.extras))
+        def recorded() -> None:
+            step()
+            self.weights.append(flat(self.model))
+            self.heads.append(flat(self.run.extras))
+
+        self.updater._step = recorded  # type: ignore[method-assign]
 
 
 def trainer(

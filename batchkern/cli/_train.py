@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 import torch.distributed as dist
 
-from batchkern.callbacks import loggers
+from batchkern.callbacks import Callback, Row, loggers
 from batchkern.cli._options import (
     AccumulationOption,
     AmpOption,
@@ -123,7 +123,7 @@ def train(
         names = "+".join(s.name for s in strategies) or "baseline"
         out = Path("runs", slug(f"{source}-{names}-{model}-s{seed}"))
     spare_threads(train_set.shape)
-    trainer = TalkingTrainer(
+    trainer = Trainer(
         model,
         train_set,
         test_set,
@@ -154,7 +154,7 @@ def train(
         overwrite=overwrite,
         checkpoint_every=checkpoint_every,
         keep_best=keep_best,
-        callbacks=loggers(log),
+        callbacks=[PrintedEpochs(), *loggers(log)],
         # Without a terminal at stdout the bar, which is on stderr, would draw the lines below to itself.
         progress=not no_progress and sys.stdout.isatty(),
     )
@@ -171,18 +171,19 @@ def train(
         dist.destroy_process_group()
 
 
-class TalkingTrainer(Trainer):
+class PrintedEpochs(Callback):
     """Prints a line after each epoch."""
 
-    def _end_epoch(self, epoch: int) -> None:
-        super()._end_epoch(epoch)
-        if self.ranks.rank > 0:
-            return
-        row, before = self.history[-1], self.history[-2] if len(self.history) > 1 else {}
+    def on_train_begin(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_end(self, row: Row) -> None:
+        history = self._trainer.history
+        before = history[-2] if len(history) > 1 else {}
         seen, seconds = (row[key] - before.get(key, 0) for key in ("samples_seen", "seconds"))
         print(
-            f"epoch {epoch + 1:{len(str(self.run.epochs))}}/{self.run.epochs}"
-            f"  train loss {row['train_loss']:.4f}  kept {kept_fractions(self.history)[-1]:4.0%}"
+            f"epoch {row['epoch'] + 1:{len(str(self._trainer.run.epochs))}}/{self._trainer.run.epochs}"
+            f"  train loss {row['train_loss']:.4f}  kept {kept_fractions(history)[-1]:4.0%}"
             f"  test accuracy {row['test_accuracy']:6.2%}  {seen / max(seconds, 1e-9):,.0f} samples/s",
             flush=True,
         )

@@ -122,7 +122,7 @@ def forecast(trainer: Trainer) -> Counts:
         forward, backward = strategy.preparation()
         counts.samples_forward += forward
         counts.samples_backward += backward
-    window = Window(trainer.window.size)
+    window = Window(trainer.updater.window.size)
     active = 0
     for batch in trainer.plan():
         rows = len(batch.indices)
@@ -134,7 +134,7 @@ def forecast(trainer: Trainer) -> Counts:
             step = Step(trainer.run, batch, active)
             logits = _made_up_logits(step, trainer.samples.mislabelled)
             losses = F.softplus(-logits[:, 0])
-            scores = trainer.owner("the loss").score(step, logits, torch.zeros_like(losses).long(), losses)
+            scores = trainer.updater.owner("the loss").score(step, logits, torch.zeros_like(losses).long(), losses)
             step.scores, scored = scores, list[int]()
 
             def score(scores: Tensor = scores, scored: list[int] = scored) -> Tensor:
@@ -145,9 +145,9 @@ def forecast(trainer: Trainer) -> Counts:
                 score()
                 full = 0
             else:
-                kept = trainer.narrow(step, score)
+                kept = trainer.updater.narrow(step, score)
                 full = rows if kept is None else len(kept)
-                perturbation = trainer.owner("the virtual samples").perturb(step)
+                perturbation = trainer.updater.owner("the virtual samples").perturb(step)
                 full *= 2 if perturbation is not None and perturbation.own_update else 1
                 full += 0 if batch.beside is None else len(batch.beside.indices)
             counts.samples_forward += sum(scored)

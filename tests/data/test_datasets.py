@@ -92,14 +92,14 @@ def test_random_rows_are_the_same_with_workers_and_in_a_run_that_is_killed(name,
     whole.fit()
     assert furthest(trained(trainer(STRATEGIES[name](), net(dropout=0.3), Rows(), TEST)).weights, whole.weights) > 1e-3
     first = make(2, out=tmp_path / "run", checkpoint_every=1)
-    update = first._update
+    update = first.updater.update
 
     def killed(batch):
-        if first.active == (4 if name == "stepwise" else 7):
+        if first.updater.active == (4 if name == "stepwise" else 7):
             raise KeyboardInterrupt
         update(batch)
 
-    first._update = killed
+    first.updater.update = killed
     with pytest.raises(KeyboardInterrupt):
         first.fit()
     second = make(2, out=tmp_path / "run", resume=True)
@@ -121,14 +121,14 @@ def test_workers_end_with_a_training_that_is_killed_and_leave_its_directory(tmp_
         run = trainer(train=Rows(noise=0.3), test=TEST, workers=2, out=tmp_path / "run", checkpoint_every=1)
         run.feed.batch(torch.arange(8), 0)
         (tmp_path / "workers").write_text(" ".join(map(str, run.feed._pool._processes)))
-        update = run._update
+        update = run.updater.update
 
         def killed(batch):
-            if run.active == 3:
+            if run.updater.active == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             update(batch)
 
-        run._update = killed
+        run.updater.update = killed
         run.fit()
 
     process = multiprocessing.get_context("fork").Process(target=train)
@@ -142,7 +142,7 @@ def test_workers_end_with_a_training_that_is_killed_and_leave_its_directory(tmp_
     assert len(workers) == 2
     assert time.monotonic() < deadline
     run = trainer(train=Rows(noise=0.3), test=TEST, out=tmp_path / "run", resume=True)
-    assert run.active == 3
+    assert run.updater.active == 3
 
 
 def test_a_row_is_another_one_in_each_update_and_place():

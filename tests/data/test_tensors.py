@@ -135,13 +135,13 @@ def test_every_strategy_that_applies_trains_on_a_table_and_resumes(arm, tmp_path
     last = whole.fit()
     assert last["test_accuracy"] > 0.8
     first = on(data, strategies=ARMS[arm](), **options, out=tmp_path / "run", checkpoint_every=1)
-    update, calls = first._update, iter(range(9))
+    update, calls = first.updater.update, iter(range(9))
 
     def killed(batch):
         next(calls)
         update(batch)
 
-    first._update = killed
+    first.updater.update = killed
     with pytest.raises(StopIteration):
         first.fit()
     second = on(data, strategies=ARMS[arm](), **options, out=tmp_path / "run", resume=True)

@@ -129,11 +129,11 @@ def test_rows_are_the_same_whichever_are_at_hand(text):
     """A rank's rows, those worth a full pass, in any order: those of the whole batch."""
     run = trainer(parse(text), augment="crop+flip")
     step = Step(run.run, next(iter(run.batches)), 0)
-    whole_images, whole_target = run._rows(step, torch.arange(8))
+    whole_images, whole_target = run.updater._rows(step, torch.arange(8))
     assert whole_target.shape == (8, 4)
     assert not torch.equal(whole_images, run.feed.batch(step.batch.indices, 0)[0])
     for positions in ([0, 1, 2, 3], [4, 5, 6, 7], [6, 1], [3]):
-        some, target = run._rows(step, torch.tensor(positions))
+        some, target = run.updater._rows(step, torch.tensor(positions))
         assert torch.equal(some, whole_images[positions])
         assert torch.equal(target, whole_target[positions])
 
@@ -146,11 +146,11 @@ def test_transforms_apply_in_the_order_given():
         parts[text] = run, Step(run.run, next(iter(run.batches)), 0)
     (run, step), everything = parts["cutout"], torch.arange(8)
     plain, labels = run.feed.batch(step.batch.indices, 0)
-    cut, _ = run._rows(step, everything)
+    cut, _ = run.updater._rows(step, everything)
     weight, partners = parts["mixup(alpha=1)"][0].strategies[0]._draw(step)
-    first, _ = parts["cutout+mixup(alpha=1)"][0]._rows(step, everything)
+    first, _ = parts["cutout+mixup(alpha=1)"][0].updater._rows(step, everything)
     torch.testing.assert_close(first, weight * cut + (1 - weight) * cut[partners])
-    then, target = parts["mixup(alpha=1)+cutout"][0]._rows(step, everything)
+    then, target = parts["mixup(alpha=1)+cutout"][0].updater._rows(step, everything)
     torch.testing.assert_close(then, (weight * plain + (1 - weight) * plain[partners]).where(cut != 0, 0))
     classes = F.one_hot(labels, 4)
     torch.testing.assert_close(target, weight * classes + (1 - weight) * classes[partners])

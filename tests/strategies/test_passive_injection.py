@@ -228,7 +228,7 @@ def test_an_idle_head_has_no_gradient_no_momentum_and_no_decay(options):
     run = passive_run(**options)
     head, own = run.run.extras[HEAD], torch.nn.ModuleList([run.model.hidden, run.model.fc])
     kinds = []
-    step = run._step
+    step = run.updater._step
 
     def watched():
         heads = (head, own)
@@ -244,7 +244,7 @@ def test_an_idle_head_has_no_gradient_no_momentum_and_no_decay(options):
             assert all(torch.equal(now[key], moment[key]) for key in now)
         kinds.append("active" if idle is head else "passive")
 
-    run._step = watched
+    run.updater._step = watched
     run.fit()
     assert kinds == (["active"] * 4 + ["passive"]) * 4 + ["active"] * 2
 

@@ -157,7 +157,7 @@ def test_a_resumed_run_trains_no_reference_again(tmp_path, monkeypatch):
     def killed(batch):
         raise KilledError
 
-    first._update = killed
+    first.updater.update = killed
     with pytest.raises(KilledError):
         first.fit()
     second = trainer([rho()], epochs=EPOCHS, batch_size=SIZE, out=tmp_path / "run", resume=True)

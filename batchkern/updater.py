@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from batchkern.data.labelled import IGNORED, rows_of
 from batchkern.diagnostics import SampleLog
 from batchkern.divergence import FiniteCheck
 from batchkern.model_checks import uses_all_parameters
-from batchkern.optimizers import OptimizerFactory
+from batchkern.optimizers import OptimizerFactory, load_optimizer
 from batchkern.plan import Batch, Window
 from batchkern.schedules import RateSchedule
 from batchkern.strategies import Run, Step, Strategy
@@ -55,8 +55,8 @@ class _Objective(nn.Module):
         return objective()
 
 
-class Learner:
-    """What changes with every update: weights, optimizer, counts, the sums of the epoch.
+class Updater:
+    """Makes updates, and holds what changes with them: weights, optimizer, counts, the sums of the epoch.
 
     Args:
         run: with the model, on its device.
@@ -113,8 +113,8 @@ class Learner:
         self.counts = Counts()
         self.active = 0
         """Active batches so far: without accumulation, the updates."""
-        # Of the epoch so far, on the device: untrimmed losses, right predictions, their number; objective, its samples.
-        self._sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        """Of the epoch so far: untrimmed losses, right predictions, their number; objective, its samples."""
         self._finite = FiniteCheck(self.device, last_checkpoint)
 
     def owner(self, thing: str) -> Strategy:
@@ -129,7 +129,7 @@ class Learner:
 
     def beside(self, model: nn.Module, batches: Iterable[Batch], rows: Tensor) -> Iterator[Tensor]:
         """``Beside`` of the strategies."""
-        other = Learner(
+        other = Updater(
             replace(self.run, model=model.to(self.device), extras=nn.ModuleDict()),
             (),
             self.feed,
@@ -143,9 +143,9 @@ class Learner:
         )
         model.train()
         for batch in batches:
-            other._update(batch)
+            other.update(batch)
             if batch.ends_epoch:
-                other._check_finite()
+                other.check_finite()
                 yield other._losses_of(rows)
 
     @torch.no_grad()
@@ -156,13 +156,14 @@ class Learner:
         losses = []
         for part in rows.split(EVALUATION_BATCH):
             images, target = self.feed.batch(part, None)
-            with self._autocast():
+            with self.autocast():
                 logits = self.model(images)
             losses.append(row_losses(logits, target, self.run.label_smoothing)[0].cpu())
         self.model.train()
         return self.ranks.first(lambda: torch.cat(losses))
 
-    def _update(self, batch: Batch) -> None:
+    def update(self, batch: Batch) -> None:
+        """Of one batch of the plan: a step of the optimizer, or less where batches wait for each other."""
         if self.window.cut_by(batch):
             self._step()
         step = Step(self.run, batch, self.active)
@@ -218,7 +219,7 @@ class Learner:
     def _scored(self, step: Step, images: Tensor, target: Tensor) -> Tensor:
         """Figures of the whole batch, from a pass for the losses alone. It leaves batch norm's running statistics to
         the full pass."""
-        with torch.no_grad(), self._autocast(), models.frozen_statistics(self.model):
+        with torch.no_grad(), self.autocast(), models.frozen_statistics(self.model):
             logits = self.compiled(images)
             loss, losses = Strategy().loss(step, logits, target)
         return self.ranks.gather(step.share, self._figures(step, logits, target, losses), loss)[0]
@@ -229,7 +230,7 @@ class Learner:
         for strategy in self.strategies:
             strategy.observe(step, losses)
         self.samples.observe(step.batch.indices, losses, torch.arange(0, device=self.device))
-        self._sums[:3] += torch.stack([losses.sum(), correct.sum(), torch.ones_like(losses).sum()]).double()
+        self.sums[:3] += torch.stack([losses.sum(), correct.sum(), torch.ones_like(losses).sum()]).double()
         self.counts.samples_seen += len(losses)
         self.counts.samples_forward += len(losses)
         if step.batch.ends_epoch and self.window.batches:
@@ -287,7 +288,7 @@ class Learner:
         seen = torch.full_like(value, len(losses))
         sums = torch.stack([x.double() for x in (losses.sum(), correct.sum(), seen, value * len(losses), seen)])
         first = 3 if step.batch.only == "update" else 0
-        self._sums[first:] += sums[first:]
+        self.sums[first:] += sums[first:]
         full, trained, added = len(step.batch.indices), step.share.rows, 0 if beside is None else len(beside.indices)
         self.counts.samples_seen += 0 if step.batch.only == "update" else full
         self.counts.samples_forward += passes * trained + (full if scored else 0) + added
@@ -330,7 +331,7 @@ class Learner:
         if self.window.batches == 0:
             # Gradients become None, not zero: the optimizer then leaves alone what this update does not use.
             self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
+        with self.autocast():
             loss, value = self.parallel(objective)
         # Every rank sees the same value and ends here together with the others, none of which waits for a gradient.
         self._finite.watch(value, self.counts.updates)
@@ -354,9 +355,50 @@ class Learner:
         if self.average is not None:
             self.average.update()
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
-    def _check_finite(self) -> None:
+    def check_finite(self) -> None:
+        """
+        Raises:
+            UserError: a loss since the last check, or a weight, is not finite.
+        """
         self._finite.losses()
         self._finite.weights([*self.model.parameters(), *self.run.extras.parameters()], self.counts.updates)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "counts": asdict(self.counts),
+            "active": self.active,
+            "sums": self.sums,
+            "model": self.model.state_dict(),
+            "extras": self.run.extras.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "strategies": [strategy.state_dict() for strategy in self.strategies],
+            "samples": self.samples.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError, or what torch raises: the state is that of another model, optimizer or strategy.
+        """
+        if state["sums"].shape != self.sums.shape:
+            raise ValueError(f"sums are of shape {tuple(state['sums'].shape)}")
+        self.counts, self.active = Counts(**state["counts"]), state["active"]
+        self.sums.copy_(state["sums"])
+        self.model.load_state_dict(state["model"])
+        self.run.extras.load_state_dict(state["extras"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if len(state["strategies"]) != len(self.strategies):
+            raise ValueError(
+                f"it is of {len(state['strategies'])} strategies, and this training has {len(self.strategies)}"
+            )
+        for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
+            strategy.load_state_dict(saved)
+        self.samples.load_state_dict(state["samples"])

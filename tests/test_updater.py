@@ -130,7 +130,7 @@ def test_arms_that_score_first_accumulate(arm):
     run.fit()
     plain.fit()
     assert len(run.weights) == run.counts.updates < plain.counts.updates
-    assert run.window.batches == 0
+    assert run.updater.window.batches == 0
 
 
 @pytest.mark.filterwarnings("ignore:BatchAugmentation")
@@ -151,8 +151,8 @@ def test_gradients_that_wait_make_an_update_before_a_passive_batch():
     """Of 6 batches an epoch, with a passive one behind every fourth."""
     run = trainer([PassiveInjection(PASSIVE, 4)], gradient_accumulation_steps=3, epochs=2)
     steps = []
-    step = run._step
-    run._step = lambda: (steps.append(run.window.batches), step())
+    step = run.updater._step
+    run.updater._step = lambda: (steps.append(run.updater.window.batches), step())
     run.fit()
     assert steps == [3, 1, 0, 2, 2, 0, 3, 1, 0][: len(steps)]
     assert sum(steps) == 12
