@@ -18,6 +18,7 @@ from batchkern.data import Feed
 from batchkern.plan import EpochBatches
 from batchkern.strategies import STRATEGIES, Strategy
 from batchkern.trainer import Trainer
+from batchkern.updater import Updater
 from bench import training as bench
 
 pytest.importorskip("sklearn")
@@ -82,11 +83,11 @@ def test_an_update_takes_from_its_planning_to_the_next(strategy: str, monkeypatc
     clock = Clock(monkeypatch)
     updates: list[float] = []
 
-    def update(trainer: Trainer, batch: Any) -> float:
+    def update(updater: Updater, batch: Any) -> float:
         updates.append(len(batch.indices) + len(updates) / 64)  # no two take as long
         return updates[-1]
 
-    clock.takes(Trainer, "_update", update)
+    clock.takes(Updater, "update", update)
     clock.takes(Trainer, "_end_epoch", lambda trainer, epoch: 1000.0)
     clock.takes(bench.BareLoop, "update", lambda bare: 100.0)
     stopwatch, trainer = timed(trainings(strategy))
@@ -107,7 +108,7 @@ def test_planning_is_part_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_two_go_first_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     clock = Clock(monkeypatch)
-    clock.takes(Trainer, "_update", lambda trainer, batch: order.append("trainer") or 0.0)
+    clock.takes(Updater, "update", lambda updater, batch: order.append("trainer") or 0.0)
     clock.takes(bench.BareLoop, "update", lambda bare: order.append("bare") or 0.0)
     timed(trainings("baseline"))
     pairs = list(zip(order[::2], order[1::2]))

@@ -137,7 +137,7 @@ def watched(arm, monkeypatch, **options):
         return end()
 
     monkeypatch.setattr(run.feed, "batch", fed)
-    monkeypatch.setattr(run, "_gather", gathered)
+    monkeypatch.setattr(run.updater, "_gather", gathered)
     monkeypatch.setattr(run.samples, "end_epoch", ended)
     run.fit()
     return run, [[rows for _, rows in epoch] for epoch in contributed[:-1]]

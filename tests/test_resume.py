@@ -165,13 +165,13 @@ def arm(run, moment: str, number: int, die=die) -> None:
 
     match moment:
         case "update":
-            wrap(run, "_update", before=at)
+            wrap(run.updater, "update", before=at)
         case "step":
-            wrap(run, "_step", before=at)
+            wrap(run.updater, "_step", before=at)
         case "descend":  # the weights have changed, nothing else has
-            wrap(run, "_step", after=at)
+            wrap(run.updater, "_step", after=at)
         case "updated":
-            wrap(run, "_update", after=at)
+            wrap(run.updater, "update", after=at)
         case "metrics":  # the epoch is in the metrics, and not in the checkpoint
             wrap(run.directory, "append_metrics", after=at)
         case "checkpoint":
@@ -556,8 +556,8 @@ def test_a_run_goes_on_for_more_epochs(ended, tmp_path):
 
     switch = 12 if ended else 8
     expected = trainer(**options | {"schedule": "constant"}, epochs=4)
-    expected.schedule = lambda progress: (
-        0.5 * (1 + math.cos(math.pi * progress * (1 if expected.active >= switch else 2)))
+    expected.updater.schedule = lambda progress: (
+        0.5 * (1 + math.cos(math.pi * progress * (1 if expected.updater.active >= switch else 2)))
     )
     expected.fit()
     assert furthest([*first.weights[:switch], *second.weights, *third.weights][-6:], expected.weights[-6:]) == 0

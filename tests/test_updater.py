@@ -141,7 +141,7 @@ def test_every_strategy_accumulates_and_is_forecast(arm):
     counts, forecasted = made[0].counts, forecast(made[1])
     for name in ("updates", "samples_forward", "samples_backward"):
         assert getattr(counts, name) == getattr(forecasted, name)
-    assert counts.updates < made[0].active
+    assert counts.updates < made[0].updater.active
     # Weights move once for each update, and once for each passive batch.
     passive = made[0].history[-1].get("passive_updates", 0) if arm == "passive" else 0
     assert len(made[0].weights) == counts.updates + passive

@@ -161,7 +161,7 @@ def test_a_resumed_run_trains_no_reference_again(tmp_path, monkeypatch):
     with pytest.raises(KilledError):
         first.fit()
     second = trainer([rho()], epochs=EPOCHS, batch_size=SIZE, out=tmp_path / "run", resume=True)
-    monkeypatch.setattr(second, "beside", None)
+    monkeypatch.setattr(second.updater, "beside", None)
     second.fit()
     assert furthest(second.weights, finished().weights) == 0
     assert second.history[-1]["samples_forward"] == finished().history[-1]["samples_forward"]
