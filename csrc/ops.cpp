@@ -214,6 +214,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     m.def(
         "large_empty",
         [](int64_t rows, int64_t columns, at::ScalarType dtype) {
+            TORCH_CHECK_VALUE(rows >= 0 && columns >= 0, "rows and columns must be 0 or more, got ", rows,
+                              " and ", columns);
             return batchkern::large_empty({rows, columns}, at::TensorOptions(at::kCPU).dtype(dtype));
         },
         "On the CPU, (rows, columns), uninitialised: see cpu/memory.h.");

@@ -11,11 +11,19 @@ namespace batchkern {
 // A larger key ranks higher: NaN above +inf whatever its sign, -0.0 equal to 0.0.
 // Without branches, which would part the loads of several losses.
 BATCHKERN_HOST_DEVICE uint32_t order_key(float loss) {
-    const float unsigned_zero = loss + 0.0f;
     uint32_t bits;
+#ifdef __CUDA_ARCH__
+    const float unsigned_zero = loss + 0.0f;
     memcpy(&bits, &unsigned_zero, sizeof bits);
+    const bool ordered = loss == loss;
+#else  // by the bits: a thread of a CPU may take what is subnormal for zero, and another not
+    memcpy(&bits, &loss, sizeof bits);
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    bits = magnitude == 0 ? 0 : bits;
+    const bool ordered = magnitude <= 0x7f800000u;
+#endif
     const uint32_t flipped = bits >> 31 ? 0xffffffffu : 0x80000000u;
-    return loss == loss ? bits ^ flipped : 0xffffffffu;
+    return ordered ? bits ^ flipped : 0xffffffffu;
 }
 
 // The loss of a key: the very same but for -0.0, which becomes 0.0, and for the bits of a NaN.

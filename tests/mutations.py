@@ -107,8 +107,8 @@ CPU = [
         RANK,
         (
             "a NaN with a sign ranks lowest",
-            "return loss == loss ?",
-            "return loss == loss || bits >> 31 ?",
+            "magnitude <= 0x7f800000u",
+            "magnitude <= 0x7f800000u || bits >> 31",
         ),
     ),
     *within(
@@ -351,8 +351,8 @@ CUDA = [
         (*HOST, *RANK),
         (
             "a negative zero ranks below zero",
-            "loss + 0.0f",
-            "loss",
+            "bits = magnitude == 0 ? 0 : bits;",
+            "",
         ),
     ),
     *within(

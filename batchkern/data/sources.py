@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -396,15 +397,19 @@ def _load_dataset(*args: Any, **options: Any) -> Mapping[str, Any]:
         return datasets.load_dataset(*args, **options)
 
 
+_counting = threading.Lock()
+
+
 @contextlib.contextmanager
 def _no_download_count() -> Iterator[None]:
-    """``datasets`` tells the hub of each load, of local files too, and waits for its answer."""
+    """``datasets`` tells the hub of each load, of local files too, and waits for its answer. One load at a time."""
     config = require("datasets.config", "train")
-    counts, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
-    try:
-        yield
-    finally:
-        config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+    with _counting:
+        counts, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
+        try:
+            yield
+        finally:
+            config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
 @contextlib.contextmanager

@@ -45,7 +45,11 @@ Block* take(size_t bytes) {
     Block* const block = spare(whole).exchange(nullptr);
     if (block && whole <= block->bytes) return block;
     give_back(block);
-    void* const data = std::aligned_alloc(kHugePage, whole);
+    void* data = std::aligned_alloc(kHugePage, whole);
+    if (!data) {  // what is kept may be in the way
+        for (auto& other : spares) give_back(other.exchange(nullptr));
+        data = std::aligned_alloc(kHugePage, whole);
+    }
     TORCH_CHECK_WITH(OutOfMemoryError, data, "could not allocate ", bytes, " bytes");
     auto* const made = new Block{data, whole};
 #if defined(__linux__)

@@ -267,3 +267,21 @@ def test_compiled_step_equals_eager(backend: str) -> None:
             torch.testing.assert_close(*results)
             torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
             assert torch.equal(leaves[0].grad.any(1), leaves[1].grad.any(1))
+
+
+@pytest.mark.cpu
+def test_subnormal_losses_are_ranked_alike_whatever_a_thread_flushes() -> None:
+    losses = (torch.rand(200_000) - 0.5) * 1e-40
+    threads, found = torch.get_num_threads(), []
+    try:
+        for flushes in (False, True):
+            assert torch.set_flush_denormal(flushes)
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                found.append(torch.ops.batchkern.trimmed_mean(losses, 0.3)[1])
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(threads)
+    assert all(torch.equal(kept, found[0]) for kept in found)
+    assert int(found[0].sum()) == 60_000
+    assert losses[found[0]].min() >= losses[~found[0]].max()
