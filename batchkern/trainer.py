@@ -1,4 +1,4 @@
-"""Trains an image classifier with any combination of the strategies, one update at a time."""
+"""Trains a model with any combination of the strategies, one update at a time."""
 
 from __future__ import annotations
 
