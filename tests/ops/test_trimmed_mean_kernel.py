@@ -285,3 +285,13 @@ def test_subnormal_losses_are_ranked_alike_whatever_a_thread_flushes() -> None:
     assert all(torch.equal(kept, found[0]) for kept in found)
     assert int(found[0].sum()) == 60_000
     assert losses[found[0]].min() >= losses[~found[0]].max()
+
+
+def test_an_infinite_weight_of_a_dropped_row_does_not_count(level: str) -> None:
+    losses, weight = torch.rand(130), torch.ones(130)
+    ranked = losses.argsort(descending=True)
+    weight[ranked[65:90]] = math.inf
+    mean, kept, normalizer = torch.ops.batchkern.trimmed_mean(losses, 0.5, weight=weight)
+    assert kept.nonzero().flatten().tolist() == sorted(ranked[:65].tolist())
+    torch.testing.assert_close(mean, losses[ranked[:65]].mean())
+    assert normalizer == 65
