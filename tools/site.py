@@ -55,13 +55,9 @@ def place(module: str, name: str) -> str:
 
 def main(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    found = [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
-    for page in found:
-        for link in LINK.findall(page.read_text()):
-            there = (page.parent / link).resolve()
-            if "://" not in link and there.is_file() and there.suffix != ".md":
-                found.append(there) if there not in found else None
-    for path in found:
+    pages = [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
+    linked = {(page.parent / link).resolve() for page in pages for link in LINK.findall(page.read_text())}
+    for path in [*pages, *(path for path in linked if path.is_file() and path.suffix != ".md")]:
         copy = folder / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
