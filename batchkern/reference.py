@@ -285,19 +285,17 @@ def entropy_and_correct(logits: Tensor, target: Tensor, valid: Tensor, lse: Tens
 
 
 class CrossEntropy(torch.autograd.Function):
-    """``cross_entropy`` once differentiable, with exact zeros for rows that no gradient reaches, whatever they hold:
-    loss and lse, and the others in ``call``."""
+    """Gives loss and lse of ``rows`` a gradient that exists once, with exact zeros for rows that it does not reach,
+    whatever they hold. ``batchkern/ops/cross_entropy.py`` derives it."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, call: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        rows = cross_entropy(logits, target, **call["options"], stats=call["stats"])
-        call["constants"] = rows.entropy, rows.correct
-        ctx.save_for_backward(logits, target, call["options"]["weight"])
-        ctx.options = call["options"]
-        return rows.loss, rows.lse
+    def forward(ctx: Any, logits: Tensor, target: Tensor, rows: Rows, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(logits, target, options["weight"])
+        ctx.options = options
+        return rows.loss.detach(), rows.lse.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         logits, target, weight = ctx.saved_tensors
         ignore_index, smoothing = ctx.options["ignore_index"], ctx.options["label_smoothing"]
         z, classes = wide(logits), class_dim(logits)
@@ -320,7 +318,17 @@ class CrossEntropy(torch.autograd.Function):
         of_target = None
         if ctx.needs_input_grad[1]:
             of_target = torch.where(live, -grad * w * log_p * (1 - smoothing), 0).to(target.dtype)
-        return torch.where(live, of_logits, 0).to(logits.dtype), of_target, None
+        return torch.where(live, of_logits, 0).to(logits.dtype), of_target, None, None
+
+
+def rows_with_gradient(
+    function: type[CrossEntropy], logits: Tensor, target: Tensor, options: dict[str, Any], *, stats: bool
+) -> Rows:
+    """``cross_entropy`` with the gradient of ``function``. ``options``: weight, ignore_index and label_smoothing."""
+    with torch.no_grad():
+        rows = cross_entropy(logits, target, **options, stats=stats)
+    loss, lse = function.apply(logits, target, rows, options)
+    return Rows(loss, lse, rows.entropy, rows.correct)
 
 
 def over_classes(weight: Tensor, logits: Tensor) -> Tensor:
@@ -398,9 +406,7 @@ def linear_cross_entropy(
     if within_transform():
         rows = cross_entropy(logits, target.flatten(), **options, stats=stats)
     else:
-        call: dict[str, Any] = {"options": options, "stats": stats}
-        loss, lse = CrossEntropy.apply(logits, target.flatten(), call)
-        rows = Rows(loss, lse, *call["constants"])
+        rows = rows_with_gradient(CrossEntropy, logits, target.flatten(), options, stats=stats)
     return Rows(*(x.view(target.shape) for x in rows))
 
 

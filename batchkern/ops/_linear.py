@@ -40,7 +40,20 @@ SLICE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 ALIGNMENT = 64
 """Elements: rows of logits begin at multiples of it."""
 
-Way = Literal["keep logits", "gradient of all", "logits again"]
+
+class Options(NamedTuple):
+    """What all operators of this module take, in their order."""
+
+    dtype: torch.dtype
+    """Of the products."""
+    ignore_index: int
+    label_smoothing: float
+    softcap: float | None
+    logit_scale: float
+    chunk_rows: int | None
+
+
+BackwardPlan = Literal["keep logits", "gradient of all", "logits again"]
 
 
 def _most_rows(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> int:
@@ -62,7 +75,7 @@ def all_in_a_chunk(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: i
     return hidden.shape[0] <= (_most_rows(hidden, weight, dtype) if wanted is None else wanted)
 
 
-def choose(keep: float | None, needs: Sequence[bool], *, may_keep_logits: bool, dtype: torch.dtype) -> Way:
+def choose(keep: float | None, needs: Sequence[bool], *, may_keep_logits: bool, dtype: torch.dtype) -> BackwardPlan:
     """The way to the gradients of (hidden, weight, bias) that takes the fewest flops. ``keep`` is None where the host
     does not know it, or where other processes have a say in which rows are kept."""
     if not any(needs):
@@ -224,7 +237,7 @@ class Pass:
             u, capped = self.buffer[: len(hidden)], self.capped[: len(hidden)]
             logits = self.layer.write_logits(u, hidden, capped)
             of_rows = (None if x is None else x[part] for x in (self.losses, self.lse, self.entropy, self.correct))
-            _backend.call("cross_entropy_losses")(logits, self.target[part], *of_rows, *self.options)
+            torch.ops.batchkern.cross_entropy_losses.default(logits, self.target[part], *of_rows, *self.options)
             yield part, hidden, logits, u
 
 
@@ -268,7 +281,7 @@ def losses_and_gradients(
     upstream = (logit_scale / normalizer).expand(len(hidden))
     for part, narrow, logits, u in chunks:
         saved = target[part], chunks.lse[part], ignore_index, label_smoothing, 0, None
-        _backend.call("cross_entropy_backward_")(upstream[part], None, logits, *saved)
+        torch.ops.batchkern.cross_entropy_backward_.default(upstream[part], None, logits, *saved)
         chunks.layer.through_cap(logits, u)
         ignored = ~valid[part, None]
         if softcap is not None:
@@ -370,7 +383,7 @@ class _Rows:
             else:
                 out = logits[:, part].index_select(0, self.index)
             saved = self.target, self.lse, self.ignore_index, label_smoothing
-            _backend.call("cross_entropy_backward_")(*self.upstream, out, *saved, first + part.start, every)
+            torch.ops.batchkern.cross_entropy_backward_.default(*self.upstream, out, *saved, first + part.start, every)
             self.layer.through_cap(out, buffer[:, :size])
             yield part, out
 
@@ -452,7 +465,7 @@ _operators = {
 }
 
 
-def call(function: Callable[..., Any], *args: Any) -> Any:
+def run(function: Callable[..., Any], *args: Any) -> Any:
     """``function``, or its operator where a graph is being traced. The last argument, if a float, is ``keep``: as a
     number it would be a constant of the graph, and a schedule would compile again and again."""
     if not torch.compiler.is_compiling() and not isinstance(args[0], FakeTensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -80,49 +80,74 @@ def cross_entropy(
     """
     check.cross_entropy(logits, target, weight, "weight", ignore_index, label_smoothing)
     check.one_of("reduction", reduction, ("none", "mean", "sum"))
-    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": float(label_smoothing)}
+    label_smoothing = float(label_smoothing)
     if reduction == "mean" and not stats:
-        return trimmed(logits, target, 1.0, class_weight=weight, **options)[0]
-    options["weight"] = weight
+        return trimmed(
+            logits, target, 1.0, ignore_index=ignore_index, label_smoothing=label_smoothing, class_weight=weight
+        )[0]
     kernel = kernel_target("cross_entropy", logits, target)
-    if kernel is not None:
-        call: dict[str, Any] = {"target": kernel, "stats": stats, **options}
-        results = _CrossEntropy.apply(logits, call)
-        if not stats:
-            losses: Tensor = results
-            return losses if reduction == "none" else losses.sum()
-        return Rows(*results, *(x.detach() for x in call["constants"]))
-    check.target_values(target, classes=logits.shape[reference.class_dim(logits)], ignore_index=ignore_index)
-    if _backend.within_transform():
-        rows = reference.cross_entropy(logits, target, **options, stats=stats)
-    else:
-        call = {"options": options, "stats": stats}
-        results = _ReferenceCrossEntropy.apply(logits, target, call)
-        rows = Rows(*results, *(x.detach() for x in call["constants"]))
-    return rows if stats else rows.loss if reduction == "none" else rows.loss.sum()
+    if kernel is None:
+        check.target_values(target, classes=logits.shape[reference.class_dim(logits)], ignore_index=ignore_index)
+        options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        if _backend.within_transform():
+            rows = reference.cross_entropy(logits, target, **options, stats=stats)
+        else:
+            rows = reference.rows_with_gradient(_ReferenceCrossEntropy, logits, target, options, stats=stats)
+        return rows if stats else rows.loss if reduction == "none" else rows.loss.sum()
+    with torch.no_grad():
+        losses, state, entropy, correct = _backend.operator("cross_entropy")(
+            logits, kernel, weight, ignore_index, label_smoothing, stats
+        )
+        lse = state[..., 0] + state[..., 1] if stats else None
+    forward = _Forward(losses, lse, kernel, state, weight, ignore_index, label_smoothing)
+    results: Any = _CrossEntropy.apply(logits, forward)
+    if stats:
+        losses, lse = results
+        return Rows(losses, lse, entropy, correct)
+    losses = results
+    return losses if reduction == "none" else losses.sum()
+
+
+class _Forward(NamedTuple):
+    """What a forward pass of the kernel leaves to the backward pass."""
+
+    losses: Tensor
+    """Of the rows' shape."""
+    lse: Tensor | None
+    """Of the rows' shape, with a gradient, where ``stats`` were asked for."""
+    target: Tensor
+    state: Tensor
+    """``(rows, 2)``, ``(rows, 3)`` where the target holds probabilities: lse in parts, see csrc/ops.cpp."""
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Arguments travel in a dict, and what has no gradient back in it, as in ``trimmed_cross_entropy``."""
+    """Gives losses and log-sum-exps of a forward pass that has run their gradient.
+
+    With p = softmax(z) of a row's logits z, q its smoothed and weighted target, and g and h the upstream gradients of
+    its loss and its log-sum-exp:
+
+    1. the loss is sum_c q_c (lse(z) - z_c), so its derivative by z_c is p_c sum(q) - q_c;
+    2. the derivative of lse(z) by z_c is p_c;
+    3. so the gradient is (g sum(q) + h) p - g q. A row where g and h are zero is not read.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, call: dict[str, Any]) -> Any:
-        target, weight = call["target"], call["weight"]
-        ctx.options = call["ignore_index"], call["label_smoothing"]
-        losses, state, *constants = _backend.call("cross_entropy")(logits, target, weight, *ctx.options, call["stats"])
-        ctx.save_for_backward(logits, target, state, weight)
+    def forward(ctx: Any, logits: Tensor, forward: _Forward) -> Any:
+        ctx.save_for_backward(logits, forward.target, forward.state, forward.weight)
+        ctx.options = forward.ignore_index, forward.label_smoothing
         ctx.set_materialize_grads(False)
-        if not call["stats"]:
-            return losses
-        call["constants"] = constants
-        return losses, state[..., 0] + state[..., 1]
+        losses = forward.losses.detach()  # as in trimmed_cross_entropy
+        return losses if forward.lse is None else (losses, forward.lse.detach())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, None]:
         if grad is None and grad_lse is None:
             return None, None
-        return _backend.call("cross_entropy_backward")(grad, grad_lse, *ctx.saved_tensors, *ctx.options), None
+        return _backend.operator("cross_entropy_backward")(grad, grad_lse, *ctx.saved_tensors, *ctx.options), None
 
 
 class _ReferenceCrossEntropy(reference.CrossEntropy):

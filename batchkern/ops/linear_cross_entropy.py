@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 from batchkern.ops import _linear
 from batchkern.ops._autograd import boundary, is_batched, once_differentiable, one_by_one
+from batchkern.ops._linear import Options
 from batchkern.ops._public import check_memory, public
 from batchkern.ops._sharded import check_equal, local, losses_of_shard, shard_of, whole
 from batchkern.ops.cross_entropy import Reduction
@@ -153,9 +154,8 @@ def checked(
     chunk_rows: int | None,
     vocab_group: dist.ProcessGroup | None,
     group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-    """Raises where an argument is wrong. Returns weight and bias, gathered where they were sharded, and the options, in
-    the order in which the operators take them."""
+) -> tuple[Tensor, Tensor | None, Options]:
+    """Raises where an argument is wrong. Returns weight and bias, gathered where they were sharded, and the options."""
     check.tensor("hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden must have shape (..., H) with H > 0, got {tuple(hidden.shape)}")
@@ -188,15 +188,8 @@ def checked(
     check.same_device("target", target, hidden)
     check.ignored(ignore_index, group)
     check_options(label_smoothing, softcap, logit_scale, chunk_rows)
-    options = {
-        "dtype": dtype,
-        "ignore_index": ignore_index,
-        "label_smoothing": float(label_smoothing),
-        "softcap": None if softcap is None else float(softcap),
-        "logit_scale": float(logit_scale),
-        "chunk_rows": chunk_rows,
-    }
-    return weight, bias, options
+    softcap = None if softcap is None else float(softcap)
+    return weight, bias, Options(dtype, ignore_index, float(label_smoothing), softcap, float(logit_scale), chunk_rows)
 
 
 def check_options(label_smoothing: float, softcap: float | None, logit_scale: float, chunk_rows: int | None) -> None:
@@ -232,7 +225,7 @@ def each_row(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    options: dict[str, Any],
+    options: Options,
     *,
     stats: bool = False,
     backward_rows: int | None = None,
@@ -242,32 +235,41 @@ def each_row(
     """The losses, or with ``stats`` ``Rows``, of arguments that have been checked. ``share``: a gradient reaches no
     larger share of the rows, as the caller knows."""
     if not _backend.has_kernel("linear_cross_entropy", hidden):
-        check.target_values(target, classes=len(weight), ignore_index=options["ignore_index"])
-        layer, options = _for_the_reference(hidden, weight, bias, options)
-        found = reference.linear_cross_entropy(*layer, target, **options, stats=stats)
+        check.target_values(target, classes=len(weight), ignore_index=options.ignore_index)
+        layer = boundary(hidden), boundary(weight), target
+        found = reference.linear_cross_entropy(*layer, **_reference_options(bias, options), stats=stats)
         return found if stats else found.loss
-    call: dict[str, Any] = {
-        "target": target.flatten(),
-        "options": tuple(options.values()),
-        "stats": stats,
-        "grad": torch.is_grad_enabled(),
-        "limits": (backward_rows, share),
-        "shard": None if vocab_group is None else shard_of(weight, vocab_group),
-    }
-    results: Any = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, call)
+    rows, labels = hidden.reshape(-1, hidden.shape[-1]), target.flatten()
+    needs = _needs(hidden, weight, bias)
+    shard = None if vocab_group is None else shard_of(weight, vocab_group)
+    arguments = rows, weight, bias, labels, *options, stats
+    logits: list[Tensor] = []
+    with torch.no_grad():
+        if shard is None:
+            keep_logits = any(needs) and _may_keep_logits(rows, weight, options)
+            losses, state, entropy, correct, logits = _linear.run(_linear.losses, *arguments, keep_logits)
+        else:
+            losses, state, entropy, correct = losses_of_shard(*arguments, shard)
+        lse = state[:, 0] + state[:, 1] if stats else None
+    limits = backward_rows, share
+    forward = _Losses(losses, lse, labels, state, logits[0] if logits else None, options, needs, limits, shard)
+    results: Any = _LinearCrossEntropy.apply(rows, weight, bias, forward)
     if not stats:
         return results.view(target.shape)
-    rows: list[Any] = [*results, *(x.detach() for x in call["constants"])]
-    return Rows(*(x.view(target.shape) for x in rows))
+    return Rows(*(x.view(target.shape) for x in (*results, entropy, correct)))
 
 
-def _for_the_reference(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]
-) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-    """It knows neither types of a computation nor chunks."""
-    own = {name: value for name, value in options.items() if name not in ("dtype", "chunk_rows")}
-    own["bias"] = None if bias is None else boundary(bias)
-    return (boundary(hidden), boundary(weight)), own
+def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
+    """Which of them get a gradient."""
+    if not torch.is_grad_enabled():
+        return False, False, False
+    return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
+
+
+def _reference_options(bias: Tensor | None, options: Options) -> dict[str, Any]:
+    """Those of the reference, which knows neither types of a computation nor chunks."""
+    own = {name: value for name, value in options._asdict().items() if name not in ("dtype", "chunk_rows")}
+    return {**own, "bias": None if bias is None else boundary(bias)}
 
 
 def trimmed(
@@ -276,7 +278,7 @@ def trimmed(
     bias: Tensor | None,
     target: Tensor,
     keep: float | Tensor,
-    options: dict[str, Any],
+    options: Options,
     group: dist.ProcessGroup | None = None,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -284,50 +286,73 @@ def trimmed(
     if isinstance(keep, Tensor) and check.readable(keep):
         keep = float(keep)
     if not _backend.has_kernel("linear_trimmed_cross_entropy", hidden):
-        check.target_values(target, classes=len(weight), ignore_index=options["ignore_index"])
-        layer, options = _for_the_reference(hidden, weight, bias, options)
-        return reference.linear_trimmed_cross_entropy(*layer, target, keep, **options, group=group)
+        check.target_values(target, classes=len(weight), ignore_index=options.ignore_index)
+        layer = boundary(hidden), boundary(weight), target
+        own = _reference_options(bias, options)
+        return reference.linear_trimmed_cross_entropy(*layer, keep, **own, group=group)
     known = keep if group is None and isinstance(keep, float) else None
     if known is not None and vocab_group is None and target.numel() > 0:
-        requires = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, weight, bias)]
-        may_keep = _may_keep_logits(hidden.reshape(-1, hidden.shape[-1]), weight, options.values())
-        if _linear.choose(known, requires, may_keep_logits=may_keep, dtype=options["dtype"]) == "gradient of all":
-            call: dict[str, Any] = {"target": target.flatten(), "options": tuple(options.values()), "keep": known}
-            loss: Tensor = _MeanWithGradient.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, call)
-            return loss, call["losses"].view(target.shape)
+        needs, rows = _needs(hidden, weight, bias), hidden.reshape(-1, hidden.shape[-1])
+        may_keep = _may_keep_logits(rows, weight, options)
+        if _linear.choose(known, needs, may_keep_logits=may_keep, dtype=options.dtype) == "gradient of all":
+            labels = target.flatten()
+            with torch.no_grad():
+                loss, losses, lse, kept, grads = _linear.run(
+                    _linear.losses_and_gradients, rows, weight, bias, labels, *options, needs, known
+                )
+            forward = _Mean(loss, labels, lse, kept, tuple(grads), options, needs, known)
+            return _MeanWithGradient.apply(rows, weight, bias, forward), losses.view(target.shape)
     # A tensor on a GPU, which the host does not look at, may keep all rows.
     share = None if group is not None else 1.0 if known is None else known
     losses = each_row(hidden, weight, bias, target, options, share=share, vocab_group=vocab_group)
-    valid = reference.valid_rows(target, options["ignore_index"])
+    valid = reference.valid_rows(target, options.ignore_index)
     return trimmed_mean(losses, keep, mask=valid, group=group), losses
 
 
-def _may_keep_logits(hidden: Tensor, weight: Tensor, options: Any) -> bool:
-    dtype, _, _, softcap, _, chunk_rows = options
+def _may_keep_logits(hidden: Tensor, weight: Tensor, options: Options) -> bool:
     # With a softcap that would be two for each.
-    return softcap is None and _linear.all_in_a_chunk(hidden, weight, dtype, chunk_rows)
+    return options.softcap is None and _linear.all_in_a_chunk(hidden, weight, options.dtype, options.chunk_rows)
+
+
+class _Losses(NamedTuple):
+    """What a forward pass of ``_linear.losses`` leaves to the backward pass, for N rows."""
+
+    losses: Tensor
+    """``(N,)``."""
+    lse: Tensor | None
+    """``(N,)``, with a gradient, where ``stats`` were asked for."""
+    target: Tensor
+    """``(N,)``."""
+    state: Tensor
+    """``(N, 2)``: lse in two parts."""
+    logits: Tensor | None
+    """``(N, V)``, where they are kept."""
+    options: Options
+    needs: tuple[bool, bool, bool]
+    limits: _linear.Limits
+    shard: _linear.Shard | None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Arguments travel in a dict, and what has no gradient back in it, as in ``trimmed_cross_entropy``."""
+    """Gives losses and log-sum-exps of a forward pass that has run their gradient.
+
+    With h the row of hidden, z = W h + b its logits, and d the gradient by z that ``cross_entropy`` derives (through
+    the softcap and the scale, see ``_linear.py``), summed over the rows:
+
+    1. by h it is d W;
+    2. by W it is the outer product of d and h;
+    3. by b it is d.
+
+    d is zero in a row that no upstream gradient reaches: it has no part in any of these.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: dict[str, Any]) -> Any:
-        target, options, stats = call["target"], call["options"], call["stats"]
-        ctx.needs = [call["grad"] and needed for needed in ctx.needs_input_grad[:3]]
-        ctx.shard = call["shard"]
-        keep_logits = any(ctx.needs) and ctx.shard is None and _may_keep_logits(hidden, weight, options)
-        arguments = hidden, weight, bias, target, *options, stats
-        logits: list[Tensor] = []
-        if ctx.shard is None:
-            losses, state, *constants, logits = _linear.call(_linear.losses, *arguments, keep_logits)
-        else:
-            losses, state, *constants = losses_of_shard(*arguments, ctx.shard)
-        ctx.save_for_backward(hidden, weight, bias, target, state, logits[0] if keep_logits else None)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, forward: _Losses) -> Any:
+        ctx.save_for_backward(hidden, weight, bias, forward.target, forward.state, forward.logits)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.limits = options, call["limits"]
-        call["constants"] = constants
-        return (losses, state[:, 0] + state[:, 1]) if stats else losses
+        ctx.options, ctx.needs, ctx.limits, ctx.shard = forward.options, forward.needs, forward.limits, forward.shard
+        losses = forward.losses.detach()  # as in trimmed_cross_entropy
+        return losses if forward.lse is None else (losses, forward.lse.detach())
 
     @staticmethod
     @once_differentiable
@@ -340,7 +365,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         def gradients(grad: Tensor | None, grad_lse: Tensor | None) -> list[Tensor]:
             arguments = hidden, weight, bias, grad, grad_lse, *saved, *ctx.options, ctx.needs, *ctx.limits
             if ctx.shard is None:
-                return _linear.call(_linear.gradients, *arguments)
+                return _linear.run(_linear.gradients, *arguments)
             check_equal(ctx.shard.group, (grad, grad_lse))
             return _linear.gradients(*arguments, ctx.shard)
 
@@ -349,21 +374,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *(next(results) if needed else None for needed in ctx.needs), None
 
 
+class _Mean(NamedTuple):
+    """What a forward pass of ``_linear.losses_and_gradients`` leaves to the backward pass, for N rows."""
+
+    loss: Tensor
+    """``()``, the one result with a gradient."""
+    target: Tensor
+    """``(N,)``."""
+    lse: Tensor
+    """``(N, 2)``, in two parts."""
+    kept: Tensor
+    """``(N,)`` bool."""
+    grads: tuple[Tensor, ...]
+    """Of those of (hidden, weight, bias) that need one."""
+    options: Options
+    needs: tuple[bool, bool, bool]
+    keep: float
+
+
 class _MeanWithGradient(torch.autograd.Function):
-    """The mean of the kept rows, whose gradient the forward pass makes: see ``_linear.losses_and_gradients``."""
+    """Gives the mean of the kept rows the gradient that the forward pass has made of it: see
+    ``_linear.losses_and_gradients``. The backward pass multiplies it by the upstream gradient, in place."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: dict[str, Any]) -> Tensor:
-        target, options, keep = call["target"], call["options"], call["keep"]
-        ctx.needs = list(ctx.needs_input_grad[:3])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, forward: _Mean) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias, forward.target, forward.lse, forward.kept, *forward.grads)
+        ctx.options, ctx.needs, ctx.keep = forward.options, forward.needs, forward.keep
         ctx.used = False
-        loss, losses, lse, kept, grads = _linear.call(
-            _linear.losses_and_gradients, hidden, weight, bias, target, *options, ctx.needs, keep
-        )
-        ctx.save_for_backward(hidden, weight, bias, target, lse, kept, *grads)
-        ctx.options, ctx.keep = options, keep
-        call["losses"] = losses.detach()
-        return loss
+        return forward.loss.detach()  # as in trimmed_cross_entropy
 
     @staticmethod
     @once_differentiable
@@ -378,7 +416,7 @@ class _MeanWithGradient(torch.autograd.Function):
                 upstream = torch.where(kept, grad / kept.sum(), 0.0)
                 saved = upstream, None, target, lse, None
                 arguments = hidden, weight, bias, *saved, *ctx.options, ctx.needs, None, ctx.keep
-                return _linear.call(_linear.gradients, *arguments)
+                return _linear.run(_linear.gradients, *arguments)
 
             grads = one_by_one(again, grad)
         else:

@@ -37,7 +37,7 @@ def rank_batches(losses: Tensor, fraction: float) -> Tensor:
         losses = losses.detach()
     if not _backend.has_kernel("rank_batches", losses):
         return reference.rank_batches(losses, count)
-    indices: Tensor = _backend.call("rank_batches")(losses, count)
+    indices: Tensor = _backend.operator("rank_batches")(losses, count)
     return indices
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -81,34 +81,57 @@ def soft_label_kl(
     check.number("scale", scale, -largest, largest)
     reference = reference_logits if reference_grad else reference_logits.detach()
     if _backend.has_kernel("soft_label_kl", reference):
-        call: dict[str, Any] = {"temperature": temperature, "scale": scale}
-        mean: Tensor = _SoftLabelKL.apply(reference, virtual_logits, call)
-        divergences = call["divergences"]
+        wanted = [x.requires_grad and torch.is_grad_enabled() for x in (reference, virtual_logits)]
+        options = {
+            "temperature": temperature,
+            "scale": scale,
+            "reference_grad": wanted[0],
+            "virtual_grad": wanted[1],
+        }
+        with torch.no_grad():
+            mean, divergences, to_virtual, to_reference = torch.ops.batchkern.soft_label_kl.default(
+                reference, virtual_logits, **options
+            )
+        forward = _Forward(mean, to_virtual, to_reference, options)
+        mean = _SoftLabelKL.apply(reference, virtual_logits, forward)
     else:
         divergences = plain.soft_label_kl(boundary(reference), boundary(virtual_logits), temperature=temperature)
         mean = (scale * divergences).mean()  # a 0-dim tensor times a number has a float64 tangent
     return (mean, divergences.detach()) if per_sample else mean
 
 
-class _SoftLabelKL(torch.autograd.Function):
-    """The forward pass makes the gradient of the scaled mean; the backward pass multiplies it where it lies.
+class _Forward(NamedTuple):
+    """What the forward pass, which makes the gradients too, leaves to the backward pass."""
 
-    A second backward pass (``retain_graph=True``) finds it used up and runs the kernel again.
+    mean: Tensor
+    """``()``, scaled: the one result with a gradient."""
+    to_virtual: Tensor
+    """``(M * B, C)``: the gradient of ``mean`` by the virtual logits. No rows where it needs none."""
+    to_reference: Tensor
+    """``(B, C)``, likewise."""
+    options: dict[str, Any]
+    """Of the operator."""
+
+
+class _SoftLabelKL(torch.autograd.Function):
+    """Gives the mean of a forward pass that has run its gradient.
+
+    With p = softmax(r / T) of a reference row r and q = softmax(v / T) of a virtual row v, the divergence of the pair
+    is D = sum_c p_c (log p_c - log q_c), and the mean has the factor s = scale / (M B) in front of each:
+
+    1. dD/dv_c = (q_c - p_c) / T;
+    2. dD/dr_c = p_c (log p_c - log q_c - D) / T, added up over the M copies of the row;
+    3. both times s, made by the forward pass; the backward pass multiplies them by the upstream gradient, in place.
+
+    A second backward pass (``retain_graph=True``) finds them used up and runs the kernel again.
     """
 
     @staticmethod
-    def forward(ctx: Any, reference: Tensor, virtual: Tensor, call: dict[str, Any]) -> Tensor:
-        ctx.options = {
-            "temperature": call["temperature"],
-            "scale": call["scale"],
-            "reference_grad": ctx.needs_input_grad[0],
-            "virtual_grad": ctx.needs_input_grad[1],
-        }
-        outputs: tuple[Tensor, ...] = torch.ops.batchkern.soft_label_kl.default(reference, virtual, **ctx.options)
-        mean, call["divergences"], *grads = outputs
-        ctx.save_for_backward(reference, virtual, *grads)
+    def forward(ctx: Any, reference: Tensor, virtual: Tensor, forward: _Forward) -> Tensor:
+        ctx.save_for_backward(reference, virtual, forward.to_virtual, forward.to_reference)
+        ctx.options = forward.options
         ctx.used = False
-        return mean
+        return forward.mean.detach()  # as in trimmed_cross_entropy
 
     @staticmethod
     @once_differentiable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -77,18 +77,25 @@ def trimmed_mean(
             "group": group,
         }
         return reference.trimmed_mean(boundary(losses), keep, score=score, mask=mask, **options)
-    call = {
-        "keep": keep,
-        "mask": _flat(mask),
-        "score": None if score is None else _flat(score.detach().float()),
-        "weight": None if weight is None else _flat(weight.detach().float()),
-        "band": _band(order, skip, above),
-        "apart": within == "sample",
-        "samples": _samples(losses, within),
-        "group": group,
-    }
-    mean: Tensor = _TrimmedMean.apply(_flat(losses), call)
-    return mean
+    rows, mask = _flat(losses), _flat(mask)
+    score = None if score is None else _flat(score.float())
+    weight = None if weight is None else _flat(weight.float())
+    band = _band(order, skip, above)
+    with torch.no_grad():
+        if group is None or within == "sample":
+            keep, keep_tensor = check.split_keep(keep, rows)
+            samples = _samples(losses, within)
+            mean, kept, normalizer = trimmed_mean_op(rows, keep, keep_tensor, mask, score, weight, *band, samples)
+            if group is not None:
+                normalizer = reference.share_of_sum(normalizer, group)
+        else:
+            valid = torch.ones_like(rows, dtype=torch.bool) if mask is None else mask
+            ranked = rows.float() if score is None else score
+            kept, normalizer = select_over_group(ranked, valid, weight, keep, group, band)
+        if group is not None:
+            mean = weighted_sum(rows, kept, weight) / normalizer
+    with_gradient: Tensor = _TrimmedMean.apply(rows, _Forward(mean, kept, normalizer, weight))
+    return with_gradient
 
 
 @public
@@ -176,36 +183,37 @@ def _samples(rows: Tensor, within: str) -> int:
     return max(rows.shape[0], 1) if within == "sample" else 1
 
 
+class _Forward(NamedTuple):
+    """What a forward pass leaves to the backward pass."""
+
+    mean: Tensor
+    """``()``, the one result with a gradient."""
+    kept: Tensor
+    """``(B,)`` bool."""
+    normalizer: Tensor
+    """``()``: what the sum was divided by."""
+    weight: Tensor | None
+    """``(B,)``."""
+
+
 class _TrimmedMean(torch.autograd.Function):
-    """Arguments travel in a dict: each argument of a Function costs host time."""
+    """Gives the mean of a forward pass that has run its gradient.
+
+    The mean is the sum of the weighted losses of the kept rows, divided by the normalizer, which does not depend on the
+    losses: so the gradient of a kept row is ``grad * weight / normalizer``, and that of a dropped one is zero.
+    """
 
     @staticmethod
-    def forward(ctx: Any, losses: Tensor, call: dict[str, Any]) -> Tensor:
-        keep, mask, score, weight = call["keep"], call["mask"], call["score"], call["weight"]
-        band, samples, group = call["band"], call["samples"], call["group"]
-        if group is None or call["apart"]:
-            keep, keep_tensor = check.split_keep(keep, losses)
-            lowest, skip, above = band
-            mean, kept, normalizer = trimmed_mean_op(
-                losses, keep, keep_tensor, mask, score, weight, lowest, skip, above, samples
-            )
-            if group is not None:
-                normalizer = reference.share_of_sum(normalizer, group)
-                mean = weighted_sum(losses, kept, weight) / normalizer
-        else:
-            valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
-            ranked = losses.float() if score is None else score
-            kept, normalizer = select_over_group(ranked, valid, weight, keep, group, band)
-            mean = weighted_sum(losses, kept, weight) / normalizer
-        ctx.save_for_backward(kept, normalizer, weight)
+    def forward(ctx: Any, losses: Tensor, forward: _Forward) -> Tensor:
+        ctx.save_for_backward(forward.kept, forward.normalizer, forward.weight)
         ctx.dtype = losses.dtype
-        return mean
+        return forward.mean.detach()  # as in trimmed_cross_entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, normalizer, weight = ctx.saved_tensors
-        result: Tensor = _backend.call("trimmed_mean_backward")(grad, kept, normalizer, ctx.dtype, weight)
+        result: Tensor = _backend.operator("trimmed_mean_backward")(grad, kept, normalizer, ctx.dtype, weight)
         return result, None
 
 
@@ -227,7 +235,7 @@ def trimmed_mean_op(
     samples: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, kept rows ``(B,)`` bool and what the sum was divided by, by the kernel."""
-    outputs: tuple[Tensor, Tensor, Tensor] = _backend.call("trimmed_mean")(
+    outputs: tuple[Tensor, Tensor, Tensor] = _backend.operator("trimmed_mean")(
         losses, keep, keep_tensor, mask, score, weight, lowest, skip, above, samples
     )
     return outputs

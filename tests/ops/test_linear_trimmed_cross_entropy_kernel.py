@@ -17,7 +17,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import batchkern
-from batchkern import _backend
 from batchkern.ops import _linear
 
 KEPT, ALL, AGAIN = "keep logits", "gradient of all", "logits again"
@@ -445,7 +444,7 @@ def test_rows_without_a_selection() -> None:
     losses, lse = torch.full((30,), math.nan), torch.full((30, 2), math.nan)
     call = logits, target, losses, lse, None, None, -100, 0.1
     torch.library.opcheck(torch.ops.batchkern.cross_entropy_losses.default, call, test_utils=("test_schema",))
-    assert _backend.call("cross_entropy_losses")(*call) is None
+    assert torch.ops.batchkern.cross_entropy_losses.default(*call) is None
     _, expected, expected_lse, _, _ = torch.ops.batchkern.trimmed_cross_entropy(
         logits, target, 0.5, ignore_index=-100, label_smoothing=0.1
     )
@@ -465,7 +464,7 @@ def test_the_gradient_of_a_slice_is_a_slice_of_the_gradient(dtype: torch.dtype, 
         whole = torch.ops.batchkern.cross_entropy_backward(*upstream, logits, *saved, None, 7, smoothing)
         for begin, end in ((0, 210), (0, 64), (64, 131), (131, 210), (200, 201)):
             part = logits[:, begin:end].clone()
-            _backend.call("cross_entropy_backward_")(*upstream, part, *saved, 7, smoothing, begin, 210)
+            torch.ops.batchkern.cross_entropy_backward_.default(*upstream, part, *saved, 7, smoothing, begin, 210)
             assert torch.equal(part, whole[:, begin:end])
 
 
@@ -473,6 +472,6 @@ def test_the_gradient_of_a_slice_is_a_slice_of_the_gradient(dtype: torch.dtype, 
 def test_wrong_slices(first: int, classes: int) -> None:
     target, one = torch.zeros(4, dtype=torch.long), torch.ones(4)
     with pytest.raises(ValueError, match=f"not classes from {first} on of {classes}"):
-        _backend.call("cross_entropy_backward_")(
+        torch.ops.batchkern.cross_entropy_backward_.default(
             one, None, torch.zeros(4, 10), target, torch.zeros(4, 2), -100, 0.0, first, classes
         )
