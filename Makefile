@@ -112,12 +112,12 @@ sanitize: build/.sanitized ## run the tests of the operations under AddressSanit
 
 # The operations that have CUDA kernels. The order of threads and blocks is another one in each run.
 cuda-on-host: build/.sanitized ## run CUDA kernels on the host under AddressSanitizer and UBSan, by the tests of their operations
-	$(SANITIZED_PYTEST) --through host -n 2 ../../tests/cuda_on_host/test_workspace.py \
+	$(SANITIZED_PYTEST) --kernels host -n 2 ../../tests/cuda_on_host/test_workspace.py \
 		$(foreach op,cross_entropy trimmed_cross_entropy trimmed_mean rank_batches linear_trimmed_cross_entropy,../../tests/ops/test_$(op).py ../../tests/ops/test_$(op)_kernel.py)
 
 # float32 and float16: the interpreter computes bfloat16 wrongly.
 interpret: setup ## run the Triton kernels in Triton's interpreter, by the tests of their operations and of the strategy that uses them
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --through interpreter tests/triton \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --kernels interpreter tests/triton \
 		tests/strategies/test_stochastic_augmentation.py::test_each_update_is_the_papers \
 		$(foreach op,augment_latent soft_label_kl,tests/ops/test_$(op).py tests/ops/test_$(op)_kernel.py)
 
@@ -125,7 +125,7 @@ cross: setup ## compile the CPU kernels with clang for x86-64 and aarch64 (fetch
 	@$(PIP) ziglang
 	@mkdir -p build/cross
 	@for target in x86_64-linux-gnu aarch64-linux-gnu; do \
-		for source in $(basename $(notdir $(wildcard csrc/cpu/level_*.cpp))) kernels select; do echo $$target $$source; done; \
+		for source in $(basename $(notdir $(wildcard csrc/cpu/isa_*.cpp))) kernels select; do echo $$target $$source; done; \
 	done | xargs -P 2 -n 2 sh -c 'echo "$$0 csrc/cpu/$$1.cpp"; exec $(BIN)/python -m ziglang c++ -target $$0 -std=c++17 -O3 \
 		-fopenmp-simd -fno-math-errno -fno-trapping-math -Wall -Wextra -Werror -c csrc/cpu/$$1.cpp -o build/cross/$$0-$$1.o'
 

@@ -236,7 +236,7 @@ def _status(op: str, device: str, index: int | None = None) -> Status:
     if extension is None:
         return Status(op, device, "reference", extension_error)
     if device == "cpu" and (op, device) in _kernels:
-        return Status(op, device, "kernel", f"C++, {extension.cpu_level()}")
+        return Status(op, device, "kernel", f"C++, {extension.instruction_set()}")
     if device == "cuda" and (op, device) in _kernels:
         if not torch.cuda.is_available():
             return Status(op, device, "kernel", f"{_made_of(op)}; no CUDA device is visible to this torch")

@@ -19,7 +19,7 @@ ADVICE = (
 HAND_ON = ("accelerate.", "batchkern.", "peft.", "torch.", "transformers.models.", "transformers.utils.")
 
 
-class Call:
+class PatchedCall:
     """The call that a patched model is in. In place of the output layer's ``forward``: while a loss is to be made, its
     input is handed on. It knows nothing of the model, so that a copy of a layer is not one of the model."""
 
@@ -30,9 +30,9 @@ class Call:
         self.hidden: Tensor | None = None
         self.version = 0
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Call:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PatchedCall:
         """That in a copy of a layer alone refuses nothing, and has no other layer with it."""
-        copied = memo[id(self)] = object.__new__(Call)
+        copied = memo[id(self)] = object.__new__(PatchedCall)
         state = dict(self.__dict__)
         if self._base not in memo:
             state["inside"] = True

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from batchkern._past_the_loss import ADVICE, Call, caller, learns, place, version
+from batchkern._past_the_loss import ADVICE, PatchedCall, caller, learns, place, version
 from batchkern.ops import Rows, linear_cross_entropy, trimmed_mean
 from batchkern.ops import _checks as check
 from batchkern.ops.linear_trimmed_cross_entropy import linear_trimmed_cross_entropy
@@ -115,7 +115,7 @@ class CausalLMPatch:
         self._reference: Tensor | None = None
         self._losses: Tensor | None = None
         self._own_forward = head.__dict__.get("forward")
-        self._call = head.forward = Call(base, head.forward)
+        self._call = head.forward = PatchedCall(base, head.forward)
         base.loss_function = self._loss_function
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),

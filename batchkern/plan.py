@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from batchkern.seeding import generator
-
-if TYPE_CHECKING:
-    from batchkern.strategies.base import Step
-
 
 AHEAD = 16
 """Batches."""
@@ -38,8 +34,9 @@ class Batch:
     """Forget the optimizer's state (momentum) before this update."""
     weights: Mapping[str, Tensor] | None = None
     """Load these, a state of the model, before this update."""
-    inject: Callable[[Step], Tensor] | None = None
-    """Computes this batch's loss in place of the trainer, for a batch that is not of the training set."""
+    inject: Callable[[Any], Tensor] | None = None
+    """Computes this batch's loss in place of the trainer, for a batch that is not of the training set: of the
+    :class:`batchkern.strategies.Step` whose batch this is."""
     beside: Batch | None = None
     """One with ``inject``, whose loss is added to this batch's: one update for both."""
     only: Literal["score", "update"] | None = None

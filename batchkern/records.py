@@ -22,7 +22,7 @@ else:
 
 Whole = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Json = dict[str, Any]
 T = TypeVar("T")
 
@@ -42,13 +42,13 @@ class _Row(Counts):
     train_loss: float
     train_objective: float
     train_accuracy: float
-    test_accuracy: Share
-    test_accuracy_plain: Share
+    test_accuracy: Fraction
+    test_accuracy_plain: Fraction
     test_loss: float
 
 
 class _Figures(_Row, total=False):
-    test_top5_accuracy: Share
+    test_top5_accuracy: Fraction
     times_kept: list[float] | None
     kept_loss: list[float] | None
     dropped_loss: list[float] | None
@@ -69,7 +69,7 @@ class _Figures(_Row, total=False):
 class Row(_Figures, total=False):
     """An epoch, as in metrics.jsonl. Strategies add figures of their own."""
 
-    train_set_accuracy: Share
+    train_set_accuracy: Fraction
 
 
 class _Named(TypedDict):
@@ -138,11 +138,11 @@ class Checkpoint(TypedDict):
 
 
 class _Final(_Figures):
-    train_set_accuracy: Share
+    train_set_accuracy: Fraction
 
 
 class _Curve(TypedDict):
-    test_accuracy: list[Share]
+    test_accuracy: list[Fraction]
     updates: list[Positive]
     samples_forward: list[Positive]
     samples_backward: list[Whole]

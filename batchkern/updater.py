@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,17 @@ class Counts:
     """Of training: without evaluation and checkpoints."""
 
 
+class Outcome(NamedTuple):
+    """Of an objective."""
+
+    loss: Tensor
+    """``()``, this rank's, which is differentiated."""
+    value: Tensor
+    """``()``, its mean over the ranks, detached."""
+    figures: Tensor | None = None
+    """``(3, rows)`` of the whole batch: see ``Updater._figures``. None for a batch that is not of the training set."""
+
+
 class _Objective(nn.Module):
     """All that trains, as one module for the averaging of gradients; it computes whatever it is given."""
 
@@ -51,7 +62,7 @@ class _Objective(nn.Module):
         self.model = model
         self.extras = extras
 
-    def forward(self, objective: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def forward(self, objective: Callable[[], Outcome]) -> Outcome:
         return objective()
 
 
@@ -176,7 +187,7 @@ class Updater:
             self.optimizer.state.clear()
         if batch.inject is not None:
             inject = batch.inject
-            self._descend(lambda: self._valued(inject(step)))
+            self._descend(lambda: self._outcome(inject(step)))
             self.counts.samples_forward += len(batch.indices)
             self.counts.samples_backward += len(batch.indices)
             return
@@ -238,57 +249,68 @@ class Updater:
 
     def _active_batch(self, step: Step) -> None:
         """From this rank's rows; what strategies see and what is counted is of the whole batch."""
-        scored: list[Tensor] = []
-        whole = cache(partial(self._whole, step))
-
-        def score() -> Tensor:
-            scored.append(self._scored(step, *whole()))
-            return scored[0][2]
-
-        owner = self.owner("the loss")
-        rows = self.narrow(step, score)
-        images, target = whole() if rows is None else self._narrowed(step, rows, whole() if scored else None)
+        batch = _WholeBatch(self, step)
+        rows = self.narrow(step, lambda: batch.figures[2])
+        if rows is None:
+            images, target = batch.rows
+        else:
+            images, target = self._narrowed(step, rows, batch.rows if batch.is_scored else None)
         perturbation = self.owner("the virtual samples").perturb(step)
-        outcome: list[Tensor] = []
-        beside = step.batch.beside
-
         model = self.compiled if rows is None else self.model
 
-        def objective() -> tuple[Tensor, Tensor]:
-            penalty: Tensor | None = None
-            if perturbation is None or perturbation.own_update:
-                logits = model(images)
-            else:
-                logits, penalty = self._perturbed(perturbation, images, target)
-            loss, losses = owner.loss(step, logits, target)
-            for term in (penalty, *(strategy.penalty(step) for strategy in self.strategies)):
-                loss = loss if term is None else loss + term
-            if beside is not None:
-                assert beside.inject is not None
-                loss = loss + beside.inject(Step(self.run, beside, step.update))
-            figures = self._figures(step, logits, target, losses)
-            figures, value = self.ranks.gather(step.share, figures, loss.detach())
-            outcome.append(figures)
-            return loss, value
-
-        value = self._gather(objective, len(step.batch.indices))
+        objective = partial(self._objective, step, model, images, target, perturbation)
+        outcome = self._accumulate(objective, len(step.batch.indices))
         if self.window.add(step.batch):
             self._step()
         passes = 1
         if perturbation is not None and perturbation.own_update:
-            self._descend(lambda: self._valued(self._perturbed(perturbation, images, target)[1]))
+            self._descend(lambda: self._outcome(self._perturbed(perturbation, images, target)[1]))
             passes = 2
 
-        losses, correct, step.scores = scored[0] if scored else outcome[0]
+        figures = batch.figures if batch.is_scored else outcome.figures
+        assert figures is not None
+        losses, correct, step.scores = figures
         for strategy in self.strategies:
             strategy.observe(step, losses)
         # A choice without losses leaves those that it did not choose without one.
-        known = step.batch.indices if rows is None or scored else step.batch.indices[rows.cpu()]
-        self.samples.observe(known, losses, owner.kept(step, losses))
+        known = step.batch.indices if rows is None or batch.is_scored else step.batch.indices[rows.cpu()]
+        self.samples.observe(known, losses, self.owner("the loss").kept(step, losses))
+        self._add_to_epoch(step, losses, correct, outcome.value)
+        self._count(step, passes, scored=batch.is_scored)
+
+    def _objective(
+        self,
+        step: Step,
+        model: Callable[[Tensor], Any],
+        images: Tensor,
+        target: Tensor,
+        perturbation: Perturbation | None,
+    ) -> Outcome:
+        """The loss of these rows, the penalties of the strategies and, beside it, the loss of an injected batch."""
+        penalty: Tensor | None = None
+        if perturbation is None or perturbation.own_update:
+            logits = model(images)
+        else:
+            logits, penalty = self._perturbed(perturbation, images, target)
+        loss, losses = self.owner("the loss").loss(step, logits, target)
+        for term in (penalty, *(strategy.penalty(step) for strategy in self.strategies)):
+            loss = loss if term is None else loss + term
+        beside = step.batch.beside
+        if beside is not None:
+            assert beside.inject is not None
+            loss = loss + beside.inject(Step(self.run, beside, step.update))
+        figures, value = self.ranks.gather(step.share, self._figures(step, logits, target, losses), loss.detach())
+        return Outcome(loss, value, figures)
+
+    def _add_to_epoch(self, step: Step, losses: Tensor, correct: Tensor, value: Tensor) -> None:
+        """Rows that were scored before are in the first three sums already."""
         seen = torch.full_like(value, len(losses))
         sums = torch.stack([x.double() for x in (losses.sum(), correct.sum(), seen, value * len(losses), seen)])
         first = 3 if step.batch.only == "update" else 0
         self.sums[first:] += sums[first:]
+
+    def _count(self, step: Step, passes: int, *, scored: bool) -> None:
+        beside = step.batch.beside
         full, trained, added = len(step.batch.indices), step.share.rows, 0 if beside is None else len(beside.indices)
         self.counts.samples_seen += 0 if step.batch.only == "update" else full
         self.counts.samples_forward += passes * trained + (full if scored else 0) + added
@@ -316,29 +338,30 @@ class Updater:
         score = self.owner("the loss").score(step, logits, target, losses)
         return torch.stack([losses, right, score.to(losses.dtype)])
 
-    def _valued(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        return loss, self.ranks.mean(loss.detach())
+    def _outcome(self, loss: Tensor) -> Outcome:
+        """Of a loss whose rows have no figures."""
+        return Outcome(loss, self.ranks.mean(loss.detach()))
 
-    def _descend(self, objective: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
-        """One update along the gradient of ``objective``: a rank's loss, and its mean over ranks, which is returned."""
-        value = self._gather(objective)
+    def _descend(self, objective: Callable[[], Outcome]) -> None:
+        """One update along the gradient of ``objective``."""
+        self._accumulate(objective)
         self._step()
-        return value
 
-    def _gather(self, objective: Callable[[], tuple[Tensor, Tensor]], rows: int = 0) -> Tensor:
+    def _accumulate(self, objective: Callable[[], Outcome], rows: int = 0) -> Outcome:
         """Adds the gradient of ``objective`` to those that wait for the update, and weighs it by ``rows`` where there
-        may be several; the value as of :meth:`_descend`."""
+        may be several."""
         if self.window.batches == 0:
             # Gradients become None, not zero: the optimizer then leaves alone what this update does not use.
             self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            loss, value = self.parallel(objective)
+            outcome: Outcome = self.parallel(objective)
         # Every rank sees the same value and ends here together with the others, none of which waits for a gradient.
-        self._finite.watch(value, self.counts.updates)
+        self._finite.watch(outcome.value, self.counts.updates)
+        loss = outcome.loss
         if rows and self.window.size > 1:
             loss = loss * (rows / self.run.batch_size)
         self.scaler.scale(loss).backward()
-        return value
+        return outcome
 
     def _step(self) -> None:
         """One update along the gradients that wait for it."""
@@ -402,3 +425,23 @@ class Updater:
         for strategy, saved in zip(self.strategies, state["strategies"], strict=True):
             strategy.load_state_dict(saved)
         self.samples.load_state_dict(state["samples"])
+
+
+class _WholeBatch:
+    """All of a batch's rows that this rank has, and their figures: read, and scored by a forward pass, when they are
+    first asked for."""
+
+    def __init__(self, updater: Updater, step: Step) -> None:
+        self._updater, self._step = updater, step
+
+    @cached_property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        return self._updater._whole(self._step)
+
+    @cached_property
+    def figures(self) -> Tensor:
+        return self._updater._scored(self._step, *self.rows)
+
+    @property
+    def is_scored(self) -> bool:
+        return "figures" in self.__dict__

@@ -18,8 +18,8 @@ os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 import pytest
 import torch
 
-from batchkern.bench.report import page
-from batchkern.bench.results import BENCHMARK, Results
+from batchkern.bench_report.report import page
+from batchkern.bench_report.results import BENCHMARK, Results
 from bench import machine, measure, registry
 from bench.devices import Cpu, Cuda, Rates
 from bench.results_file import as_text

@@ -20,7 +20,7 @@ from torch import Tensor
 from batchkern import _backend
 from bench.devices import Cpu, Cuda, Rates, Run, cloned, floor_seconds, quantiles
 from bench.machine import QUICK
-from bench.registry import Case, Operation, Oracle, Problem, Step, Sweep, Variant, relative_error
+from bench.registry import Case, Forward, Operation, Oracle, Problem, Sweep, Variant, relative_error
 
 ROUNDS = (3, 3) if QUICK else (7, 101)
 SECONDS_A_POINT, POINT_ROUNDS = (0.02, (2, 2)) if QUICK else (0.5, (7, 31))
@@ -28,7 +28,7 @@ NOT_SWEPT = ("compile", "ours inplace", "ours composed", "sort")
 """Compiling for each size would take longer than all the rest."""
 
 
-def prepared(problem: Problem, step: Step, mode: str, calls: int) -> Run:
+def prepared(problem: Problem, step: Forward, mode: str, calls: int) -> Run:
     """Everything that is not to be timed. The run gives, for each call, the result and its gradients.
 
     Each call has inputs and a graph of its own.
@@ -42,7 +42,7 @@ def prepared(problem: Problem, step: Step, mode: str, calls: int) -> Run:
     return lambda: [(y, gradients(problem, y, x)) for y, x in graphs]
 
 
-def full(problem: Problem, step: Step, inputs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+def full(problem: Problem, step: Forward, inputs: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
     result = step(*inputs)
     return result, gradients(problem, result, inputs)
 
@@ -150,7 +150,9 @@ def interleaved(
     return timed
 
 
-def timed_mode(device: Cpu, problem: Problem, steps: dict[str, Step], mode: str, budget: float, rounds: Any) -> Timed:
+def timed_mode(
+    device: Cpu, problem: Problem, steps: dict[str, Forward], mode: str, budget: float, rounds: Any
+) -> Timed:
     runs = {name: (lambda calls, step=step: prepared(problem, step, mode, calls)) for name, step in steps.items()}
     calls = {}
     for name, run in runs.items():
@@ -161,13 +163,13 @@ def timed_mode(device: Cpu, problem: Problem, steps: dict[str, Step], mode: str,
     return interleaved(device, runs, calls, budget, rounds)
 
 
-def timed_graphs(device: Cuda, problem: Problem, steps: dict[str, Step], mode: str, calls: int) -> Timed:
+def timed_graphs(device: Cuda, problem: Problem, steps: dict[str, Forward], mode: str, calls: int) -> Timed:
     """Replays of captured calls; inputs are restored before each, since a variant may write into its own."""
     runs = {}
     for name, step in steps.items():
         inputs: list[tuple[Tensor, ...]] = []
 
-        def make(step: Step = step, inputs: list[tuple[Tensor, ...]] = inputs) -> Run:
+        def make(step: Forward = step, inputs: list[tuple[Tensor, ...]] = inputs) -> Run:
             """On the stream of the capture, which a backward pass through these clones must not leave."""
             inputs += [cloned(problem.inputs, problem.differentiable) for _ in range(calls)]
             if mode == "forward":

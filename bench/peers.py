@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.registry import Step, Variant
+from bench.registry import Forward, Variant
 
 
 @dataclass(frozen=True)
 class Peer:
-    make: Callable[..., Step]
+    make: Callable[..., Forward]
     """From what is fixed in a problem, as keywords, to the step."""
     needs: str = ""
     """A module."""
@@ -49,12 +49,12 @@ def reduced(losses: Tensor, keep: float) -> Tensor:
 # --- trimmed cross entropy --------------------------------------------------------------------------------------------
 
 
-def eager_cross_entropy(target: Tensor, keep: float) -> Step:
+def eager_cross_entropy(target: Tensor, keep: float) -> Forward:
     # In bf16 the losses would be bf16 too, full of ties, and other rows would be kept.
     return lambda x: trimmed(F.cross_entropy(x.float(), target, reduction="none").flatten(), keep)
 
 
-def flattened_cross_entropy(target: Tensor, keep: float) -> Step:
+def flattened_cross_entropy(target: Tensor, keep: float) -> Forward:
     """What many write for pixels."""
     labels = target.flatten()
     return lambda x: trimmed(
@@ -62,14 +62,14 @@ def flattened_cross_entropy(target: Tensor, keep: float) -> Step:
     )
 
 
-def liger_cross_entropy(target: Tensor, keep: float) -> Step:
+def liger_cross_entropy(target: Tensor, keep: float) -> Forward:
     from liger_kernel.transformers import LigerCrossEntropyLoss
 
     loss = LigerCrossEntropyLoss(reduction=reduction(keep))
     return lambda x: reduced(loss(x, target), keep)
 
 
-def quack_cross_entropy(target: Tensor, keep: float) -> Step:
+def quack_cross_entropy(target: Tensor, keep: float) -> Forward:
     from quack.cross_entropy import cross_entropy
 
     return lambda x: reduced(cross_entropy(x, target, reduction=reduction(keep)), keep)
@@ -78,11 +78,11 @@ def quack_cross_entropy(target: Tensor, keep: float) -> Step:
 # --- with the last linear layer ---------------------------------------------------------------------------------------
 
 
-def eager_linear(target: Tensor, keep: float) -> Step:
+def eager_linear(target: Tensor, keep: float) -> Forward:
     return lambda h, w: trimmed(F.cross_entropy(F.linear(h, w).float(), target, reduction="none"), keep)
 
 
-def torch_linear(target: Tensor, keep: float) -> Step:
+def torch_linear(target: Tensor, keep: float) -> Forward:
     """In its own chunks at keep = 1; these give no losses of single rows, so below it holds all logits."""
     options = torch.nn.LinearCrossEntropyOptions() if keep == 1 else None
     return lambda h, w: reduced(
@@ -90,20 +90,20 @@ def torch_linear(target: Tensor, keep: float) -> Step:
     )
 
 
-def liger_linear(target: Tensor, keep: float) -> Step:
+def liger_linear(target: Tensor, keep: float) -> Forward:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(reduction=reduction(keep))
     return lambda h, w: reduced(loss(w, h, target), keep)
 
 
-def cut_linear(target: Tensor, keep: float) -> Step:
+def cut_linear(target: Tensor, keep: float) -> Forward:
     from cut_cross_entropy import linear_cross_entropy
 
     return lambda h, w: reduced(linear_cross_entropy(h, w, target, reduction=reduction(keep)), keep)
 
 
-def quack_linear(target: Tensor, keep: float) -> Step:
+def quack_linear(target: Tensor, keep: float) -> Forward:
     """Gives a mean or a sum, so it counts every row whatever ``keep`` is."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
@@ -113,20 +113,20 @@ def quack_linear(target: Tensor, keep: float) -> Step:
 # --- the others -------------------------------------------------------------------------------------------------------
 
 
-def eager_mean(keep: float) -> Step:
+def eager_mean(keep: float) -> Forward:
     return lambda x: trimmed(x, keep)
 
 
-def eager_rank(count: int) -> Step:
+def eager_rank(count: int) -> Forward:
     return lambda x: x.topk(count).indices
 
 
-def sorted_rank(count: int) -> Step:
+def sorted_rank(count: int) -> Forward:
     """Ties in order, as ours has them."""
     return lambda x: x.sort(descending=True, stable=True).indices[:count]
 
 
-def eager_kl(copies: int) -> Step:
+def eager_kl(copies: int) -> Forward:
     def step(q: Tensor, p: Tensor) -> Tensor:
         log_p, log_q = F.log_softmax(p.float(), dim=1), F.log_softmax(q.float(), dim=1)
         divergences = F.kl_div(log_q.unflatten(0, (copies, len(p))), log_p, log_target=True, reduction="none")
@@ -135,7 +135,7 @@ def eager_kl(copies: int) -> Step:
     return step
 
 
-def liger_kl(copies: int) -> Step:
+def liger_kl(copies: int) -> Forward:
     from liger_kernel.transformers import LigerKLDIVLoss
 
     loss = LigerKLDIVLoss(reduction="batchmean", log_target=True)
@@ -144,7 +144,7 @@ def liger_kl(copies: int) -> Step:
 
 def eager_augment(
     gaussian: int, dropout: int, sigma: float, tau: float, drop_prob: float, dense: Tensor | None
-) -> Step:
+) -> Forward:
     """With random numbers of its own. A product with a dense basis is in the type of x."""
 
     def step(x: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ FIRST_ON_A_GPU = (
 )
 """Operations and cases, the most important first: time on a GPU may run out."""
 
-Step = Callable[..., Tensor]
+Forward = Callable[..., Tensor]
 """From the inputs of a problem to its result."""
 Oracle = Callable[..., Tensor]
 """The same in float64, from the inputs in float64."""
@@ -56,10 +56,10 @@ class Floor(NamedTuple):
 class Variant:
     """One implementation, ours or a peer."""
 
-    step: Step
+    step: Forward
     less: str = ""
     """What it leaves undone of what ours does."""
-    random: Step | None = None
+    random: Forward | None = None
     """The step with random numbers of its own, where it has any: that is timed. None: ``step``."""
     oracle: Oracle | None = None
     """Where it computes something else than the problem's oracle does."""
@@ -71,7 +71,7 @@ class Variant:
     comes after it."""
 
     @property
-    def timed(self) -> Step:
+    def timed(self) -> Forward:
         return self.random or self.step
 
 

@@ -43,7 +43,7 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.transforms.functional import pil_to_tensor
 
-from batchkern.bench.markdown import table
+from batchkern.bench_report.markdown import table
 from batchkern.compare.statistics import interval, paired_difference
 from batchkern.errors import UserError
 from batchkern.files import write_file

@@ -43,8 +43,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from batchkern import linear_cross_entropy, trimmed_mean
-from batchkern.bench.results import LANGUAGE, LANGUAGE_KIND, Results
-from batchkern.bench.tables import language
+from batchkern.bench_report.results import LANGUAGE, LANGUAGE_KIND, Results
+from batchkern.bench_report.tables import language
 from batchkern.compare.statistics import correct, interval, paired_difference
 from batchkern.errors import UserError, require
 from batchkern.files import write_file

@@ -8,8 +8,8 @@ from typing import Any
 # Read when torch loads OpenMP. On a shared machine threads that wait by spinning make small operations 30x slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import kernel_backend
 import pytest
-import through
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -62,25 +62,25 @@ def pytest_runtest_logfinish() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--through",
+        "--kernels",
         choices=["host", "interpreter", "cuda"],
-        help="run tests/ops through the GPU kernels: see through.py",
+        help="run tests/ops through the GPU kernels: see kernel_backend.py",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--through"):
-        through.start(config.getoption("--through"))
-    if config.getoption("--through") == "host":  # a fiber for each thread takes its time
+    if config.getoption("--kernels"):
+        kernel_backend.start(config.getoption("--kernels"))
+    if config.getoption("--kernels") == "host":  # a fiber for each thread takes its time
         settings.register_profile("host", settings.get_profile("batchkern"), max_examples=40)
         settings.load_profile("host")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--through"):
+    if config.getoption("--kernels"):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("cpu")])
         items[:] = [item for item in items if not item.get_closest_marker("cpu")]
-    if config.getoption("--through") == "interpreter":
+    if config.getoption("--kernels") == "interpreter":
         wrong = pytest.mark.skip(reason="Triton's interpreter computes bfloat16 wrongly")
         for item in items:
             if hasattr(item, "callspec") and torch.bfloat16 in item.callspec.params.values():

@@ -342,7 +342,7 @@ CPU = [
 
 # --- CUDA kernels, on the host ----------------------------------------------------------------------------------------
 
-HOST = ("--through", "host")
+HOST = ("--kernels", "host")
 
 CUDA = [
     *within(
@@ -547,7 +547,7 @@ CUDA = [
 
 # --- Triton kernels, in the interpreter -------------------------------------------------------------------------------
 
-INTERPRETER = ("--through", "interpreter")
+INTERPRETER = ("--kernels", "interpreter")
 TRITON_NUMBERS = (*INTERPRETER, "tests/triton")
 TRITON_AUGMENT = (*INTERPRETER, "tests/ops/test_augment_latent.py", *UNCOMPILED)
 TRITON_KL = (*INTERPRETER, "tests/ops/test_soft_label_kl.py", *UNCOMPILED)
@@ -793,7 +793,7 @@ WRAPPERS = [
     ),
     *within(
         "wrappers",
-        "batchkern/ops/_linear.py",
+        "batchkern/ops/_chunked_linear.py",
         LINEAR,
         (
             "taking off dropped rows costs nothing",
@@ -806,13 +806,13 @@ WRAPPERS = [
     ),
     *within(
         "wrappers",
-        "batchkern/ops/_linear.py",
+        "batchkern/ops/_chunked_linear.py",
         ("tests/ops/test_linear_trimmed_cross_entropy.py", *UNCOMPILED),
         ("NaN of an ignored row spreads", "narrow.masked_fill(ignored, 0)", "narrow"),
     ),
     *within(
         "wrappers",
-        "batchkern/ops/_linear.py",
+        "batchkern/ops/_chunked_linear.py",
         ("tests/ops/test_linear_cross_entropy.py", *UNCOMPILED),
         ("a cap has no derivative", "gradient.mul_(u.cosh_().reciprocal_().square_())", "u.cosh_()"),
         ("a scale has no derivative", "(x[self.index] * layer.scale)", "x[self.index]"),
@@ -830,7 +830,7 @@ WRAPPERS = [
     ),
     *within(
         "wrappers",
-        "batchkern/ops/_linear.py",
+        "batchkern/ops/_chunked_linear.py",
         ("tests/ops/test_sharded.py",),
         ("hidden has the gradient of one part", "dist.all_reduce(to_rows, group=shard.group)", "pass"),
     ),
@@ -2413,15 +2413,15 @@ BENCH = [
     ),
     *within(
         "bench",
-        "batchkern/bench/fit.py",
-        ("tests/bench/test_fit.py",),
+        "batchkern/bench_report/fit.py",
+        ("tests/bench_report/test_fit.py",),
         ("overhead counts in an exponent", ">= TIMES_OVERHEAD * least", ">= least"),
         ("the three smallest sizes are fitted", "else points[-POINTS:]", "else points[:POINTS]"),
     ),
     *within(
         "bench",
-        "batchkern/bench/results.py",
-        ("tests/bench/test_results.py",),
+        "batchkern/bench_report/results.py",
+        ("tests/bench_report/test_results.py",),
         (
             "the oldest file comes first",
             "key=lambda results: results.date, reverse=True)",
@@ -2448,8 +2448,8 @@ CLI = [
     ),
     *within(
         "cli",
-        "batchkern/bench/results.py",
-        ("tests/bench/test_results.py",),
+        "batchkern/bench_report/results.py",
+        ("tests/bench_report/test_results.py",),
         ("what is no text is a traceback", "except ValueError:  # it is no UTF-8", "except ZeroDivisionError:  #"),
     ),
     *within(

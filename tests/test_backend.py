@@ -71,7 +71,7 @@ WITHOUT_CUDA = "batchkern._C was built without CUDA: install an nvcc, as README 
 
 def extension_built_for(*architectures: str, problem: str = "") -> types.ModuleType:
     module = types.ModuleType("_C")
-    module.cpu_level = lambda: "avx2"
+    module.instruction_set = lambda: "avx2"
     module.asked = []
     module.cuda_problem = lambda device: (module.asked.append(device), problem)[1]
     module.build_facts = lambda: {"cuda": bool(architectures), "cuda_architectures": list(architectures)}
@@ -374,7 +374,7 @@ def test_a_cpu_kernel_serves_every_operation(monkeypatch: pytest.MonkeyPatch, op
     torch.manual_seed(1)
     result = CALLS[op]()
     status = statuses()[op, "cpu"]
-    assert (status.backend, status.why) == ("kernel", f"C++, {_backend.extension.cpu_level()}")
+    assert (status.backend, status.why) == ("kernel", f"C++, {_backend.extension.instruction_set()}")
     with monkeypatch.context() as patch:
         patch.setattr(_backend, "_kernels", set())
         torch.manual_seed(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import batchkern
-from batchkern.ops import _linear
+from batchkern.ops import _chunked_linear
 
 transformers = pytest.importorskip("transformers")
 
@@ -397,13 +397,13 @@ def test_what_an_excess_loss_refuses() -> None:
 
 def test_logits_are_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = []
-    write = _linear._Layer.write_logits
+    write = _chunked_linear._Layer.write_logits
 
     def watched(layer: Any, out: Tensor, *rest: Any) -> Tensor:
         shapes.append(out.shape)
         return write(layer, out, *rest)
 
-    monkeypatch.setattr(_linear._Layer, "write_logits", watched)
+    monkeypatch.setattr(_chunked_linear._Layer, "write_logits", watched)
     model = make("llama")
     batchkern.patch_causal_lm(model, 0.2, chunk_rows=10)
     output = model(**batch())

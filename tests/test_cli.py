@@ -223,7 +223,7 @@ def test_info_says_what_was_built_and_what_serves(batchkern, monkeypatch):
             return {"cuda": True, "torch": "9.9", "cuda_architectures": ["8.0", "9.0"]}
 
         @staticmethod
-        def cpu_level():
+        def instruction_set():
             return "avx3"
 
     monkeypatch.setattr(_backend, "extension", Extension)

@@ -107,7 +107,7 @@ def watched(arm, monkeypatch, **options):
             kept.append(indices)
         return images.requires_grad_() if step is not None else images, labels
 
-    gather = run.updater._gather
+    gather = run.updater._accumulate
 
     def gathered(objective, *rows):
         fed_images = []
@@ -137,7 +137,7 @@ def watched(arm, monkeypatch, **options):
         return end()
 
     monkeypatch.setattr(run.feed, "batch", fed)
-    monkeypatch.setattr(run.updater, "_gather", gathered)
+    monkeypatch.setattr(run.updater, "_accumulate", gathered)
     monkeypatch.setattr(run.samples, "end_epoch", ended)
     run.fit()
     return run, [[rows for _, rows in epoch] for epoch in contributed[:-1]]

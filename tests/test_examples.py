@@ -26,8 +26,8 @@ pytest.importorskip("scipy")
 
 from scipy import stats
 
-from batchkern.bench.results import load
-from batchkern.bench.tables import language
+from batchkern.bench_report.results import load
+from batchkern.bench_report.tables import language
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "selective_lm.py"

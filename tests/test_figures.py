@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("scipy")
 pytest.importorskip("jinja2")
 
-from batchkern.bench import check
-from batchkern.bench.comparisons import findings
-from batchkern.bench.markers import blocks
+from batchkern.bench_report import check
+from batchkern.bench_report.comparisons import findings
+from batchkern.bench_report.markers import blocks
 from batchkern.compare import ARMS
 from batchkern.strategies import STRATEGIES, parse
 

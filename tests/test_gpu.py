@@ -1,6 +1,6 @@
 """What only a GPU can show: its own arithmetic, streams, large offsets, the device-side assert, the number of launches.
 
-That the kernels are right is tested by tests/ops, on a GPU too: ``pytest tests/ops --through cuda``. Graphs have
+That the kernels are right is tested by tests/ops, on a GPU too: ``pytest tests/ops --kernels cuda``. Graphs have
 test_gpu_graphs.py. Several processes may share a GPU (``-n 8 -m "not large"``), but for the tests that take more than
 10 GB.
 """

@@ -396,7 +396,7 @@ def test_some(i):
 def test_a_test_that_loses_the_gpu_costs_no_other(script: ModuleType, tmp_path: Path) -> None:
     """With a torch that is there at once, since each worker of xdist imports it."""
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    for name, text in {"torch.py": TORCH, "through.py": "", "test_lost.py": LOST}.items():
+    for name, text in {"torch.py": TORCH, "kernel_backend.py": "", "test_lost.py": LOST}.items():
         (tmp_path / name).write_text(text)
     workers = ["1" if word == "8" else word for word in script.WORKERS]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers, str(tmp_path)]

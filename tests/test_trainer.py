@@ -356,7 +356,7 @@ def test_a_training_that_ends_between_a_hint_and_its_batch_goes_on_the_same(upda
     train = streamed(data)
     settings = {"train": train, "epochs": EPOCHS, "augment": "crop+flip", "out": tmp_path / "run"}
     first = trainer(checkpoint_every=1, **settings)
-    gather = first.updater._gather
+    gather = first.updater._accumulate
 
     def killed(objective, *rows):
         if first.counts.updates == update:
@@ -364,7 +364,7 @@ def test_a_training_that_ends_between_a_hint_and_its_batch_goes_on_the_same(upda
             raise KeyboardInterrupt
         return gather(objective, *rows)
 
-    first.updater._gather = killed
+    first.updater._accumulate = killed
     with pytest.raises(KeyboardInterrupt):
         first.fit()
     assert not first.feed._ahead

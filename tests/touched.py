@@ -34,7 +34,7 @@ OTHERS = {
     "csrc/order.h": ["test_trimmed_mean_kernel", "test_rank_batches_kernel"],
     "csrc/philox.h": ["test_augment_latent_kernel"],
     "csrc/cpu/": ["test_kernels"],
-    **{f"csrc/cpu/{shared}": OF_KERNELS for shared in ("elements.h", "kernels.", "level", "tensors.h")},
+    **{f"csrc/cpu/{shared}": OF_KERNELS for shared in ("elements.h", "kernels.", "isa", "tensors.h")},
     "csrc/cpu/reduce.inl": ["test_trimmed_cross_entropy_kernel", "test_soft_label_kl_kernel"],
     "csrc/cpu/loss_vectors.inl": ["test_trimmed_mean_kernel", "test_rank_batches_kernel"],
     "csrc/cpu/select.": ["test_trimmed_mean_kernel", "test_trimmed_cross_entropy_kernel", "test_rank_batches_kernel"],

@@ -89,7 +89,7 @@ def stages(out: Path) -> list[Stage]:
         major, minor = torch.cuda.get_device_capability()
         settings = {"BATCHKERN_CUDA": "1", "TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
     semantic = [f"tests/ops/test_{op}{suffix}.py" for op in OPERATIONS for suffix in ("", "_kernel")]
-    through = ["--through", "cuda", "-k", "not compile and not group", "tests/triton", *semantic]
+    through = ["--kernels", "cuda", "-k", "not compile and not group", "tests/triton", *semantic]
     return [
         Stage("build", build, 150, settings, without_gpu=build),
         suite("tests", 90, "tests/test_gpu.py"),

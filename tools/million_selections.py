@@ -27,7 +27,7 @@ from batchkern import _backend, reference
 OPS = torch.ops.batchkern
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 500
-"""Cases of one size, level and dtype: what NumPy sorts at once."""
+"""Cases of one size, instruction set and dtype: what NumPy sorts at once."""
 SIZES = (*range(1, 25), 31, 32, 33, 63, 64, 65, 100)
 VALUES = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1.0 + 2**-7, 2.5, 6.1e-5, -6e-8, 65504.0]
 
@@ -112,14 +112,14 @@ def run(cases: int, seed: int) -> tuple[int, Counter[str]]:
     rng = np.random.default_rng(seed)
     extension = _backend.extension
     assert extension is not None, _backend.extension_error
-    levels, before = extension.cpu_levels(), extension.cpu_level()
+    instruction_sets, before = extension.instruction_sets(), extension.instruction_set()
     counts: Counter[str] = Counter()
     wrong = chunk = 0
     try:
         while counts["cases"] < cases:
             group = min(CHUNK, cases - counts["cases"])
             size, dtype = int(rng.choice(SIZES)), DTYPES[chunk % 3]
-            extension.use_cpu_level(levels[chunk // 3 % len(levels)])
+            extension.use_instruction_set(instruction_sets[chunk // 3 % len(instruction_sets)])
             valid = torch.from_numpy(rng.random((group, size)) >= rng.choice([0, 0.3, 0.9], (group, 1)))
             keep = draw_keep(rng, valid.sum(1).numpy())
             # The fraction as a number, or as a tensor that replaces it.
@@ -142,10 +142,10 @@ def run(cases: int, seed: int) -> tuple[int, Counter[str]]:
                 ]
                 _, losses, _, kept, k = (torch.stack(column) for column in zip(*outputs, strict=True))
             wrong += compare(losses, valid, keep, kept, k, chunk % 10 in (0, 3), counts)
-            counts[f"{extension.cpu_level()}, {str(dtype).removeprefix('torch.')}"] += group
+            counts[f"{extension.instruction_set()}, {str(dtype).removeprefix('torch.')}"] += group
             chunk += 1
     finally:
-        extension.use_cpu_level(before)
+        extension.use_instruction_set(before)
     return wrong, counts
 
 

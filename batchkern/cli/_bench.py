@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from batchkern.bench import check, load_all, page, rewrite, write_report
+from batchkern.bench_report import check, load_all, page, rewrite, write_report
 from batchkern.cli._options import argument, option
 from batchkern.cli._streams import visible
 from batchkern.errors import UserError

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from batchkern.data.crops import Window, around_centre, random_window
-from batchkern.data.images import CHUNK
+from batchkern.data.labelled import CHUNK
 from batchkern.data.wording import printable
 from batchkern.errors import UserError, require
 

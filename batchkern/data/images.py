@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from batchkern.data.crops import around_centre
-from batchkern.data.labelled import Labelled, checked_classes
+from batchkern.data.labelled import CHUNK, Labelled, checked_classes
 from batchkern.errors import UserError, whole
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 # Streamed data are too many to look at twice: statistics and the channel count come from this many of their
 # rows, evenly spaced.
 SAMPLE = 4096
-# Bytes of uint8 pixels handled at a time, which bounds the temporaries of what works through a whole set.
-CHUNK = 1 << 24
 
 
 def sample_rows(count: int) -> Tensor:

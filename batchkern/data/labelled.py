@@ -16,6 +16,8 @@ from batchkern.errors import UserError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+CHUNK = 1 << 24
+"""Bytes of uint8 pixels handled at a time, which bounds the temporaries of what works through a whole set."""
 IGNORED = -100
 """Target of a position that counts nowhere, as of ``F.cross_entropy``."""
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from batchkern.ops import _checks as check
-from batchkern.ops._linear import Pass, Shard, without_autocast
+from batchkern.ops._chunked_linear import ForwardChunks, Shard, without_autocast
 from batchkern.reference import lengths
 
 
@@ -98,7 +98,7 @@ def losses_of_shard(
         # The loss of any word tells that word's logit.
         inner = torch.where(valid, torch.where(mine, place, 0), -100)
         options = dtype, -100, 0.0, softcap, logit_scale, chunk_rows
-        chunks = Pass(hidden, weight, bias, inner, *options, stats=stats)
+        chunks = ForwardChunks(hidden, weight, bias, inner, *options, stats=stats)
         total = torch.zeros_like(highest)
         for rows, _, logits, _ in chunks:
             if label_smoothing > 0:

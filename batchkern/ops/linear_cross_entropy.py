@@ -1,4 +1,4 @@
-"""The cross entropy of each token, fused with the last linear layer: see ``_linear.py`` for how."""
+"""The cross entropy of each token, fused with the last linear layer: see ``_chunked_linear.py`` for how."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from batchkern import _backend, reference
 from batchkern.ops import _checks as check
-from batchkern.ops import _linear
+from batchkern.ops import _chunked_linear
 from batchkern.ops._autograd import boundary, is_batched, once_differentiable, one_by_one
-from batchkern.ops._linear import Options
+from batchkern.ops._chunked_linear import Options
 from batchkern.ops._public import check_memory, public
 from batchkern.ops._sharded import check_equal, local, losses_of_shard, shard_of, whole
 from batchkern.ops.cross_entropy import Reduction
@@ -247,7 +247,9 @@ def each_row(
     with torch.no_grad():
         if shard is None:
             keep_logits = any(needs) and _may_keep_logits(rows, weight, options)
-            losses, state, entropy, correct, logits = _linear.run(_linear.losses, *arguments, keep_logits)
+            losses, state, entropy, correct, logits = _chunked_linear.run(
+                _chunked_linear.losses, *arguments, keep_logits
+            )
         else:
             losses, state, entropy, correct = losses_of_shard(*arguments, shard)
         lse = state[:, 0] + state[:, 1] if stats else None
@@ -294,11 +296,11 @@ def trimmed(
     if known is not None and vocab_group is None and target.numel() > 0:
         needs, rows = _needs(hidden, weight, bias), hidden.reshape(-1, hidden.shape[-1])
         may_keep = _may_keep_logits(rows, weight, options)
-        if _linear.choose(known, needs, may_keep_logits=may_keep, dtype=options.dtype) == "gradient of all":
+        if _chunked_linear.choose(known, needs, may_keep_logits=may_keep, dtype=options.dtype) == "gradient of all":
             labels = target.flatten()
             with torch.no_grad():
-                loss, losses, lse, kept, grads = _linear.run(
-                    _linear.losses_and_gradients, rows, weight, bias, labels, *options, needs, known
+                loss, losses, lse, kept, grads = _chunked_linear.run(
+                    _chunked_linear.losses_and_gradients, rows, weight, bias, labels, *options, needs, known
                 )
             forward = _Mean(loss, labels, lse, kept, tuple(grads), options, needs, known)
             return _MeanWithGradient.apply(rows, weight, bias, forward), losses.view(target.shape)
@@ -311,11 +313,11 @@ def trimmed(
 
 def _may_keep_logits(hidden: Tensor, weight: Tensor, options: Options) -> bool:
     # With a softcap that would be two for each.
-    return options.softcap is None and _linear.all_in_a_chunk(hidden, weight, options.dtype, options.chunk_rows)
+    return options.softcap is None and _chunked_linear.all_in_a_chunk(hidden, weight, options.dtype, options.chunk_rows)
 
 
 class _Losses(NamedTuple):
-    """What a forward pass of ``_linear.losses`` leaves to the backward pass, for N rows."""
+    """What a forward pass of ``_chunked_linear.losses`` leaves to the backward pass, for N rows."""
 
     losses: Tensor
     """``(N,)``."""
@@ -329,15 +331,15 @@ class _Losses(NamedTuple):
     """``(N, V)``, where they are kept."""
     options: Options
     needs: tuple[bool, bool, bool]
-    limits: _linear.Limits
-    shard: _linear.Shard | None
+    limits: _chunked_linear.Limits
+    shard: _chunked_linear.Shard | None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Gives losses and log-sum-exps of a forward pass that has run their gradient.
 
     With h the row of hidden, z = W h + b its logits, and d the gradient by z that ``cross_entropy`` derives (through
-    the softcap and the scale, see ``_linear.py``), summed over the rows:
+    the softcap and the scale, see ``_chunked_linear.py``), summed over the rows:
 
     1. by h it is d W;
     2. by W it is the outer product of d and h;
@@ -365,9 +367,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         def gradients(grad: Tensor | None, grad_lse: Tensor | None) -> list[Tensor]:
             arguments = hidden, weight, bias, grad, grad_lse, *saved, *ctx.options, ctx.needs, *ctx.limits
             if ctx.shard is None:
-                return _linear.run(_linear.gradients, *arguments)
+                return _chunked_linear.run(_chunked_linear.gradients, *arguments)
             check_equal(ctx.shard.group, (grad, grad_lse))
-            return _linear.gradients(*arguments, ctx.shard)
+            return _chunked_linear.gradients(*arguments, ctx.shard)
 
         grads = one_by_one(gradients, grad, grad_lse)
         results = iter(grads)
@@ -375,7 +377,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Mean(NamedTuple):
-    """What a forward pass of ``_linear.losses_and_gradients`` leaves to the backward pass, for N rows."""
+    """What a forward pass of ``_chunked_linear.losses_and_gradients`` leaves to the backward pass, for N rows."""
 
     loss: Tensor
     """``()``, the one result with a gradient."""
@@ -394,7 +396,7 @@ class _Mean(NamedTuple):
 
 class _MeanWithGradient(torch.autograd.Function):
     """Gives the mean of the kept rows the gradient that the forward pass has made of it: see
-    ``_linear.losses_and_gradients``. The backward pass multiplies it by the upstream gradient, in place."""
+    ``_chunked_linear.losses_and_gradients``. The backward pass multiplies it by the upstream gradient, in place."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, forward: _Mean) -> Tensor:
@@ -416,7 +418,7 @@ class _MeanWithGradient(torch.autograd.Function):
                 upstream = torch.where(kept, grad / kept.sum(), 0.0)
                 saved = upstream, None, target, lse, None
                 arguments = hidden, weight, bias, *saved, *ctx.options, ctx.needs, None, ctx.keep
-                return _linear.run(_linear.gradients, *arguments)
+                return _chunked_linear.run(_chunked_linear.gradients, *arguments)
 
             grads = one_by_one(again, grad)
         else:

@@ -1,4 +1,4 @@
-"""Trimmed cross entropy fused with the last linear layer, for language models: see ``_linear.py`` for how."""
+"""Trimmed cross entropy fused with the last linear layer, for language models: see ``_chunked_linear.py`` for how."""
 
 from __future__ import annotations
 

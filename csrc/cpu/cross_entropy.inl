@@ -1,4 +1,4 @@
-// Rows of a cross entropy whose classes lie side by side (included by kernels.inl once for each level).
+// Rows of a cross entropy whose classes lie side by side (included by kernels.inl once for each instruction set).
 
 template <class T>
 BATCHKERN_INLINE const T* row_of(const void* data, const RowLayout& at, int64_t i) {

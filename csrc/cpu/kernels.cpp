@@ -1,4 +1,4 @@
-// Chooses the level of the vectorised kernels.
+// Chooses the instruction set of the vectorised kernels.
 #include "kernels.h"
 
 #include <atomic>
@@ -18,7 +18,7 @@ namespace baseline {
 extern const Kernels table;
 }
 
-const Kernels* const* levels() {
+const Kernels* const* instruction_sets() {
     static const Kernels* found[4] = {};
     static const bool once = [] {
         const Kernels** next = found;
@@ -37,16 +37,16 @@ const Kernels* const* levels() {
 }
 
 static std::atomic<const Kernels*>& current() {
-    static std::atomic<const Kernels*> chosen{levels()[0]};
+    static std::atomic<const Kernels*> chosen{instruction_sets()[0]};
     return chosen;
 }
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 
-bool use_level(const char* name) {
-    for (const Kernels* const* level = levels(); *level; ++level) {
-        if (std::strcmp((*level)->level, name) == 0) {
-            current() = *level;
+bool use_instruction_set(const char* name) {
+    for (const Kernels* const* set = instruction_sets(); *set; ++set) {
+        if (std::strcmp((*set)->instruction_set, name) == 0) {
+            current() = *set;
             return true;
         }
     }

@@ -1,4 +1,4 @@
-// The vectorised CPU kernels: plain loops over raw pointers, compiled once for each level of the instruction
+// The vectorised CPU kernels: plain loops over raw pointers, compiled once for each instruction
 // set. No torch headers. A kernel handles the rows that it is given and starts no threads.
 #pragma once
 
@@ -97,7 +97,7 @@ struct Mask {
 };
 
 struct Kernels {
-    const char* level;
+    const char* instruction_set;
     // rows: classes lie side by side; columns: they do not
     void (*loss_rows[kElementTypes])(const LossRows&, const CrossEntropyOptions&);
     void (*loss_columns[kElementTypes])(const LossRows&, const CrossEntropyOptions&);
@@ -123,11 +123,11 @@ struct Kernels {
                                      int64_t n);
 };
 
-// The best level that this processor runs, unless use_level chose another.
+// The best instruction set that this processor runs, unless use_instruction_set chose another.
 const Kernels& kernels();
-// Whether there is a level of that name here; if so it is used from now on.
-bool use_level(const char* name);
+// Whether there is an instruction set of that name here; if so it is used from now on.
+bool use_instruction_set(const char* name);
 // Null-terminated, best first.
-const Kernels* const* levels();
+const Kernels* const* instruction_sets();
 
 }  // namespace batchkern

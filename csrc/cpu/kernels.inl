@@ -1,6 +1,6 @@
-// Every vectorised kernel and the table of one level. Included once by each level_*.cpp, after its target
+// Every vectorised kernel and the table of one instruction set. Included once by each isa_*.cpp, after its target
 // pragma, in a namespace of its own. Nothing here may instantiate a template of the standard library: the
-// linker would be free to use this level's copy of it on a processor that lacks the instructions.
+// linker would be free to use this copy of it on a processor that lacks the instructions.
 
 namespace {
 
@@ -18,7 +18,7 @@ namespace {
 }  // namespace
 
 extern const Kernels table = {
-    BATCHKERN_LEVEL,
+    BATCHKERN_ISA,
     BATCHKERN_EACH_TYPE(loss_rows),
     BATCHKERN_EACH_TYPE(loss_columns),
     BATCHKERN_EACH_TYPE(grad_rows),

@@ -1,6 +1,6 @@
 """The memory that launches of a stream share: made once, not by PyTorch's allocator, and all zeros between launches.
 
-Run by ``pytest --through host``: the host's device counts allocations, fills them with what are no zeros, and lets a
+Run by ``pytest --kernels host``: the host's device counts allocations, fills them with what are no zeros, and lets a
 test choose the stream.
 """
 
@@ -9,12 +9,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 
+import kernel_backend
 import pytest
-import through
 import torch
 
-if through.which != "host":
-    pytest.skip("needs --through host", allow_module_level=True)
+if kernel_backend.chosen != "host":
+    pytest.skip("needs --kernels host", allow_module_level=True)
 
 import batchkern
 from batchkern import reference
@@ -42,7 +42,7 @@ STREAMS = iter(range(100, 1000))  # of which none has launched before
 @pytest.fixture
 def device() -> Iterator[Device]:
     """On a stream of its own, before its first launch."""
-    library = ctypes.CDLL(str(through.host_library))
+    library = ctypes.CDLL(str(kernel_backend.host_library))
     library.cuda_on_host_device.restype = ctypes.POINTER(Device)
     device = library.cuda_on_host_device().contents
     device.stream = next(STREAMS)

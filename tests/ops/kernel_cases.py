@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import kernel_backend
 import pytest
-import through
 import torch
 from torch import Tensor
 
@@ -16,37 +16,39 @@ from batchkern import _backend
 if _backend.extension is None:
     pytest.skip(_backend.extension_error, allow_module_level=True)
 
-LEVELS: list[str] = _backend.extension.cpu_levels()[: 1 if through.which else None]  # a GPU has but one
-TOLERANCE = 3e-7 if through.which else 1e-7
+INSTRUCTION_SETS: list[str] = _backend.extension.instruction_sets()[
+    : 1 if kernel_backend.chosen else None
+]  # a GPU has one
+TOLERANCE = 3e-7 if kernel_backend.chosen else 1e-7
 """Relative, beside a correctly rounded result: CPU kernels add in double precision, GPU kernels in single."""
 COARSER = TOLERANCE / 1e-7
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DRAWN_DTYPES = [x for x in DTYPES if x != torch.bfloat16 or through.which != "interpreter"]
+DRAWN_DTYPES = [x for x in DTYPES if x != torch.bfloat16 or kernel_backend.chosen != "interpreter"]
 """For tests that choose by themselves: with those of DTYPES that Triton's interpreter computes wrongly, left out
 there."""
 
-SLOW = through.which == "interpreter"
+SLOW = kernel_backend.chosen == "interpreter"
 """50 ms a block of a grid: tests of many values look at some of them."""
-REPEATS = 4 if through.which == "host" else 20
+REPEATS = 4 if kernel_backend.chosen == "host" else 20
 """Of what must not change: on the host each run has another order of all threads, and few show what depends on it."""
 ORDERED = pytest.mark.skipif(SLOW, reason="the interpreter has neither threads nor an order that varies")
-FEWER_DTYPES = DTYPES[: 1 if through.which == "host" else None]
+FEWER_DTYPES = DTYPES[: 1 if kernel_backend.chosen == "host" else None]
 """Where only losses differ, which are float32 whatever the logits are: a fiber for each thread takes its time."""
 
 
 def rounded_once_more(dtype: torch.dtype) -> float:
     """Relative error that the gradient of soft_label_kl may have besides: on a GPU it is kept in bfloat16."""
-    return 2**-8 if through.which == "cuda" and dtype == torch.bfloat16 else 0.0
+    return 2**-8 if kernel_backend.chosen == "cuda" and dtype == torch.bfloat16 else 0.0
 
 
 @contextmanager
-def at_level(name: str) -> Iterator[None]:
-    before = _backend.extension.cpu_level()
-    _backend.extension.use_cpu_level(name)
+def with_instruction_set(name: str) -> Iterator[None]:
+    before = _backend.extension.instruction_set()
+    _backend.extension.use_instruction_set(name)
     try:
         yield
     finally:
-        _backend.extension.use_cpu_level(before)
+        _backend.extension.use_instruction_set(before)
 
 
 @contextmanager

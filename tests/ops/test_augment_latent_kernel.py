@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kernel_backend
 import pytest
-import through
 import torch
 from golden import philox as golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DRAWN_DTYPES, DTYPES, LAYOUTS, LEVELS, ORDERED, REPEATS, SLOW
+from kernel_cases import DRAWN_DTYPES, DTYPES, INSTRUCTION_SETS, LAYOUTS, ORDERED, REPEATS, SLOW
 from scipy import stats
 from torch import Tensor
 
@@ -36,17 +36,17 @@ CSRC = Path(__file__).parents[2] / "csrc"
 
 @pytest.fixture(autouse=True)
 def _restore() -> Iterator[None]:
-    level, threads = _C.cpu_level(), torch.get_num_threads()
+    instruction_set, threads = _C.instruction_set(), torch.get_num_threads()
     yield
-    _C.use_cpu_level(level)
+    _C.use_instruction_set(instruction_set)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(False)
 
 
-def each_level() -> Iterator[str]:
-    for level in LEVELS:
-        _C.use_cpu_level(level)
-        yield level
+def each_instruction_set() -> Iterator[str]:
+    for instruction_set in INSTRUCTION_SETS:
+        _C.use_instruction_set(instruction_set)
+        yield instruction_set
 
 
 def seeded(seed: int) -> Tensor:
@@ -119,7 +119,7 @@ def test_every_bit_of_the_words(seed: int, width: int) -> None:
     # A word is the only w for which an element is kept at the threshold w and dropped at w + 1. Columns: all four
     # places in a quad, and both sides of the 512 that the kernel makes at a time.
     words = reference.random_words(torch.arange(3, 9), width, seeded(seed))
-    for _ in each_level():
+    for _ in each_instruction_set():
         for word in words[:, -13:].flatten()[:: 17 if SLOW else 1].tolist():
             for threshold in (word, word + 1):
                 assert torch.equal(masks((3, width), seed, threshold, dropout=2), words >= threshold)
@@ -133,7 +133,7 @@ ROWS = (1, 127) if SLOW else (1, 7, 127)  # the draws of row 7 are behind 65,533
 def test_words_of_the_golden_file(draw: dict) -> None:
     row, start = draw["row"], draw["first_column"]
     shape = row, start + len(draw["words"])  # row `row` is the first of the one copy
-    for _ in each_level():
+    for _ in each_instruction_set():
         for i, word in list(enumerate(draw["words"]))[:: 6 if SLOW else 1]:
             assert masks(shape, draw["seed"], word)[0, start + i]
             assert not masks(shape, draw["seed"], word + 1)[0, start + i]
@@ -168,7 +168,7 @@ def test_masks_are_those_of_the_reference(drop_prob: float) -> None:
     for batch, width, seed in ((1, 1, -5), (7, 3, 2**40 + 7), (33, 1031, -(2**62))):
         rows = torch.arange(2 * batch, 4 * batch)
         expected = reference.random_words(rows, width, seeded(seed)) >= round(drop_prob * 2**32)
-        for _ in each_level():
+        for _ in each_instruction_set():
             options = {"gaussian": 1, "dropout": 2, "sigma": 1.0, "tau": 1.0, "drop_prob": drop_prob}
             out = OPS.augment_latent(torch.ones(batch, width), seeded(seed), **options)
             assert torch.equal(out[2 * batch :].bool(), expected)
@@ -180,29 +180,32 @@ def test_masks_are_those_of_the_reference(drop_prob: float) -> None:
 
 @functools.cache
 def many_normals() -> tuple[Tensor, dict[str, Tensor]]:
-    """1,049,595 normals in float64, and those of the kernel on every level."""
+    """1,049,595 normals in float64, and those of the kernel on every instruction set."""
     batch, width = 101 if SLOW else 1015, 1034 + 1  # the interpreter: all of them in tests/triton
     expected = reference.random_normals(torch.arange(batch, 2 * batch), width, seeded(-(2**40)))
     options = {"gaussian": 1, "dropout": 0, "sigma": 1.0, "tau": 1e30, "drop_prob": 0.0}
     x = torch.zeros(batch, width)
-    return expected, {level: OPS.augment_latent(x, seeded(-(2**40)), **options)[batch:] for level in each_level()}
+    return expected, {
+        instruction_set: OPS.augment_latent(x, seeded(-(2**40)), **options)[batch:]
+        for instruction_set in each_instruction_set()
+    }
 
 
 def test_a_million_normals() -> None:
-    expected, levels = many_normals()
+    expected, instruction_sets = many_normals()
     assert expected.numel() > (1e5 if SLOW else 1e6)
-    for drawn in levels.values():
+    for drawn in instruction_sets.values():
         error = (drawn.double() - expected).abs()
         assert error.max() < 1e-6
         # 1e-6 is the promise across backends. On a CPU: six roundings, of a logarithm, a root, a sine and products.
-        assert through.which or (error <= 6 * 2**-24 * expected.abs()).all()
+        assert kernel_backend.chosen or (error <= 6 * 2**-24 * expected.abs()).all()
 
 
 def test_clipped_normals_follow_their_law() -> None:
     # Kolmogorov-Smirnov over the whole law, atoms at +-tau included: both one-sided limits at every value.
     sigma, tau, batch, width = 0.7, 1.0, 500, 1001
     options = {"gaussian": 1, "dropout": 0, "sigma": sigma, "tau": tau, "drop_prob": 0.0}
-    for _ in each_level():
+    for _ in each_instruction_set():
         drawn = OPS.augment_latent(torch.zeros(batch, width), seeded(2026), **options)[batch:].double()
         values, counts = drawn.flatten().unique(return_counts=True)
         assert values[0] == -tau
@@ -230,7 +233,7 @@ def half_step(expected: Tensor, dtype: torch.dtype) -> Tensor:
 def own_result(x: Tensor, seed: Tensor, options: dict[str, Any]) -> Tensor:
     """PyTorch's own: in float32, but a product with a dense basis on a GPU in the type of ``x``."""
     own = reference.augment_latent(x.float(), seed, **options)
-    if through.which and isinstance(options["basis"], Tensor):
+    if kernel_backend.chosen and isinstance(options["basis"], Tensor):
         gaussian = slice(len(x), (1 + options["gaussian"]) * len(x))
         noise = reference.augment_latent(torch.zeros_like(x), seed, **{**options, "basis": None})[gaussian]
         own[gaussian] = (x.repeat(options["gaussian"], 1) + noise @ options["basis"].to(x.dtype).T).float()
@@ -289,7 +292,7 @@ def test_values_and_gradient(
     # A float32 sum of n terms and their scale: 2 n roundings, of 2^-24 of the terms' sum at most.
     allowed_grad = 2 * (1 + numbers["gaussian"] + numbers["dropout"]) * 2**-24 * summed + half_step(exact_grad, dtype)
 
-    for _ in each_level():
+    for _ in each_instruction_set():
         leaf = x.detach().requires_grad_()
         result = batchkern.augment_latent(leaf, seed=seed, **options)
         assert result.dtype == dtype
@@ -327,7 +330,7 @@ def test_noise_of_a_dense_basis_that_is_made_in_parts(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 def test_every_value_is_loaded_and_stored_as_it_is(dtype: torch.dtype) -> None:
     for values in (patterns(dtype).view(256, 256), patterns(dtype)[:-3].view(1, -1)):  # and a remainder of a vector
-        for _ in each_level():
+        for _ in each_instruction_set():
             out = OPS.augment_latent(values, seeded(1), dropout=1, drop_prob=0.0, **NO_NOISE)
             assert_identical(out[len(values) :], values)
 
@@ -337,7 +340,7 @@ def test_subnormal_halves_survive_flush_denormal() -> None:
     values = patterns(torch.float16).view(256, 256)
     if not torch.set_flush_denormal(True):
         pytest.skip("not supported on this processor")
-    for _ in each_level():
+    for _ in each_instruction_set():
         out = OPS.augment_latent(values, seeded(1), dropout=1, drop_prob=0.0, **NO_NOISE)
         assert_identical(out[256:], values)
 
@@ -348,7 +351,7 @@ def test_products_round_as_torch_rounds(dtype: torch.dtype) -> None:
     values = patterns(dtype).view(256, 256)
     expected = (values.float() * 1.5).to(dtype)
     words = reference.random_words(torch.arange(256, 512), 256, seeded(4)) >= round(2**32 / 3)
-    for _ in each_level():
+    for _ in each_instruction_set():
         options = {"dropout": 1, "drop_prob": 1 / 3, "rescale_dropout": True, **NO_NOISE}
         out = OPS.augment_latent(values, seeded(4), **options)[256:]
         assert_identical(out[words], expected[words])
@@ -360,7 +363,7 @@ def test_products_round_as_torch_rounds(dtype: torch.dtype) -> None:
 def test_sums_with_noise_round_as_torch_rounds(dtype: torch.dtype, sigma: float) -> None:
     values = patterns(dtype).view(256, 256)
     options = {"gaussian": 1, "dropout": 0, "sigma": sigma, "tau": 1e38, "drop_prob": 0.0}
-    for _ in each_level():
+    for _ in each_instruction_set():
         noise = OPS.augment_latent(torch.zeros(256, 256), seeded(4), **options)[256:]
         out = OPS.augment_latent(values, seeded(4), **options)[256:]
         assert_identical(out, (values.float() + noise).to(dtype))
@@ -377,7 +380,7 @@ def test_sums_of_gradients_round_as_torch_rounds(dtype: torch.dtype) -> None:
         for terms in ((a, b), (a, b, c)):
             stacked = torch.stack(terms)
             expected = functools.reduce(Tensor.add, (t.float() for t in terms)).to(dtype) + 0.0  # no -0 from a sum
-            for _ in each_level():
+            for _ in each_instruction_set():
                 got = OPS.augment_latent_backward(stacked, seeded(1), gaussian=len(terms) - 1, dropout=0, drop_prob=0.0)
                 assert_identical(got[0], expected)
 

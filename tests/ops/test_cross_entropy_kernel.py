@@ -1,4 +1,4 @@
-"""The kernels of cross_entropy, at every level: layouts, types and targets against float64, and the raw operators."""
+"""The kernels of cross_entropy with every instruction set: layouts, types, targets against float64, raw operators."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import kernel_backend
 import pytest
-import through
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, LEVELS, REPEATS, TOLERANCE, at_level, bits, excess, on_threads
+from kernel_cases import DTYPES, INSTRUCTION_SETS, REPEATS, TOLERANCE, bits, excess, on_threads, with_instruction_set
 from torch import Tensor
 
 OPS = torch.ops.batchkern
@@ -74,8 +74,8 @@ def check(case: Case) -> None:
     if case.target.is_floating_point() and case.target.numel():
         sums = max(1.0, float(case.target.double().sum(1).max()))
     scale = largest * sums
-    for name in LEVELS:
-        with at_level(name):
+    for name in INSTRUCTION_SETS:
+        with with_instruction_set(name):
             losses, state, entropies, are_correct, ours = case.run()
         bound = TOLERANCE * loss.abs().nan_to_num(0, 0, 0).clamp(min=scale)
         # Probabilities are smoothed and weighted in float32: another half of a unit of each.
@@ -111,7 +111,7 @@ LAYOUTS: dict[str, Any] = {
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    small = through.which is not None
+    small = kernel_backend.chosen is not None
     classes = draw(st.sampled_from([1, 2, 5, 19, 63, 64, 65, 150, *([] if small else [700])]))
     room = (2_000 if small else 20_000) // classes
     samples = draw(st.sampled_from([0, 1, 2, 3, min(70, room)]))
@@ -163,7 +163,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=60 if through.which else 250)
+@settings(max_examples=60 if kernel_backend.chosen else 250)
 @given(case=cases())
 def test_drawn_batches(case: Case) -> None:
     check(case)
@@ -184,8 +184,8 @@ def test_repeats_and_threads_change_no_bit(layout: torch.memory_format, dtype: t
     case = image(dtype)
     case.logits = case.logits.contiguous(memory_format=layout)
     check(case)
-    for level in LEVELS:
-        with at_level(level):
+    for instruction_set in INSTRUCTION_SETS:
+        with with_instruction_set(instruction_set):
             first: list[Tensor] = []
             for threads in (1, 2):
                 with on_threads(threads):

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import batchkern
 from batchkern import linear_cross_entropy, trimmed_mean
-from batchkern.ops import _linear
+from batchkern.ops import _chunked_linear
 
 GEMMA = {"softcap": 2.0}
 CAPS: list[dict[str, float]] = [{}, GEMMA, {"logit_scale": 0.25}, {"softcap": 1.5, "logit_scale": 3.0}]
@@ -223,9 +223,9 @@ def test_where_the_host_knows_only_a_promise(monkeypatch: pytest.MonkeyPatch, ca
     layer[0][target == -100] = math.nan
     upstream = upstreams(len(target), share=0.3)
     _, expected = ours(layer, target, *upstream, chunk_rows=7, **cap)
-    count = _linear._count
+    count = _chunked_linear._count
     monkeypatch.setattr(torch, "_assert_async", lambda *_: None)
-    monkeypatch.setattr(_linear, "_count", lambda mask, limits: count(mask.to("meta"), limits))
+    monkeypatch.setattr(_chunked_linear, "_count", lambda mask, limits: count(mask.to("meta"), limits))
     _, grads = ours(layer, target, *upstream, chunk_rows=7, backward_rows=25, **cap)
     torch.testing.assert_close(grads, expected)
 
@@ -400,8 +400,8 @@ def test_second_derivative_raises() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["rows", "mean", "trimmed"])
 def test_twenty_numbers_of_tokens_are_compiled_at_most_four_times(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_linear, "LEAST_CHUNK", 16)
-    monkeypatch.setitem(_linear.CHUNK_BYTES, "cpu", 1)  # so that some are of one chunk, and some of more
+    monkeypatch.setattr(_chunked_linear, "LEAST_CHUNK", 16)
+    monkeypatch.setitem(_chunked_linear.CHUNK_BYTES, "cpu", 1)  # so that some are of one chunk, and some of more
     counter = CompileCounterWithBackend("aot_eager")
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor, upstream: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import batchkern
-from batchkern.ops import _linear
+from batchkern.ops import _chunked_linear
 
 KEPT, ALL, AGAIN = "keep logits", "gradient of all", "logits again"
 NEEDS = [needs for needs in itertools.product([False, True], repeat=3) if any(needs)]
@@ -104,8 +104,8 @@ def test_no_gradient_costs_nothing() -> None:
 
 
 def test_float16_never_makes_a_gradient_that_the_loss_scale_has_not_reached() -> None:
-    assert _linear.choose(1.0, [True] * 3, may_keep_logits=False, dtype=torch.bfloat16) == ALL
-    assert _linear.choose(1.0, [True] * 3, may_keep_logits=False, dtype=torch.float16) == AGAIN
+    assert _chunked_linear.choose(1.0, [True] * 3, may_keep_logits=False, dtype=torch.bfloat16) == ALL
+    assert _chunked_linear.choose(1.0, [True] * 3, may_keep_logits=False, dtype=torch.float16) == AGAIN
 
 
 def test_small_gradients_survive_in_float16_under_a_loss_scale() -> None:
@@ -124,12 +124,12 @@ def test_small_gradients_survive_in_float16_under_a_loss_scale() -> None:
 def test_chunks_are_equal_and_within_their_budget() -> None:
     def rows(count: int, words: int, dtype: torch.dtype = torch.float32, wanted: int | None = None) -> int:
         hidden, weight = torch.empty(count, 1, dtype=dtype), torch.empty(words, 1, dtype=dtype)
-        return _linear._chunk_rows(hidden, weight, dtype, wanted)
+        return _chunked_linear._chunk_rows(hidden, weight, dtype, wanted)
 
-    budget = _linear.CHUNK_BYTES["cpu"]
+    budget = _chunked_linear.CHUNK_BYTES["cpu"]
     assert rows(2048, 32000) * 32000 * 4 <= budget < rows(2048, 32000) * 32000 * 4 * 1.3
     assert rows(1025, 16384) == 513  # not 1024 and 1
-    assert rows(4096, 2**20) == _linear.LEAST_CHUNK
+    assert rows(4096, 2**20) == _chunked_linear.LEAST_CHUNK
     assert rows(10, 2**20) == 10
     assert (rows(0, 5), rows(5, 0), rows(5, 5, wanted=2), rows(5, 5, wanted=100)) == (1, 5, 2, 5)
 
@@ -150,12 +150,12 @@ def test_all_logits_never_exist(keep: float, dtype: torch.dtype) -> None:
         held += event.nbytes()
         peak = max(peak, held)
     # Half a chunk of bfloat16, and torch's product in float32, where the processor has none in bfloat16.
-    chunk = _linear.CHUNK_BYTES["cpu"]
+    chunk = _chunked_linear.CHUNK_BYTES["cpu"]
     product = 0 if dtype == torch.float32 else chunk / 2
     # The gradient of the weight may be summed in float32 before it is rounded.
     gradients = 6 * (weight.numel() + hidden.numel()) + weight.nbytes
     assert max(event.nbytes() for event in events) <= 1.01 * chunk < rows * words * dtype.itemsize / 3
-    assert peak <= 1.01 * chunk + product + _linear.SLICE_BYTES["cpu"] + gradients + 64 * rows
+    assert peak <= 1.01 * chunk + product + _chunked_linear.SLICE_BYTES["cpu"] + gradients + 64 * rows
 
 
 # --- exactness -------------------------------------------------------------------------------------------------
@@ -240,8 +240,8 @@ def test_slices_of_the_vocabulary_change_nothing(monkeypatch: pytest.MonkeyPatch
         arguments = *problem(words=333), keep
         expected = step(*arguments, chunk_rows=chunk_rows, label_smoothing=0.1)
         with monkeypatch.context() as patch:
-            patch.setitem(_linear.SLICE_BYTES, "cpu", 4 * 16 * 64)
-            patch.setattr(_linear, "ALIGNMENT", 8)
+            patch.setitem(_chunked_linear.SLICE_BYTES, "cpu", 4 * 16 * 64)
+            patch.setattr(_chunked_linear, "ALIGNMENT", 8)
             torch.testing.assert_close(step(*arguments, chunk_rows=chunk_rows, label_smoothing=0.1), expected)
 
 
@@ -250,7 +250,7 @@ def test_where_the_host_knows_no_more_than_how_many_rows_there_may_be(
     monkeypatch: pytest.MonkeyPatch, keep: float
 ) -> None:
     # As on a GPU, whose mask the host does not look at: more rows are gathered than are kept.
-    count = _linear._count
+    count = _chunked_linear._count
     for ignored in (0.0, 0.5, 1.0):
         hidden, weight, bias, target = problem(ignored=ignored)
         hidden[target == -100] = math.nan  # which no gathered row may spread
@@ -258,7 +258,7 @@ def test_where_the_host_knows_no_more_than_how_many_rows_there_may_be(
         for chunk_rows in (9, None):
             expected = step(*arguments, chunk_rows=chunk_rows, label_smoothing=0.1)
             with monkeypatch.context() as patch:
-                patch.setattr(_linear, "_count", lambda mask, limits: count(mask.to("meta"), limits))
+                patch.setattr(_chunked_linear, "_count", lambda mask, limits: count(mask.to("meta"), limits))
                 ours = step(*arguments, chunk_rows=chunk_rows, label_smoothing=0.1)
             torch.testing.assert_close(ours, expected, equal_nan=True)
 
@@ -270,8 +270,8 @@ def test_the_bound_on_a_mask_holds() -> None:
             for valid in {1, rows // 2 + 1, rows}:
                 k = max(round(keep * valid), 1)
                 mask = torch.empty(rows, dtype=torch.bool, device="meta")
-                assert k <= _linear._count(mask, (None, keep)) <= keep * rows + 1
-                assert valid - k <= _linear._count(mask, (None, 1 - keep)) <= (1 - keep) * rows + 1 + 1e-9
+                assert k <= _chunked_linear._count(mask, (None, keep)) <= keep * rows + 1
+                assert valid - k <= _chunked_linear._count(mask, (None, 1 - keep)) <= (1 - keep) * rows + 1 + 1e-9
 
 
 # --- in a training ---------------------------------------------------------------------------------------------
@@ -453,11 +453,13 @@ def test_rows_without_a_selection() -> None:
 
 
 @pytest.mark.parametrize("dtype", kernel_cases.DTYPES, ids=str)
-@pytest.mark.parametrize("level", kernel_cases.LEVELS)
+@pytest.mark.parametrize("instruction_set", kernel_cases.INSTRUCTION_SETS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_gradient_of_a_slice_is_a_slice_of_the_gradient(dtype: torch.dtype, level: str, smoothing: float) -> None:
+def test_the_gradient_of_a_slice_is_a_slice_of_the_gradient(
+    dtype: torch.dtype, instruction_set: str, smoothing: float
+) -> None:
     logits, target = torch.randn(30, 210).to(dtype), torch.randint(210, (30,))
-    with kernel_cases.at_level(level):
+    with kernel_cases.with_instruction_set(instruction_set):
         upstream = torch.randn(30) * (torch.rand(30) < 0.5), torch.randn(30) * (torch.rand(30) < 0.3)
         _, lse, _, _ = torch.ops.batchkern.cross_entropy(logits, target, None, 7, smoothing)
         saved = target, lse

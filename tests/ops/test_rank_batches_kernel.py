@@ -1,14 +1,14 @@
-"""The CPU kernel of rank_batches, at every level, against NumPy's stable sort."""
+"""The CPU kernel of rank_batches, at every instruction set, against NumPy's stable sort."""
 
 from __future__ import annotations
 
 import math
 
+import kernel_backend
 import numpy as np
 import pytest
-import through
 import torch
-from kernel_cases import DTYPES, LEVELS, REPEATS, at_level, on_threads
+from kernel_cases import DTYPES, INSTRUCTION_SETS, REPEATS, on_threads, with_instruction_set
 from torch import Tensor
 
 import batchkern
@@ -16,9 +16,9 @@ import batchkern
 OPS = torch.ops.batchkern
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest):
-    with at_level(request.param):
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest):
+    with with_instruction_set(request.param):
         yield request.param
 
 
@@ -43,7 +43,7 @@ def draws(n: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 255, 256, 257, 400, 65_537])
-def test_ranks(level: str, n: int) -> None:
+def test_ranks(instruction_set: str, n: int) -> None:
     for kind, losses in draws(n).items():
         for dtype in DTYPES if kind in ("random", "special") else DTYPES[:1]:
             narrow = losses.to(dtype)
@@ -53,15 +53,15 @@ def test_ranks(level: str, n: int) -> None:
                 assert torch.equal(batchkern.rank_batches(narrow, fraction), expected[:count]), (kind, dtype)
 
 
-def test_every_count(level: str) -> None:
+def test_every_count(instruction_set: str) -> None:
     losses = draws(70)["special"]
     expected = order(losses)
-    for count in range(0, 71, 5 if through.which == "host" else 1):  # 70 too, with that of all
+    for count in range(0, 71, 5 if kernel_backend.chosen == "host" else 1):  # 70 too, with that of all
         assert torch.equal(OPS.rank_batches(losses, count), expected[:count])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts(level: str, dtype: torch.dtype) -> None:
+def test_layouts(instruction_set: str, dtype: torch.dtype) -> None:
     losses = draws(257)["few"].to(dtype)
     expected = OPS.rank_batches(losses, 100)
     assert torch.equal(expected, order(losses)[:100])
@@ -71,7 +71,7 @@ def test_layouts(level: str, dtype: torch.dtype) -> None:
     assert torch.equal(OPS.rank_batches(losses[:1].expand(257), 100), torch.arange(100))
 
 
-def test_repeats_and_threads_change_nothing(level: str) -> None:
+def test_repeats_and_threads_change_nothing(instruction_set: str) -> None:
     losses = draws(65_537)["few"]
     expected = order(losses)[:30_000]
     for threads in (1, 2):

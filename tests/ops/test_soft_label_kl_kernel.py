@@ -15,8 +15,8 @@ from kernel_cases import (
     COARSER,
     DRAWN_DTYPES,
     DTYPES,
+    INSTRUCTION_SETS,
     LAYOUTS,
-    LEVELS,
     ORDERED,
     REPEATS,
     SLOW,
@@ -36,16 +36,16 @@ INF, NAN = math.inf, math.nan
 
 @pytest.fixture(autouse=True)
 def _restore() -> Iterator[None]:
-    level, threads = _C.cpu_level(), torch.get_num_threads()
+    instruction_set, threads = _C.instruction_set(), torch.get_num_threads()
     yield
-    _C.use_cpu_level(level)
+    _C.use_instruction_set(instruction_set)
     torch.set_num_threads(threads)
 
 
-def each_level() -> Iterator[str]:
-    for level in LEVELS:
-        _C.use_cpu_level(level)
-        yield level
+def each_instruction_set() -> Iterator[str]:
+    for instruction_set in INSTRUCTION_SETS:
+        _C.use_instruction_set(instruction_set)
+        yield instruction_set
 
 
 def kernel(p: Tensor, q: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +78,7 @@ def largest(x: Tensor) -> float:
 
 
 def assert_no_worse_than_eager(p: Tensor, q: Tensor, temperature: float) -> None:
-    """Values and gradients on every level; eager gets float32 logits, so that narrow ones have no excuse."""
+    """Values and gradients on every instruction set; eager gets float32 logits, so that narrow ones have no excuse."""
     exact = with_gradients(oracle, p.double(), q.double(), temperature)
     own = with_gradients(eager, p.float(), q.float(), temperature)
     # Beyond eager's largest error: a value is rounded to float32 once more (2^-23 of it, and as much next to 0); a
@@ -86,12 +86,12 @@ def assert_no_worse_than_eager(p: Tensor, q: Tensor, temperature: float) -> None
     grad_slack = 2**-22 / temperature
     sums = exact[0].view(-1, len(p)).sum(0).max() if exact[0].numel() else 0.0
     slacks = 2**-23 * (1 + exact[0]), grad_slack * (1 + sums), grad_slack
-    for level in each_level():
+    for instruction_set in each_instruction_set():
         for got, wanted, theirs, slack in zip(kernel(p, q, temperature), exact, own, slacks, strict=True):
             assert got.dtype == torch.float32
             error = (got.double() - wanted).abs()
             allowed = largest(theirs - wanted) + COARSER * slack + rounded_once_more(p.dtype) * wanted.abs()
-            assert (error <= allowed).all(), (level, tuple(p.shape), float((error / allowed).max()))
+            assert (error <= allowed).all(), (instruction_set, tuple(p.shape), float((error / allowed).max()))
 
 
 # --- the operator as torch sees it -----------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_opcheck(dtype: torch.dtype, wanted: tuple[bool, bool]) -> None:
 @pytest.mark.parametrize("wanted", [(False, False), (False, True), (True, False)], ids=str)
 def test_what_is_not_asked_for_is_not_made_and_changes_nothing(wanted: tuple[bool, bool]) -> None:
     p, q = torch.randn(3, 50), torch.randn(6, 50)
-    for _ in each_level():
+    for _ in each_instruction_set():
         mean, kl, to_virtual, to_reference = RAW(p, q, reference_grad=True, virtual_grad=True)
         alone = RAW(p, q, reference_grad=wanted[0], virtual_grad=wanted[1])
         # The kernel without a gradient is another instance of the template, free to sum in another order.
@@ -181,7 +181,7 @@ def test_a_row_may_be_shifted_as_a_whole(offset: float, classes: int) -> None:
     q = torch.cat([p, p + torch.randint(-1, 2, p.shape) / 8, p.flip(1)])
     for temperature in (0.3, 1.0):
         assert_no_worse_than_eager(p, q + offset, temperature)
-        for _ in each_level():
+        for _ in each_instruction_set():
             plain, moved = kernel(p, q, temperature), kernel(p, q + offset, temperature)
             torch.testing.assert_close(moved, plain, rtol=1e-5, atol=1e-6)
             assert (moved[0] >= 0).all()
@@ -204,7 +204,7 @@ def test_next_to_the_reference(classes: int) -> None:
     for exponent in range(1, 8):
         q = p + 10.0**-exponent * torch.randn_like(p)
         exact, exact_to_p, _ = with_gradients(oracle, p.double(), q.double(), 1.0)
-        for _ in each_level():
+        for _ in each_instruction_set():
             mean, kl, _, to_p = RAW(p, q, reference_grad=True)
             assert (kl >= 0).all()
             if exponent <= 5:
@@ -240,7 +240,7 @@ def test_absent_classes_are_as_if_they_were_not_there(classes: int, dtype: torch
         if not present.any():
             continue
         masked = [x.masked_fill(~present, -INF) for x in (p, q)]
-        for _ in each_level():
+        for _ in each_instruction_set():
             kl, to_p, to_q = kernel(*masked)
             wanted, wanted_p, wanted_q = kernel(p[:, present], q[:, present])
             torch.testing.assert_close(kl, wanted, rtol=1e-5, atol=1e-7)
@@ -270,7 +270,7 @@ def test_special_logits_stay_in_their_rows(dtype: torch.dtype, classes: int) -> 
         p[1, at] = p_value
         q[[1, 4], at] = q_value
         exact = with_gradients(oracle, p.double(), q.double(), 1.0)
-        for _ in each_level():
+        for _ in each_instruction_set():
             kl, to_p, to_q = (x.double() for x in kernel(p, q))
             special, others = kl[[1, 4]], [0, 2, 3, 5]
             if expected is None:
@@ -295,7 +295,7 @@ def test_what_is_impossible_under_q_is_so_however_improbable_under_p(classes: in
     p[0, -1] = -200.0
     q = p.masked_fill(p < -1, -INF)
     assert oracle(p.double(), q.double(), 1.0).item() == INF
-    for _ in each_level():
+    for _ in each_instruction_set():
         kl, _, to_q = kernel(p, q)
         assert kl.item() == INF
         assert not to_q.isnan().any()
@@ -305,7 +305,7 @@ def test_huge_logits() -> None:
     # The largest finite values: certain rows that agree, and rows that disagree by more than float32 can hold.
     top = torch.finfo(torch.float32).max
     p = torch.tensor([[top, 0.0, -top], [0.0, 1.0, -top], [1e30, 1e30, 0.0]])
-    for _ in each_level():
+    for _ in each_instruction_set():
         kl, to_p, to_q = kernel(p, p.clone())
         assert not torch.cat([kl[:, None], to_p, to_q], 1).any()
         kl, _, to_q = kernel(p, p.flip(1))

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import kernel_backend
 import pytest
-import through
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -134,7 +134,11 @@ def test_k_is_python_rounding_of_keep_times_n() -> None:
     logits = torch.stack([torch.linspace(-3, 3, 512), torch.zeros(512)], dim=1)
     target = torch.ones(512, dtype=torch.int64)
     # On the host a kernel's call takes 60 ms: there all that end in a half, and what is past a warp and a block.
-    for n in (*range(1, 17), 20, 33, 50, 333, 512) if through.which == "host" else (*range(1, 65), 127, 250, 333, 512):
+    for n in (
+        (*range(1, 17), 20, 33, 50, 333, 512)
+        if kernel_backend.chosen == "host"
+        else (*range(1, 65), 127, 250, 333, 512)
+    ):
         for keep in keeps:
             kept = run(logits[:n], target[:n], keep)[1].any(1)
             assert kept.sum() == max(round(keep * n), 1)

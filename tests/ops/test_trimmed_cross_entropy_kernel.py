@@ -1,4 +1,4 @@
-"""The CPU kernel of trimmed_cross_entropy, at every level: its rows, its error, its blocks, threads and memory."""
+"""The CPU kernel of trimmed_cross_entropy with every instruction set: rows, error, blocks, threads and memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import kernel_backend
 import pytest
-import through
 import torch
 import torch.nn.functional as F
 import warm
@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 from kernel_cases import (
     DTYPES,
     FEWER_DTYPES,
+    INSTRUCTION_SETS,
     LAYOUTS,
-    LEVELS,
     REPEATS,
     TOLERANCE,
-    at_level,
     bits,
     column_slice,
     excess,
     on_threads,
+    with_instruction_set,
 )
 from torch import Tensor
 
@@ -40,9 +40,9 @@ WEIGHT = torch.tensor([0.5, 2.0, 1.0, 0.25, 3.0])
 CPU = pytest.mark.cpu
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest):
-    with at_level(request.param):
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest):
+    with with_instruction_set(request.param):
         yield request.param
 
 
@@ -88,7 +88,7 @@ def gradient(case: Case) -> Tensor:
 
 
 def check(case: Case) -> None:
-    """Every level against the oracle: the rows exactly, and no error far above that of a correctly rounded result.
+    """Every instruction set against the oracle: the same rows, no error far above that of a correctly rounded result.
 
     No result in the same dtype is closer to the oracle than the correctly rounded one, so this is stricter than a
     bound by torch's own error. What comes on top: TOLERANCE of a loss, or of 1, or of the largest weight, with which
@@ -96,9 +96,9 @@ def check(case: Case) -> None:
     on 30,000 batches: 1.3e-7).
     """
     valid = case.target != case.ignore_index
-    oracles: dict[tuple[bool, ...], tuple[Tensor, Tensor, Tensor]] = {}  # levels may round a tie differently
-    for name in LEVELS:
-        with at_level(name):
+    oracles: dict[tuple[bool, ...], tuple[Tensor, Tensor, Tensor]] = {}  # instruction sets may round a tie differently
+    for name in INSTRUCTION_SETS:
+        with with_instruction_set(name):
             loss, losses, _, kept, normalizer = forward(case)
             grad = gradient(case)
         expected, k = reference.select(losses, valid, case.keep)
@@ -167,7 +167,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=75 if through.which == "host" else 250)
+@settings(max_examples=75 if kernel_backend.chosen == "host" else 250)
 @given(case=cases())
 def test_drawn_batches(case: Case) -> None:
     check(case)
@@ -177,7 +177,7 @@ def test_drawn_batches(case: Case) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["random", "one apart"])
 def test_no_element_is_further_from_exact_than_torch(
-    level: str, kind: str, smoothing: float, dtype: torch.dtype
+    instruction_set: str, kind: str, smoothing: float, dtype: torch.dtype
 ) -> None:
     logits, target = 3 * torch.randn(300, 257), torch.randint(257, (300,))
     if kind == "one apart":  # all exponentials of a row err alike, and nothing averages out
@@ -239,7 +239,7 @@ def test_narrow_rows(rows: int, classes: int, dtype: torch.dtype) -> None:
     check(Case(column_slice(logits), target, 0.02, label_smoothing=0.1))
 
 
-def test_a_shift_of_all_logits_changes_no_bit(level: str) -> None:
+def test_a_shift_of_all_logits_changes_no_bit(instruction_set: str) -> None:
     # Multiples of 1/64 stay exact at 1e4, so that nothing but the shift differs.
     logits = (torch.randn(40, 333) * 5 * 64).round() / 64
     target = torch.randint(333, (40,))
@@ -254,9 +254,9 @@ def test_a_shift_of_all_logits_changes_no_bit(level: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equal_rows_tie_wherever_they_lie(level: str, dtype: torch.dtype) -> None:
+def test_equal_rows_tie_wherever_they_lie(instruction_set: str, dtype: torch.dtype) -> None:
     # Rows of odd length start at every alignment; a sum whose order depended on it would break ties at random.
-    for classes in (67, 1000, 1003) if through.which == "host" else (7, 67, 1000, 1003, 4099):
+    for classes in (67, 1000, 1003) if kernel_backend.chosen == "host" else (7, 67, 1000, 1003, 4099):
         row = (4 * torch.randn(1, classes)).to(dtype)
         case = Case(row.repeat(37, 1), torch.full((37,), classes // 2), 0.5, label_smoothing=0.1)
         _, losses, lse, kept, _ = forward(case)
@@ -268,8 +268,10 @@ def test_equal_rows_tie_wherever_they_lie(level: str, dtype: torch.dtype) -> Non
         for name, layout in LAYOUTS.items():
             moved = Case(layout(case.logits), case.target, 0.5, label_smoothing=0.1)
             moved_losses, moved_grad = forward(moved)[1], gradient(moved)
-            narrow = through.which and moved.logits[0].nbytes <= 256 and not moved.logits.is_contiguous()
-            shifted = through.which and name == "column slice" and classes % 8 == 0  # contiguous rows are all aligned
+            narrow = kernel_backend.chosen and moved.logits[0].nbytes <= 256 and not moved.logits.is_contiguous()
+            shifted = (
+                kernel_backend.chosen and name == "column slice" and classes % 8 == 0
+            )  # contiguous rows are all aligned
             # Another kernel, or another order: rows tie as well, and differ in their last bit.
             if name == "transposed" or narrow or shifted:
                 assert (moved_losses == moved_losses[0]).all()
@@ -285,7 +287,7 @@ def test_equal_rows_tie_wherever_they_lie(level: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_repeats_and_threads_change_no_bit(level: str, dtype: torch.dtype) -> None:
+def test_repeats_and_threads_change_no_bit(instruction_set: str, dtype: torch.dtype) -> None:
     # 157 rows of 1003: a thread takes 32 of them, so that two threads share the rows.
     logits = torch.randn(157, 1003).to(dtype)
     logits[3, 5], logits[150, 1000] = math.nan, math.inf
@@ -324,7 +326,7 @@ def test_a_penalty_on_the_gradient_raises(inplace: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inplace_gradient_is_the_same_bit_for_bit(level: str, dtype: torch.dtype) -> None:
+def test_inplace_gradient_is_the_same_bit_for_bit(instruction_set: str, dtype: torch.dtype) -> None:
     logits, target = (3 * torch.randn(40, 131)).to(dtype), torch.randint(131, (40,))
     logits[7, 3], logits[8, 4] = math.nan, -math.inf
     for weight in (None, torch.rand(131)):
@@ -345,7 +347,7 @@ def resident_bytes() -> int:
 # Gradients above 32 MiB are calloc'ed pages, of which dropped rows are never touched.
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_large_gradient(level: str, dtype: torch.dtype) -> None:
+def test_large_gradient(instruction_set: str, dtype: torch.dtype) -> None:
     rows, classes = 2051, 4099 * 4 // dtype.itemsize
     logits = torch.randn(rows, 1, dtype=dtype) + torch.linspace(-4, 4, classes, dtype=dtype)
     logits[::100] = math.nan  # kept, and too many to keep all
@@ -560,7 +562,7 @@ def test_backward_refuses(arguments: dict[str, Any], error: type[Exception], mes
 
 
 @pytest.mark.cpu
-def test_a_wrong_target_far_down_a_large_batch_is_named(level: str) -> None:
+def test_a_wrong_target_far_down_a_large_batch_is_named(instruction_set: str) -> None:
     target = torch.randint(10, (100_000,))
     target[99_999] = 10
     with pytest.raises(ValueError, match=r"target\[99999\] is 10; it must be in \[0, 10\)"):
@@ -570,8 +572,8 @@ def test_a_wrong_target_far_down_a_large_batch_is_named(level: str) -> None:
 WRONG_TARGET = """
 import sys
 sys.path.insert(0, {tests!r})
-import through
-through.start("host")
+import kernel_backend
+kernel_backend.start("host")
 import torch, batchkern
 target = torch.zeros(100, dtype=torch.int64)
 target[57] = {value}
@@ -579,7 +581,7 @@ batchkern.trimmed_cross_entropy(torch.randn(100, 10), target, 1.0)
 """
 
 
-@pytest.mark.skipif(through.which != "host", reason="an assert of the CUDA kernels: needs --through host")
+@pytest.mark.skipif(kernel_backend.chosen != "host", reason="an assert of the CUDA kernels: needs --kernels host")
 @pytest.mark.parametrize("value", [10, -1, 2**40, -(2**63)])
 def test_a_wrong_target_trips_the_assert_of_the_kernel(value: int) -> None:
     program = WRONG_TARGET.format(tests=str(Path(__file__).parents[1]), value=value)

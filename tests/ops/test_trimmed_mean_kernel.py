@@ -1,4 +1,4 @@
-"""The CPU kernel of trimmed_mean, at every level: its rows, its sum, its gradient, and all three operators compiled."""
+"""The CPU kernel of trimmed_mean with every instruction set: rows, sum, gradient, and all three operators compiled."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import kernel_backend
 import pytest
-import through
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import DTYPES, LEVELS, REPEATS, at_level, bits, excess, on_threads
+from kernel_cases import DTYPES, INSTRUCTION_SETS, REPEATS, bits, excess, on_threads, with_instruction_set
 from torch import Tensor
 
 import batchkern
@@ -29,9 +29,9 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest):
-    with at_level(request.param):
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest):
+    with with_instruction_set(request.param):
         yield request.param
 
 
@@ -47,7 +47,7 @@ def draw(kind: str, n: int, generator: torch.Generator) -> Tensor:
     return losses
 
 
-@settings(max_examples=75 if through.which == "host" else 150)
+@settings(max_examples=75 if kernel_backend.chosen == "host" else 150)
 @given(
     n=st.sampled_from([0, 1, 2, 3, 4, 5, 15, 17, 63, 65, 255, 256, 257, 1025, 5000]),
     kind=st.sampled_from(["random", "few", "special", "close"]),
@@ -79,8 +79,8 @@ def test_drawn_losses(
     exact = float(chosen.sum()) / max(float(k), 1.0) if k else math.nan
     if chosen.isfinite().all() and k:
         exact = math.fsum(chosen.tolist()) / float(k)
-    for name in LEVELS:
-        with at_level(name):
+    for name in INSTRUCTION_SETS:
+        with with_instruction_set(name):
             number, tensor = (1.0, torch.tensor(keep, dtype=torch.float64)) if as_tensor else (keep, None)
             mean, kept, count = OPS.trimmed_mean(losses, number, keep_tensor=tensor, mask=mask)
             leaf = losses.detach().requires_grad_()
@@ -104,7 +104,7 @@ def test_many_small_batches_of_ties() -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     cases = 30_000
-    if through.which:  # a fiber for each thread takes its time
+    if kernel_backend.chosen:  # a fiber for each thread takes its time
         cases, script.CHUNK = 300, 10
     wrong, counts = script.run(cases, seed=1)
     assert wrong == 0
@@ -113,7 +113,7 @@ def test_many_small_batches_of_ties() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_repeats_and_threads_change_no_bit(level: str, dtype: torch.dtype) -> None:
+def test_repeats_and_threads_change_no_bit(instruction_set: str, dtype: torch.dtype) -> None:
     losses = torch.randn(100_003).to(dtype)
     results = []
     for threads in (1, 2):
@@ -125,12 +125,12 @@ def test_repeats_and_threads_change_no_bit(level: str, dtype: torch.dtype) -> No
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(results[0], outputs, strict=True))
 
 
-MANY = 20 if through.which == "host" else 700
+MANY = 20 if kernel_backend.chosen == "host" else 700
 """Of samples, so that blocks have several: on the host each is a thousand fibers."""
 
 
 @pytest.mark.parametrize(("samples", "rows"), [(1, 40_001), (3, 20_011), (MANY, 33)])
-def test_bands_of_many_rows(level: str, samples: int, rows: int) -> None:
+def test_bands_of_many_rows(instruction_set: str, samples: int, rows: int) -> None:
     """More than one block of a GPU ranks together, or has samples of its own; most rows tie."""
     score = (8 * torch.randn(samples, rows)).round()
     score[torch.rand(samples, rows) < 0.05] = math.nan  # first of the highest, last of the lowest
@@ -150,7 +150,7 @@ def test_bands_of_many_rows(level: str, samples: int, rows: int) -> None:
         assert count == expected.sum()
 
 
-def test_subnormal_halves_are_told_apart_when_denormals_are_flushed(level: str) -> None:
+def test_subnormal_halves_are_told_apart_when_denormals_are_flushed(instruction_set: str) -> None:
     # They are normal numbers in float32, and so in the reference.
     losses = torch.tensor([0.0, 6e-8, -6e-8, 1.2e-7, 3e-6]).half()
     if not torch.set_flush_denormal(True):
@@ -287,7 +287,7 @@ def test_subnormal_losses_are_ranked_alike_whatever_a_thread_flushes() -> None:
     assert losses[found[0]].min() >= losses[~found[0]].max()
 
 
-def test_an_infinite_weight_of_a_dropped_row_does_not_count(level: str) -> None:
+def test_an_infinite_weight_of_a_dropped_row_does_not_count(instruction_set: str) -> None:
     losses, weight = torch.rand(130), torch.ones(130)
     ranked = losses.argsort(descending=True)
     weight[ranked[65:90]] = math.inf

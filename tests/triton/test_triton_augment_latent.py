@@ -1,6 +1,6 @@
 """What only the Triton launcher of augment_latent does: the noise of a dense basis in parts, a row in several pieces.
 
-Run by ``pytest --through interpreter`` (or ``cuda``, on a GPU); tests/ops has the rest.
+Run by ``pytest --kernels interpreter`` (or ``cuda``, on a GPU); tests/ops has the rest.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import kernel_backend
 import pytest
-import through
 import torch
 
-if through.which not in ("interpreter", "cuda"):
-    pytest.skip("needs --through interpreter, or --through cuda and a GPU", allow_module_level=True)
+if kernel_backend.chosen not in ("interpreter", "cuda"):
+    pytest.skip("needs --kernels interpreter, or --kernels cuda and a GPU", allow_module_level=True)
 
 import batchkern
 from batchkern import reference
@@ -73,7 +73,7 @@ class FirstPrograms:
         return self._kernel[(self._programs,)]
 
 
-@pytest.mark.skipif(through.which == "cuda", reason="needs memory that was NaN before")
+@pytest.mark.skipif(kernel_backend.chosen == "cuda", reason="needs memory that was NaN before")
 @pytest.mark.parametrize("kind", ["none", "hadamard"])
 def test_copies_of_a_tile_are_neighbours_in_the_grid(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     # Two tiles of rows: the first programs write the first tile of each copy, so that it is read from memory once.
@@ -89,7 +89,7 @@ def test_copies_of_a_tile_are_neighbours_in_the_grid(monkeypatch: pytest.MonkeyP
         assert out[copy, 1].isnan().all()
 
 
-@pytest.mark.skipif(through.which == "cuda", reason="needs memory that was NaN before")
+@pytest.mark.skipif(kernel_backend.chosen == "cuda", reason="needs memory that was NaN before")
 def test_hadamard_copies_of_a_tile_are_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     width, rows = 16, 256
     launched = launcher._hadamard_rows

@@ -1,6 +1,6 @@
 """Words and normals of the Triton kernels, at rows that no tensor here has, and over every value of a word.
 
-Run by ``pytest --through interpreter`` (or ``cuda``, on a GPU): a kernel of Triton cannot be called otherwise.
+Run by ``pytest --kernels interpreter`` (or ``cuda``, on a GPU): a kernel of Triton cannot be called otherwise.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import json
 import math
 from typing import Any
 
+import kernel_backend
 import pytest
-import through
 import torch
 from golden import philox as golden
 from torch import Tensor
 
-if through.which not in ("interpreter", "cuda"):
-    pytest.skip("needs --through interpreter, or --through cuda and a GPU", allow_module_level=True)
+if kernel_backend.chosen not in ("interpreter", "cuda"):
+    pytest.skip("needs --kernels interpreter, or --kernels cuda and a GPU", allow_module_level=True)
 
 import triton
 import triton.language as tl
@@ -24,7 +24,7 @@ import triton.language as tl
 from batchkern import reference
 from batchkern.triton.random import box_muller, clipped_normals, random_words
 
-DEVICE = "cuda" if through.which == "cuda" else "cpu"
+DEVICE = "cuda" if kernel_backend.chosen == "cuda" else "cpu"
 DRAWS = json.loads(golden.PATH.read_text())["draws"]
 VALUES = 1 << 23  # of the bits of a word that a normal uses
 BLOCK = 1 << 17

@@ -1,16 +1,16 @@
 """What only the Triton launcher of soft_label_kl does: gradients multiplied where they lie, blocks of two sizes.
 
-Run by ``pytest --through interpreter`` (or ``cuda``, on a GPU); tests/ops has the rest.
+Run by ``pytest --kernels interpreter`` (or ``cuda``, on a GPU); tests/ops has the rest.
 """
 
 from __future__ import annotations
 
+import kernel_backend
 import pytest
-import through
 import torch
 
-if through.which not in ("interpreter", "cuda"):
-    pytest.skip("needs --through interpreter, or --through cuda and a GPU", allow_module_level=True)
+if kernel_backend.chosen not in ("interpreter", "cuda"):
+    pytest.skip("needs --kernels interpreter, or --kernels cuda and a GPU", allow_module_level=True)
 
 from batchkern import reference
 from batchkern.triton import soft_label_kl as launcher

@@ -4,8 +4,8 @@ What measures, and writes these files, is ``bench/`` of a checkout. Nothing here
 that was measured.
 """
 
-from batchkern.bench.markers import check, rewrite
-from batchkern.bench.report import page, write_report
-from batchkern.bench.results import Results, load, load_all
+from batchkern.bench_report.markers import check, rewrite
+from batchkern.bench_report.report import page, write_report
+from batchkern.bench_report.results import Results, load, load_all
 
 __all__ = ["Results", "check", "load", "load_all", "page", "rewrite", "write_report"]

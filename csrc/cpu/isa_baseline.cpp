@@ -1,7 +1,7 @@
 // The kernels for the instructions that every processor of the architecture has.
-#include "level.h"
+#include "isa.h"
 
-#define BATCHKERN_LEVEL "baseline"
+#define BATCHKERN_ISA "baseline"
 
 namespace batchkern {
 namespace baseline {

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from batchkern.bench.comparisons import reproduced, strategies
-from batchkern.bench.operations import linear, operations, planned, summary
-from batchkern.bench.results import Results, facts, load, read_text, rendering
-from batchkern.bench.tables import accuracy, confident, growth_table, language, training
+from batchkern.bench_report.comparisons import reproduced, strategies
+from batchkern.bench_report.operations import linear, operations, planned, summary
+from batchkern.bench_report.results import Results, facts, load, read_text, rendering
+from batchkern.bench_report.tables import accuracy, confident, growth_table, language, training
 from batchkern.errors import UserError
 from batchkern.files import write_file
 

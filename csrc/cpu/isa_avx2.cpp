@@ -1,7 +1,7 @@
 // The kernels for processors with AVX2 and FMA.
 #if defined(__x86_64__)
 
-#include "level.h"
+#include "isa.h"
 
 // The pragma stays in force until the end of the file, where templates are instantiated.
 #if defined(__clang__)
@@ -10,7 +10,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 
-#define BATCHKERN_LEVEL "avx2"
+#define BATCHKERN_ISA "avx2"
 
 namespace batchkern {
 namespace avx2 {

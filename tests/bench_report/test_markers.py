@@ -10,8 +10,8 @@ from small_results import SHAPE, row
 
 pytest.importorskip("jinja2")
 
-from batchkern.bench import markers
-from batchkern.bench.markers import blocks, check, rewrite
+from batchkern.bench_report import markers
+from batchkern.bench_report.markers import blocks, check, rewrite
 from batchkern.errors import UserError
 
 OP = "trimmed_cross_entropy"

@@ -196,7 +196,7 @@ class _Sums:
 # --- forward ---------------------------------------------------------------------------------------------------
 
 
-class Pass:
+class ForwardChunks:
     """One pass over all rows, by chunks: writes losses and log-sum-exps, and yields each chunk with its logits, and
     with u."""
 
@@ -244,9 +244,9 @@ class Pass:
 @without_autocast
 def losses(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
     """Losses ``(N,)``, lse ``(N, 2)``, entropy and correct ``(N,)`` (empty unless ``stats``) and, if asked for, the
-    logits ``(N, V)`` of the only chunk. The arguments are those of ``Pass``, ``stats`` and ``keep_logits``."""
+    logits ``(N, V)`` of the only chunk. The arguments are those of ``ForwardChunks``, ``stats`` and ``keep_logits``."""
     *options, stats, keep_logits = args
-    chunks = Pass(hidden, *options, stats=stats)
+    chunks = ForwardChunks(hidden, *options, stats=stats)
     for _ in chunks:
         pass
     entropy = chunks.losses.new_empty(0) if chunks.entropy is None else chunks.entropy
@@ -275,7 +275,7 @@ def losses_and_gradients(
     valid = target != ignore_index
     normalizer = kept_count(valid.sum(), keep).float()
     options = dtype, ignore_index, label_smoothing, softcap, logit_scale, chunk_rows
-    chunks = Pass(hidden, weight, bias, target, *options, keep_u=True)
+    chunks = ForwardChunks(hidden, weight, bias, target, *options, keep_u=True)
     sums = _Sums(weight, bias, needs, terms=_divide(len(hidden), chunks.rows) + (keep < 1))
     to_hidden = torch.empty_like(hidden) if needs[0] else None
     upstream = (logit_scale / normalizer).expand(len(hidden))

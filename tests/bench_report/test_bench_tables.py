@@ -12,10 +12,10 @@ from small_results import SHAPE, row, sweep
 
 pytest.importorskip("jinja2")
 
-from batchkern.bench.markdown import quantity
-from batchkern.bench.operations import detail, linear, operations, planned, summary
-from batchkern.bench.results import load
-from batchkern.bench.tables import BRACKETS, accuracy, confident, growth_table, language, training
+from batchkern.bench_report.markdown import quantity
+from batchkern.bench_report.operations import detail, linear, operations, planned, summary
+from batchkern.bench_report.results import load
+from batchkern.bench_report.tables import BRACKETS, accuracy, confident, growth_table, language, training
 
 OP = "trimmed_cross_entropy"
 LINEAR = {"rows": 2048, "hidden": 512, "words": 32000}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from batchkern.bench.markdown import (
+from batchkern.bench_report.markdown import (
     NOT_YET,
     Footnotes,
     dimensions,
@@ -19,7 +19,7 @@ from batchkern.bench.markdown import (
     size,
     table,
 )
-from batchkern.bench.results import Results
+from batchkern.bench_report.results import Results
 
 OURS, EAGER, COMPILE = "ours", "eager", "compile"
 LINEAR = "linear_trimmed_cross_entropy"

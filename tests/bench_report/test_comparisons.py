@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from batchkern.bench.comparisons import reproduced
-from batchkern.bench.markers import check, rewrite
-from batchkern.bench.report import page as whole_page
-from batchkern.bench.results import load
+from batchkern.bench_report.comparisons import reproduced
+from batchkern.bench_report.markers import check, rewrite
+from batchkern.bench_report.report import page as whole_page
+from batchkern.bench_report.results import load
 from batchkern.recipes import RECIPES
 from batchkern.recipes.reproduction import record, reproduction
 

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from batchkern.bench.markdown import quantity
+from batchkern.bench_report.markdown import quantity
 from batchkern.errors import UserError
 from batchkern.files import read_file
 

@@ -1,4 +1,4 @@
-// What every level_*.cpp includes before its target pragma: all headers that kernels.inl needs.
+// What every isa_*.cpp includes before its target pragma: all headers that kernels.inl needs.
 #pragma once
 
 #include <math.h>

@@ -6,8 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from batchkern.bench.markdown import table
-from batchkern.bench.results import COMPARISON, REPRODUCTION, Results
+from batchkern.bench_report.markdown import table
+from batchkern.bench_report.results import COMPARISON, REPRODUCTION, Results
 from batchkern.compare.report import costs, effects
 from batchkern.errors import UserError
 from batchkern.recipes.reproduction import HEADINGS, cells, tally

@@ -6,10 +6,10 @@ import json
 from statistics import fmean
 from typing import Any
 
-from batchkern.bench.fit import Growth, growth
-from batchkern.bench.markdown import Footnotes, dimensions, labels, paragraphs, quantity, seconds, table
-from batchkern.bench.operations import name, spread
-from batchkern.bench.results import LANGUAGE, Results
+from batchkern.bench_report.fit import Growth, growth
+from batchkern.bench_report.markdown import Footnotes, dimensions, labels, paragraphs, quantity, seconds, table
+from batchkern.bench_report.operations import name, spread
+from batchkern.bench_report.results import LANGUAGE, Results
 
 LANGUAGE_BUDGETS = {"updates": "equal updates", "cost": "equal cost", "seconds": "equal seconds"}
 ON_THE_WAY = "Mean difference to `all` after fewer updates of the same trainings:"

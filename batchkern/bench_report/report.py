@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from batchkern.bench.comparisons import findings, reproduced, strategies
-from batchkern.bench.markdown import paragraphs
-from batchkern.bench.operations import detail, name
-from batchkern.bench.results import COMPARISON, REPRODUCTION, Results, facts, read_text, rendering
-from batchkern.bench.tables import about, accuracy, confident, growth_table, language, sweeps, training
+from batchkern.bench_report.comparisons import findings, reproduced, strategies
+from batchkern.bench_report.markdown import paragraphs
+from batchkern.bench_report.operations import detail, name
+from batchkern.bench_report.results import COMPARISON, REPRODUCTION, Results, facts, read_text, rendering
+from batchkern.bench_report.tables import about, accuracy, confident, growth_table, language, sweeps, training
 from batchkern.compare.arms import BUDGETS
 from batchkern.errors import UserError, require
 from batchkern.files import make_directory, slug, write_file

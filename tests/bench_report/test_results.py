@@ -11,7 +11,7 @@ import small_results as small
 
 pytest.importorskip("jinja2")
 
-from batchkern.bench.results import facts, load, load_all, read_text
+from batchkern.bench_report.results import facts, load, load_all, read_text
 from batchkern.errors import UserError
 
 

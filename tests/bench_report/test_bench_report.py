@@ -20,7 +20,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from batchkern import cli, plots
-from batchkern.bench.report import FIRST_LINE
+from batchkern.bench_report.report import FIRST_LINE
 
 ROOT = Path(__file__).resolve().parents[2]
 OP = "trimmed_cross_entropy"

@@ -1,4 +1,4 @@
-"""Runs the tests of the operations, whose tensors are the CPU's, through GPU kernels: ``pytest --through ...``.
+"""Runs the tests of the operations, whose tensors are the CPU's, through GPU kernels: ``pytest --kernels ...``.
 
 ``host``: those in CUDA C++, compiled by a C++ compiler with the headers of ``cuda_on_host``, which run a grid on the
 host. ``interpreter``: those in Triton, by its interpreter. Not with bfloat16, which that computes wrongly without a
@@ -35,7 +35,7 @@ CUDA_OPS = (
     "rank_batches",
 )
 
-which: str | None = None
+chosen: str | None = None
 """What ``start`` was called with."""
 host_library: Path | None = None
 """What was loaded for ``host``."""
@@ -44,11 +44,11 @@ _overrides = torch.library.Library("batchkern", "IMPL")
 
 
 def start(name: str) -> None:
-    global which
+    global chosen
     import batchkern._backend  # the schemas
 
     assert batchkern._backend.extension is not None, batchkern._backend.extension_error
-    which = name
+    chosen = name
     kernels: dict[str, Callable[..., Any]]
     if name == "interpreter":
         kernels = interpreted_kernels()

@@ -1,7 +1,7 @@
 // The kernels for processors with AVX-512 (F, BW, DQ, VL).
 #if defined(__x86_64__)
 
-#include "level.h"
+#include "isa.h"
 
 // The pragma stays in force until the end of the file, where templates are instantiated.
 #if defined(__clang__)
@@ -11,7 +11,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
 
-#define BATCHKERN_LEVEL "avx512"
+#define BATCHKERN_ISA "avx512"
 #define BATCHKERN_AVX512  // for what is written in intrinsics
 
 namespace batchkern {

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("jinja2")
 
-from batchkern.bench.fit import growth
+from batchkern.bench_report.fit import growth
 
 SIZES = [1000 * 4**step for step in range(8)]
 
