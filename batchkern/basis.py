@@ -21,6 +21,12 @@ class Hadamard:
 
     D holds the ``signs (Q,)``, +-1 float32; H is the top-left Q x Q block of the Sylvester-Hadamard matrix of the next
     power of two; s = 1 / sqrt(Q) gives every column unit norm, whatever Q is. Orthogonal when Q is a power of two.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import Hadamard
+        >>> Hadamard(torch.tensor([1.0, 1.0, 1.0, -1.0])).matrix()[:2].tolist()
+        [[0.5, 0.5, 0.5, -0.5], [0.5, -0.5, 0.5, 0.5]]
     """
 
     signs: Tensor
@@ -54,6 +60,13 @@ def random_basis(
 
     Raises:
         ValueError: unknown ``kind`` or ``width`` below 1.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import random_basis
+        >>> basis = random_basis(4, "orthogonal")
+        >>> torch.allclose(basis @ basis.T, torch.eye(4), atol=1e-6)
+        True
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")

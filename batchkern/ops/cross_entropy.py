@@ -77,6 +77,17 @@ def cross_entropy(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
         RuntimeError: in the backward pass, when it is differentiated again.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import cross_entropy
+        >>> logits = torch.tensor([[1.0, 1.0], [3.0, 1.0]]).log().requires_grad_()
+        >>> losses = cross_entropy(logits, torch.tensor([0, 0]), reduction="none")
+        >>> [round(loss, 4) for loss in losses.tolist()]
+        [0.6931, 0.2877]
+        >>> losses[0].backward()  # the loss of row 1 counts nowhere
+        >>> logits.grad.tolist()
+        [[-0.5, 0.5], [0.0, 0.0]]
     """
     check.cross_entropy(logits, target, weight, "weight", ignore_index, label_smoothing)
     check.one_of("reduction", reduction, ("none", "mean", "sum"))

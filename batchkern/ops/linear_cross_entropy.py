@@ -114,6 +114,15 @@ def linear_cross_entropy(
         ValueError: in the backward pass, where a gradient reaches more than ``backward_rows`` tokens, or the processes
             of ``vocab_group`` have different ones; on a GPU that is a device-side assert.
         RuntimeError: in the backward pass, when it is differentiated again.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import linear_cross_entropy
+        >>> hidden = torch.eye(2)  # two tokens
+        >>> weight = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()  # of a vocabulary of two words
+        >>> losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), reduction="none")
+        >>> [round(loss, 4) for loss in losses.tolist()]
+        [0.2877, 0.6931]
     """
     check.one_of("reduction", reduction, ("none", "mean", "sum"))
     if backward_rows is not None:

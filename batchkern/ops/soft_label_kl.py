@@ -65,6 +65,15 @@ def soft_label_kl(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range; M is 0, as where a hook that makes
             virtual samples did not run.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import soft_label_kl
+        >>> reference = torch.tensor([[3.0, 1.0]]).log()  # probabilities 0.75 and 0.25
+        >>> virtual = torch.tensor([[1.0, 1.0], [3.0, 1.0]]).log()  # two virtual samples of it
+        >>> mean, divergences = soft_label_kl(reference, virtual, per_sample=True)
+        >>> [round(divergence, 4) for divergence in divergences.tolist()], round(float(mean), 4)
+        ([0.1308, 0.0], 0.0654)
     """
     check.tensor("reference_logits", reference_logits, dims=2)
     check.tensor("virtual_logits", virtual_logits, dims=2, dtypes=(reference_logits.dtype,))

@@ -94,6 +94,17 @@ def trimmed_cross_entropy(
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
         RuntimeError: in the backward pass, when it is differentiated again, or when ``inplace_backward`` finds the
             logits changed since the forward pass.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import trimmed_cross_entropy
+        >>> logits = torch.tensor([[3.0, 1.0], [1.0, 1.0], [1.0, 3.0], [7.0, 1.0]]).log()
+        >>> target = torch.tensor([0, 0, 0, 0])
+        >>> loss, losses = trimmed_cross_entropy(logits, target, keep=0.5, per_sample=True)
+        >>> [round(loss, 4) for loss in losses.tolist()]
+        [0.2877, 0.6931, 1.3863, 0.1335]
+        >>> round(float(loss), 4)  # the mean of the two highest
+        1.0397
     """
     check.cross_entropy(logits, target, class_weight, "class_weight", ignore_index, label_smoothing, group)
     keep = check.fraction("keep", keep, logits)
@@ -226,6 +237,17 @@ class TrimmedCrossEntropyLoss(nn.Module):
 
     Args:
         keep, ignore_index, label_smoothing, class_weight, per_sample, group, inplace_backward: as in the function.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import TrimmedCrossEntropyLoss
+        >>> criterion = TrimmedCrossEntropyLoss(keep=1.0)
+        >>> logits = torch.tensor([[1.0, 1.0], [1.0, 3.0]]).log()
+        >>> round(float(criterion(logits, torch.tensor([0, 0]))), 4)
+        1.0397
+        >>> criterion.keep = 0.5  # from now on the hardest half
+        >>> round(float(criterion(logits, torch.tensor([0, 0]))), 4)
+        1.3863
     """
 
     def __init__(

@@ -59,6 +59,17 @@ def trimmed_mean(
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import trimmed_mean
+        >>> losses = torch.tensor([4.0, 1.0, 3.0, 2.0])
+        >>> float(trimmed_mean(losses, keep=0.5))  # 4 and 3
+        3.5
+        >>> float(trimmed_mean(losses, keep=0.5, order="lowest"))  # 1 and 2
+        1.5
+        >>> float(trimmed_mean(losses, keep=0.5, skip=0.25))  # 3 and 2: the highest may have a wrong label
+        2.5
     """
     check.tensor("losses", losses)
     keep = _check_selection(losses, "losses", keep, order, skip, above, mask, within, group)
@@ -114,6 +125,15 @@ def select_rows(
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import select_rows
+        >>> losses = torch.tensor([4.0, 1.0, 3.0, 2.0])
+        >>> select_rows(losses, keep=0.5).tolist()
+        [True, False, True, False]
+        >>> select_rows(losses, keep=0.25, mask=losses < 4).tolist()  # the highest of the other three
+        [False, False, True, False]
     """
     check.tensor("score", score)
     keep = _check_selection(score, "score", keep, order, skip, above, mask, within, group)

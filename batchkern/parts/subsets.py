@@ -189,6 +189,15 @@ class SubsetSampler(PlannedBatches):
 
     Raises:
         UserError: an argument is out of its range, or a subset is smaller than its batches.
+
+    Examples:
+        >>> from batchkern.parts import SubsetSampler
+        >>> sampler = SubsetSampler(rows=10, batch_size=2, epochs=2, fractions=(0.5, 1.0), batch_multiples=(1, 1))
+        >>> sampler.updates  # 3 of 5 rows, then 5 of 10
+        8
+        >>> half, all_rows = (sum(sampler, []) for epoch in range(2))
+        >>> len(half), sorted(all_rows)
+        (5, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
 
     def __init__(
@@ -245,6 +254,18 @@ class StepwiseLR(LambdaLR):
 
     Raises:
         UserError: an argument is out of its range.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.parts import StepwiseLR, SubsetSampler
+        >>> optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+        >>> sampler = SubsetSampler(10, 2, epochs=2, fractions=(0.5, 1.0), batch_multiples=(1, 1))
+        >>> schedule = StepwiseLR(optimizer, sampler, gamma=1.0, rates=(0.1, 0.05))
+        >>> for batch in sampler:
+        ...     optimizer.step()
+        >>> schedule.step()
+        >>> schedule.get_last_lr()
+        [0.05]
     """
 
     def __init__(

@@ -225,6 +225,16 @@ class VirtualSamples(nn.Module):
 
     Raises:
         UserError: an argument is out of its range, or there is no such module.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.parts import VirtualSamples
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.ones(4, 3)
+        >>> plain = model(x)
+        >>> virtual = VirtualSamples(model, gaussian=4, dropout=4, eta=0.1, omega=0)  # in every pass
+        >>> logits = model(x)  # of the batch alone, as before
+        >>> torch.equal(logits, plain), bool(virtual.penalty() > 0)
+        (True, True)
     """
 
     def __init__(
