@@ -106,6 +106,17 @@ class Trainer:
 
     Raises:
         UserError: whatever can be known to be wrong before training.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import Trimming
+        >>> from batchkern.trainer import Trainer
+        >>> x = torch.linspace(-1, 1, 64).view(64, 1)
+        >>> data = x, (x[:, 0] > 0).long()
+        >>> trainer = Trainer("mlp", data, data, strategies=[Trimming(end=0.5)], epochs=2, batch_size=16)
+        >>> result = trainer.fit()
+        >>> result["updates"], result["samples_kept"]  # all of 64 samples, then the hardest half
+        (8, 96)
     """
 
     def __init__(

@@ -69,7 +69,7 @@ def test_the_docstring_ends_with_examples(module: str, name: str) -> None:
     text = docstring(public_object(module, name))
     if name in WITHOUT:
         pytest.skip(WITHOUT[name])
-    before, section, examples = text.partition("\n\nExamples:\n")
+    _, section, examples = text.partition("\n\nExamples:\n")
     assert section, f"{module}.{name} has no section Examples"
     assert doctest.DocTestParser().get_examples(examples), f"the examples of {module}.{name} begin with >>>"
     assert all(line.startswith("    ") or not line for line in examples.splitlines()), "Examples comes last"

@@ -58,6 +58,13 @@ class Comparison:
         training: further keyword arguments of :class:`Trainer`, the same in all runs.
         overwrite: replace the files of a comparison that is there.
         resume: go on with the comparison that is there, if there is one; it may get more arms, seeds and budgets.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.compare import Comparison
+        >>> comparison = Comparison("digits", "mlp", Path("out"), arms=("trimming",), training={"epochs": 5})
+        >>> comparison.arms  # with the baseline and the control
+        ('baseline', 'trimming', 'random(select=rows)')
     """
 
     data: str

@@ -114,7 +114,7 @@ class Rates:
             for next i" below eq. 9 are read as naming the rate, not as compounding it.
         divisor: whose batch size the b of eq. 9 is. ``"step"``: the step's, b_i, as in eq. 10. ``"run"``: the run's, in
             all steps; sums of larger batches are then larger, and the rates in between 2, 3 and 4 times those above.
-        rates: the rates themselves, one a step, in place of eq. 9.
+        rates: factors on lambda, one for each step, in place of eq. 9.
     """
 
     def __init__(
@@ -260,7 +260,7 @@ class StepwiseLR(LambdaLR):
         >>> from batchkern.parts import StepwiseLR, SubsetSampler
         >>> optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
         >>> sampler = SubsetSampler(10, 2, epochs=2, fractions=(0.5, 1.0), batch_multiples=(1, 1))
-        >>> schedule = StepwiseLR(optimizer, sampler, gamma=1.0, rates=(0.1, 0.05))
+        >>> schedule = StepwiseLR(optimizer, sampler, rates=(1.0, 0.5))
         >>> for batch in sampler:
         ...     optimizer.step()
         >>> schedule.step()

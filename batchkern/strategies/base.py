@@ -188,7 +188,17 @@ def loaded(state: Mapping[str, Any], name: str, like: Tensor) -> Tensor:
 
 
 class Strategy:
-    """A way of choosing samples, batches and what each counts. Subclasses are dataclasses: their fields are options."""
+    """A way of choosing samples, batches and what each counts. Subclasses are dataclasses: their fields are options.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> from batchkern.strategies import Strategy
+        >>> @dataclass
+        ... class EveryOther(Strategy):
+        ...     name = "every-other"
+        ...     def narrow(self, step, score):  # the rows of a batch that get a full pass
+        ...         return torch.arange(0, len(step.batch.indices), 2)
+    """
 
     name: ClassVar[str]
     owns: frozenset[str] = frozenset()

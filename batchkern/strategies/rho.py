@@ -45,6 +45,16 @@ class RHO(Strategy):
             network itself, with other random weights. Where it is a module, with the weights it was given with.
         reference_epochs: of each reference model on its half.
         at_random: train on as many, but at random, after all the same passes: the control.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import RHO
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> strategy = RHO(fraction=0.25, reference_epochs=1)
+        >>> trainer = Trainer("mlp", data, data, strategies=[strategy], epochs=2, batch_size=16)
+        >>> trainer.fit()["updates"]  # each of two epochs passes 64 samples forward and trains on 16
+        2
     """
 
     name: ClassVar[str] = "rho"

@@ -34,6 +34,16 @@ class SelectiveBackprop(Strategy):
         beta: at least 0; 0 selects all, 1 half of them, 2 a third.
         history: R, how many losses the distribution is of.
         at_random: of each batch select as many, but at random: the control.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import SelectiveBackprop
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> trainer = Trainer("mlp", data, data, strategies=[SelectiveBackprop(beta=1.0)], epochs=4, batch_size=16)
+        >>> costs = trainer.fit()
+        >>> costs["samples_seen"], costs["samples_backward"] < 256  # all are scored, some are trained on
+        (256, True)
     """
 
     name: ClassVar[str] = "selective-backprop"

@@ -50,6 +50,16 @@ class StochasticAugmentation(Strategy):
         vote: decide by majority at inference; ties go to the raw prediction, then to the lower class.
         vote_layer: the module at whose input the virtual samples of the vote are made; default: the first of
             ``layers``.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import StochasticAugmentation
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> strategy = StochasticAugmentation(omega=0, gaussian=2, dropout=2)
+        >>> trainer = Trainer("mlp", data, data, strategies=[strategy], epochs=2, batch_size=16)
+        >>> trainer.fit()["augmented_updates"]  # with omega = 0 each of the eight
+        8
     """
 
     name: ClassVar[str] = "augmentation"
