@@ -6,6 +6,8 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,14 @@ def _site() -> Any:
 
 
 NAMES = [(module, name) for module in _site().MODULES for name in _site().public(module)]
+
+
+@pytest.fixture(autouse=True)
+def _no_accelerator() -> Iterator[None]:
+    """That of ``accelerate``, of which a process has one, is not left to other tests."""
+    yield
+    if "accelerate" in sys.modules:
+        sys.modules["accelerate"].state.AcceleratorState._reset_state(True)
 
 
 def public_object(module: str, name: str) -> Any:

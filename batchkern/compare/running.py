@@ -72,12 +72,10 @@ def run(
     Examples:
         >>> from pathlib import Path
         >>> from batchkern.compare import Comparison, run
-        >>> rows = "".join(f"{x},{'high' if x > 20 else 'low'}\n" for x in range(40))
-        >>> _ = Path("numbers.csv").write_text("x,label\n" + rows)
-        >>> comparison = Comparison("numbers.csv", "mlp", Path("out"), label="label", arms=(), seeds=2, training={"epochs": 1})
-        >>> results = run(comparison, jobs=1)
+        >>> small = {"train_rows": 64, "test_rows": 64, "seeds": 1, "training": {"epochs": 1}}
+        >>> results = run(Comparison("digits", "mlp", Path("out"), arms=("cutout",), **small), jobs=1)
         >>> [(entry["arm"], entry["seed"]) for entry in results["runs"]]
-        [('baseline', 0), ('baseline', 1)]
+        [('baseline', 0), ('cutout', 0)]
     """
     for module in NEEDED:
         require(module, "train")  # now, and not after the trainings

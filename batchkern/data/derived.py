@@ -20,6 +20,13 @@ def subset(data: D, rows: int) -> D:
 
     Raises:
         UserError: ``rows`` is less than the classes that there are, or more than there are.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import from_tensors, subset
+        >>> data = from_tensors(torch.zeros(100, 3), torch.arange(100) % 2)
+        >>> subset(data, 10).labels.bincount().tolist()
+        [5, 5]
     """
     present = len(data.one_label_each("a part of it").unique())
     count = whole(rows)
@@ -36,6 +43,14 @@ def validation_split(data: D, fraction: float) -> tuple[D, D]:
 
     Raises:
         UserError: ``fraction`` is not in (0, 1), or either part would have fewer rows than there are classes.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import from_tensors, validation_split
+        >>> data = from_tensors(torch.zeros(100, 3), torch.arange(100) % 2)
+        >>> train, validation = validation_split(data, 0.2)
+        >>> train.labels.bincount().tolist(), validation.labels.bincount().tolist()
+        ([40, 40], [10, 10])
     """
     if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 < fraction < 1:
         raise UserError(f"validation must be in (0, 1), got {fraction!r}")
@@ -74,6 +89,14 @@ def with_label_noise(data: D, fraction: float, seed: int) -> D:
 
     Raises:
         UserError: ``fraction`` is not in [0, 1), or the labels are known to be noisy already.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import from_tensors, with_label_noise
+        >>> data = from_tensors(torch.zeros(100, 3), torch.arange(100) % 2)
+        >>> noisy = with_label_noise(data, 0.2, seed=0)
+        >>> int((noisy.labels != noisy.clean_labels).sum())
+        20
     """
     if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 <= fraction < 1:
         raise UserError(f"noise must be in [0, 1), got {fraction!r}")

@@ -66,6 +66,12 @@ def load(
         UserError: there is no such source or split, it cannot be read, it lacks an image or label column, a
             row has no label or one out of range, all rows are of one class, an image cannot be decoded, or
             sizes are mixed without `image_size` (for streamed images: when its batch is due).
+
+    Examples:
+        >>> from batchkern.data import load
+        >>> train, test = load("digits"), load("digits", split="test")
+        >>> len(train) + len(test), train.shape, train.classes[:3]
+        (1797, (1, 8, 8), ('0', '1', '2'))
     """
     size = _checked_size(image_size, center_crop)
     _check_limit(memory_limit)
@@ -105,6 +111,12 @@ def load_pair(
         UserError: as `load`; or the class names differ; or, where one of the two has integers without names,
             a test label is not a training class; or a clean label is not; or the images differ in size without
             `image_size`.
+
+    Examples:
+        >>> from batchkern.data import load_pair
+        >>> train, test = load_pair("digits", image_size=16)
+        >>> len(train) + len(test), test.shape
+        (1797, (1, 16, 16))
     """
     size = _checked_size(image_size, center_crop)
     _check_limit(memory_limit)
@@ -139,7 +151,14 @@ def load_pair(
 
 
 class Trained(NamedTuple):
-    """What a model was trained on: the name of the data, and their classes."""
+    """What a model was trained on: the name of the data, and their classes.
+
+    Examples:
+        >>> from batchkern.data import Trained, load
+        >>> data = load("digits")
+        >>> Trained(data.name, data.classes[:2])
+        Trained(name='digits', classes=('0', '1'))
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -165,6 +184,13 @@ def load_test(
 
     Raises:
         UserError: as `load_pair`.
+
+    Examples:
+        >>> from batchkern.data import Trained, load_test
+        >>> trained = Trained("digits", tuple("0123456789"))  # what the model was trained on
+        >>> data = load_test("digits", trained, shape=(1, 8, 8))
+        >>> len(data), data.classes == trained.classes
+        (359, True)
     """
     name, splits = open_source(source)
     if split is None:

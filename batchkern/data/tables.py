@@ -31,7 +31,13 @@ MOST_TEXTS = 100
 
 @dataclass(frozen=True)
 class Column:
-    """What becomes of a column: itself, or of ``"texts"`` a 1 in the place of each of ``values``."""
+    """What becomes of a column: itself, or of ``"texts"`` a 1 in the place of each of ``values``.
+
+    Examples:
+        >>> from batchkern.data import Column
+        >>> Column("size", "number").width, Column("kind", "texts", ("cat", "dog", "fox")).width
+        (1, 3)
+    """
 
     name: str
     kind: Literal["number", "texts"]
@@ -49,6 +55,15 @@ class TableData(TensorData):
         columns: what became of each.
         label: the name of the column of labels.
         other: columns of the file that are no features.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.data import load_table_pair
+        >>> for name in ("train.csv", "test.csv"):
+        ...     _ = Path(name).write_text("size,kind,label\\n1,cat,yes\\n3,dog,no\\n2,dog,no\\n")
+        >>> train, test = load_table_pair("train.csv", "test.csv", label="label")
+        >>> train.inputs.tolist(), train.labels.tolist(), train.classes  # size, cat, dog
+        ([[1.0, 1.0, 0.0], [3.0, 0.0, 1.0], [2.0, 0.0, 1.0]], [1, 0, 0], ('no', 'yes'))
     """
 
     columns: tuple[Column, ...]
@@ -81,6 +96,15 @@ def load_table_pair(
     Raises:
         UserError: a file cannot be read as a table, lacks a column, has one that can be no feature or a place without a
             value, or a label that is none of training.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.data import load_table_pair
+        >>> rows = [f"{size},{kind},{kind}" for size in range(10) for kind in ("cat", "dog")]
+        >>> _ = Path("pets.csv").write_text("\\n".join(["size,kind,label", *rows]))
+        >>> train, test = load_table_pair("pets.csv", label="label")
+        >>> [column.kind for column in train.columns], len(train), len(test)
+        (['number', 'texts'], 16, 4)
     """
     name, table = _read(train)
     left_out = (label, *(() if clean_labels is None else (clean_labels,)))
@@ -119,6 +143,15 @@ def load_table(
 
     Raises:
         UserError: as `load_table_pair`.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.data import Column, load_table
+        >>> _ = Path("new.csv").write_text("size,kind\\n2,dog\\n")
+        >>> columns = [Column("size", "number"), Column("kind", "texts", ("cat", "dog"))]  # of the training
+        >>> data = load_table("new.csv", columns=columns, label="label", classes=("no", "yes"), labelled=False)
+        >>> data.inputs.tolist()
+        [[2.0, 0.0, 1.0]]
     """
     texts = [column.name for column in columns if column.kind == "texts"]
     if not _are_numbers(classes):
@@ -144,7 +177,14 @@ def open_pair(
     image_size: int | None = None,
     center_crop: bool = False,
 ) -> tuple[Labelled, Labelled]:
-    """Tables, where there is a ``label``, by :func:`load_table_pair`; else images, by `load_pair`."""
+    """Tables, where there is a ``label``, by :func:`load_table_pair`; else images, by `load_pair`.
+
+    Examples:
+        >>> from batchkern.data import open_pair
+        >>> train, test = open_pair("digits")  # with label="..." files of tables
+        >>> len(train) + len(test)
+        1797
+    """
     if label is None:
         return load_pair(train, test, clean_labels=clean_labels, image_size=image_size, center_crop=center_crop)
     if image_size is not None or center_crop:

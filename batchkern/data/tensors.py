@@ -15,7 +15,16 @@ from batchkern.errors import UserError
 
 
 class TensorData(Labelled):
-    """Inputs held in memory, given to the model as they are or standardised; see `from_tensors`."""
+    """Inputs held in memory, given to the model as they are or standardised; see `from_tensors`.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import TensorData
+        >>> inputs = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+        >>> data = TensorData(inputs, torch.tensor([0, 1]), ["cat", "dog"], name="pets")
+        >>> data.select(torch.tensor([1])).inputs.tolist()
+        [[2.0, 3.0]]
+    """
 
     labels: Tensor
     classes: tuple[str, ...]
@@ -77,6 +86,13 @@ def from_tensors(
     Raises:
         UserError: they are not dense tensors of so many rows, hold no number or one that is not finite, or a label is
             out of range.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import from_tensors
+        >>> data = from_tensors(torch.tensor([[0.0, 1.0], [2.0, 3.0]]), torch.tensor([0, 1]), classes=["cat", "dog"])
+        >>> len(data), data.shape, data.classes
+        (2, (2,), ('cat', 'dog'))
     """
     inputs, labels = _tensor("inputs", inputs), _tensor("labels", labels)
     if inputs.dim() < 2 or len(inputs) == 0 or inputs.numel() == 0:

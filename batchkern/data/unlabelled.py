@@ -31,6 +31,15 @@ def images_of(
 
     Raises:
         UserError: they are of another kind, or there is none. What cannot be decoded is told when it is asked for.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import images_of
+        >>> from PIL import Image
+        >>> images = [Image.new("L", (8, 8), 255), Image.new("L", (16, 16), 0)]
+        >>> data = images_of(images, shape=(1, 8, 8), classes=["black", "white"])
+        >>> data.rows(torch.tensor([0, 1]))[:, 0, 0, 0].tolist()
+        [255, 0]
     """
     if isinstance(images, Tensor):
         data = TensorImages(images, _zeros(len(images) if images.dim() else 0), classes, name="images")
@@ -59,6 +68,12 @@ def table_of(
 
     Raises:
         UserError: there is no such source or split, it has several and none is named, or it has no images.
+
+    Examples:
+        >>> from batchkern.data import table_of
+        >>> data = table_of("digits", shape=(1, 8, 8), classes=tuple("0123456789"))
+        >>> len(data), data.labels.unique().tolist()  # the test split, without its labels
+        (359, [0])
     """
     name, splits = open_source(source)
     if split is None:
@@ -79,6 +94,15 @@ def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
 
     Raises:
         UserError: a path leads nowhere, or a folder has no image.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.data import find_images
+        >>> Path("photos/more").mkdir(parents=True)
+        >>> for name in ("b.png", "a.jpg", "notes.txt", "more/c.png"):
+        ...     Path("photos", name).touch()
+        >>> find_images(["photos"])
+        ['photos/a.jpg', 'photos/b.png', 'photos/more/c.png']
     """
     found: list[str] = []
     for path in (os.fspath(path) for path in paths):

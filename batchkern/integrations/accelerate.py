@@ -29,6 +29,18 @@ class KeepSchedule:
 
     Raises:
         ValueError: ``model`` is not patched, or the schedule gave what is not in (0, 1].
+
+    Examples:
+        >>> import accelerate
+        >>> from batchkern import TrimmedCrossEntropyLoss
+        >>> from batchkern.integrations.accelerate import KeepSchedule
+        >>> from batchkern.schedules import linear
+        >>> criterion = TrimmedCrossEntropyLoss(keep=1.0)
+        >>> keep = KeepSchedule(accelerate.Accelerator(cpu=True), criterion, linear(1.0, 0.5), steps=3)
+        >>> for step in range(3):
+        ...     print(criterion.keep, end=" ")  # the step: accelerator.backward(loss); optimizer.step()
+        ...     keep.step()
+        1.0 0.75 0.5
     """
 
     def __init__(

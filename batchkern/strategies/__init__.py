@@ -96,7 +96,7 @@ def check_combination(strategies: Sequence[Strategy]) -> None:
         >>> check_combination([CutMix(), Mixup()])
         Traceback (most recent call last):
             ...
-        batchkern.errors.UserError: strategies cutmix and mixup both decide
+        batchkern.errors.UserError: strategies cutmix and mixup both decide whether images are mixed; use one of them
     """
     owners: dict[str, Strategy] = {}
     for strategy in strategies:

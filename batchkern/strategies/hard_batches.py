@@ -32,7 +32,7 @@ class HardBatches(Strategy):
         >>> from batchkern.trainer import Trainer
         >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
         >>> trainer = Trainer("mlp", data, data, strategies=[HardBatches(delta=0.25)], epochs=2, batch_size=16)
-        >>> trainer.fit()["updates"]  # four batches once, then the hardest one of them four times
+        >>> trainer.fit()["updates"]  # as many as the baseline: all four batches, then four rounds of the hardest one
         8
     """
 

@@ -46,7 +46,8 @@ class Mixup(Strategy):
     Examples:
         >>> from batchkern.strategies import CutMix, Mixup
         >>> strategy = Mixup(alpha=1.0)  # Trainer(..., strategies=[strategy])
-        >>> sorted(strategy.owns & CutMix().owns)  # both decide these, so one run has one of them
+        >>> sorted(strategy.owns & CutMix.owns)  # both decide this, so a run has one of them at most
+        ['whether images are mixed']
     """
 
     name: ClassVar[str] = "mixup"
