@@ -41,10 +41,9 @@ class KeepSchedule(lightning.Callback):
         ...         return self.loss(self.layer(batch), torch.zeros(len(batch), dtype=torch.int64))
         ...     def configure_optimizers(self):
         ...         return torch.optim.SGD(self.parameters(), lr=0.1)
-        >>> loader, module = torch.utils.data.DataLoader(torch.ones(6, 1), batch_size=2), Module()
-        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        >>> trainer = lightning.Trainer(accelerator="cpu", max_epochs=1, callbacks=[KeepSchedule(linear(1.0, 0.5))], **quiet)
-        >>> trainer.fit(module, loader)
+        >>> callbacks = [KeepSchedule(linear(1.0, 0.5))]
+        >>> trainer = lightning.Trainer(max_epochs=1, callbacks=callbacks, accelerator="cpu", barebones=True)
+        >>> trainer.fit(module := Module(), torch.utils.data.DataLoader(torch.ones(6, 1), batch_size=2))
         >>> trainer.global_step, module.loss.keep
         (3, 0.5)
     """

@@ -21,6 +21,18 @@ class TrimmedLossWrapper(ChunkedLossWrapper):
 
     Raises:
         TypeError: when called, where ``lm_head`` is no ``nn.Linear``, or its words are sharded (tensor parallelism).
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.integrations.torchtitan import TrimmedLossWrapper
+        >>> loss = TrimmedLossWrapper.Config(keep=0.5).build()
+        >>> head = torch.nn.Linear(2, 2, bias=False)
+        >>> head.weight.data = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()
+        >>> loss.set_lm_head(head)
+        >>> hidden, labels = torch.eye(2)[None].requires_grad_(), torch.tensor([[0, 1]])  # losses 0.2877 and 0.6931
+        >>> value, metrics = loss(hidden, labels)
+        >>> round(value.item(), 4)  # the harder one, times two tokens
+        1.3863
     """
 
     @dataclass(kw_only=True, slots=True)
