@@ -22,6 +22,9 @@ class Hadamard:
     D holds the ``signs (Q,)``, +-1 float32; H is the top-left Q x Q block of the Sylvester-Hadamard matrix of the next
     power of two; s = 1 / sqrt(Q) gives every column unit norm, whatever Q is. Orthogonal when Q is a power of two.
 
+    Args:
+        signs: ``(Q,)`` float32, each +1 or -1.
+
     Examples:
         >>> import torch
         >>> from batchkern import Hadamard

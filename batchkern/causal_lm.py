@@ -93,6 +93,9 @@ def patch_causal_lm(
 class CausalLMPatch:
     """What :func:`patch_causal_lm` did to a model.
 
+    Args:
+        model, keep, objective, group, chunk_rows: as in :func:`patch_causal_lm`, which makes it.
+
     Examples:
         >>> import torch
         >>> from batchkern import CausalLMPatch, patch_causal_lm

@@ -22,6 +22,12 @@ RateSchedule = Callable[[float], float]
 def linear(start: float, end: float) -> EpochSchedule:
     """``start`` in the first epoch, ``end`` in the last, straight in between; one epoch alone gives ``start``.
 
+    Args:
+        start, end: any numbers; fractions of rows in (0, 1] where it is a schedule of keep.
+
+    Returns:
+        ``f(epoch, epochs)``, with epochs counted from 0.
+
     Examples:
         >>> from batchkern.schedules import linear
         >>> keep = linear(1.0, 0.2)
@@ -39,6 +45,12 @@ def linear(start: float, end: float) -> EpochSchedule:
 
 def stages(values: dict[int, float]) -> EpochSchedule:
     """Piecewise constant: ``{0: 1.0, 50: 0.5}`` is 1.0 up to epoch 49 and 0.5 from epoch 50 on.
+
+    Args:
+        values: the first epoch of each stage, counted from 0, and its value; one stage begins at 0.
+
+    Raises:
+        UserError: no stage begins at 0.
 
     Examples:
         >>> from batchkern.schedules import stages
@@ -58,6 +70,12 @@ def stages(values: dict[int, float]) -> EpochSchedule:
 def every(count: int) -> Callable[[int], bool]:
     """True at each multiple of ``count``, counting from 1.
 
+    Args:
+        count: a whole number of at least 1.
+
+    Raises:
+        UserError: ``count`` is another value.
+
     Examples:
         >>> from batchkern.schedules import every
         >>> due = every(3)
@@ -71,6 +89,12 @@ def every(count: int) -> Callable[[int], bool]:
 
 def bernoulli(probability: float) -> Callable[[torch.Generator], bool]:
     """True with a fixed probability, drawn from the generator it is called with.
+
+    Args:
+        probability: in [0, 1].
+
+    Raises:
+        UserError: ``probability`` is another value.
 
     Examples:
         >>> import torch
@@ -140,6 +164,11 @@ class step:
 def warm_up(schedule: RateSchedule, share: float, start: float) -> RateSchedule:
     """``schedule``, times a line from ``start`` to 1 over the first ``share`` of the training, in (0, 1].
 
+    Args:
+        schedule: the factors after the warm-up.
+        share: part of the training that the warm-up takes, in (0, 1].
+        start: the factor at the beginning.
+
     Examples:
         >>> from batchkern.schedules import constant, warm_up
         >>> schedule = warm_up(constant(), share=0.25, start=0.0)
@@ -154,6 +183,9 @@ _STEP = re.compile(r"step\(\s*milestones\s*=\s*\(([^()]*)\)\s*(?:,\s*gamma\s*=\s
 
 def parse_step(text: str) -> step | None:
     """The schedule of ``"step(milestones=(0.3, 0.6), gamma=0.1)"``; ``None``: the text is not of that form.
+
+    Args:
+        text: with ``gamma`` or without.
 
     Raises:
         UserError: numbers that :class:`step` does not take.

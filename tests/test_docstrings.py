@@ -15,7 +15,7 @@ import pytest
 
 SITE = Path(__file__).resolve().parents[1] / "tools" / "site.py"
 WITHOUT = {
-    "Counts": "a result, which the example of Trainer prints",
+    "Counts": "a result: the example of Trainer prints two of its figures",
     "Interrupted": "an exception",
     "ImageData": "an abstract class: its subclasses have examples",
     "Labelled": "an abstract class: its subclasses have examples",
@@ -34,6 +34,9 @@ def _site() -> Any:
     spec.loader.exec_module(module)
     return module
 
+
+LIBRARIES = {"from transformers": "transformers", "TensorBoard": "tensorboard", "WeightsAndBiases": "wandb"}
+"""Words of examples outside of the integrations, and the library that an example with one needs."""
 
 NAMES = [(module, name) for module in _site().MODULES for name in _site().public(module)]
 
@@ -67,6 +70,8 @@ def test_the_example_prints_what_it_says(
     module: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = docstring(public_object(module, name))
+    for library in [library for word, library in LIBRARIES.items() if word in text]:
+        pytest.importorskip(library)
     monkeypatch.chdir(tmp_path)
     test = doctest.DocTestParser().get_doctest(text, {"__name__": "__main__"}, name, module, 0)
     told: list[str] = []

@@ -46,6 +46,9 @@ BUDGETS = {
 def split_arms(text: str) -> list[str]:
     """The arms of a text that joins them by commas; the word ``all`` stands for :data:`ARMS`.
 
+    Args:
+        text: arms in the notation of :func:`batchkern.strategies.parse`.
+
     Raises:
         UserError: there are commas and no arm.
 
@@ -62,6 +65,9 @@ def split_arms(text: str) -> list[str]:
 
 def control_of(arm: str) -> str | None:
     """The arm that selects as much as ``arm`` does, at random; ``None`` where nothing is selected by loss.
+
+    Args:
+        arm: in the notation of :func:`batchkern.strategies.parse`.
 
     Examples:
         >>> from batchkern.compare import control_of
@@ -105,6 +111,9 @@ def described(arm: str) -> str:
 
 def with_controls(arms: Sequence[str]) -> tuple[str, ...]:
     """The arms, the baseline first, and behind them the controls that they need.
+
+    Args:
+        arms: in the notation of :func:`batchkern.strategies.parse`.
 
     Examples:
         >>> from batchkern.compare import with_controls

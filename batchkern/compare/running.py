@@ -59,6 +59,7 @@ def run(
     that is also the fastest. A run that fails, or whose process dies, is part of the results and ends no other.
 
     Args:
+        comparison: what is compared, and where results are written.
         jobs: runs side by side, in processes of their own unless 1; default: usable CPU cores, or one on each GPU.
         report: called with each run as it ends, an entry of ``runs``; how many have ended; how many there are.
 

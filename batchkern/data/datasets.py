@@ -35,6 +35,12 @@ Collate = Callable[[list[Any]], tuple[Inputs, Tensor]]
 class DatasetData(Labelled):
     """Rows of a dataset, fetched when their batch is due; see `from_dataset`.
 
+    Args:
+        dataset: something with a length that gives the row of a number.
+        collate_fn: makes ``(inputs, labels)`` of a list of rows.
+        classes: their names; ``None``: as many as the model has.
+        name: for messages.
+
     Examples:
         >>> import torch
         >>> from batchkern.data import DatasetData, from_dataset
@@ -182,6 +188,7 @@ def as_labelled(name: str, data: Any, classes: tuple[str, ...] | None = None) ->
     Args:
         name: of the argument, for messages.
         classes: of the training set, which those of a pair or a dataset are, too.
+        data: `Labelled`, a map-style dataset (`from_dataset`), or a pair of inputs and labels (`from_tensors`).
 
     Examples:
         >>> import torch
@@ -207,6 +214,8 @@ class DatasetFeed:
     """Batches of a dataset on a device, fetched by `workers` processes ahead of their update.
 
     Args:
+        data: as `from_dataset` gives them.
+        device: where the batches are to be.
         seed: of the rows' own randomness.
         workers: 0: in this process, when the batch is due.
         classes: how many there are, where the dataset does not say; without, labels are not looked at.
@@ -323,6 +332,10 @@ def feed_of(
     Args:
         statistics: those of the training set, as `Labelled.statistics` gives them.
         workers, classes: of a dataset, as of `DatasetFeed`.
+        data: images, other inputs in memory, or a dataset.
+        device: where the batches are to be.
+        augment: as of `Feed`; of a dataset ``"none"``.
+        seed: of the augmentation, or of the rows' own randomness.
 
     Examples:
         >>> import torch

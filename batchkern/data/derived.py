@@ -18,6 +18,10 @@ D = TypeVar("D", bound=Labelled)
 def subset(data: D, rows: int) -> D:
     """``rows`` of the data, the same ones in every run, each class with its share (to within one).
 
+    Args:
+        data: one label for each row.
+        rows: how many to take, at least one for each class.
+
     Raises:
         UserError: ``rows`` is less than the classes that there are, or more than there are.
 
@@ -40,6 +44,10 @@ def subset(data: D, rows: int) -> D:
 def validation_split(data: D, fraction: float) -> tuple[D, D]:
     """The data without ``fraction`` of them, and that part, the same in every run, each class with its share: to
     choose settings by, so that the test set is looked at once, at the end.
+
+    Args:
+        data: one label for each row.
+        fraction: of the rows that is held out, in (0, 1).
 
     Raises:
         UserError: ``fraction`` is not in (0, 1), or either part would have fewer rows than there are classes.
@@ -86,6 +94,11 @@ def with_label_noise(data: D, fraction: float, seed: int) -> D:
     """The same inputs, round(fraction * N) of them with another label, any other class alike (symmetric noise).
 
     What the labels were is kept in ``clean_labels``.
+
+    Args:
+        data: one label for each row.
+        fraction: of the labels that are replaced, in [0, 1).
+        seed: of the choice of rows and of their new labels.
 
     Raises:
         UserError: ``fraction`` is not in [0, 1), or the labels are known to be noisy already.

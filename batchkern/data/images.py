@@ -224,6 +224,10 @@ def match_shape(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
     the images are resized, bilinear with antialiasing, whatever their aspect, but for streamed ones that are cut out
     by `center_crop` (`load`): these are, at the new size, if that is square. `data` itself if it fits.
 
+    Args:
+        data: images of any one shape.
+        shape: (C, H, W): C is 1 or 3, H and W are at least 1.
+
     Raises:
         UserError: C is not 1 or 3, or H or W is not positive.
 

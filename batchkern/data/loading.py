@@ -181,6 +181,8 @@ def load_test(
         split: which one, or `HELD_OUT`; None: "test", else "validation", else the only one, unless the model was
             trained on that.
         center_crop: how images of another size become ones of this, as for `load`.
+        trained: the name and the classes of the data that the model was trained on.
+        memory_limit: as for `load`.
 
     Raises:
         UserError: as `load_pair`.

@@ -33,6 +33,11 @@ MOST_TEXTS = 100
 class Column:
     """What becomes of a column: itself, or of ``"texts"`` a 1 in the place of each of ``values``.
 
+    Args:
+        name: of the column in the file.
+        kind: ``"number"`` or ``"texts"``.
+        values: of ``"texts"``, what the column may have, in the order of their places.
+
     Examples:
         >>> from batchkern.data import Column
         >>> Column("size", "number").width, Column("kind", "texts", ("cat", "dog", "fox")).width
@@ -50,6 +55,13 @@ class Column:
 
 class TableData(TensorData):
     """Rows of a table; the features of its columns in their order.
+
+    Args:
+        inputs: ``(N, features)`` float32, on the CPU.
+        labels: ``(N,)`` int64, each in 0..len(classes)-1.
+        classes: the name of each class.
+        name: the source, for messages.
+        standardize: give each feature mean 0 and deviation 1 in the training set.
 
     Attributes:
         columns: what became of each.
@@ -138,6 +150,10 @@ def load_table(
     """Rows of a table with the columns of another one.
 
     Args:
+        source: a file that ends in .csv, .tsv or .parquet.
+        columns: the features of the other table, in their order.
+        label: the column of labels.
+        classes: the names of the other table's classes.
         labelled: without, the column of labels need not be there, and all labels are 0.
         other: columns that may be there and are no features.
 
@@ -178,6 +194,12 @@ def open_pair(
     center_crop: bool = False,
 ) -> tuple[Labelled, Labelled]:
     """Tables, where there is a ``label``, by :func:`load_table_pair`; else images, by `load_pair`.
+
+    Args:
+        train, test: as for :func:`load_table_pair` or `load_pair`.
+        label: the column of labels of a table; ``None``: the data are images.
+        clean_labels: as for either.
+        image_size, center_crop: of images, as for `load`.
 
     Examples:
         >>> from batchkern.data import open_pair

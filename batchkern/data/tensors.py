@@ -17,6 +17,13 @@ from batchkern.errors import UserError
 class TensorData(Labelled):
     """Inputs held in memory, given to the model as they are or standardised; see `from_tensors`.
 
+    Args:
+        inputs: ``(N, ...)``, held on the CPU.
+        labels: ``(N,)`` int64, each in 0..len(classes)-1; or masks ``(N, *places)`` of them, where -100 counts nowhere.
+        classes: the name of each class.
+        name: the source, for messages.
+        standardize: give each feature or channel, an index of dimension 1, mean 0 and deviation 1 in the training set.
+
     Examples:
         >>> import torch
         >>> from batchkern.data import TensorData
@@ -82,6 +89,7 @@ def from_tensors(
             C, *places)``: a place of -100 counts nowhere.
         classes: their names; default: "0", "1", ... as far as the labels go.
         standardize: give each feature or channel, an index of dimension 1, mean 0 and deviation 1 in the training set.
+        name: for messages.
 
     Raises:
         UserError: they are not dense tensors of so many rows, hold no number or one that is not finite, or a label is

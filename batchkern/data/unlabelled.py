@@ -28,6 +28,8 @@ def images_of(
         images: uint8 (B, C, H, W), where those of this height and width are taken as they are; or a list of files
             and images of PIL, which are decoded, turned, converted and resized as those of a data set.
         center_crop: how images of another size become ones of this, as for `load`.
+        shape: (C, H, W) that all images get.
+        classes: the names of those that the model knows.
 
     Raises:
         UserError: they are of another kind, or there is none. What cannot be decoded is told when it is asked for.
@@ -64,6 +66,10 @@ def table_of(
     """The same of the images of a parquet file, a data set of the hub or a built-in one. Labels are not looked at.
 
     Args:
+        source: a parquet file, a name on the hub or a built-in name, as for `load`.
+        shape: (C, H, W) that all images get.
+        classes: the names of those that the model knows.
+        center_crop: how images of another size become ones of this, as for `load`.
         split: which one; None: "test", else the only one.
 
     Raises:
@@ -91,6 +97,9 @@ def table_of(
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Files, and for a folder all images in it and in those below it, sorted by name.
+
+    Args:
+        paths: of files and of folders.
 
     Raises:
         UserError: a path leads nowhere, or a folder has no image.

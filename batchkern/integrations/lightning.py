@@ -71,6 +71,9 @@ class VaryingEpochs(lightning.Callback):
         loader = inject(WholeEpochs(DataLoader(...)), passive)
         Trainer(callbacks=[VaryingEpochs(loader)]).fit(module, loader)
 
+    Args:
+        loader: ``WholeEpochs`` or ``inject`` of ``batchkern.parts``; it has a length from then on.
+
     Examples:
         >>> import torch
         >>> from batchkern.integrations.lightning import VaryingEpochs

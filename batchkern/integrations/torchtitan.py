@@ -19,6 +19,10 @@ class TrimmedLossWrapper(ChunkedLossWrapper):
     and returns the sum over a process's tokens, divided by ``global_valid_tokens``. Tokens are ranked within a process;
     validation counts all. ``num_chunks`` and ``loss_fn`` are not used.
 
+    Args:
+        config: ``TrimmedLossWrapper.Config``, with ``keep`` in (0, 1], the fraction of the tokens kept.
+        options: of ``ChunkedLossWrapper``.
+
     Raises:
         TypeError: when called, where ``lm_head`` is no ``nn.Linear``, or its words are sharded (tensor parallelism).
 

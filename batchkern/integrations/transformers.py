@@ -127,6 +127,7 @@ class StrategiesMixin:
         loader: such as ``WholeEpochs``, or ``inject`` into one, of ``batchkern.parts``; it is not prepared by
             ``accelerate``. One without a state is read from its beginning by a resumed training, as Transformers does.
         second_head: for the passive batches of ``inject``.
+        args, options: of ``transformers.Trainer``.
 
     Examples:
         >>> import torch, transformers

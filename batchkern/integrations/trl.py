@@ -18,6 +18,9 @@ class PatchedModelMixin(_PatchedModelMixin):
     micro-batch; the metrics ``entropy``, ``mean_token_accuracy`` and ``num_tokens`` are not made. In evaluation
     everything is SFTTrainer's, which holds no logits either.
 
+    Args:
+        args, kwargs: of ``trl.SFTTrainer``.
+
     Raises:
         ValueError: when made with a ``loss_type`` other than "nll".
         RuntimeError: in the first step, with label smoothing or a ``compute_loss_func``, which take the logits.

@@ -48,6 +48,9 @@ def is_passive(batch: Any) -> bool:
     """Whether :class:`inject` took a batch from the passive set. Ask before the batch is made anew: the list
     ``[x.to(device) for x in batch]`` is no longer marked.
 
+    Args:
+        batch: as the loader delivered it.
+
     Examples:
         >>> from batchkern.parts import inject, is_passive
         >>> batches = list(inject([["a"], ["b"]], [["p"]], every=2))

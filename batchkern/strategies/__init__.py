@@ -90,6 +90,12 @@ LONGEST = 10_000
 def check_combination(strategies: Sequence[Strategy]) -> None:
     """Refuses strategies of one run that decide the same thing.
 
+    Args:
+        strategies: objects such as ``Trimming()``.
+
+    Raises:
+        UserError: two of them decide the same thing, or one is no strategy.
+
     Examples:
         >>> from batchkern.strategies import CutMix, Cutout, Mixup, check_combination
         >>> check_combination([Cutout(), Mixup()])
@@ -150,6 +156,10 @@ def check_passive(strategies: Sequence[str], passive: str | None) -> None:
 
 def split_terms(text: str, separator: str) -> list[str]:
     """``text``, cut at each ``separator`` that no parentheses enclose; the parts are stripped.
+
+    Args:
+        text: such as ``"stepwise(fractions=(0.5, 1))+cutout"``.
+        separator: one character, such as ``"+"``.
 
     Examples:
         >>> from batchkern.strategies import split_terms
