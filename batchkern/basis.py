@@ -55,7 +55,7 @@ def random_basis(
         width: Q, at least 1.
         kind: ``"normalized"``: independent random columns of unit norm, the paper's. ``"orthogonal"``: Haar-random
             orthogonal. ``"hadamard"``: randomised Hadamard transform; no Q x Q matrix is ever formed.
-        device: where the basis lives; default: torch's default device.
+        device: where the basis is made; default: torch's default device.
         generator: default: torch's default generator for that device.
 
     Returns:

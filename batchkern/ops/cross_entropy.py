@@ -61,18 +61,19 @@ def cross_entropy(
         logits: ``(C,)``, ``(B, C)`` or ``(B, C, d1, ..., dK)``, float32, bfloat16, float16 or float64. Read where they
             lie, whatever their memory format, which the gradient shares; copied only where the strides of d1, ..., dK
             do not merge into one dimension.
-        target: class indices of any integer type and of the rows' shape, ``()``, ``(B,)`` or ``(B, d1, ..., dK)``; or
-            probabilities of the logits' shape. What probabilities hold is not checked, as in PyTorch: those that are
-            negative or NaN make losses that are. Probabilities that require a gradient get one, from plain PyTorch.
-        weight: ``(C,)``, of each class.
-        ignore_index: rows with this target have neither loss nor gradient.
-        label_smoothing: in [0, 1].
+        target: class indices in [0, C) of any integer type and of the rows' shape, ``()``, ``(B,)`` or ``(B, d1, ...,
+            dK)``; or probabilities of the logits' shape. What probabilities hold is not checked, as in PyTorch: those
+            that are negative or NaN make losses that are. Probabilities that require a gradient get one, from plain
+            PyTorch.
+        weight: of each class, ``(C,)`` of any of these types; it must not require a gradient.
+        ignore_index: any int; rows with this target have neither loss nor gradient. Not for probabilities.
+        label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
         reduction: ``"none"``, ``"mean"`` (over the rows' weights where there are class indices) or ``"sum"``.
-        stats: return :class:`Rows` instead, whatever the reduction.
+        stats: return :class:`Rows` in place of the losses, whatever the reduction.
 
     Returns:
-        The losses of the rows' shape, or 0-dim. Or ``Rows(loss, lse, entropy, correct)``, all of the rows' shape, of
-        which loss and lse (the log-sum-exp) are differentiable.
+        The losses of the rows' shape, or 0-dim. With ``stats`` it is ``Rows(loss, lse, entropy, correct)``, all of the
+        rows' shape, of which loss and lse (the log-sum-exp) are differentiable.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.

@@ -85,20 +85,20 @@ def linear_cross_entropy(
             ``fully_shard``) is gathered once a call, in the type of ``hidden``, and its gradient, the mean over the
             processes of its mesh, is reduced once.
         target: ``(...)``, of any integer type, in [0, V), or ``ignore_index``.
-        bias: ``(V,)``, like weight.
-        ignore_index: tokens with this target have neither loss nor gradient.
+        bias: ``(V,)``, of the type of weight.
+        ignore_index: any int; tokens with this target have neither loss nor gradient.
         label_smoothing: in [0, 1].
-        softcap: the logits are ``softcap * tanh(x / softcap)`` of the product x, as in Gemma 2; -inf, by which a bias
-            masks words, stays -inf.
-        logit_scale: logits are multiplied by it, last: the ``logit_scale`` of Cohere, 1 / ``logits_scaling`` of
-            Granite.
+        softcap: above 0: the logits are ``softcap * tanh(x / softcap)`` of the product x, as in Gemma 2; -inf, by which
+            a bias masks words, stays -inf.
+        logit_scale: above 0: logits are multiplied by it, last: the ``logit_scale`` of Cohere, 1 / ``logits_scaling``
+            of Granite.
         reduction: ``"none"``, ``"mean"`` (over the tokens that are not ignored) or ``"sum"``.
-        stats: return :class:`Rows` instead, whatever the reduction.
-        chunk_rows: rows of a chunk. None: equal chunks of at most 64 MiB of logits, on a GPU 512, but of 128 rows at
-            least.
-        backward_rows: the most tokens that a gradient will reach, where losses are returned for each. The backward pass
-            then does not wait for a GPU, and can be captured in a CUDA graph; a graph that is captured without it does
-            the work of all tokens. Not looked at in float64.
+        stats: return :class:`Rows` in place of the losses, whatever the reduction.
+        chunk_rows: rows of a chunk, at least 1. None: equal chunks of at most 64 MiB of logits, on a GPU 512 MiB, but
+            of at least 128 rows.
+        backward_rows: at least 0: the most tokens that a gradient will reach, where losses are returned for each. The
+            backward pass then does not wait for a GPU, and can be captured in a CUDA graph; a graph that is captured
+            without it does the work of all tokens. Not looked at in float64.
         vocab_group: the vocabulary is sharded over the processes of this group: weight (and bias) are this one's words,
             in the order of the ranks, any number of them, or DTensors of ``Shard(0)``, of which the local part is
             taken. Hidden, target and what is done with the losses are the same on all; the target counts words of the
@@ -106,8 +106,8 @@ def linear_cross_entropy(
             ``torch.compile``.
 
     Returns:
-        The losses ``(...)``, or 0-dim. Or ``Rows(loss, lse, entropy, correct)``, all ``(...)``, of which loss and lse
-        are differentiable. All float32 (float64 for float64).
+        The losses ``(...)``, or 0-dim. With ``stats`` it is ``Rows(loss, lse, entropy, correct)``, all ``(...)``, of
+        which loss and lse are differentiable. Floats are float32 (float64 for float64).
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.

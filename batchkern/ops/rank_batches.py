@@ -60,8 +60,8 @@ class BatchLedger(nn.Module):
     A module whose one buffer, ``losses``, goes where the module goes and is saved with it.
 
     Args:
-        size: N.
-        device: where the losses live.
+        size: N, at least 1.
+        device: where the losses are held, float32; default: torch's default device.
 
     A batch that has never been seen ranks above every finite loss.
 

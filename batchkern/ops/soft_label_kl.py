@@ -50,7 +50,7 @@ def soft_label_kl(
     both rows adds nothing; at -inf in the virtual row alone the divergence is +inf.
 
     Args:
-        reference_logits: ``(B, C)`` float32, bfloat16, float16 or float64: the soft labels.
+        reference_logits: ``(B, C)`` float32, bfloat16, float16 or float64: their softmax is the soft labels.
         virtual_logits: ``(M * B, C)``, copy-major as :func:`batchkern.augment_latent` stacks them; same dtype.
         temperature: T, a normal number of float32: from 1.2e-38 to 3.4e38.
         scale: a factor of the mean that is known beforehand, such as eta of eq. 11; finite in float32. The gradient,

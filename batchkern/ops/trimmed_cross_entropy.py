@@ -75,10 +75,11 @@ def trimmed_cross_entropy(
             of the logits' shape, as in :func:`cross_entropy`.
         keep: fraction of rows kept, in (0, 1]; or a 0-dim float tensor on the logits' device, read when the operation
             runs, so that a captured CUDA graph follows a schedule.
-        ignore_index: rows with this target have no loss, no gradient and no rank.
+        ignore_index: any int; rows with this target have no loss, no gradient and no rank.
         label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
-        class_weight: ``(C,)``: weighted losses are ranked, and their sum is divided by the kept rows' weights; with
-            probabilities by the number of kept rows, as PyTorch does.
+        class_weight: ``(C,)``, of any of these types; it must not require a gradient. Weighted losses are ranked, and
+            their sum is divided by the kept rows' weights; with probabilities by the number of kept rows, as PyTorch
+            does.
         per_sample: also return the losses, of the rows' shape, detached, 0 at ignored rows.
         group: rank over the batches of all processes of this group, which may have different numbers of rows, but not
             within ``torch.compile`` and captured graphs (ties: lower rank first). The loss is scaled so that the
