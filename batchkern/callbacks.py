@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 
 class Callback:
-    """What :class:`batchkern.trainer.Trainer` calls, in the first process alone; override what you need.
+    """Methods that :class:`batchkern.trainer.Trainer` calls, in the first process alone; override those you need.
 
     Examples:
         >>> import torch
@@ -50,7 +50,7 @@ class Callback:
 class TensorBoard(Callback):
     """Writes every figure that is a number to ``<out>/tensorboard``, at the number of the epoch, counted from 1.
 
-    A run that goes on replaces what was written after its checkpoint.
+    A run that is resumed replaces what was written after its checkpoint.
 
     Examples:
         >>> import os, torch
@@ -92,7 +92,7 @@ class TensorBoard(Callback):
 class WeightsAndBiases(Callback):
     """Logs every figure that is a number to https://wandb.ai, or with ``WANDB_MODE=offline`` to ``<out>/wandb``.
 
-    ``WANDB_PROJECT`` and wandb's other variables choose the rest. A run that goes on is the same run there.
+    ``WANDB_PROJECT`` and wandb's other variables choose the rest. A run that is resumed is the same run there.
 
     Examples:
         >>> import torch

@@ -68,7 +68,7 @@ def stages(values: dict[int, float]) -> EpochSchedule:
 
 
 def every(count: int) -> Callable[[int], bool]:
-    """True at each multiple of ``count``, counting from 1.
+    """A function of n that is True at each multiple of ``count``, counted from 1.
 
     Args:
         count: a whole number of at least 1.
@@ -88,7 +88,7 @@ def every(count: int) -> Callable[[int], bool]:
 
 
 def bernoulli(probability: float) -> Callable[[torch.Generator], bool]:
-    """True with a fixed probability, drawn from the generator it is called with.
+    """A function that is True with a fixed probability, drawn from the generator that it is called with.
 
     Args:
         probability: in [0, 1].
@@ -121,7 +121,7 @@ def constant() -> RateSchedule:
 
 
 def cosine() -> RateSchedule:
-    """Half a cosine from 1 to 0.
+    """Half a cosine, which falls from 1 to 0.
 
     Examples:
         >>> from batchkern.schedules import cosine

@@ -216,9 +216,9 @@ class DatasetFeed:
     Args:
         data: as `from_dataset` gives them.
         device: where the batches are to be.
-        seed: of the rows' own randomness.
-        workers: 0: in this process, when the batch is due.
-        classes: how many there are, where the dataset does not say; without, labels are not looked at.
+        seed: seed of the rows' own randomness.
+        workers: number of processes; 0: this process fetches a batch when it is due.
+        classes: how many there are, where the dataset does not say; with ``None`` its labels are not checked.
 
     Examples:
         >>> import torch
@@ -327,11 +327,11 @@ def feed_of(
     workers: int = 0,
     classes: int | None = None,
 ) -> Feed | DatasetFeed:
-    """What hands out batches of `data`.
+    """A feed that hands out batches of `data`.
 
     Args:
         statistics: those of the training set, as `Labelled.statistics` gives them.
-        workers, classes: of a dataset, as of `DatasetFeed`.
+        workers, classes: of a dataset, as for `DatasetFeed`.
         data: images, other inputs in memory, or a dataset.
         device: where the batches are to be.
         augment: as of `Feed`; of a dataset ``"none"``.

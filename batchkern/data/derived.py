@@ -42,8 +42,10 @@ def subset(data: D, rows: int) -> D:
 
 
 def validation_split(data: D, fraction: float) -> tuple[D, D]:
-    """The data without ``fraction`` of them, and that part, the same in every run, each class with its share: to
-    choose settings by, so that the test set is looked at once, at the end.
+    """The data without ``fraction`` of them, and that part: to choose settings by, so that the test set is looked at
+    once, at the end.
+
+    The part is the same in every run, and each class has its share in it.
 
     Args:
         data: one label for each row.
@@ -93,7 +95,7 @@ def _stratified(data: Labelled, count: int) -> Tensor:
 def with_label_noise(data: D, fraction: float, seed: int) -> D:
     """The same inputs, round(fraction * N) of them with another label, any other class alike (symmetric noise).
 
-    What the labels were is kept in ``clean_labels``.
+    The labels from before are kept in ``clean_labels``.
 
     Args:
         data: one label for each row.

@@ -48,7 +48,7 @@ def load(
             Images are the first column of type `datasets.Image`; labels the column "label", "labels" or
             "fine_label", else the only one of classes, else the only one of integers (where one of these three
             is of another type: none). Strings in one of these three are classes too, in sorted order.
-        split: which split.
+        split: name of the split.
         image_size: resize all images to this many pixels square, bilinear with antialiasing.
         center_crop: instead of squeezing an image into the square, resize its shorter side to
             round(image_size / 0.875), and cut the square out of the centre (of 256 pixels 224, as for ImageNet).

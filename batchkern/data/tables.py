@@ -154,8 +154,8 @@ def load_table(
         columns: the features of the other table, in their order.
         label: the column of labels.
         classes: the names of the other table's classes.
-        labelled: without, the column of labels need not be there, and all labels are 0.
-        other: columns that may be there and are no features.
+        labelled: whether the labels are read; otherwise their column need not be there, and all labels are 0.
+        other: names of columns that may be there and are no features.
 
     Raises:
         UserError: as `load_table_pair`.

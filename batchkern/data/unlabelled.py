@@ -32,7 +32,8 @@ def images_of(
         classes: the names of those that the model knows.
 
     Raises:
-        UserError: they are of another kind, or there is none. What cannot be decoded is told when it is asked for.
+        UserError: they are of another kind, or there is none. An image that cannot be decoded
+            raises when its batch is asked for.
 
     Examples:
         >>> import torch
@@ -63,14 +64,16 @@ def table_of(
     center_crop: bool = False,
     split: str | None = None,
 ) -> ImageData:
-    """The same of the images of a parquet file, a data set of the hub or a built-in one. Labels are not looked at.
+    """Images of a parquet file, of a data set of the hub or of a built-in one, all with the label 0.
+
+    The labels of the source are not looked at.
 
     Args:
         source: a parquet file, a name on the hub or a built-in name, as for `load`.
         shape: (C, H, W) that all images get.
         classes: the names of those that the model knows.
         center_crop: how images of another size become ones of this, as for `load`.
-        split: which one; None: "test", else the only one.
+        split: name of the split; None: "test", else the only one.
 
     Raises:
         UserError: there is no such source or split, it has several and none is named, or it has no images.

@@ -22,10 +22,10 @@ class KeepSchedule:
     ``load_state`` take it along.
 
     Args:
-        accelerator: that of the loop.
+        accelerator: the accelerator of the loop.
         model: what has ``keep``: the patched model, before or after ``prepare``, or a trimmed loss.
         schedule: ``f(step, steps)`` gives keep, as those of ``batchkern.schedules`` do.
-        steps: optimizer steps in all.
+        steps: number of optimizer steps of the whole training, at least 1.
 
     Raises:
         ValueError: ``model`` is not patched, or the schedule gave what is not in (0, 1].

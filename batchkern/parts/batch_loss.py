@@ -19,10 +19,10 @@ class BatchLoss(TrimmedCrossEntropyLoss):
     takes them. In evaluation mode, and without gradients, it is the mean cross entropy of all rows and nothing else.
 
     Args:
-        keep: fraction of the rows that count, the hardest; it may be reassigned between steps.
-        sampler: is told the mean loss of all rows of the batch.
-        virtual: its penalty is added; of sequences, over the positions that count.
-        ignore_index, label_smoothing, class_weight, group: as of ``trimmed_cross_entropy``.
+        keep: fraction of the rows that count, the hardest, in (0, 1]; it may be reassigned between steps.
+        sampler: records the mean loss of all rows of each batch.
+        virtual: virtual samples, whose penalty is added to the loss; of sequences, over the positions that count.
+        ignore_index, label_smoothing, class_weight, group: as for ``trimmed_cross_entropy``.
 
     Examples:
         >>> import torch

@@ -87,9 +87,9 @@ class inject:
             ...  # the update
 
     Args:
-        loader: of the training set.
-        passive: of the passive set; begun anew whenever it ends.
-        every: g; or ``f(batches of loader so far)`` -> bool.
+        loader: the loader of the training set.
+        passive: the loader of the passive set, which begins anew whenever it ends.
+        every: g, at least 1; or ``f(batches of loader so far)`` -> bool.
 
     Its state has that of both loaders where they have one, as :class:`batchkern.parts.WholeEpochs` does. A loader
     without a state begins anew, so a state from within its pass is refused.
@@ -203,7 +203,7 @@ class SecondHead:
 
     Args:
         model: any module with a linear layer as its classifier.
-        classes: of the passive set.
+        classes: number of classes of the passive set, at least 1.
         example: inputs that the model can take: a tensor, or a tuple or dict of arguments. With it the head is what
             runs behind the last convolution, as in the paper, or behind ``shared``; without it the classifier alone.
         shared: the part that both sets share, as in :func:`batchkern.second_head.second_head`.

@@ -193,9 +193,9 @@ class EpochBatchSampler(PlannedBatches):
     """Each epoch a fresh permutation of all rows, cut into batches: the baseline.
 
     Args:
-        rows: of the data set.
-        batch_size: rows of a batch, of all ranks together.
-        seed: of the order; a ``Trainer`` with the same seed has the same batches.
+        rows: number of rows of the data set, at least 1.
+        batch_size: number of rows of a batch, of all ranks together, at least 1.
+        seed: seed of the order; a ``Trainer`` with the same seed has the same batches.
         drop_last: leave out the last batch of an epoch where it is smaller.
         group: a process group whose ranks share each batch: each is given a contiguous part of it. Where the parts
             are not equally large (they differ by one row at most), a loss that takes ``group`` weighs them rightly.

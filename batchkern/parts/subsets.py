@@ -180,9 +180,9 @@ class SubsetSampler(PlannedBatches):
             schedule.step()
 
     Args:
-        rows: of the data set.
-        batch_size: b, of the baseline.
-        epochs: of the training, divided evenly among the steps.
+        rows: number of rows of the data set.
+        batch_size: b, the batch size of the baseline.
+        epochs: number of epochs of the training, which are divided evenly among the steps.
         fractions: sizes of the subsets, increasing, in (0, 1].
         batch_multiples: batch size of each step, in units of ``batch_size``.
         seed, drop_last, group: as :class:`batchkern.parts.EpochBatchSampler`.
@@ -249,7 +249,7 @@ class StepwiseLR(LambdaLR):
 
     Args:
         optimizer: its rates are those of the first step, lambda.
-        sampler: that of the training.
+        sampler: the sampler of the training.
         gamma, decay_every, gradients, divisor, rates: as :class:`Rates` takes them.
 
     Raises:

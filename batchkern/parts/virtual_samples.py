@@ -220,8 +220,8 @@ class VirtualSamples(nn.Module):
         eta: weight of the penalty, at least 0.
         labels: ``"soft"``: outputs of the batch are the labels of its virtual samples, as constants (eq. 10);
             ``"trained"``: with a gradient into them (eq. 11 as it is written).
-        seed: of the coin and the noise.
-        noise: ``gaussian``, ``dropout``, ``sigma``, ``tau``, ``drop_prob``, ``basis``, as :class:`LatentNoise`.
+        seed: seed of the coin and the noise.
+        noise: ``gaussian``, ``dropout``, ``sigma``, ``tau``, ``drop_prob``, ``basis``, as for :class:`LatentNoise`.
 
     Raises:
         UserError: an argument is out of its range, or there is no such module.

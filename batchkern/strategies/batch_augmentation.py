@@ -22,7 +22,7 @@ class BatchAugmentation(Strategy):
     strategies, such as :class:`Cutout`.
 
     Args:
-        copies: M, at least 2.
+        copies: M, how often each sample is in the batch, at least 2.
 
     Examples:
         >>> import torch

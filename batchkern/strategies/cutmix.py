@@ -51,7 +51,8 @@ class CutMix(Strategy):
 
     Args:
         alpha: above 0; at 1, the paper's, lambda is uniform.
-        probability: of a batch to be mixed at all, in (0, 1]; the paper's code takes 0.5 on CIFAR and 1 on ImageNet.
+        probability: probability that a batch is mixed at all, in (0, 1]; the paper's code takes 0.5 on CIFAR and 1 on
+            ImageNet.
 
     Examples:
         >>> from batchkern.strategies import CutMix, Cutout, parse

@@ -40,7 +40,7 @@ class PassiveInjection(Strategy):
         passive: the passive set, or what ``batchkern.data.load`` takes; resized to the shape of the training images and
             normalised by its own statistics.
         every: g, the number of active batches for each passive one; or ``f(active batches so far)`` -> bool.
-        batch_size: of passive batches; default: the run's.
+        batch_size: number of rows of a passive batch; default: the run's batch size.
         freeze_bn: passive batches leave the running statistics of batch norm alone. By default they are shared.
         summed: one update of the two losses' sum (eq. 4), in place of two updates, one after the other (Algorithm 1).
         shared: which layers both sets share, as in :func:`batchkern.second_head.second_head`: ``"convolutions"``, as

@@ -35,10 +35,10 @@ class StochasticAugmentation(Strategy):
 
     Args:
         omega: in [0, pi / 2]; pi / 3 augments every second iteration on average.
-        omega_end: that of the last epoch, linear in between; default: it stays (section 3.2 names a changing
+        omega_end: omega of the last epoch, linear in between; default: it stays (section 3.2 names a changing
             probability as the more delicate case).
         eta: weight of the penalty, at least 0; the paper's search found 0.01 and 0.1.
-        gaussian, dropout, sigma, tau, drop_prob, basis: of the virtual samples, as
+        gaussian, dropout, sigma, tau, drop_prob, basis: settings of the virtual samples, as
             :class:`batchkern.parts.virtual_samples.LatentNoise` takes them.
         layers: names of eligible modules; default: the model's classifier, its last linear layer.
         two_step: Algorithm 1: one update for the loss, then one for the penalty, in place of the one update of eq. 11.
