@@ -23,8 +23,8 @@ class SelectiveBackprop(Strategy):
 
     That is CDF(loss)^beta, with the cumulative distribution of the last R losses, those of the sample's own batch among
     them; on average 1 / (1 + beta) of the samples. Selected ones wait until there are as many as a batch has, and only
-    then is there an update, from a forward pass of its own. Samples that wait at the end of an epoch wait on; those that
-    wait at the end of the training are not trained on. An epoch is one forward pass of each sample.
+    then is there an update, from a forward pass of its own. Samples that wait at the end of an epoch wait on; those
+    that wait at the end of the training are not trained on. An epoch is one forward pass of each sample.
 
     Two readings. The losses of a batch enter the distribution before its ranks are taken, as in the authors' program;
     that program also trains on every sample of the first epoch, and on the samples that wait at the end of each epoch,
