@@ -52,8 +52,8 @@ def cross_entropy(
 ) -> Tensor | Rows:
     """``torch.nn.functional.cross_entropy``, whose backward pass does no work for rows that no gradient reaches.
 
-    With ``reduction="none"`` or ``stats`` the losses of the rows can be selected, masked or weighted by any code: a row
-    whose upstream gradient is zero is not read by the backward pass, and its gradient is an exact zero, whatever it
+    With ``reduction="none"`` or ``stats`` any code may select, mask or weigh the losses of the rows: a row whose
+    upstream gradient is zero is not read by the backward pass, and its gradient is an exact zero, whatever the row
     holds. Losses are float32 whatever the logits are (float64 for float64 logits). Within the transforms of
     ``torch.func`` PyTorch's own functions serve.
 

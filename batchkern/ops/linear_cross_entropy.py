@@ -70,7 +70,8 @@ def linear_cross_entropy(
     backward_rows: int | None = None,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> Tensor | Rows:
-    """``cross_entropy`` of ``F.linear(hidden, weight, bias)`` without all logits, paid for where a gradient arrives.
+    """``cross_entropy`` of ``F.linear(hidden, weight, bias)`` without all logits; tokens without a gradient cost no
+    backward pass.
 
     With F = 2 N H V flops for N tokens the forward pass costs F. With ``reduction="none"`` or ``stats`` any code may
     select, mask or weigh the losses of the tokens, and the backward pass costs 3 F times the share of the tokens that
@@ -79,7 +80,8 @@ def linear_cross_entropy(
     :func:`linear_trimmed_cross_entropy`.
 
     Args:
-        hidden: ``(..., H)`` float32, bfloat16, float16 or float64 (which has no kernel, and holds all logits).
+        hidden: ``(..., H)`` float32, bfloat16, float16 or float64 (for which there is no kernel, and all logits are
+            held).
         weight: ``(V, H)``, same dtype; may be that of the embedding. Under autocast types may differ, as ``F.linear``
             would cast both, and the gradient of a float32 weight is made in float32. A DTensor (FSDP2's
             ``fully_shard``) is gathered once a call, in the type of ``hidden``, and its gradient, the mean over the
@@ -87,11 +89,11 @@ def linear_cross_entropy(
         target: ``(...)``, of any integer type, in [0, V), or ``ignore_index``.
         bias: ``(V,)``, of the type of weight.
         ignore_index: any int; tokens with this target have neither loss nor gradient.
-        label_smoothing: in [0, 1].
-        softcap: above 0: the logits are ``softcap * tanh(x / softcap)`` of the product x, as in Gemma 2; -inf, by which
-            a bias masks words, stays -inf.
-        logit_scale: above 0: logits are multiplied by it, last: the ``logit_scale`` of Cohere, 1 / ``logits_scaling``
-            of Granite.
+        label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
+        softcap: from 1e-30 to 1e30: the logits are ``softcap * tanh(x / softcap)`` of the product x, as in Gemma 2;
+            -inf, by which a bias masks words, stays -inf.
+        logit_scale: from 1e-30 to 1e30: logits are multiplied by it, last: the ``logit_scale`` of Cohere, 1 /
+            ``logits_scaling`` of Granite.
         reduction: ``"none"``, ``"mean"`` (over the tokens that are not ignored) or ``"sum"``.
         stats: return :class:`Rows` in place of the losses, whatever the reduction.
         chunk_rows: rows of a chunk, at least 1. None: equal chunks of at most 64 MiB of logits, on a GPU 512 MiB, but

@@ -207,9 +207,9 @@ class VirtualSamples(nn.Module):
             ...  # the update
 
     Make it before the model is compiled; a compiled model takes it with breaks of the graph, so not with
-    ``fullgraph=True``. It has no parameters; its state is how many passes there were. The layers from ``layer`` on see
+    ``fullgraph=True``. It has no parameters; its state is the number of passes. The layers from ``layer`` on see
     1 + M times the rows: they must run once a pass, with the batch as dimension 0, and take nothing else that has its
-    rows, such as a mask of padding or a skip connection around ``layer``. The classifier always does.
+    rows, such as a mask of padding or a skip connection around ``layer``. The classifier always fulfils this.
 
     Args:
         model: any module. Inputs of the layer are ``(B, ...)``; of ``(B, T, H)`` each position is perturbed by itself.
