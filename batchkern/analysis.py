@@ -67,7 +67,14 @@ Curve = tuple[list[float], list[float]]
 
 @dataclass
 class Run:
-    """One training."""
+    """One training.
+
+    Examples:
+        >>> from batchkern.analysis import Run
+        >>> run = Run("sam", "0", {"accuracy": 0.75}, budgets=("updates", "cost"), used={"cost": 200.0})
+        >>> sorted(run.group)
+        ['cost', 'updates']
+    """
 
     arm: str
     seed: str
@@ -92,7 +99,16 @@ class Run:
 
 @dataclass
 class Results:
-    """What a file has."""
+    """What a file has.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.analysis import read_results
+        >>> _ = Path("results.csv").write_text("arm,seed,accuracy[10],accuracy[20]\\nbaseline,0,0.5,0.75\\n")
+        >>> results = read_results(Path("results.csv"))
+        >>> results.axis, results.runs[0].curves["accuracy"]
+        ('steps', ([10.0, 20.0], [0.5, 0.75]))
+    """
 
     runs: list[Run]
     axis: str = "steps"
@@ -225,10 +241,18 @@ def read_results(path: Path, metrics: Sequence[str] = ()) -> Results:
       or ``steps``, and the last line that has the metric counts. A column ``accuracy[100]`` has it after 100 steps.
 
     Args:
+        path: of the file.
         metrics: names of columns; default: ``test_accuracy`` if there is such a column, else all of them.
 
     Raises:
         UserError: the file cannot be read, or is none of this kind; the sentence has the line and the column.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.analysis import read_results
+        >>> _ = Path("results.csv").write_text("arm,seed,accuracy\\nbaseline,0,0.5\\nsam,0,0.75\\n")
+        >>> [(run.arm, run.seed, run.metrics) for run in read_results(Path("results.csv")).runs]
+        [('baseline', '0', {'accuracy': 0.5}), ('sam', '0', {'accuracy': 0.75})]
     """
     lines, header = _lines(path)
     errors = [line.cells["error"] for line in lines if line.cells.get("error")]
@@ -399,6 +423,7 @@ def analyse(
     """A table for each data set, budget and metric; all their tests are one family (Holm).
 
     Args:
+        results: what :func:`read_results` gives, or runs.
         baseline: the arm that others are held against.
         controls: of arms, in place of those that the runs name: what each is held against, too.
         lower, higher: metrics of which less, or more, is better. By default less of a loss, an error, a perplexity,
@@ -406,6 +431,15 @@ def analyse(
 
     Raises:
         UserError: there is no such arm or metric, an arm is its own control, or is in one budget twice.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.analysis import analyse, read_results
+        >>> rows = "baseline,0,0.5\\nbaseline,1,0.25\\nsam,0,0.75\\nsam,1,0.75\\n"
+        >>> _ = Path("results.csv").write_text("arm,seed,accuracy\\n" + rows)
+        >>> (table,) = analyse(read_results(Path("results.csv"))).tables
+        >>> [(entry["arm"], entry["reached"]["mean"]) for entry in table.entries]
+        [('baseline', 0.375), ('sam', 0.75)]
     """
     results = results if isinstance(results, Results) else Results(list(results))
     runs = results.runs
@@ -573,11 +607,21 @@ def write_analysis(analysis: Analysis, out: Path, name: str, *, overwrite: bool 
     """A page of HTML that needs nothing but itself, its plots, and the tables as JSON, into ``out``; their names.
 
     Args:
-        name: of what was analysed, for the title.
+        analysis: what :func:`analyse` gives.
+        out: its directory, which is made.
+        name: name of what was analysed, for the title.
         overwrite: replace the files of an analysis that are there.
 
     Raises:
         UserError: such a file is there, or one cannot be written.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.analysis import analyse, read_results, write_analysis
+        >>> _ = Path("results.csv").write_text("arm,seed,accuracy\\nbaseline,0,0.5\\nsam,0,0.75\\n")
+        >>> analysis = analyse(read_results(Path("results.csv")))
+        >>> sorted(write_analysis(analysis, Path("analysed"), "made-up results"))
+        ['analysis.html', 'analysis.json', 'differences-1.png']
     """
     jinja2 = require("jinja2", "train")
     content = {

@@ -21,6 +21,15 @@ class Hadamard:
 
     D holds the ``signs (Q,)``, +-1 float32; H is the top-left Q x Q block of the Sylvester-Hadamard matrix of the next
     power of two; s = 1 / sqrt(Q) gives every column unit norm, whatever Q is. Orthogonal when Q is a power of two.
+
+    Args:
+        signs: ``(Q,)`` float32, each +1 or -1.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import Hadamard
+        >>> Hadamard(torch.tensor([1.0, 1.0, 1.0, -1.0])).matrix()[:2].tolist()
+        [[0.5, 0.5, 0.5, -0.5], [0.5, -0.5, 0.5, 0.5]]
     """
 
     signs: Tensor
@@ -46,7 +55,7 @@ def random_basis(
         width: Q, at least 1.
         kind: ``"normalized"``: independent random columns of unit norm, the paper's. ``"orthogonal"``: Haar-random
             orthogonal. ``"hadamard"``: randomised Hadamard transform; no Q x Q matrix is ever formed.
-        device: where the basis lives; default: torch's default device.
+        device: where the basis is made; default: torch's default device.
         generator: default: torch's default generator for that device.
 
     Returns:
@@ -54,6 +63,13 @@ def random_basis(
 
     Raises:
         ValueError: unknown ``kind`` or ``width`` below 1.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import random_basis
+        >>> basis = random_basis(4, "orthogonal")
+        >>> torch.allclose(basis @ basis.T, torch.eye(4), atol=1e-6)
+        True
     """
     if width < 1:
         raise ValueError(f"width must be at least 1, got {width}")

@@ -18,7 +18,21 @@ Row = Mapping[str, Any]
 
 
 class Callback:
-    """What :class:`batchkern.trainer.Trainer` calls, in the first process alone; override what you need."""
+    """Methods that :class:`batchkern.trainer.Trainer` calls, in the first process alone; override those you need.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.callbacks import Callback
+        >>> from batchkern.trainer import Trainer
+        >>> class Stop(Callback):
+        ...     def on_epoch_end(self, row):
+        ...         return row["epoch"] == 1  # counted from 0
+        >>> data = torch.linspace(-1, 1, 64).view(64, 1), torch.arange(64) // 32
+        >>> trainer = Trainer("mlp", data, data, epochs=5, callbacks=[Stop()])
+        >>> _ = trainer.fit()
+        >>> len(trainer.history)
+        2
+    """
 
     def on_train_begin(self, trainer: Trainer) -> None:
         """Before the first update of :meth:`Trainer.fit`, also of a run that goes on: ``trainer.history`` has its rows
@@ -36,7 +50,16 @@ class Callback:
 class TensorBoard(Callback):
     """Writes every figure that is a number to ``<out>/tensorboard``, at the number of the epoch, counted from 1.
 
-    A run that goes on replaces what was written after its checkpoint.
+    A run that is resumed replaces what was written after its checkpoint.
+
+    Examples:
+        >>> import os, torch
+        >>> from batchkern.callbacks import TensorBoard
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.linspace(-1, 1, 64).view(64, 1), torch.arange(64) // 32
+        >>> _ = Trainer("mlp", data, data, epochs=2, out="run", callbacks=[TensorBoard()]).fit()
+        >>> len(os.listdir("run/tensorboard"))  # a file of events: tensorboard --logdir run
+        1
     """
 
     def __init__(self) -> None:
@@ -69,7 +92,16 @@ class TensorBoard(Callback):
 class WeightsAndBiases(Callback):
     """Logs every figure that is a number to https://wandb.ai, or with ``WANDB_MODE=offline`` to ``<out>/wandb``.
 
-    ``WANDB_PROJECT`` and wandb's other variables choose the rest. A run that goes on is the same run there.
+    ``WANDB_PROJECT`` and wandb's other variables choose the rest. A run that is resumed is the same run there.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.callbacks import WeightsAndBiases
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.linspace(-1, 1, 64).view(64, 1), torch.arange(64) // 32
+        >>> trainer = Trainer("mlp", data, data, epochs=2, out="run", callbacks=[WeightsAndBiases()])
+        >>> trainer.fit()["epoch"]  # doctest: +SKIP
+        1
     """
 
     def __init__(self) -> None:
@@ -101,10 +133,20 @@ LOGGERS: dict[str, Callable[[], Callback]] = {"tensorboard": TensorBoard, "wandb
 
 
 def loggers(names: str | None) -> list[Callback]:
-    """Of names joined by commas.
+    """The callbacks of these names.
+
+    Args:
+        names: names of ``LOGGERS``, joined by commas; ``None`` gives no callbacks.
 
     Raises:
         UserError: a name that is none of ``LOGGERS``, or whose library is missing.
+
+    Examples:
+        >>> from batchkern.callbacks import loggers
+        >>> [type(logger).__name__ for logger in loggers("tensorboard")]
+        ['TensorBoard']
+        >>> loggers(None)
+        []
     """
     chosen = [name.strip() for name in (names or "").split(",") if name.strip()]
     for name in chosen:
@@ -118,6 +160,20 @@ def _numbers(row: Row) -> dict[str, float]:
 
 
 def checked_callbacks(callbacks: Sequence[Any]) -> list[Any]:
+    """The callbacks as a list.
+
+    Args:
+        callbacks: a list or a tuple of objects with a method ``on_epoch_end(row)``, or one such object.
+
+    Raises:
+        UserError: one of them has no such method, or is a class.
+
+    Examples:
+        >>> from batchkern.callbacks import Callback, checked_callbacks
+        >>> callback = Callback()
+        >>> checked_callbacks(callback) == checked_callbacks((callback,)) == [callback]
+        True
+    """
     found = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
     for callback in found:
         if isinstance(callback, type) or not callable(getattr(callback, "on_epoch_end", None)):

@@ -75,12 +75,38 @@ def patch_causal_lm(
         RuntimeError: in a training step with gradients whose loss is made without the patch, by a trainer that takes
             the logits for example: the sentence names who made it. In a backward pass in evaluation mode. And in the
             first call, where the model does not hand the output layer's result to its loss function.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import patch_causal_lm
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=16, **size))
+        >>> patch = patch_causal_lm(model, keep=0.5)
+        >>> output = model.train()(tokens := torch.arange(8).view(1, 8), labels=tokens)
+        >>> output.logits is None, bool(output.loss > patch.untrimmed_loss)  # the hardest half of the tokens
+        (True, True)
     """
     return CausalLMPatch(model, keep, objective, group=group, chunk_rows=chunk_rows)
 
 
 class CausalLMPatch:
-    """What :func:`patch_causal_lm` did to a model."""
+    """What :func:`patch_causal_lm` did to a model.
+
+    Args:
+        model, keep, objective, group, chunk_rows: as in :func:`patch_causal_lm`, which makes it.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import CausalLMPatch, patch_causal_lm
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2))
+        >>> patch = patch_causal_lm(model, keep=1.0)
+        >>> CausalLMPatch.of(model) is patch
+        True
+        >>> patch.keep = 0.5  # for the steps that follow
+        >>> patch.remove()  # the model is as it was
+    """
 
     keep: float | Tensor
     """May be reassigned between steps."""
@@ -358,6 +384,17 @@ class ExcessLoss:
             is trained on ``inputs_embeds``, or on a learnt prompt, which the reference model cannot be given.
 
     Source: Lin et al., 2024, section 2.2, `arXiv:2404.07965 <https://arxiv.org/abs/2404.07965>`_.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import ExcessLoss, patch_causal_lm
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2)
+        >>> model, reference = GPT2LMHeadModel(config).train(), GPT2LMHeadModel(config)
+        >>> patch = patch_causal_lm(model, 0.6, ExcessLoss(reference))
+        >>> output = model(tokens := torch.arange(8).view(1, 8), labels=tokens)
+        >>> output.loss.requires_grad, reference.training  # the reference model stays as it is
+        (True, False)
     """
 
     def __init__(self, reference_model: nn.Module) -> None:

@@ -206,7 +206,18 @@ def trimmed_mean(
 
 
 class Rows(NamedTuple):
-    """What a cross entropy says of each row; all of the rows' shape, and 0 or False where the target is ignored."""
+    """What a cross entropy says of each row; all of the rows' shape, and 0 or False where the target is ignored.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import cross_entropy
+        >>> logits = torch.tensor([[1.0, 3.0], [3.0, 1.0]]).log()
+        >>> rows = cross_entropy(logits, torch.tensor([0, 0]), stats=True)
+        >>> rows.correct.tolist()
+        [False, True]
+        >>> [round(entropy, 4) for entropy in rows.entropy.tolist()]
+        [0.5623, 0.5623]
+    """
 
     loss: Tensor
     """float32 (float64 for float64 logits); differentiable."""

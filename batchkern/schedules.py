@@ -20,7 +20,20 @@ RateSchedule = Callable[[float], float]
 
 
 def linear(start: float, end: float) -> EpochSchedule:
-    """``start`` in the first epoch, ``end`` in the last, straight in between; one epoch alone gives ``start``."""
+    """``start`` in the first epoch, ``end`` in the last, straight in between; one epoch alone gives ``start``.
+
+    Args:
+        start, end: any numbers; fractions of rows in (0, 1] where it is a schedule of keep.
+
+    Returns:
+        ``f(epoch, epochs)``, with epochs counted from 0.
+
+    Examples:
+        >>> from batchkern.schedules import linear
+        >>> keep = linear(1.0, 0.2)
+        >>> [round(keep(epoch, 5), 2) for epoch in range(5)]
+        [1.0, 0.8, 0.6, 0.4, 0.2]
+    """
 
     def value(epoch: int, epochs: int) -> float:
         t = epoch / (epochs - 1) if epochs > 1 else 0.0
@@ -31,7 +44,20 @@ def linear(start: float, end: float) -> EpochSchedule:
 
 
 def stages(values: dict[int, float]) -> EpochSchedule:
-    """Piecewise constant: ``{0: 1.0, 50: 0.5}`` is 1.0 up to epoch 49 and 0.5 from epoch 50 on."""
+    """Piecewise constant: ``{0: 1.0, 50: 0.5}`` is 1.0 up to epoch 49 and 0.5 from epoch 50 on.
+
+    Args:
+        values: the first epoch of each stage, counted from 0, and its value; one stage begins at 0.
+
+    Raises:
+        UserError: no stage begins at 0.
+
+    Examples:
+        >>> from batchkern.schedules import stages
+        >>> keep = stages({0: 1.0, 2: 0.5})
+        >>> [keep(epoch, 4) for epoch in range(4)]
+        [1.0, 1.0, 0.5, 0.5]
+    """
     if 0 not in values:
         raise UserError(f"stages must say what holds from epoch 0, got epochs {sorted(values)}")
 
@@ -42,25 +68,66 @@ def stages(values: dict[int, float]) -> EpochSchedule:
 
 
 def every(count: int) -> Callable[[int], bool]:
-    """True at each multiple of ``count``, counting from 1."""
+    """A function of n that is True at each multiple of ``count``, counted from 1.
+
+    Args:
+        count: a whole number of at least 1.
+
+    Raises:
+        UserError: ``count`` is another value.
+
+    Examples:
+        >>> from batchkern.schedules import every
+        >>> due = every(3)
+        >>> [n for n in range(1, 8) if due(n)]
+        [3, 6]
+    """
     if type(count) is not int or count < 1:
         raise UserError(f"every must be a whole number of at least 1, got {count!r}")
     return lambda n: n % count == 0
 
 
 def bernoulli(probability: float) -> Callable[[torch.Generator], bool]:
-    """True with a fixed probability, drawn from the generator it is called with."""
+    """A function that is True with a fixed probability, drawn from the generator that it is called with.
+
+    Args:
+        probability: in [0, 1].
+
+    Raises:
+        UserError: ``probability`` is another value.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.schedules import bernoulli
+        >>> fires, numbers = bernoulli(0.25), torch.Generator().manual_seed(0)
+        >>> share = sum(fires(numbers) for _ in range(1000)) / 1000
+        >>> 0.2 < share < 0.3
+        True
+    """
     if not 0 <= probability <= 1:
         raise UserError(f"probability must be in [0, 1], got {probability}")
     return lambda generator: bool(torch.rand((), generator=generator, dtype=torch.float64) < probability)
 
 
 def constant() -> RateSchedule:
+    """The factor 1 throughout.
+
+    Examples:
+        >>> from batchkern.schedules import constant
+        >>> constant()(0.5)
+        1.0
+    """
     return lambda progress: 1.0
 
 
 def cosine() -> RateSchedule:
-    """Half a cosine from 1 to 0."""
+    """Half a cosine, which falls from 1 to 0.
+
+    Examples:
+        >>> from batchkern.schedules import cosine
+        >>> [round(cosine()(progress), 2) for progress in (0, 0.25, 0.5, 0.75)]
+        [1.0, 0.85, 0.5, 0.15]
+    """
     return lambda progress: 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -73,6 +140,12 @@ class step:
     Args:
         milestones: increasing parts of the training, in (0, 1): epoch 30 of 100 is 0.3.
         gamma: above 0.
+
+    Examples:
+        >>> from batchkern.schedules import step
+        >>> schedule = step(milestones=(0.5, 0.75), gamma=0.5)
+        >>> [schedule(progress) for progress in (0, 0.5, 0.75)]
+        [1.0, 0.5, 0.25]
     """
 
     milestones: tuple[float, ...] = (1 / 3, 2 / 3)
@@ -89,7 +162,19 @@ class step:
 
 
 def warm_up(schedule: RateSchedule, share: float, start: float) -> RateSchedule:
-    """``schedule``, times a line from ``start`` to 1 over the first ``share`` of the training, in (0, 1]."""
+    """``schedule``, times a line from ``start`` to 1 over the first ``share`` of the training, in (0, 1].
+
+    Args:
+        schedule: the factors after the warm-up.
+        share: part of the training that the warm-up takes, in (0, 1].
+        start: the factor at the beginning.
+
+    Examples:
+        >>> from batchkern.schedules import constant, warm_up
+        >>> schedule = warm_up(constant(), share=0.25, start=0.0)
+        >>> [schedule(progress) for progress in (0, 0.125, 0.25, 0.5)]
+        [0.0, 0.5, 1.0, 1.0]
+    """
     return lambda progress: schedule(progress) * min(1.0, start + (1 - start) * progress / share)
 
 
@@ -99,8 +184,18 @@ _STEP = re.compile(r"step\(\s*milestones\s*=\s*\(([^()]*)\)\s*(?:,\s*gamma\s*=\s
 def parse_step(text: str) -> step | None:
     """The schedule of ``"step(milestones=(0.3, 0.6), gamma=0.1)"``; ``None``: the text is not of that form.
 
+    Args:
+        text: with ``gamma`` or without.
+
     Raises:
         UserError: numbers that :class:`step` does not take.
+
+    Examples:
+        >>> from batchkern.schedules import parse_step
+        >>> parse_step("step(milestones=(0.3, 0.6), gamma=0.1)")
+        step(milestones=(0.3, 0.6), gamma=0.1)
+        >>> parse_step("cosine") is None
+        True
     """
     match = _STEP.fullmatch(text.strip())
     try:

@@ -33,6 +33,16 @@ class TrainedModel:
         preprocessing: called with images, or other inputs, it gives what the model takes.
         data: the name of the data set that it was trained on.
         amp: the mixed precision of the training, ``"none"``, ``"bf16"`` or ``"fp16"``, which its evaluations had, too.
+
+    Examples:
+        >>> import batchkern, torch
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.linspace(-1, 1, 64).view(64, 1), torch.arange(64) // 32
+        >>> _ = Trainer("mlp", data, data, epochs=2, out="run").fit()
+        >>> trained = batchkern.load_model("run")
+        >>> logits = trained.model(trained.preprocessing(torch.zeros(1, 1)))
+        >>> logits.shape, trained.classes, trained.amp
+        (torch.Size([1, 2]), ('0', '1'), 'none')
     """
 
     model: nn.Module
@@ -133,6 +143,15 @@ def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None, b
     Raises:
         UserError: there is no run, it has not ended, it is of a batchkern before there was preprocessing.json, one of
             its files is damaged, it needs a module, or the weights are those of another module.
+
+    Examples:
+        >>> import batchkern, torch
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.linspace(-1, 1, 64).view(64, 1), torch.arange(64) // 32
+        >>> result = Trainer("mlp", data, data, epochs=2, out="run").fit()
+        >>> trained = batchkern.load_model("run")
+        >>> trained.evaluate(data)["accuracy"] == result["test_accuracy"]
+        True
     """
     from batchkern import records
 

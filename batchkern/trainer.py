@@ -68,11 +68,12 @@ class Trainer:
             :func:`batchkern.initial_weights.load_weights` takes them, or ``"pretrained"``, for what timm has for a
             model of its own. The classifier begins with random weights where it has another number of classes.
         strategies: any combination in which no two decide the same thing; none is the plain baseline.
-        epochs, batch_size: of the plain baseline; strategies may change what an epoch visits. A batch is that of all
-            processes together.
+        epochs, batch_size: those of the plain baseline; strategies may change what an epoch visits. A batch is that of
+            all processes together.
         drop_last: leave out the last batch of an epoch where it is smaller; by default no image is left out.
         optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, or a function of the parameter list.
-        lr, momentum, weight_decay: of the named optimizers; a function sets its own, and ``lr`` is taken from it.
+        lr, momentum, weight_decay: settings of the named optimizers; a function sets its own, and ``lr`` is taken from
+            it.
         schedule: ``"constant"``, ``"cosine"``, ``"step"``, with numbers of its own as in ``"step(milestones=(0.3, 0.6),
             gamma=0.1)"``, or ``f(progress) -> factor`` on the learning rate.
         warmup_epochs: over so many epochs the schedule is multiplied by a line from all but 0 to 1.
@@ -92,7 +93,7 @@ class Trainer:
         workers: processes that fetch rows of datasets ahead of their update; 0: this one does, when they are due.
             Images of files are decoded by threads, and what is in memory needs neither.
         classifier: name of the model's last linear layer, where the last one registered is not it.
-        seed: of the weights, the order, the augmentation and every choice. :meth:`fit` seeds torch's generators.
+        seed: seed of the weights, the order, the augmentation and every choice. :meth:`fit` seeds torch's generators.
         device: default: CUDA where torch sees it, else CPU; of several processes, each takes a GPU of its own.
         out: the run's directory; ``None`` writes nothing.
         overwrite: replace the files of a run that is there.
@@ -106,6 +107,17 @@ class Trainer:
 
     Raises:
         UserError: whatever can be known to be wrong before training.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import Trimming
+        >>> from batchkern.trainer import Trainer
+        >>> x = torch.linspace(-1, 1, 64).view(64, 1)
+        >>> data = x, (x[:, 0] > 0).long()
+        >>> trainer = Trainer("mlp", data, data, strategies=[Trimming(end=0.5)], epochs=2, batch_size=16)
+        >>> result = trainer.fit()
+        >>> result["updates"], result["samples_kept"]  # all of 64 samples, then the hardest half
+        (8, 96)
     """
 
     def __init__(

@@ -25,6 +25,7 @@ MODULES = {
     "batchkern.schedules": "Schedules",
     "batchkern.callbacks": "Callbacks",
     "batchkern.compare": "Comparisons",
+    "batchkern.analysis": "Results of any trainings",
     "batchkern.trained": "Trained models",
     "batchkern.integrations.transformers": "transformers",
     "batchkern.integrations.lightning": "Lightning",

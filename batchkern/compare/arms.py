@@ -44,10 +44,18 @@ BUDGETS = {
 
 
 def split_arms(text: str) -> list[str]:
-    """Arms joined by commas; the word ``all`` stands for :data:`ARMS`.
+    """The arms of a text that joins them by commas; the word ``all`` stands for :data:`ARMS`.
+
+    Args:
+        text: arms in the notation of :func:`batchkern.strategies.parse`.
 
     Raises:
         UserError: there are commas and no arm.
+
+    Examples:
+        >>> from batchkern.compare import split_arms
+        >>> split_arms("baseline, trimming(end=0.3, skip=0.1)")
+        ['baseline', 'trimming(end=0.3, skip=0.1)']
     """
     named = [arm for arm in split_terms(text, ",") if arm]
     if text and not named:
@@ -56,7 +64,18 @@ def split_arms(text: str) -> list[str]:
 
 
 def control_of(arm: str) -> str | None:
-    """The arm that selects as much as ``arm`` does, at random; ``None`` where nothing is selected by loss."""
+    """The arm that selects as much as ``arm`` does, at random; ``None`` where nothing is selected by loss.
+
+    Args:
+        arm: in the notation of :func:`batchkern.strategies.parse`.
+
+    Examples:
+        >>> from batchkern.compare import control_of
+        >>> control_of("trimming(end=0.5)")
+        'random(select=rows,end=0.5)'
+        >>> control_of("cutout") is None
+        True
+    """
     if not parse(arm, passive=""):
         return None
     terms = split_terms(arm, "+")
@@ -91,7 +110,16 @@ def described(arm: str) -> str:
 
 
 def with_controls(arms: Sequence[str]) -> tuple[str, ...]:
-    """The arms, the baseline first, and behind them the controls that they need."""
+    """The arms, the baseline first, and behind them the controls that they need.
+
+    Args:
+        arms: in the notation of :func:`batchkern.strategies.parse`.
+
+    Examples:
+        >>> from batchkern.compare import with_controls
+        >>> with_controls(["hard-batches(delta=0.5)"])
+        ('baseline', 'hard-batches(delta=0.5)', 'random(select=batches,delta=0.5)')
+    """
     by_training: dict[str, str] = {}
     for arm in (BASELINE, *arms, *filter(None, map(control_of, arms))):
         by_training.setdefault(described(arm), arm)

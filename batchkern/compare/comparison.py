@@ -48,9 +48,9 @@ class Comparison:
         passive: the passive set, where an arm injects one.
         arms: in the notation of :func:`batchkern.strategies.parse`; the baseline is added where it is missing.
         controls: add the random control of each arm that selects by loss.
-        seeds: 0, 1, ... up to so many.
-        budgets: of :data:`BUDGETS`. An arm trains for as many epochs as use up what the baseline uses in its own, and
-            its learning rate decays over these. An arm with the same epochs in both budgets trains once.
+        seeds: number of seeds, which are 0, 1, ...
+        budgets: names in :data:`BUDGETS`. An arm trains for as many epochs as use up what the baseline uses in its own,
+            and its learning rate decays over these. An arm with the same epochs in both budgets trains once.
         validation: hold out this fraction of the training set, and test on it in place of the test set.
         train_rows, test_rows: use a stratified part of this size, the same in all runs.
         noise: fraction of the training labels that are replaced by wrong ones, drawn anew for each seed.
@@ -58,6 +58,13 @@ class Comparison:
         training: further keyword arguments of :class:`Trainer`, the same in all runs.
         overwrite: replace the files of a comparison that is there.
         resume: go on with the comparison that is there, if there is one; it may get more arms, seeds and budgets.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.compare import Comparison
+        >>> comparison = Comparison("digits", "mlp", Path("out"), arms=("trimming",), training={"epochs": 5})
+        >>> comparison.arms  # with the baseline and the control
+        ('baseline', 'trimming', 'random(select=rows)')
     """
 
     data: str

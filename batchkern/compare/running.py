@@ -59,6 +59,7 @@ def run(
     that is also the fastest. A run that fails, or whose process dies, is part of the results and ends no other.
 
     Args:
+        comparison: what is compared, and where results are written.
         jobs: runs side by side, in processes of their own unless 1; default: usable CPU cores, or one on each GPU.
         report: called with each run as it ends, an entry of ``runs``; how many have ended; how many there are.
 
@@ -68,6 +69,14 @@ def run(
     Raises:
         UserError: whatever can be known to be wrong before training.
         Interrupted: Ctrl-C. Finished runs are in results.json, the others in their checkpoints.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.compare import Comparison, run
+        >>> small = {"train_rows": 64, "test_rows": 64, "seeds": 1, "training": {"epochs": 1}}
+        >>> results = run(Comparison("digits", "mlp", Path("out"), arms=("cutout",), **small), jobs=1)
+        >>> [(entry["arm"], entry["seed"]) for entry in results["runs"]]
+        [('baseline', 0), ('cutout', 0)]
     """
     for module in NEEDED:
         require(module, "train")  # now, and not after the trainings

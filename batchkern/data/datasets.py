@@ -33,7 +33,22 @@ Collate = Callable[[list[Any]], tuple[Inputs, Tensor]]
 
 
 class DatasetData(Labelled):
-    """Rows of a dataset, fetched when their batch is due; see `from_dataset`."""
+    """Rows of a dataset, fetched when their batch is due; see `from_dataset`.
+
+    Args:
+        dataset: something with a length that gives the row of a number.
+        collate_fn: makes ``(inputs, labels)`` of a list of rows.
+        classes: their names; ``None``: as many as the model has.
+        name: for messages.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import DatasetData, from_dataset
+        >>> rows = [({"x": torch.tensor([float(row)])}, row % 2) for row in range(10)]
+        >>> data = from_dataset(rows, classes=["even", "odd"])
+        >>> isinstance(data, DatasetData), len(data.select(torch.tensor([1, 3, 5])))
+        (True, 3)
+    """
 
     labels = None
 
@@ -137,6 +152,19 @@ def from_dataset(
 
     Raises:
         UserError: it is no such dataset, is empty, or its first row is no such row.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import from_dataset
+        >>> from torch.utils.data import Dataset
+        >>> class Squares(Dataset):
+        ...     def __len__(self):
+        ...         return 10
+        ...     def __getitem__(self, row):
+        ...         return torch.tensor([row**2.0]), row % 2
+        >>> data = from_dataset(Squares(), classes=["even", "odd"])  # Trainer takes the dataset itself, too
+        >>> len(data), data.classes
+        (10, ('even', 'odd'))
     """
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(
@@ -160,6 +188,14 @@ def as_labelled(name: str, data: Any, classes: tuple[str, ...] | None = None) ->
     Args:
         name: of the argument, for messages.
         classes: of the training set, which those of a pair or a dataset are, too.
+        data: `Labelled`, a map-style dataset (`from_dataset`), or a pair of inputs and labels (`from_tensors`).
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import as_labelled
+        >>> data = as_labelled("train", (torch.zeros(4, 3), torch.tensor([0, 1, 0, 1])))
+        >>> data.name, len(data), data.classes
+        ('train', 4, ('0', '1'))
     """
     if isinstance(data, Labelled):
         return data
@@ -178,9 +214,20 @@ class DatasetFeed:
     """Batches of a dataset on a device, fetched by `workers` processes ahead of their update.
 
     Args:
-        seed: of the rows' own randomness.
-        workers: 0: in this process, when the batch is due.
-        classes: how many there are, where the dataset does not say; without, labels are not looked at.
+        data: as `from_dataset` gives them.
+        device: where the batches are to be.
+        seed: seed of the rows' own randomness.
+        workers: number of processes; 0: this process fetches a batch when it is due.
+        classes: how many there are, where the dataset does not say; with ``None`` its labels are not checked.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import DatasetFeed, from_dataset
+        >>> rows = [(torch.tensor([float(row)]), row % 2) for row in range(10)]
+        >>> feed = DatasetFeed(from_dataset(rows, classes=["even", "odd"]), device="cpu")
+        >>> inputs, labels = feed.batch(torch.tensor([3, 4]), None)
+        >>> inputs.tolist(), labels.tolist()
+        ([[3.0], [4.0]], [1, 0])
     """
 
     def __init__(
@@ -280,11 +327,23 @@ def feed_of(
     workers: int = 0,
     classes: int | None = None,
 ) -> Feed | DatasetFeed:
-    """What hands out batches of `data`.
+    """A feed that hands out batches of `data`.
 
     Args:
         statistics: those of the training set, as `Labelled.statistics` gives them.
-        workers, classes: of a dataset, as of `DatasetFeed`.
+        workers, classes: of a dataset, as for `DatasetFeed`.
+        data: images, other inputs in memory, or a dataset.
+        device: where the batches are to be.
+        augment: as of `Feed`; of a dataset ``"none"``.
+        seed: of the augmentation, or of the rows' own randomness.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import feed_of, from_tensors
+        >>> data = from_tensors(torch.tensor([[0.0], [2.0]]), torch.tensor([0, 1]), standardize=True)
+        >>> feed = feed_of(data, data.statistics(), device="cpu")  # the mean is 1, and so is the deviation
+        >>> feed.batch(torch.tensor([0, 1]), None)[0].tolist()
+        [[-1.0], [1.0]]
     """
     if isinstance(data, DatasetData):
         if augment != "none":

@@ -18,8 +18,19 @@ D = TypeVar("D", bound=Labelled)
 def subset(data: D, rows: int) -> D:
     """``rows`` of the data, the same ones in every run, each class with its share (to within one).
 
+    Args:
+        data: one label for each row.
+        rows: how many to take, at least one for each class.
+
     Raises:
         UserError: ``rows`` is less than the classes that there are, or more than there are.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import from_tensors, subset
+        >>> data = from_tensors(torch.zeros(100, 3), torch.arange(100) % 2)
+        >>> subset(data, 10).labels.bincount().tolist()
+        [5, 5]
     """
     present = len(data.one_label_each("a part of it").unique())
     count = whole(rows)
@@ -31,11 +42,25 @@ def subset(data: D, rows: int) -> D:
 
 
 def validation_split(data: D, fraction: float) -> tuple[D, D]:
-    """The data without ``fraction`` of them, and that part, the same in every run, each class with its share: to
-    choose settings by, so that the test set is looked at once, at the end.
+    """The data without ``fraction`` of them, and that part: to choose settings by, so that the test set is looked at
+    once, at the end.
+
+    The part is the same in every run, and each class has its share in it.
+
+    Args:
+        data: one label for each row.
+        fraction: of the rows that is held out, in (0, 1).
 
     Raises:
         UserError: ``fraction`` is not in (0, 1), or either part would have fewer rows than there are classes.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import from_tensors, validation_split
+        >>> data = from_tensors(torch.zeros(100, 3), torch.arange(100) % 2)
+        >>> train, validation = validation_split(data, 0.2)
+        >>> train.labels.bincount().tolist(), validation.labels.bincount().tolist()
+        ([40, 40], [10, 10])
     """
     if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 < fraction < 1:
         raise UserError(f"validation must be in (0, 1), got {fraction!r}")
@@ -70,10 +95,23 @@ def _stratified(data: Labelled, count: int) -> Tensor:
 def with_label_noise(data: D, fraction: float, seed: int) -> D:
     """The same inputs, round(fraction * N) of them with another label, any other class alike (symmetric noise).
 
-    What the labels were is kept in ``clean_labels``.
+    The labels from before are kept in ``clean_labels``.
+
+    Args:
+        data: one label for each row.
+        fraction: of the labels that are replaced, in [0, 1).
+        seed: of the choice of rows and of their new labels.
 
     Raises:
         UserError: ``fraction`` is not in [0, 1), or the labels are known to be noisy already.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import from_tensors, with_label_noise
+        >>> data = from_tensors(torch.zeros(100, 3), torch.arange(100) % 2)
+        >>> noisy = with_label_noise(data, 0.2, seed=0)
+        >>> int((noisy.labels != noisy.clean_labels).sum())
+        20
     """
     if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 <= fraction < 1:
         raise UserError(f"noise must be in [0, 1), got {fraction!r}")

@@ -45,6 +45,16 @@ class Feed:
     Raises:
         UserError: unknown `augment`, or one that these inputs cannot have; `seed` is no whole number; or a statistic is
             not of shape (C,).
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import Feed, TensorImages
+        >>> pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+        >>> data = TensorImages(pixels, torch.tensor([0, 1]), ["black", "white"], name="squares")
+        >>> feed = Feed(data, mean=torch.tensor([0.5]), std=torch.tensor([0.5]), device="cpu")
+        >>> images, labels = feed.batch(torch.tensor([1, 0]), None)
+        >>> images[:, 0, 0, 0].tolist(), labels.tolist()
+        ([1.0, -1.0], [1, 0])
     """
 
     def __init__(

@@ -110,6 +110,15 @@ class TensorImages(ImageData):
     Raises:
         UserError: the tensors are not of these shapes and types, or have no rows; there are not two classes of
             different names; or a label is not in 0..len(classes)-1.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import TensorImages
+        >>> images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+        >>> data = TensorImages(images, torch.tensor([0, 1]), ["black", "white"], name="squares")
+        >>> mean, std = data.statistics()
+        >>> mean.tolist(), std.tolist()  # of the pixels / 255
+        ([0.5], [0.5])
     """
 
     def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str], *, name: str) -> None:
@@ -154,6 +163,18 @@ class StreamedImages(ImageData):
     Args:
         cells: the undecoded images, with the channels and the size that they are to have.
         labels, classes: as for `ImageData`.
+
+    Examples:
+        >>> import torch
+        >>> from pathlib import Path
+        >>> from batchkern.data import StreamedImages, load
+        >>> from PIL import Image
+        >>> for name, grey in (("black", 0), ("white", 255)):
+        ...     Path(name).mkdir()
+        ...     Image.new("L", (8, 8), grey).save(f"{name}/0.png")
+        >>> data = load(".", memory_limit=0)  # nothing is held in memory
+        >>> isinstance(data, StreamedImages), data.classes, data.rows(torch.tensor([1])).unique().tolist()
+        (True, ('black', 'white'), [255])
     """
 
     def __init__(self, cells: Cells, labels: Tensor, classes: Sequence[str]) -> None:
@@ -201,8 +222,21 @@ def match_shape(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
     the images are resized, bilinear with antialiasing, whatever their aspect, but for streamed ones that are cut out
     by `center_crop` (`load`): these are, at the new size, if that is square. `data` itself if it fits.
 
+    Args:
+        data: images of any one shape.
+        shape: (C, H, W): C is 1 or 3, H and W are at least 1.
+
     Raises:
         UserError: C is not 1 or 3, or H or W is not positive.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import TensorImages, match_shape
+        >>> images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 1, 8, 8)
+        >>> data = TensorImages(images, torch.tensor([0, 1]), ["black", "white"], name="squares")
+        >>> large = match_shape(data, (3, 16, 16))
+        >>> large.shape, large.rows(torch.tensor([1])).unique().tolist()
+        ((3, 16, 16), [255])
     """
     numbers = tuple(map(whole, shape)) if isinstance(shape, Iterable) else ()
     match numbers:

@@ -23,7 +23,7 @@ IGNORED = -100
 
 
 class Labelled(ABC):
-    """N inputs, and for each what a model ought to say.
+    """N inputs, and the label that a model should give each of them.
 
     Attributes:
         name: the source they came from, for messages.

@@ -48,7 +48,7 @@ def load(
             Images are the first column of type `datasets.Image`; labels the column "label", "labels" or
             "fine_label", else the only one of classes, else the only one of integers (where one of these three
             is of another type: none). Strings in one of these three are classes too, in sorted order.
-        split: which split.
+        split: name of the split.
         image_size: resize all images to this many pixels square, bilinear with antialiasing.
         center_crop: instead of squeezing an image into the square, resize its shorter side to
             round(image_size / 0.875), and cut the square out of the centre (of 256 pixels 224, as for ImageNet).
@@ -66,6 +66,12 @@ def load(
         UserError: there is no such source or split, it cannot be read, it lacks an image or label column, a
             row has no label or one out of range, all rows are of one class, an image cannot be decoded, or
             sizes are mixed without `image_size` (for streamed images: when its batch is due).
+
+    Examples:
+        >>> from batchkern.data import load
+        >>> train, test = load("digits"), load("digits", split="test")
+        >>> len(train) + len(test), train.shape, train.classes[:3]
+        (1797, (1, 8, 8), ('0', '1', '2'))
     """
     size = _checked_size(image_size, center_crop)
     _check_limit(memory_limit)
@@ -105,6 +111,12 @@ def load_pair(
         UserError: as `load`; or the class names differ; or, where one of the two has integers without names,
             a test label is not a training class; or a clean label is not; or the images differ in size without
             `image_size`.
+
+    Examples:
+        >>> from batchkern.data import load_pair
+        >>> train, test = load_pair("digits", image_size=16)
+        >>> len(train) + len(test), test.shape
+        (1797, (1, 16, 16))
     """
     size = _checked_size(image_size, center_crop)
     _check_limit(memory_limit)
@@ -139,7 +151,14 @@ def load_pair(
 
 
 class Trained(NamedTuple):
-    """What a model was trained on: the name of the data, and their classes."""
+    """What a model was trained on: the name of the data, and their classes.
+
+    Examples:
+        >>> from batchkern.data import Trained, load
+        >>> data = load("digits")
+        >>> Trained(data.name, data.classes[:2])
+        Trained(name='digits', classes=('0', '1'))
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -162,9 +181,18 @@ def load_test(
         split: which one, or `HELD_OUT`; None: "test", else "validation", else the only one, unless the model was
             trained on that.
         center_crop: how images of another size become ones of this, as for `load`.
+        trained: the name and the classes of the data that the model was trained on.
+        memory_limit: as for `load`.
 
     Raises:
         UserError: as `load_pair`.
+
+    Examples:
+        >>> from batchkern.data import Trained, load_test
+        >>> trained = Trained("digits", tuple("0123456789"))  # what the model was trained on
+        >>> data = load_test("digits", trained, shape=(1, 8, 8))
+        >>> len(data), data.classes == trained.classes
+        (359, True)
     """
     name, splits = open_source(source)
     if split is None:

@@ -31,7 +31,18 @@ MOST_TEXTS = 100
 
 @dataclass(frozen=True)
 class Column:
-    """What becomes of a column: itself, or of ``"texts"`` a 1 in the place of each of ``values``."""
+    """What becomes of a column: itself, or of ``"texts"`` a 1 in the place of each of ``values``.
+
+    Args:
+        name: of the column in the file.
+        kind: ``"number"`` or ``"texts"``.
+        values: of ``"texts"``, what the column may have, in the order of their places.
+
+    Examples:
+        >>> from batchkern.data import Column
+        >>> Column("size", "number").width, Column("kind", "texts", ("cat", "dog", "fox")).width
+        (1, 3)
+    """
 
     name: str
     kind: Literal["number", "texts"]
@@ -45,10 +56,26 @@ class Column:
 class TableData(TensorData):
     """Rows of a table; the features of its columns in their order.
 
+    Args:
+        inputs: ``(N, features)`` float32, on the CPU.
+        labels: ``(N,)`` int64, each in 0..len(classes)-1.
+        classes: the name of each class.
+        name: the source, for messages.
+        standardize: give each feature mean 0 and deviation 1 in the training set.
+
     Attributes:
         columns: what became of each.
         label: the name of the column of labels.
         other: columns of the file that are no features.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.data import load_table_pair
+        >>> for name in ("train.csv", "test.csv"):
+        ...     _ = Path(name).write_text("size,kind,label\\n1,cat,yes\\n3,dog,no\\n2,dog,no\\n")
+        >>> train, test = load_table_pair("train.csv", "test.csv", label="label")
+        >>> train.inputs.tolist(), train.labels.tolist(), train.classes  # size, cat, dog
+        ([[1.0, 1.0, 0.0], [3.0, 0.0, 1.0], [2.0, 0.0, 1.0]], [1, 0, 0], ('no', 'yes'))
     """
 
     columns: tuple[Column, ...]
@@ -81,6 +108,15 @@ def load_table_pair(
     Raises:
         UserError: a file cannot be read as a table, lacks a column, has one that can be no feature or a place without a
             value, or a label that is none of training.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.data import load_table_pair
+        >>> rows = [f"{size},{kind},{kind}" for size in range(10) for kind in ("cat", "dog")]
+        >>> _ = Path("pets.csv").write_text("\\n".join(["size,kind,label", *rows]))
+        >>> train, test = load_table_pair("pets.csv", label="label")
+        >>> [column.kind for column in train.columns], len(train), len(test)
+        (['number', 'texts'], 16, 4)
     """
     name, table = _read(train)
     left_out = (label, *(() if clean_labels is None else (clean_labels,)))
@@ -114,11 +150,24 @@ def load_table(
     """Rows of a table with the columns of another one.
 
     Args:
-        labelled: without, the column of labels need not be there, and all labels are 0.
-        other: columns that may be there and are no features.
+        source: a file that ends in .csv, .tsv or .parquet.
+        columns: the features of the other table, in their order.
+        label: the column of labels.
+        classes: the names of the other table's classes.
+        labelled: whether the labels are read; otherwise their column need not be there, and all labels are 0.
+        other: names of columns that may be there and are no features.
 
     Raises:
         UserError: as `load_table_pair`.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.data import Column, load_table
+        >>> _ = Path("new.csv").write_text("size,kind\\n2,dog\\n")
+        >>> columns = [Column("size", "number"), Column("kind", "texts", ("cat", "dog"))]  # of the training
+        >>> data = load_table("new.csv", columns=columns, label="label", classes=("no", "yes"), labelled=False)
+        >>> data.inputs.tolist()
+        [[2.0, 0.0, 1.0]]
     """
     texts = [column.name for column in columns if column.kind == "texts"]
     if not _are_numbers(classes):
@@ -144,7 +193,20 @@ def open_pair(
     image_size: int | None = None,
     center_crop: bool = False,
 ) -> tuple[Labelled, Labelled]:
-    """Tables, where there is a ``label``, by :func:`load_table_pair`; else images, by `load_pair`."""
+    """Tables, where there is a ``label``, by :func:`load_table_pair`; else images, by `load_pair`.
+
+    Args:
+        train, test: as for :func:`load_table_pair` or `load_pair`.
+        label: the column of labels of a table; ``None``: the data are images.
+        clean_labels: as for either.
+        image_size, center_crop: of images, as for `load`.
+
+    Examples:
+        >>> from batchkern.data import open_pair
+        >>> train, test = open_pair("digits")  # with label="..." files of tables
+        >>> len(train) + len(test)
+        1797
+    """
     if label is None:
         return load_pair(train, test, clean_labels=clean_labels, image_size=image_size, center_crop=center_crop)
     if image_size is not None or center_crop:

@@ -15,7 +15,23 @@ from batchkern.errors import UserError
 
 
 class TensorData(Labelled):
-    """Inputs held in memory, given to the model as they are or standardised; see `from_tensors`."""
+    """Inputs held in memory, given to the model as they are or standardised; see `from_tensors`.
+
+    Args:
+        inputs: ``(N, ...)``, held on the CPU.
+        labels: ``(N,)`` int64, each in 0..len(classes)-1; or masks ``(N, *places)`` of them, where -100 counts nowhere.
+        classes: the name of each class.
+        name: the source, for messages.
+        standardize: give each feature or channel, an index of dimension 1, mean 0 and deviation 1 in the training set.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import TensorData
+        >>> inputs = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+        >>> data = TensorData(inputs, torch.tensor([0, 1]), ["cat", "dog"], name="pets")
+        >>> data.select(torch.tensor([1])).inputs.tolist()
+        [[2.0, 3.0]]
+    """
 
     labels: Tensor
     classes: tuple[str, ...]
@@ -73,10 +89,18 @@ def from_tensors(
             C, *places)``: a place of -100 counts nowhere.
         classes: their names; default: "0", "1", ... as far as the labels go.
         standardize: give each feature or channel, an index of dimension 1, mean 0 and deviation 1 in the training set.
+        name: for messages.
 
     Raises:
         UserError: they are not dense tensors of so many rows, hold no number or one that is not finite, or a label is
             out of range.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import from_tensors
+        >>> data = from_tensors(torch.tensor([[0.0, 1.0], [2.0, 3.0]]), torch.tensor([0, 1]), classes=["cat", "dog"])
+        >>> len(data), data.shape, data.classes
+        (2, (2,), ('cat', 'dog'))
     """
     inputs, labels = _tensor("inputs", inputs), _tensor("labels", labels)
     if inputs.dim() < 2 or len(inputs) == 0 or inputs.numel() == 0:

@@ -28,9 +28,21 @@ def images_of(
         images: uint8 (B, C, H, W), where those of this height and width are taken as they are; or a list of files
             and images of PIL, which are decoded, turned, converted and resized as those of a data set.
         center_crop: how images of another size become ones of this, as for `load`.
+        shape: (C, H, W) that all images get.
+        classes: the names of those that the model knows.
 
     Raises:
-        UserError: they are of another kind, or there is none. What cannot be decoded is told when it is asked for.
+        UserError: they are of another kind, or there is none. An image that cannot be decoded
+            raises when its batch is asked for.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.data import images_of
+        >>> from PIL import Image
+        >>> images = [Image.new("L", (8, 8), 255), Image.new("L", (16, 16), 0)]
+        >>> data = images_of(images, shape=(1, 8, 8), classes=["black", "white"])
+        >>> data.rows(torch.tensor([0, 1]))[:, 0, 0, 0].tolist()
+        [255, 0]
     """
     if isinstance(images, Tensor):
         data = TensorImages(images, _zeros(len(images) if images.dim() else 0), classes, name="images")
@@ -52,13 +64,25 @@ def table_of(
     center_crop: bool = False,
     split: str | None = None,
 ) -> ImageData:
-    """The same of the images of a parquet file, a data set of the hub or a built-in one. Labels are not looked at.
+    """Images of a parquet file, of a data set of the hub or of a built-in one, all with the label 0.
+
+    The labels of the source are not looked at.
 
     Args:
-        split: which one; None: "test", else the only one.
+        source: a parquet file, a name on the hub or a built-in name, as for `load`.
+        shape: (C, H, W) that all images get.
+        classes: the names of those that the model knows.
+        center_crop: how images of another size become ones of this, as for `load`.
+        split: name of the split; None: "test", else the only one.
 
     Raises:
         UserError: there is no such source or split, it has several and none is named, or it has no images.
+
+    Examples:
+        >>> from batchkern.data import table_of
+        >>> data = table_of("digits", shape=(1, 8, 8), classes=tuple("0123456789"))
+        >>> len(data), data.labels.unique().tolist()  # the test split, without its labels
+        (359, [0])
     """
     name, splits = open_source(source)
     if split is None:
@@ -77,8 +101,20 @@ def table_of(
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
     """Files, and for a folder all images in it and in those below it, sorted by name.
 
+    Args:
+        paths: of files and of folders.
+
     Raises:
         UserError: a path leads nowhere, or a folder has no image.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from batchkern.data import find_images
+        >>> Path("photos/more").mkdir(parents=True)
+        >>> for name in ("b.png", "a.jpg", "notes.txt", "more/c.png"):
+        ...     Path("photos", name).touch()
+        >>> find_images(["photos"])
+        ['photos/a.jpg', 'photos/b.png', 'photos/more/c.png']
     """
     found: list[str] = []
     for path in (os.fspath(path) for path in paths):

@@ -22,13 +22,25 @@ class KeepSchedule:
     ``load_state`` take it along.
 
     Args:
-        accelerator: that of the loop.
+        accelerator: the accelerator of the loop.
         model: what has ``keep``: the patched model, before or after ``prepare``, or a trimmed loss.
         schedule: ``f(step, steps)`` gives keep, as those of ``batchkern.schedules`` do.
-        steps: optimizer steps in all.
+        steps: number of optimizer steps of the whole training, at least 1.
 
     Raises:
         ValueError: ``model`` is not patched, or the schedule gave what is not in (0, 1].
+
+    Examples:
+        >>> import accelerate
+        >>> from batchkern import TrimmedCrossEntropyLoss
+        >>> from batchkern.integrations.accelerate import KeepSchedule
+        >>> from batchkern.schedules import linear
+        >>> criterion = TrimmedCrossEntropyLoss(keep=1.0)
+        >>> keep = KeepSchedule(accelerate.Accelerator(cpu=True), criterion, linear(1.0, 0.5), steps=3)
+        >>> for step in range(3):
+        ...     print(criterion.keep, end=" ")  # the step: accelerator.backward(loss); optimizer.step()
+        ...     keep.step()
+        1.0 0.75 0.5
     """
 
     def __init__(

@@ -27,6 +27,25 @@ class KeepSchedule(lightning.Callback):
     Raises:
         ValueError: when training starts without an end (``max_steps=-1`` and ``max_epochs=-1``), or without a trimmed
             loss or a patched model.
+
+    Examples:
+        >>> import lightning, torch
+        >>> from batchkern import TrimmedCrossEntropyLoss
+        >>> from batchkern.integrations.lightning import KeepSchedule
+        >>> from batchkern.schedules import linear
+        >>> class Module(lightning.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer, self.loss = torch.nn.Linear(1, 2), TrimmedCrossEntropyLoss(keep=1.0)
+        ...     def training_step(self, batch):
+        ...         return self.loss(self.layer(batch), torch.zeros(len(batch), dtype=torch.int64))
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.SGD(self.parameters(), lr=0.1)
+        >>> callbacks = [KeepSchedule(linear(1.0, 0.5))]
+        >>> trainer = lightning.Trainer(max_epochs=1, callbacks=callbacks, accelerator="cpu", barebones=True)
+        >>> trainer.fit(module := Module(), torch.utils.data.DataLoader(torch.ones(6, 1), batch_size=2))
+        >>> trainer.global_step, module.loss.keep
+        (3, 0.5)
     """
 
     def __init__(self, schedule: EpochSchedule) -> None:
@@ -51,6 +70,19 @@ class VaryingEpochs(lightning.Callback):
 
         loader = inject(WholeEpochs(DataLoader(...)), passive)
         Trainer(callbacks=[VaryingEpochs(loader)]).fit(module, loader)
+
+    Args:
+        loader: ``WholeEpochs`` or ``inject`` of ``batchkern.parts``; it has a length from then on.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.integrations.lightning import VaryingEpochs
+        >>> from batchkern.parts import SubsetSampler, WholeEpochs
+        >>> sampler = SubsetSampler(10, 2, epochs=2, fractions=(0.4, 1.0), batch_multiples=(1, 1))
+        >>> loader = WholeEpochs(torch.utils.data.DataLoader(torch.arange(10), batch_sampler=sampler))
+        >>> callback = VaryingEpochs(loader)  # lightning.Trainer(callbacks=[callback]).fit(module, loader)
+        >>> [len(list(loader)) for epoch in range(2)]
+        [2, 5]
     """
 
     def __init__(self, loader: WholeEpochs | inject) -> None:

@@ -19,8 +19,24 @@ class TrimmedLossWrapper(ChunkedLossWrapper):
     and returns the sum over a process's tokens, divided by ``global_valid_tokens``. Tokens are ranked within a process;
     validation counts all. ``num_chunks`` and ``loss_fn`` are not used.
 
+    Args:
+        config: ``TrimmedLossWrapper.Config``, with ``keep`` in (0, 1], the fraction of the tokens kept.
+        options: of ``ChunkedLossWrapper``.
+
     Raises:
         TypeError: when called, where ``lm_head`` is no ``nn.Linear``, or its words are sharded (tensor parallelism).
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.integrations.torchtitan import TrimmedLossWrapper
+        >>> loss = TrimmedLossWrapper.Config(keep=0.5).build()
+        >>> head = torch.nn.Linear(2, 2, bias=False)
+        >>> head.weight.data = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()
+        >>> loss.set_lm_head(head)
+        >>> hidden, labels = torch.eye(2)[None].requires_grad_(), torch.tensor([[0, 1]])  # losses 0.2877 and 0.6931
+        >>> value, metrics = loss(hidden, labels)
+        >>> round(value.item(), 4)  # the harder one, times two tokens
+        1.3863
     """
 
     @dataclass(kw_only=True, slots=True)

@@ -30,6 +30,19 @@ class KeepSchedule(TrainerCallback):
 
     Raises:
         ValueError: at the first step, where there is none.
+
+    Examples:
+        >>> import batchkern, torch, transformers
+        >>> from batchkern.integrations.transformers import KeepSchedule
+        >>> config = transformers.GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2)
+        >>> patch = batchkern.patch_causal_lm(model := transformers.GPT2LMHeadModel(config), keep=1.0)
+        >>> rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+        >>> options = transformers.TrainingArguments(max_steps=3, use_cpu=True, report_to="none", save_strategy="no")
+        >>> schedule = KeepSchedule(batchkern.schedules.linear(1.0, 0.5))
+        >>> trainer = transformers.Trainer(model, options, train_dataset=rows, callbacks=[schedule])
+        >>> trainer.train().global_step, patch.keep  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        (3, 0.5)
     """
 
     def __init__(self, schedule: EpochSchedule, module: nn.Module | None = None) -> None:
@@ -44,6 +57,19 @@ class PatchedModelMixin:
 
     Evaluation makes no logits where only the loss is wanted (``prediction_loss_only``, or no ``compute_metrics``), and
     the logs of training have ``untrimmed_loss``, the mean over all tokens of this process's latest batch, and ``keep``.
+
+    Examples:
+        >>> import batchkern, torch, transformers
+        >>> from batchkern.integrations.transformers import PatchedModelMixin
+        >>> class MyTrainer(PatchedModelMixin, transformers.Trainer): pass
+        >>> config = transformers.GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2)
+        >>> patch = batchkern.patch_causal_lm(model := transformers.GPT2LMHeadModel(config), keep=0.5)
+        >>> rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+        >>> options = transformers.TrainingArguments(max_steps=1, logging_steps=1, use_cpu=True, report_to="none")
+        >>> trainer = MyTrainer(model, options, train_dataset=rows)
+        >>> _ = trainer.train()  # doctest: +ELLIPSIS
+        {'loss': ..., 'untrimmed_loss': ..., 'keep': ...}
+        ...
     """
 
     model: Any
@@ -70,6 +96,16 @@ class OutputLoss:
 
     Args:
         loss: logits ``(N, C)``, labels ``(N,)`` -> 0-dim, a mean: such as ``batchkern.parts.BatchLoss``.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.integrations.transformers import OutputLoss
+        >>> from batchkern.parts import BatchLoss
+        >>> criterion = OutputLoss(BatchLoss(keep=0.5))  # Trainer(..., compute_loss_func=criterion)
+        >>> outputs = {"logits": torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log().requires_grad_()}
+        >>> loss = criterion(outputs, torch.tensor([0, 0]), num_items_in_batch=4)  # two of the four labels of a step
+        >>> round(loss.item(), 4)  # 0.6931, of the harder row, times 2 / 4
+        0.3466
     """
 
     def __init__(self, loss: Any) -> None:
@@ -91,6 +127,21 @@ class StrategiesMixin:
         loader: such as ``WholeEpochs``, or ``inject`` into one, of ``batchkern.parts``; it is not prepared by
             ``accelerate``. One without a state is read from its beginning by a resumed training, as Transformers does.
         second_head: for the passive batches of ``inject``.
+        args, options: of ``transformers.Trainer``.
+
+    Examples:
+        >>> import torch, transformers
+        >>> from batchkern.integrations.transformers import StrategiesMixin
+        >>> from batchkern.parts import EpochBatchSampler, WholeEpochs
+        >>> class MyTrainer(StrategiesMixin, transformers.Trainer): pass
+        >>> model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2))
+        >>> rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+        >>> sampler = EpochBatchSampler(rows=4, batch_size=2)
+        >>> loader = WholeEpochs(torch.utils.data.DataLoader(rows, batch_sampler=sampler))
+        >>> options = transformers.TrainingArguments(max_steps=4, use_cpu=True, report_to="none", save_strategy="no")
+        >>> MyTrainer(model, options, loader=loader).train().global_step, sampler.epoch  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        (4, 2)
     """
 
     def __init__(self, *args: Any, loader: Any, second_head: SecondHead | None = None, **options: Any) -> None:

@@ -18,9 +18,29 @@ class PatchedModelMixin(_PatchedModelMixin):
     micro-batch; the metrics ``entropy``, ``mean_token_accuracy`` and ``num_tokens`` are not made. In evaluation
     everything is SFTTrainer's, which holds no logits either.
 
+    Args:
+        args, kwargs: of ``trl.SFTTrainer``.
+
     Raises:
         ValueError: when made with a ``loss_type`` other than "nll".
         RuntimeError: in the first step, with label smoothing or a ``compute_loss_func``, which take the logits.
+
+    Examples:
+        >>> import batchkern, datasets, tokenizers, transformers, trl
+        >>> from batchkern.integrations.trl import PatchedModelMixin
+        >>> class MyTrainer(PatchedModelMixin, trl.SFTTrainer): pass
+        >>> config = transformers.GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=2)
+        >>> patch = batchkern.patch_causal_lm(model := transformers.GPT2LMHeadModel(config), keep=0.5)
+        >>> words = tokenizers.models.WordLevel({str(i): i for i in range(16)}, unk_token="1")
+        >>> tokenizer = transformers.PreTrainedTokenizerFast(
+        ...     tokenizer_object=tokenizers.Tokenizer(words), pad_token="0", eos_token="2"
+        ... )
+        >>> rows = datasets.Dataset.from_list([{"input_ids": list(range(8))}] * 4)
+        >>> options = trl.SFTConfig(max_steps=2, use_cpu=True, bf16=False, report_to="none", save_strategy="no")
+        >>> trainer = MyTrainer(model, options, train_dataset=rows, processing_class=tokenizer)
+        >>> trainer.train().global_step, patch.keep  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        (2, 0.5)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -52,6 +52,17 @@ def augment_latent(
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import augment_latent
+        >>> x = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
+        >>> stack = augment_latent(x, gaussian=2, dropout=1, sigma=0.5, tau=0.25, drop_prob=1.0, seed=0)
+        >>> raw, *noisy, dropped = stack.unflatten(0, (-1, 2))
+        >>> raw.tolist(), dropped.tolist()
+        ([[0.0, 1.0], [2.0, 3.0]], [[0.0, 0.0], [0.0, 0.0]])
+        >>> all(bool(((copy - x).abs() <= 0.25).all()) for copy in noisy)
+        True
     """
     check.tensor("x", x, dims=2)
     check.count("gaussian", gaussian)

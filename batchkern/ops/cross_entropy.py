@@ -52,8 +52,8 @@ def cross_entropy(
 ) -> Tensor | Rows:
     """``torch.nn.functional.cross_entropy``, whose backward pass does no work for rows that no gradient reaches.
 
-    With ``reduction="none"`` or ``stats`` the losses of the rows can be selected, masked or weighted by any code: a row
-    whose upstream gradient is zero is not read by the backward pass, and its gradient is an exact zero, whatever it
+    With ``reduction="none"`` or ``stats`` any code may select, mask or weigh the losses of the rows: a row whose
+    upstream gradient is zero is not read by the backward pass, and its gradient is an exact zero, whatever the row
     holds. Losses are float32 whatever the logits are (float64 for float64 logits). Within the transforms of
     ``torch.func`` PyTorch's own functions serve.
 
@@ -61,22 +61,34 @@ def cross_entropy(
         logits: ``(C,)``, ``(B, C)`` or ``(B, C, d1, ..., dK)``, float32, bfloat16, float16 or float64. Read where they
             lie, whatever their memory format, which the gradient shares; copied only where the strides of d1, ..., dK
             do not merge into one dimension.
-        target: class indices of any integer type and of the rows' shape, ``()``, ``(B,)`` or ``(B, d1, ..., dK)``; or
-            probabilities of the logits' shape. What probabilities hold is not checked, as in PyTorch: those that are
-            negative or NaN make losses that are. Probabilities that require a gradient get one, from plain PyTorch.
-        weight: ``(C,)``, of each class.
-        ignore_index: rows with this target have neither loss nor gradient.
-        label_smoothing: in [0, 1].
+        target: class indices in [0, C) of any integer type and of the rows' shape, ``()``, ``(B,)`` or ``(B, d1, ...,
+            dK)``; or probabilities of the logits' shape. What probabilities hold is not checked, as in PyTorch: those
+            that are negative or NaN make losses that are. Probabilities that require a gradient get one, from plain
+            PyTorch.
+        weight: of each class, ``(C,)`` of any of these types; it must not require a gradient.
+        ignore_index: any int; rows with this target have neither loss nor gradient. Not for probabilities.
+        label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
         reduction: ``"none"``, ``"mean"`` (over the rows' weights where there are class indices) or ``"sum"``.
-        stats: return :class:`Rows` instead, whatever the reduction.
+        stats: return :class:`Rows` in place of the losses, whatever the reduction.
 
     Returns:
-        The losses of the rows' shape, or 0-dim. Or ``Rows(loss, lse, entropy, correct)``, all of the rows' shape, of
-        which loss and lse (the log-sum-exp) are differentiable.
+        The losses of the rows' shape, or 0-dim. With ``stats`` it is ``Rows(loss, lse, entropy, correct)``, all of the
+        rows' shape, of which loss and lse (the log-sum-exp) are differentiable.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
         RuntimeError: in the backward pass, when it is differentiated again.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import cross_entropy
+        >>> logits = torch.tensor([[1.0, 1.0], [3.0, 1.0]]).log().requires_grad_()
+        >>> losses = cross_entropy(logits, torch.tensor([0, 0]), reduction="none")
+        >>> [round(loss, 4) for loss in losses.tolist()]
+        [0.6931, 0.2877]
+        >>> losses[0].backward()  # the loss of row 1 counts nowhere
+        >>> logits.grad.tolist()
+        [[-0.5, 0.5], [0.0, 0.0]]
     """
     check.cross_entropy(logits, target, weight, "weight", ignore_index, label_smoothing)
     check.one_of("reduction", reduction, ("none", "mean", "sum"))

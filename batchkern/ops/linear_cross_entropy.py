@@ -71,7 +71,8 @@ def linear_cross_entropy(
     backward_rows: int | None = None,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> Tensor | Rows:
-    """``cross_entropy`` of ``F.linear(hidden, weight, bias)`` without all logits, paid for where a gradient arrives.
+    """``cross_entropy`` of ``F.linear(hidden, weight, bias)`` without all logits; tokens without a gradient cost no
+    backward pass.
 
     With F = 2 N H V flops for N tokens the forward pass costs F. With ``reduction="none"`` or ``stats`` any code may
     select, mask or weigh the losses of the tokens, and the backward pass costs 3 F times the share of the tokens that
@@ -80,26 +81,27 @@ def linear_cross_entropy(
     :func:`linear_trimmed_cross_entropy`.
 
     Args:
-        hidden: ``(..., H)`` float32, bfloat16, float16 or float64 (which has no kernel, and holds all logits).
+        hidden: ``(..., H)`` float32, bfloat16, float16 or float64 (for which there is no kernel, and all logits are
+            held).
         weight: ``(V, H)``, same dtype; may be that of the embedding. Under autocast types may differ, as ``F.linear``
             would cast both, and the gradient of a float32 weight is made in float32. A DTensor (FSDP2's
             ``fully_shard``) is gathered once a call, in the type of ``hidden``, and its gradient, the mean over the
             processes of its mesh, is reduced once.
         target: ``(...)``, of any integer type, in [0, V), or ``ignore_index``.
-        bias: ``(V,)``, like weight.
-        ignore_index: tokens with this target have neither loss nor gradient.
-        label_smoothing: in [0, 1].
-        softcap: the logits are ``softcap * tanh(x / softcap)`` of the product x, as in Gemma 2; -inf, by which a bias
-            masks words, stays -inf.
-        logit_scale: logits are multiplied by it, last: the ``logit_scale`` of Cohere, 1 / ``logits_scaling`` of
-            Granite.
+        bias: ``(V,)``, of the type of weight.
+        ignore_index: any int; tokens with this target have neither loss nor gradient.
+        label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
+        softcap: from 1e-30 to 1e30: the logits are ``softcap * tanh(x / softcap)`` of the product x, as in Gemma 2;
+            -inf, by which a bias masks words, stays -inf.
+        logit_scale: from 1e-30 to 1e30: logits are multiplied by it, last: the ``logit_scale`` of Cohere, 1 /
+            ``logits_scaling`` of Granite.
         reduction: ``"none"``, ``"mean"`` (over the tokens that are not ignored) or ``"sum"``.
-        stats: return :class:`Rows` instead, whatever the reduction.
-        chunk_rows: rows of a chunk. None: equal chunks of at most 64 MiB of logits, on a GPU 512, but of 128 rows at
-            least.
-        backward_rows: the most tokens that a gradient will reach, where losses are returned for each. The backward pass
-            then does not wait for a GPU, and can be captured in a CUDA graph; a graph that is captured without it does
-            the work of all tokens. Not looked at in float64.
+        stats: return :class:`Rows` in place of the losses, whatever the reduction.
+        chunk_rows: rows of a chunk, at least 1. None: equal chunks of at most 64 MiB of logits, on a GPU 512 MiB, but
+            of at least 128 rows.
+        backward_rows: at least 0: the most tokens that a gradient will reach, where losses are returned for each. The
+            backward pass then does not wait for a GPU, and can be captured in a CUDA graph; a graph that is captured
+            without it does the work of all tokens. Not looked at in float64.
         vocab_group: the vocabulary is sharded over the processes of this group: weight (and bias) are this one's words,
             in the order of the ranks, any number of them, or DTensors of ``Shard(0)``, of which the local part is
             taken. Hidden, target and what is done with the losses are the same on all; the target counts words of the
@@ -107,14 +109,23 @@ def linear_cross_entropy(
             ``torch.compile``.
 
     Returns:
-        The losses ``(...)``, or 0-dim. Or ``Rows(loss, lse, entropy, correct)``, all ``(...)``, of which loss and lse
-        are differentiable. All float32 (float64 for float64).
+        The losses ``(...)``, or 0-dim. With ``stats`` it is ``Rows(loss, lse, entropy, correct)``, all ``(...)``, of
+        which loss and lse are differentiable. Floats are float32 (float64 for float64).
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
         ValueError: in the backward pass, where a gradient reaches more than ``backward_rows`` tokens, or the processes
             of ``vocab_group`` have different ones; on a GPU that is a device-side assert.
         RuntimeError: in the backward pass, when it is differentiated again.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import linear_cross_entropy
+        >>> hidden = torch.eye(2)  # two tokens
+        >>> weight = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()  # of a vocabulary of two words
+        >>> losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 1]), reduction="none")
+        >>> [round(loss, 4) for loss in losses.tolist()]
+        [0.2877, 0.6931]
     """
     check.one_of("reduction", reduction, ("none", "mean", "sum"))
     if backward_rows is not None:

@@ -89,6 +89,15 @@ def linear_trimmed_cross_entropy(
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import linear_trimmed_cross_entropy
+        >>> hidden = torch.eye(2)  # two tokens
+        >>> weight = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()  # of a vocabulary of two words
+        >>> target = torch.tensor([0, 1])  # losses 0.2877 and 0.6931
+        >>> round(float(linear_trimmed_cross_entropy(hidden, weight, target, keep=0.5)), 4)
+        0.6931
     """
     weight, bias, options = checked(
         hidden,
@@ -116,6 +125,16 @@ class LinearTrimmedCrossEntropyLoss(nn.Module):
     Args:
         keep, ignore_index, label_smoothing, softcap, logit_scale, per_sample, group, chunk_rows,
             vocab_group: as in the function.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import LinearTrimmedCrossEntropyLoss
+        >>> hidden, target = torch.eye(2), torch.tensor([0, 1])
+        >>> head = torch.nn.Linear(2, 2, bias=False)
+        >>> head.weight.data = torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log()  # losses 0.2877 and 0.6931
+        >>> criterion = LinearTrimmedCrossEntropyLoss(keep=0.5)
+        >>> round(float(criterion(hidden, head.weight, target).detach()), 4)
+        0.6931
     """
 
     def __init__(

@@ -25,6 +25,12 @@ def rank_batches(losses: Tensor, fraction: float) -> Tensor:
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype or range.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import rank_batches
+        >>> rank_batches(torch.tensor([0.5, 2.0, 1.0, 3.0]), fraction=0.5).tolist()
+        [3, 1]
     """
     check.tensor("losses", losses, dims=1)
     if type(fraction) is not float or not 0 < fraction <= 1:  # most calls end their checks here
@@ -54,10 +60,18 @@ class BatchLedger(nn.Module):
     A module whose one buffer, ``losses``, goes where the module goes and is saved with it.
 
     Args:
-        size: N.
-        device: where the losses live.
+        size: N, at least 1.
+        device: where the losses are held, float32; default: torch's default device.
 
     A batch that has never been seen ranks above every finite loss.
+
+    Examples:
+        >>> from batchkern import BatchLedger
+        >>> ledger = BatchLedger(4)
+        >>> for number, loss in enumerate([0.5, 2.0, 1.0]):  # batch 3 has not been seen yet
+        ...     ledger.update(number, loss)
+        >>> ledger.rank(0.5).tolist()
+        [3, 1]
     """
 
     losses: Tensor

@@ -50,7 +50,7 @@ def soft_label_kl(
     both rows adds nothing; at -inf in the virtual row alone the divergence is +inf.
 
     Args:
-        reference_logits: ``(B, C)`` float32, bfloat16, float16 or float64: the soft labels.
+        reference_logits: ``(B, C)`` float32, bfloat16, float16 or float64: their softmax is the soft labels.
         virtual_logits: ``(M * B, C)``, copy-major as :func:`batchkern.augment_latent` stacks them; same dtype.
         temperature: T, a normal number of float32: from 1.2e-38 to 3.4e38.
         scale: a factor of the mean that is known beforehand, such as eta of eq. 11; finite in float32. The gradient,
@@ -65,6 +65,15 @@ def soft_label_kl(
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range; M is 0, as where a hook that makes
             virtual samples did not run.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import soft_label_kl
+        >>> reference = torch.tensor([[3.0, 1.0]]).log()  # probabilities 0.75 and 0.25
+        >>> virtual = torch.tensor([[1.0, 1.0], [3.0, 1.0]]).log()  # two virtual samples of it
+        >>> mean, divergences = soft_label_kl(reference, virtual, per_sample=True)
+        >>> [round(divergence, 4) for divergence in divergences.tolist()], round(float(mean), 4)
+        ([0.1308, 0.0], 0.0654)
     """
     check.tensor("reference_logits", reference_logits, dims=2)
     check.tensor("virtual_logits", virtual_logits, dims=2, dtypes=(reference_logits.dtype,))

@@ -75,10 +75,11 @@ def trimmed_cross_entropy(
             of the logits' shape, as in :func:`cross_entropy`.
         keep: fraction of rows kept, in (0, 1]; or a 0-dim float tensor on the logits' device, read when the operation
             runs, so that a captured CUDA graph follows a schedule.
-        ignore_index: rows with this target have no loss, no gradient and no rank.
+        ignore_index: any int; rows with this target have no loss, no gradient and no rank.
         label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
-        class_weight: ``(C,)``: weighted losses are ranked, and their sum is divided by the kept rows' weights; with
-            probabilities by the number of kept rows, as PyTorch does.
+        class_weight: ``(C,)``, of any of these types; it must not require a gradient. Weighted losses are ranked, and
+            their sum is divided by the kept rows' weights; with probabilities by the number of kept rows, as PyTorch
+            does.
         per_sample: also return the losses, of the rows' shape, detached, 0 at ignored rows.
         group: rank over the batches of all processes of this group, which may have different numbers of rows, but not
             within ``torch.compile`` and captured graphs (ties: lower rank first). The loss is scaled so that the
@@ -94,6 +95,17 @@ def trimmed_cross_entropy(
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
         RuntimeError: in the backward pass, when it is differentiated again, or when ``inplace_backward`` finds the
             logits changed since the forward pass.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import trimmed_cross_entropy
+        >>> logits = torch.tensor([[3.0, 1.0], [1.0, 1.0], [1.0, 3.0], [7.0, 1.0]]).log()
+        >>> target = torch.tensor([0, 0, 0, 0])
+        >>> loss, losses = trimmed_cross_entropy(logits, target, keep=0.5, per_sample=True)
+        >>> [round(loss, 4) for loss in losses.tolist()]
+        [0.2877, 0.6931, 1.3863, 0.1335]
+        >>> round(float(loss), 4)  # the mean of the two highest
+        1.0397
     """
     check.cross_entropy(logits, target, class_weight, "class_weight", ignore_index, label_smoothing, group)
     keep = check.fraction("keep", keep, logits)
@@ -281,6 +293,17 @@ class TrimmedCrossEntropyLoss(nn.Module):
 
     Args:
         keep, ignore_index, label_smoothing, class_weight, per_sample, group, inplace_backward: as in the function.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import TrimmedCrossEntropyLoss
+        >>> criterion = TrimmedCrossEntropyLoss(keep=1.0)
+        >>> logits = torch.tensor([[1.0, 1.0], [1.0, 3.0]]).log()
+        >>> round(float(criterion(logits, torch.tensor([0, 0]))), 4)
+        1.0397
+        >>> criterion.keep = 0.5  # from now on the hardest half
+        >>> round(float(criterion(logits, torch.tensor([0, 0]))), 4)
+        1.3863
     """
 
     def __init__(

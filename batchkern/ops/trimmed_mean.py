@@ -41,14 +41,17 @@ def trimmed_mean(
     Args:
         losses: float32, bfloat16, float16 or float64 of any shape; each element is a row.
         keep: fraction kept, in (0, 1], or a 0-dim float tensor on the losses' device, read when the operation runs.
-        score: what is ranked in place of the losses, of their shape; no gradient flows to it.
-        order: ``"lowest"`` keeps the k lowest. A NaN is then among the last.
-        skip: this fraction, at the top of the order, is left out first: rows round(skip * n) to round(skip * n) + k
-            are kept. skip + keep is at most 1.
-        above: every row that scores above it is kept too, however many, but for those that ``skip`` leaves out.
+        score: floats of the losses' shape, which are ranked in place of the losses; no gradient flows to it.
+        order: ``"highest"``; or ``"lowest"``, which keeps the k lowest. A NaN is then among the last.
+        skip: in [0, 1). This fraction, at the top of the order, is left out first: rows round(skip * n) to
+            round(skip * n) + k are kept. skip + keep is at most 1.
+        above: any number. Every row that scores above it is kept too, however many, but for those that ``skip`` leaves
+            out. ``None`` keeps no further rows; with ``order="lowest"`` it must be None.
         mask: bool of the losses' shape; rows where it is False are as if ignored.
-        weight: of the losses' shape; kept losses are times it, and divided by the sum of the kept rows' weights.
-        within: ``"sample"`` ranks each index of the first dimension apart; the kept of all are averaged.
+        weight: floats of the losses' shape. Each kept loss is multiplied by its weight, and the sum is divided by the
+            sum of the kept rows' weights.
+        within: ``"all"``; or ``"sample"``, which ranks each index of the first dimension apart and averages the kept
+            rows of all.
         group: process group whose batches are ranked together; they may have different numbers of rows. Ties: the lower
             rank first. The mean is scaled so that the average of gradients over ranks is the gradient of the
             concatenated batch. Each call waits for the host once, to learn the numbers of rows; not so within
@@ -59,6 +62,17 @@ def trimmed_mean(
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import trimmed_mean
+        >>> losses = torch.tensor([4.0, 1.0, 3.0, 2.0])
+        >>> float(trimmed_mean(losses, keep=0.5))  # 4 and 3
+        3.5
+        >>> float(trimmed_mean(losses, keep=0.5, order="lowest"))  # 1 and 2
+        1.5
+        >>> float(trimmed_mean(losses, keep=0.5, skip=0.25))  # 3 and 2: the highest may have a wrong label
+        2.5
     """
     check.tensor("losses", losses)
     keep = _check_selection(losses, "losses", keep, order, skip, above, mask, within, group)
@@ -121,6 +135,15 @@ def select_rows(
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern import select_rows
+        >>> losses = torch.tensor([4.0, 1.0, 3.0, 2.0])
+        >>> select_rows(losses, keep=0.5).tolist()
+        [True, False, True, False]
+        >>> select_rows(losses, keep=0.25, mask=losses < 4).tolist()  # the highest of the other three
+        [False, False, True, False]
     """
     check.tensor("score", score)
     keep = _check_selection(score, "score", keep, order, skip, above, mask, within, group)

@@ -19,10 +19,20 @@ class BatchLoss(TrimmedCrossEntropyLoss):
     takes them. In evaluation mode, and without gradients, it is the mean cross entropy of all rows and nothing else.
 
     Args:
-        keep: fraction of the rows that count, the hardest; it may be reassigned between steps.
-        sampler: is told the mean loss of all rows of the batch.
-        virtual: its penalty is added; of sequences, over the positions that count.
-        ignore_index, label_smoothing, class_weight, group: as of ``trimmed_cross_entropy``.
+        keep: fraction of the rows that count, the hardest, in (0, 1]; it may be reassigned between steps.
+        sampler: records the mean loss of all rows of each batch.
+        virtual: virtual samples, whose penalty is added to the loss; of sequences, over the positions that count.
+        ignore_index, label_smoothing, class_weight, group: as for ``trimmed_cross_entropy``.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.parts import BatchLoss
+        >>> criterion = BatchLoss(keep=0.5)
+        >>> logits = torch.tensor([[1.0, 1.0], [1.0, 3.0]]).log().requires_grad_()  # losses 0.6931 and 1.3863
+        >>> round(float(criterion(logits, torch.tensor([0, 0])).detach()), 4)  # the hardest half
+        1.3863
+        >>> round(float(criterion.eval()(logits, torch.tensor([0, 0])).detach()), 4)  # all rows
+        1.0397
     """
 
     def __init__(

@@ -46,7 +46,19 @@ _recognised = 0
 
 def is_passive(batch: Any) -> bool:
     """Whether :class:`inject` took a batch from the passive set. Ask before the batch is made anew: the list
-    ``[x.to(device) for x in batch]`` is no longer marked."""
+    ``[x.to(device) for x in batch]`` is no longer marked.
+
+    Args:
+        batch: as the loader delivered it.
+
+    Examples:
+        >>> from batchkern.parts import inject, is_passive
+        >>> batches = list(inject([["a"], ["b"]], [["p"]], every=2))
+        >>> [is_passive(batch) for batch in batches]
+        [False, False, True]
+        >>> is_passive([*batches[2]])  # a new list
+        False
+    """
     global _recognised
     passive = isinstance(batch, Passive)
     _recognised += passive
@@ -75,9 +87,9 @@ class inject:
             ...  # the update
 
     Args:
-        loader: of the training set.
-        passive: of the passive set; begun anew whenever it ends.
-        every: g; or ``f(batches of loader so far)`` -> bool.
+        loader: the loader of the training set.
+        passive: the loader of the passive set, which begins anew whenever it ends.
+        every: g, at least 1; or ``f(batches of loader so far)`` -> bool.
 
     Its state has that of both loaders where they have one, as :class:`batchkern.parts.WholeEpochs` does. A loader
     without a state begins anew, so a state from within its pass is refused.
@@ -85,6 +97,12 @@ class inject:
     Raises:
         UserError: ``every`` is below 1, or ``passive`` is empty.
         RuntimeError: passive batches are delivered, and nobody asks :func:`is_passive` for them.
+
+    Examples:
+        >>> from batchkern.parts import inject, is_passive
+        >>> loader, passive = [["a"], ["b"], ["c"], ["d"]], [["p"], ["q"]]
+        >>> [(batch[0], is_passive(batch)) for batch in inject(loader, passive, every=2)]
+        [('a', False), ('b', False), ('p', True), ('c', False), ('d', False), ('q', True)]
     """
 
     def __init__(self, loader: Any, passive: Iterable[Any], every: int | Callable[[int], bool] = 100) -> None:
@@ -185,7 +203,7 @@ class SecondHead:
 
     Args:
         model: any module with a linear layer as its classifier.
-        classes: of the passive set.
+        classes: number of classes of the passive set, at least 1.
         example: inputs that the model can take: a tensor, or a tuple or dict of arguments. With it the head is what
             runs behind the last convolution, as in the paper, or behind ``shared``; without it the classifier alone.
         shared: the part that both sets share, as in :func:`batchkern.second_head.second_head`.
@@ -193,6 +211,17 @@ class SecondHead:
 
     Raises:
         UserError: no such module, the model cannot be cut there, or has a second head already.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from batchkern.parts import SecondHead, inject
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> head = SecondHead(model, classes=2)
+        >>> for batch in inject([[torch.zeros(1, 4)]] * 2, [[torch.zeros(1, 4)]], every=2):
+        ...     with head.used_by(batch):
+        ...         print(model(batch[0]).numel(), end=" ")  # classes: of the training set, and of the passive one
+        3 3 2
     """
 
     def __init__(

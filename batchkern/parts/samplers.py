@@ -193,15 +193,21 @@ class EpochBatchSampler(PlannedBatches):
     """Each epoch a fresh permutation of all rows, cut into batches: the baseline.
 
     Args:
-        rows: of the data set.
-        batch_size: rows of a batch, of all ranks together.
-        seed: of the order; a ``Trainer`` with the same seed has the same batches.
+        rows: number of rows of the data set, at least 1.
+        batch_size: number of rows of a batch, of all ranks together, at least 1.
+        seed: seed of the order; a ``Trainer`` with the same seed has the same batches.
         drop_last: leave out the last batch of an epoch where it is smaller.
         group: a process group whose ranks share each batch: each is given a contiguous part of it. Where the parts
             are not equally large (they differ by one row at most), a loss that takes ``group`` weighs them rightly.
 
     Raises:
         UserError: an argument is out of its range.
+
+    Examples:
+        >>> from batchkern.parts import EpochBatchSampler
+        >>> batches = list(EpochBatchSampler(rows=5, batch_size=2))
+        >>> [len(batch) for batch in batches], sorted(sum(batches, []))
+        ([2, 2, 1], [0, 1, 2, 3, 4])
     """
 
     def __init__(
@@ -244,6 +250,15 @@ class RandomBatchSampler(_RoundSampler):
     Args:
         rows, batch_size, seed, drop_last, group: as :class:`EpochBatchSampler`.
         delta: fraction of the batches in a round, in (0, 1].
+
+    Examples:
+        >>> from batchkern.parts import RandomBatchSampler
+        >>> sampler = RandomBatchSampler(rows=4, batch_size=1, delta=0.5)
+        >>> sorted(list(sampler))  # the first epoch visits all batches
+        [[0], [1], [2], [3]]
+        >>> a, b, c, d = sampler  # two rounds of two random batches
+        >>> a != b, c != d
+        (True, True)
     """
 
     def __init__(
@@ -281,6 +296,17 @@ class HardBatchSampler(_RoundSampler):
             official code does.
 
     Source: S. Sahayam, J. Zakkam, U. Jayaraman, "Can we learn better with hard samples?", 2023, Algorithm 2.
+
+    Examples:
+        >>> from batchkern.parts import HardBatchSampler
+        >>> sampler = HardBatchSampler(rows=4, batch_size=1, delta=0.5)
+        >>> for epoch in range(2):
+        ...     visited = []
+        ...     for rows in sampler:
+        ...         visited += rows
+        ...         sampler.record(float(rows[0]))  # here the loss of a row is its number
+        >>> visited  # in the second epoch: two rounds over the hardest half of the batches
+        [3, 2, 3, 2]
     """
 
     records = True
@@ -349,6 +375,17 @@ class WholeEpochs:
 
     Raises:
         UserError: it has another one, or delivers batches out of order.
+
+    Examples:
+        >>> import torch
+        >>> from torch.utils.data import DataLoader
+        >>> from batchkern.parts import HardBatchSampler, WholeEpochs
+        >>> sampler = HardBatchSampler(rows=4, batch_size=1, delta=0.5)
+        >>> for epoch in range(2):
+        ...     for batch in (loader := WholeEpochs(DataLoader(torch.arange(4), batch_sampler=sampler))):
+        ...         sampler.record(batch)  # here the loss of a row is its number
+        >>> len(loader), sampler.epoch, int(batch)  # the last batch is the second of the hardest
+        (4, 2, 2)
     """
 
     def __init__(self, loader: Any) -> None:

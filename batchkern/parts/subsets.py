@@ -114,7 +114,7 @@ class Rates:
             for next i" below eq. 9 are read as naming the rate, not as compounding it.
         divisor: whose batch size the b of eq. 9 is. ``"step"``: the step's, b_i, as in eq. 10. ``"run"``: the run's, in
             all steps; sums of larger batches are then larger, and the rates in between 2, 3 and 4 times those above.
-        rates: the rates themselves, one a step, in place of eq. 9.
+        rates: factors on lambda, one for each step, in place of eq. 9.
     """
 
     def __init__(
@@ -180,15 +180,24 @@ class SubsetSampler(PlannedBatches):
             schedule.step()
 
     Args:
-        rows: of the data set.
-        batch_size: b, of the baseline.
-        epochs: of the training, divided evenly among the steps.
+        rows: number of rows of the data set.
+        batch_size: b, the batch size of the baseline.
+        epochs: number of epochs of the training, which are divided evenly among the steps.
         fractions: sizes of the subsets, increasing, in (0, 1].
         batch_multiples: batch size of each step, in units of ``batch_size``.
         seed, drop_last, group: as :class:`batchkern.parts.EpochBatchSampler`.
 
     Raises:
         UserError: an argument is out of its range, or a subset is smaller than its batches.
+
+    Examples:
+        >>> from batchkern.parts import SubsetSampler
+        >>> sampler = SubsetSampler(rows=10, batch_size=2, epochs=2, fractions=(0.5, 1.0), batch_multiples=(1, 1))
+        >>> sampler.updates  # 3 of 5 rows, then 5 of 10
+        8
+        >>> half, all_rows = (sum(sampler, []) for epoch in range(2))
+        >>> len(half), sorted(all_rows)
+        (5, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
 
     def __init__(
@@ -240,11 +249,23 @@ class StepwiseLR(LambdaLR):
 
     Args:
         optimizer: its rates are those of the first step, lambda.
-        sampler: that of the training.
+        sampler: the sampler of the training.
         gamma, decay_every, gradients, divisor, rates: as :class:`Rates` takes them.
 
     Raises:
         UserError: an argument is out of its range.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.parts import StepwiseLR, SubsetSampler
+        >>> optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+        >>> sampler = SubsetSampler(10, 2, epochs=2, fractions=(0.5, 1.0), batch_multiples=(1, 1))
+        >>> schedule = StepwiseLR(optimizer, sampler, rates=(1.0, 0.5))
+        >>> for batch in sampler:
+        ...     optimizer.step()
+        >>> schedule.step()
+        >>> schedule.get_last_lr()
+        [0.05]
     """
 
     def __init__(

@@ -207,9 +207,9 @@ class VirtualSamples(nn.Module):
             ...  # the update
 
     Make it before the model is compiled; a compiled model takes it with breaks of the graph, so not with
-    ``fullgraph=True``. It has no parameters; its state is how many passes there were. The layers from ``layer`` on see
+    ``fullgraph=True``. It has no parameters; its state is the number of passes. The layers from ``layer`` on see
     1 + M times the rows: they must run once a pass, with the batch as dimension 0, and take nothing else that has its
-    rows, such as a mask of padding or a skip connection around ``layer``. The classifier always does.
+    rows, such as a mask of padding or a skip connection around ``layer``. The classifier always fulfils this.
 
     Args:
         model: any module. Inputs of the layer are ``(B, ...)``; of ``(B, T, H)`` each position is perturbed by itself.
@@ -220,11 +220,21 @@ class VirtualSamples(nn.Module):
         eta: weight of the penalty, at least 0.
         labels: ``"soft"``: outputs of the batch are the labels of its virtual samples, as constants (eq. 10);
             ``"trained"``: with a gradient into them (eq. 11 as it is written).
-        seed: of the coin and the noise.
-        noise: ``gaussian``, ``dropout``, ``sigma``, ``tau``, ``drop_prob``, ``basis``, as :class:`LatentNoise`.
+        seed: seed of the coin and the noise.
+        noise: ``gaussian``, ``dropout``, ``sigma``, ``tau``, ``drop_prob``, ``basis``, as for :class:`LatentNoise`.
 
     Raises:
         UserError: an argument is out of its range, or there is no such module.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.parts import VirtualSamples
+        >>> model, x = torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.ones(4, 3)
+        >>> plain = model(x)
+        >>> virtual = VirtualSamples(model, gaussian=4, dropout=4, eta=0.1, omega=0)  # in every pass
+        >>> logits = model(x)  # of the batch alone, as before
+        >>> torch.equal(logits, plain), bool(virtual.penalty() > 0)
+        (True, True)
     """
 
     def __init__(

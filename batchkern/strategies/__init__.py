@@ -88,7 +88,22 @@ LONGEST = 10_000
 
 
 def check_combination(strategies: Sequence[Strategy]) -> None:
-    """Refuses strategies of one run that decide the same thing."""
+    """Refuses strategies of one run that decide the same thing.
+
+    Args:
+        strategies: objects such as ``Trimming()``.
+
+    Raises:
+        UserError: two of them decide the same thing, or one is no strategy.
+
+    Examples:
+        >>> from batchkern.strategies import CutMix, Cutout, Mixup, check_combination
+        >>> check_combination([Cutout(), Mixup()])
+        >>> check_combination([CutMix(), Mixup()])
+        Traceback (most recent call last):
+            ...
+        batchkern.errors.UserError: strategies cutmix and mixup both decide whether images are mixed; use one of them
+    """
     owners: dict[str, Strategy] = {}
     for strategy in strategies:
         if not isinstance(strategy, Strategy):
@@ -109,6 +124,13 @@ def parse(text: str, *, passive: Any = None) -> list[Strategy]:
 
     Raises:
         UserError: unknown name or option, bad value, impossible combination.
+
+    Examples:
+        >>> from batchkern.strategies import parse
+        >>> parse("cutout+hard-batches(delta=0.5)")
+        [Cutout(size=None), HardBatches(delta=0.5, order='loss')]
+        >>> parse("baseline")
+        []
     """
     if text.strip() in ("", "baseline"):
         return []
@@ -133,7 +155,17 @@ def check_passive(strategies: Sequence[str], passive: str | None) -> None:
 
 
 def split_terms(text: str, separator: str) -> list[str]:
-    """``text`` at each ``separator`` that no parentheses enclose, stripped."""
+    """``text``, cut at each ``separator`` that no parentheses enclose; the parts are stripped.
+
+    Args:
+        text: such as ``"stepwise(fractions=(0.5, 1))+cutout"``.
+        separator: one character, such as ``"+"``.
+
+    Examples:
+        >>> from batchkern.strategies import split_terms
+        >>> split_terms("stepwise(fractions=(0.5, 1)) + cutout", "+")
+        ['stepwise(fractions=(0.5, 1))', 'cutout']
+    """
     cuts, depth = [-1], 0
     for place, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)

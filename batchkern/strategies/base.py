@@ -188,7 +188,22 @@ def loaded(state: Mapping[str, Any], name: str, like: Tensor) -> Tensor:
 
 
 class Strategy:
-    """A way of choosing samples, batches and what each counts. Subclasses are dataclasses: their fields are options."""
+    """A way of choosing samples, batches and what each counts. Subclasses are dataclasses: their fields are options.
+
+    Examples:
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> from batchkern.strategies import Strategy
+        >>> from batchkern.trainer import Trainer
+        >>> @dataclass
+        ... class EveryOther(Strategy):
+        ...     name, owns = "every-other", frozenset({"the loss"})
+        ...     def narrow(self, step, score):
+        ...         return torch.arange(0, len(step.batch.indices), 2)  # these rows get a full pass
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> Trainer("mlp", data, data, strategies=[EveryOther()], epochs=1).fit()["samples_backward"]
+        32
+    """
 
     name: ClassVar[str]
     owns: frozenset[str] = frozenset()

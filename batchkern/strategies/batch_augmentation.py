@@ -22,7 +22,17 @@ class BatchAugmentation(Strategy):
     strategies, such as :class:`Cutout`.
 
     Args:
-        copies: M, at least 2.
+        copies: M, how often each sample is in the batch, at least 2.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import BatchAugmentation, Cutout
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.randint(256, (64, 1, 8, 8), dtype=torch.uint8), torch.arange(64) // 32
+        >>> strategies = [BatchAugmentation(copies=4), Cutout()]
+        >>> trainer = Trainer("cnn", data, data, strategies=strategies, epochs=1, batch_size=16)
+        >>> trainer.fit()["samples_seen"]  # each of 64 images four times
+        256
     """
 
     name: ClassVar[str] = "batch-augmentation"

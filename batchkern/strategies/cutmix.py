@@ -51,7 +51,14 @@ class CutMix(Strategy):
 
     Args:
         alpha: above 0; at 1, the paper's, lambda is uniform.
-        probability: of a batch to be mixed at all, in (0, 1]; the paper's code takes 0.5 on CIFAR and 1 on ImageNet.
+        probability: probability that a batch is mixed at all, in (0, 1]; the paper's code takes 0.5 on CIFAR and 1 on
+            ImageNet.
+
+    Examples:
+        >>> from batchkern.strategies import CutMix, Cutout, parse
+        >>> strategies = [CutMix(probability=0.5), Cutout(size=8)]  # Trainer(..., strategies=strategies)
+        >>> parse("cutmix(probability=0.5)+cutout(size=8)") == strategies  # on the command line
+        True
     """
 
     name: ClassVar[str] = "cutmix"

@@ -40,6 +40,12 @@ class Cutout(Strategy):
     Args:
         size: side of the square in pixels, at most the image's shorter side; default: half of that, which is the
             paper's 16 on CIFAR-10 (it takes 8 on CIFAR-100, 20 on SVHN).
+
+    Examples:
+        >>> from batchkern.strategies import Cutout, parse
+        >>> strategy = Cutout(size=8)  # Trainer(..., strategies=[strategy])
+        >>> parse("cutout(size=8)") == [strategy]  # on the command line
+        True
     """
 
     name: ClassVar[str] = "cutout"

@@ -25,6 +25,15 @@ class HardBatches(Strategy):
         delta: fraction of the batches replayed in each round, in (0, 1].
         order: ``"loss"``: replayed in descending loss (Algorithm 2). ``"index"``: in the order of the first
             epoch, which is what the official code does.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import HardBatches
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> trainer = Trainer("mlp", data, data, strategies=[HardBatches(delta=0.25)], epochs=2, batch_size=16)
+        >>> trainer.fit()["updates"]  # as many as the baseline: all four batches, then four rounds of the hardest one
+        8
     """
 
     name: ClassVar[str] = "hard-batches"

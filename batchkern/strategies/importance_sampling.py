@@ -51,6 +51,16 @@ class ImportanceSampling(Strategy):
         threshold: tau_th, at least 0; default: (B + 3 b) / (3 b), above which a speed-up is certain where a backward
             pass costs two forward passes. At 0 all updates but the first sample by importance.
         at_random: draw as many with equal probabilities, while tau is above the threshold: the control.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import ImportanceSampling
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> strategy = ImportanceSampling(ratio=3, threshold=0)
+        >>> trainer = Trainer("mlp", data, data, strategies=[strategy], epochs=2, batch_size=16)
+        >>> trainer.fit()["samples_seen"]  # the first update sees 16, each of the other seven 48
+        352
     """
 
     name: ClassVar[str] = "importance"

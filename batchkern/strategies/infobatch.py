@@ -32,6 +32,16 @@ class InfoBatch(Strategy):
             That is what the authors' program does.
         at_random: prune as many, but at random among all samples, and let each of the others count N / kept times: the
             control, whose updates are as large.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import InfoBatch
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> trainer = Trainer("mlp", data, data, strategies=[InfoBatch(until=0.5)], epochs=4, batch_size=16)
+        >>> _ = trainer.fit()  # the first epoch and the last two train on all samples
+        >>> [row["pruned"] > 0 for row in trainer.history]
+        [False, True, False, False]
     """
 
     name: ClassVar[str] = "infobatch"

@@ -42,6 +42,12 @@ class Mixup(Strategy):
     Args:
         alpha: above 0; near 0 hardly anything is mixed, at 1 lambda is uniform. The paper takes 0.2 on ImageNet and
             1 on CIFAR.
+
+    Examples:
+        >>> from batchkern.strategies import CutMix, Mixup
+        >>> strategy = Mixup(alpha=1.0)  # Trainer(..., strategies=[strategy])
+        >>> sorted(strategy.owns & CutMix.owns)  # both decide this, so a run has one of them at most
+        ['whether images are mixed']
     """
 
     name: ClassVar[str] = "mixup"

@@ -40,11 +40,21 @@ class PassiveInjection(Strategy):
         passive: the passive set, or what ``batchkern.data.load`` takes; resized to the shape of the training images and
             normalised by its own statistics.
         every: g, the number of active batches for each passive one; or ``f(active batches so far)`` -> bool.
-        batch_size: of passive batches; default: the run's.
+        batch_size: number of rows of a passive batch; default: the run's batch size.
         freeze_bn: passive batches leave the running statistics of batch norm alone. By default they are shared.
         summed: one update of the two losses' sum (eq. 4), in place of two updates, one after the other (Algorithm 1).
         shared: which layers both sets share, as in :func:`batchkern.second_head.second_head`: ``"convolutions"``, as
             the paper (section IV), ``"all but the classifier"``, or the name of the last module that is shared.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import PassiveInjection
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> strategy = PassiveInjection(data, every=3, shared="all but the classifier")
+        >>> trainer = Trainer("mlp", data, data, strategies=[strategy], epochs=2, batch_size=16)
+        >>> trainer.fit()["passive_updates"]  # after the third and the sixth of eight active batches
+        2
     """
 
     name: ClassVar[str] = "passive"

@@ -35,6 +35,15 @@ class RandomSelection(Strategy):
         backward: of rows. ``"masked"``: a pass over the whole batch, with zero gradients at dropped rows.
             ``"compact"``: a pass over the chosen rows alone, since no loss is needed to choose them; the losses of the
             others stay unknown.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import RandomSelection
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> trainer = Trainer("mlp", data, data, strategies=[RandomSelection(end=0.5)], epochs=2, batch_size=16)
+        >>> trainer.fit()["samples_kept"]  # 64 in the first epoch, 32 in the second
+        96
     """
 
     name: ClassVar[str] = "random"

@@ -27,7 +27,7 @@ from batchkern.validation import check_kind, count
 
 @dataclass
 class RHO(Strategy):
-    """Of a large batch those samples are trained on whose loss is furthest above their irreducible loss.
+    """Of a large batch, only the samples whose loss is furthest above their irreducible loss are trained on.
 
     An update takes the next batch_size / fraction samples, passes them forward, and trains on the share ``fraction`` of
     them for which loss less irreducible loss is highest. An epoch passes each sample forward once, and so has
@@ -43,8 +43,18 @@ class RHO(Strategy):
         fraction: share of the samples that is trained on, in (0, 1].
         reference: name of the reference models for :func:`batchkern.models.build`, such as ``"cnn"``; default: the
             network itself, with other random weights. Where it is a module, with the weights it was given with.
-        reference_epochs: of each reference model on its half.
-        at_random: train on as many, but at random, after all the same passes: the control.
+        reference_epochs: number of epochs of each reference model on its half.
+        at_random: train on as many samples, but on random ones, after all the same passes: the control.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import RHO
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> strategy = RHO(fraction=0.25, reference_epochs=1)
+        >>> trainer = Trainer("mlp", data, data, strategies=[strategy], epochs=2, batch_size=16)
+        >>> trainer.fit()["updates"]  # each of two epochs passes 64 samples forward and trains on 16
+        2
     """
 
     name: ClassVar[str] = "rho"

@@ -23,17 +23,28 @@ class SelectiveBackprop(Strategy):
 
     That is CDF(loss)^beta, with the cumulative distribution of the last R losses, those of the sample's own batch among
     them; on average 1 / (1 + beta) of the samples. Selected ones wait until there are as many as a batch has, and only
-    then is there an update, from a forward pass of its own. What waits at the end of an epoch waits on; what does at
-    the end of the training is not trained on. An epoch is one forward pass of each sample.
+    then is there an update, from a forward pass of its own. Samples that wait at the end of an epoch wait on; those
+    that wait at the end of the training are not trained on. An epoch is one forward pass of each sample.
 
     Two readings. The losses of a batch enter the distribution before its ranks are taken, as in the authors' program;
-    which also trains on every sample of the first epoch, and on what waits at the end of each, of which the paper's
-    algorithm has nothing. And a sample's random crop in the update is another one than that which was scored.
+    that program also trains on every sample of the first epoch, and on the samples that wait at the end of each epoch,
+    of which the paper's algorithm has nothing. And the random crop of a sample in the update is not the one that was
+    scored.
 
     Args:
         beta: at least 0; 0 selects all, 1 half of them, 2 a third.
-        history: R, how many losses the distribution is of.
-        at_random: of each batch select as many, but at random: the control.
+        history: R, the number of losses in the distribution.
+        at_random: select as many samples of each batch, but at random: the control.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import SelectiveBackprop
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> trainer = Trainer("mlp", data, data, strategies=[SelectiveBackprop(beta=1.0)], epochs=4, batch_size=16)
+        >>> costs = trainer.fit()
+        >>> costs["samples_seen"], costs["samples_backward"] < 256  # all are scored, some are trained on
+        (256, True)
     """
 
     name: ClassVar[str] = "selective-backprop"

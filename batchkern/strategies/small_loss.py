@@ -29,8 +29,14 @@ class SmallLoss(Strategy):
 
     Args:
         noise: share of wrong labels, tau, in [0, 1), as it is known or estimated.
-        warm_up: epochs until so many are left out, T_k, at least 1.
-        at_random: keep as many, but at random: the control.
+        warm_up: T_k, the number of epochs until the share ``noise`` is left out, at least 1.
+        at_random: keep as many samples, but random ones: the control.
+
+    Examples:
+        >>> from batchkern.strategies import SmallLoss
+        >>> strategy = SmallLoss(noise=0.5, warm_up=2)  # Trainer(..., strategies=[strategy])
+        >>> [strategy.keep(epoch) for epoch in range(4)]
+        [1.0, 0.75, 0.5, 0.5]
     """
 
     name: ClassVar[str] = "small-loss"

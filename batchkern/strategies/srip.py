@@ -51,6 +51,12 @@ class SRIP(Strategy):
         coefficient: lambda, constant, at least 0; default: the paper's schedule, 0.1, then 1e-3, 1e-4, 1e-6 and 0 from
             epochs 20, 50, 70 and 120 of 200 on, at the same parts of any other length. The authors' programs start at
             0.01 in place of 0.1, and multiply it by the later values.
+
+    Examples:
+        >>> from batchkern.strategies import SRIP
+        >>> strategy = SRIP()  # Trainer(..., strategies=[strategy])
+        >>> [strategy.factor(epoch / 200) for epoch in (0, 20, 50, 70, 120)]
+        [0.1, 0.001, 0.0001, 1e-06, 0.0]
     """
 
     name: ClassVar[str] = "srip"

@@ -27,6 +27,16 @@ class Stepwise(Strategy):
         reset_optimizer: forget the optimizer's state (momentum) at the start of each step.
         share_weights: carry weights over. Without, each step starts from the initial weights (Tables I and IV); heads
             that other strategies train beside the model go on.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import Stepwise
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> strategy = Stepwise(fractions=(0.25, 0.5, 1.0), batch_multiples=(1, 2, 1))
+        >>> trainer = Trainer("mlp", data, data, strategies=[strategy], epochs=3, batch_size=8)
+        >>> trainer.fit()["samples_seen"]  # 16 + 32 + 64
+        112
     """
 
     name: ClassVar[str] = "stepwise"

@@ -35,10 +35,10 @@ class StochasticAugmentation(Strategy):
 
     Args:
         omega: in [0, pi / 2]; pi / 3 augments every second iteration on average.
-        omega_end: that of the last epoch, linear in between; default: it stays (section 3.2 names a changing
+        omega_end: omega of the last epoch, linear in between; default: it stays (section 3.2 names a changing
             probability as the more delicate case).
         eta: weight of the penalty, at least 0; the paper's search found 0.01 and 0.1.
-        gaussian, dropout, sigma, tau, drop_prob, basis: of the virtual samples, as
+        gaussian, dropout, sigma, tau, drop_prob, basis: settings of the virtual samples, as
             :class:`batchkern.parts.virtual_samples.LatentNoise` takes them.
         layers: names of eligible modules; default: the model's classifier, its last linear layer.
         two_step: Algorithm 1: one update for the loss, then one for the penalty, in place of the one update of eq. 11.
@@ -50,6 +50,16 @@ class StochasticAugmentation(Strategy):
         vote: decide by majority at inference; ties go to the raw prediction, then to the lower class.
         vote_layer: the module at whose input the virtual samples of the vote are made; default: the first of
             ``layers``.
+
+    Examples:
+        >>> import torch
+        >>> from batchkern.strategies import StochasticAugmentation
+        >>> from batchkern.trainer import Trainer
+        >>> data = torch.arange(64.0).view(64, 1), torch.arange(64) // 32
+        >>> strategy = StochasticAugmentation(omega=0, gaussian=2, dropout=2)
+        >>> trainer = Trainer("mlp", data, data, strategies=[strategy], epochs=2, batch_size=16)
+        >>> trainer.fit()["augmented_updates"]  # with omega = 0 each of the eight
+        8
     """
 
     name: ClassVar[str] = "augmentation"

@@ -56,6 +56,12 @@ class Trimming(Strategy):
         skip: leaves out this fraction at the top of the order first: the hardest, among which wrong labels are. It and
             the fraction kept are at most 1 together.
         above: keeps every row of a loss above it too, however many; the fraction is then the least that is kept.
+
+    Examples:
+        >>> from batchkern.strategies import Trimming
+        >>> strategy = Trimming(end=0.2)  # Trainer(..., strategies=[strategy])
+        >>> [round(strategy.keep(epoch, epochs=5), 2) for epoch in range(5)]
+        [1.0, 0.8, 0.6, 0.4, 0.2]
     """
 
     name: ClassVar[str] = "trimming"
