@@ -1285,7 +1285,7 @@ STRATEGIES = [
         "strategies",
         "batchkern/updater.py",
         ("tests/strategies/test_importance_sampling.py",),
-        ("rows are scored by their losses", "return scored[0][2]", "return scored[0][0]"),
+        ("rows are scored by their losses", "lambda: batch.figures[2]", "lambda: batch.figures[0]"),
     ),
     *within(
         "strategies",
@@ -1534,13 +1534,6 @@ STRATEGIES = [
         ("tests/test_analysis.py",),
         ("more is always better", "sign, shares = -1 if lower else 1, []", "sign, shares = 1, []"),
         ("metrics share their tests", "key = (data, own[0].group, arm, metric)", "key = (data, own[0].group, arm, 0)"),
-        (
-            "lines of a course stand as in the file",
-            "course = sorted(course, key",
-            "course = list(course) or sorted(course, key",
-        ),
-        ("a failed run counts", "if (final or curve) and not failed:", "if final or curve:"),
-        ("numbers that are none pass", "if math.isfinite(value) and", "if"),
         ("files are replaced unasked", "if there and not overwrite:", "if False:"),
         ("old plots stay", "(out / file).unlink()", "pass"),
         (
@@ -1553,11 +1546,23 @@ STRATEGIES = [
             "ended[seed], plain[seed]) for seed in ended if seed in plain",
             "a, b) for a in ended.values() for b in plain.values()",
         ),
+    ),
+    *within(
+        "compare",
+        "batchkern/training_results.py",
+        ("tests/test_analysis.py",),
+        (
+            "lines of a course stand as in the file",
+            "course = sorted(course, key",
+            "course = list(course) or sorted(course, key",
+        ),
+        ("a failed run counts", "if (final or curve) and not failed:", "if final or curve:"),
+        ("numbers that are none pass", "if math.isfinite(value) and", "if"),
         ("a seed 1.0 is not 1", "if whole and len(whole[1]) < 1000 else", "if False else"),
     ),
     *within(
         "compare",
-        "batchkern/analysis.py",
+        "batchkern/training_results.py",
         ("tests/compare/test_report.py",),
         ("each budget is in the order of its name", "budgets = tuple(dict.fromkeys(", "budgets = tuple(sorted("),
     ),
@@ -2379,14 +2384,19 @@ DATA = [
         "data",
         "batchkern/data/sources.py",
         ("tests/data/test_sources.py",),
+        ("the digest has no head", "file.read(piece), digest_size", "b'', digest_size"),
+        ("the digest has no tail", "        digest.update(file.read())\n", ""),
+    ),
+    *within(
+        "data",
+        "batchkern/data/folders.py",
+        ("tests/data/test_sources.py",),
         ("a pipe is read as an image", "if not _is(entry.is_file):", "if False:"),
         (
             "a link that leads nowhere is left out",
             "if not folder and entry.is_symlink()",
             "if False and entry.is_symlink()",
         ),
-        ("the digest has no head", "file.read(piece), digest_size", "b'', digest_size"),
-        ("the digest has no tail", "        digest.update(file.read())\n", ""),
     ),
 ]
 

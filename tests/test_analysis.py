@@ -18,7 +18,7 @@ pytest.importorskip("jinja2")
 
 from scipy import stats
 
-from batchkern.analysis import JSON, PAGE, Analysis, analyse, read_results, write_analysis
+from batchkern.analysis import JSON, PAGE, Analysis, Run, analyse, read_results, write_analysis
 from batchkern.compare.statistics import paired_difference
 from batchkern.errors import UserError
 
@@ -346,3 +346,11 @@ def test_what_is_not_looked_at_or_ends_early_is_told(tmp_path: Path) -> None:
 def test_an_error_that_is_a_number_and_a_word_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 3, column error: 'OOM' is a word, and other lines have numbers"):
         of(tmp_path, "arm,seed,x,error\nbaseline,0,1,0\nbaseline,1,2,OOM\n")
+
+
+def test_runs_made_by_hand_need_no_curves() -> None:
+    runs = [Run(arm, seed, {"accuracy": value}) for arm, seed, value in (("baseline", "0", 0.5), ("sam", "0", 0.75))]
+    (table,) = analyse(runs).tables
+    entries = {entry["arm"]: entry for entry in table.entries}
+    assert entries["sam"]["difference"]["baseline"]["mean"] == 0.25
+    assert entries["sam"]["reach"] is None

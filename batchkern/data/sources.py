@@ -9,27 +9,21 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from batchkern.data.decode import Cells
+from batchkern.data.folders import open_folder, what_it_is
 from batchkern.data.images import TensorImages
 from batchkern.data.labels import LABEL_COLUMNS, described, label_column, read_clean_labels, read_labels
-from batchkern.data.wording import printable, shortened
+from batchkern.data.wording import printable
 from batchkern.errors import UserError, require
 
-# Sub-folders of a folder that are splits, and the names under which `datasets` knows them.
-_SPLITS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing"),
-    "validation": ("validation", "valid", "val", "dev"),
-}
-_SPLIT_FOLDERS = {name: split for split, names in _SPLITS.items() for name in names}
 _HUB_NAME = re.compile(r"(?P<path>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
 
 
@@ -96,22 +90,18 @@ def open_source(source: str | os.PathLike[str]) -> tuple[str, Mapping[str, Any]]
         return name, _BUILT_IN[given]()
     path = os.path.expanduser(given)
     if os.path.isdir(path):
-        return name, _open_folder(name, path)
+        return name, open_folder(name, path)
     if os.path.isfile(path):
         if path.lower().endswith((".csv", ".tsv")):
             raise UserError(f"{name} is a table: say by label (--label) which of its columns has the labels")
         return name, _open_parquet(name, path)
     if os.path.lexists(path):
-        raise UserError(f"{given!r} is neither a file nor a folder, but {_what_it_is(path)}")
+        raise UserError(f"{given!r} is neither a file nor a folder, but {what_it_is(path)}")
     if not isinstance(source, str):
         raise UserError(f"{given!r} is no file or folder, which a path must be; a name is given as a string")
     if given.endswith(".parquet") or not _HUB_NAME.fullmatch(given) or given.startswith("."):
         raise UserError(f"{given!r} is no file or folder, and neither {_built_in_names()} nor a hub name (owner/name)")
     return name, _open_hub(given)
-
-
-def _what_it_is(path: str) -> str:
-    return "a link that leads to no file" if os.path.islink(path) and not os.path.exists(path) else "a device or a pipe"
 
 
 def read_table(
@@ -234,144 +224,6 @@ def _check_embedded(source: str, dataset: Any) -> None:
                     f"{source}: row {row} has no bytes in its column {name!r}, but the path "
                     f"{cells[row].as_py()['path']!r}; in a parquet file the images themselves must be in it"
                 )
-
-
-def _open_folder(source: str, path: str) -> Mapping[str, Any]:
-    """Splits are the sub-folders train and test (or validation, or other usual names of these) where there are such, or
-    train where there is nothing else; else "train" only. Classes are those of the split "train".
-
-    Files are found here, and not by `datasets`, which would take any file or class with "test" in its name for a part
-    of a test split, the innermost folder for the class, and the labels from a metadata file.
-    """
-    datasets = require("datasets", "train")
-    inside = _sub_folders(source, path)
-    folders = _split_folders(source, inside) or {"": "train"}
-    splits: dict[str, Any] = {}
-    classes: tuple[str, ...] = ()
-    training = ""
-    for name, split in folders.items():
-        where = os.path.join(source, name).rstrip(os.sep) or os.sep
-        images = _images_of_classes(where, os.path.join(os.path.abspath(path), name))
-        if split == "train":
-            classes, training = tuple(images), where
-        for of_class in images:
-            if of_class not in classes:
-                raise UserError(f"{where}: its sub-folder {of_class!r} is no class of {training}: {shortened(classes)}")
-        columns = {
-            "image": [file for files in images.values() for file in files],
-            "label": [classes.index(of_class) for of_class, files in images.items() for _ in files],
-        }
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(classes))})
-        splits[split] = datasets.Dataset.from_dict(columns, features=features)
-    return splits
-
-
-def _split_folders(source: str, inside: list[str]) -> dict[str, str]:
-    """Which split each sub-folder is; none where they are classes."""
-    found = {name: _SPLIT_FOLDERS[name.lower()] for name in inside if name.lower() in _SPLIT_FOLDERS}
-    folders = dict(sorted(found.items(), key=lambda item: item[1] != "train"))  # it has the classes
-    others = [name for name in inside if name not in folders]
-    splits = set(folders.values())
-    if others and ("train" not in splits or len(folders) == 1):
-        return {}  # a class may be called train, or test
-    if others:
-        raise UserError(
-            f"{source}: its sub-folders {shortened(tuple(folders))} are splits, and {shortened(tuple(others))} none; "
-            "put it elsewhere, or give the folders of training and test each by itself"
-        )
-    if len(splits) < len(folders):
-        raise UserError(f"{source}: of its sub-folders {shortened(tuple(folders))} two are names of the same split")
-    if folders and "train" not in splits:
-        raise UserError(f"{source}: of splits it has {shortened(tuple(folders))}, but no train")
-    return folders
-
-
-def _images_of_classes(where: str, path: str) -> dict[str, list[str]]:
-    """The files of each class, sorted: all images in its folder and those below it, as in torchvision's ImageFolder."""
-    images: dict[str, list[str]] = {}
-    for name in _sub_folders(where, path):
-        files = [*image_files(where, os.path.join(path, name))]
-        if not files and images:
-            raise UserError(f"{where}: the sub-folder {name!r} has no image; each must be a class with one at least")
-        if not files:  # said at once: of the root of a file system, to look at all folders would take for ever
-            raise UserError(f"{where}: no images in one sub-folder per class, as in class/image.png: none in {name!r}")
-        images[name] = files
-    if not images:
-        raise UserError(f"{where}: no images in one sub-folder per class, as in class/image.png")
-    return images
-
-
-def image_files(where: str, path: str) -> Iterator[str]:
-    """Those in a folder and in the folders below it, by their names alone.
-
-    Raises:
-        UserError: something in it cannot be read, or is called as an image and is none; ``where`` begins the sentence.
-    """
-    pillow = require("PIL.Image", "train")
-    extensions = {extension for extension, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
-    folders, seen = [path], set()
-    while folders:
-        folder = folders.pop()
-        place = os.path.realpath(folder)
-        if place in seen:  # a link to a folder above would lead round for ever
-            continue
-        seen.add(place)
-        below = []
-        for entry in _entries(where, folder):
-            if _is_folder(where, entry):
-                below += [entry.path] if entry.name[0] != "." else []
-            elif _extension(entry.name) in extensions:
-                _check_image_file(where, entry)
-                yield entry.path
-        folders += reversed(below)
-
-
-def _check_image_file(where: str, entry: os.DirEntry[str]) -> None:
-    if not _is(entry.is_file):  # to read from a pipe would take for ever
-        raise UserError(f"{where}: {entry.path!r} is neither a file nor a folder, but {_what_it_is(entry.path)}")
-    try:
-        entry.path.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: the path {entry.path!r} is not valid UTF-8; rename it, so that it is") from None
-
-
-def _extension(file: str) -> str:
-    return "" if file.startswith(".") else os.path.splitext(file)[1].lower()
-
-
-def _sub_folders(where: str, path: str) -> list[str]:
-    return [entry.name for entry in _entries(where, path) if entry.name[0] != "." and _is_folder(where, entry)]
-
-
-def _entries(where: str, path: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name."""
-    try:
-        with os.scandir(path) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        _refuse_folder(where, error)
-
-
-def _is_folder(where: str, entry: os.DirEntry[str]) -> bool:
-    """
-    Raises:
-        UserError: it is a link that cannot be followed, without the extension of a file: a class may lie behind it.
-    """
-    folder = _is(entry.is_dir)
-    if not folder and entry.is_symlink() and not os.path.exists(entry.path) and "." not in entry.name:
-        raise UserError(f"{where}: {entry.path!r} is a link that cannot be followed; remove it, or mend it")
-    return folder
-
-
-def _is(kind: Callable[[], bool]) -> bool:
-    """What an entry of a folder says of itself; no to all, where it is a link that leads round for ever."""
-    with contextlib.suppress(OSError):
-        return kind()
-    return False
-
-
-def _refuse_folder(where: str, error: OSError) -> NoReturn:
-    raise UserError(f"{where}: the folder {error.filename!r} cannot be read: {error.strerror}") from error
 
 
 def _open_hub(source: str) -> Mapping[str, Any]:

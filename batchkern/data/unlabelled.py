@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from batchkern.data.decode import Cells
+from batchkern.data.folders import image_files
 from batchkern.data.images import ImageData, StreamedImages, TensorImages, centre_of, match_shape
-from batchkern.data.sources import image_files, open_source, read_images
+from batchkern.data.sources import open_source, read_images
 from batchkern.data.wording import printable
 from batchkern.errors import UserError, require
 from batchkern.files import read_file
