@@ -443,7 +443,7 @@ class Trainer:
                             break
                     elif self.checkpoint_every and self.counts.updates % self.checkpoint_every == 0:
                         self._save()
-                    if bar.due():
+                    if bar.due() and not batch.ends_epoch:  # after it the sums begin anew
                         self._show(bar, batch.progress)
                     if self.ranks.agree(stop.made):
                         stop.made = False  # a further Ctrl-C does not end the saving

@@ -1658,6 +1658,7 @@ TRAINING = [
         "batchkern/trainer.py",
         ("tests/test_trainer.py",),
         ("the sums of an epoch go on in the next", "        self.updater.sums.zero_()\n", ""),
+        ("the bar shows an epoch that has no update yet", "bar.due() and not batch.ends_epoch", "bar.due()"),
         (
             "the test loss is a sum of means",
             'F.cross_entropy(logits.float(), target, reduction="sum")',
