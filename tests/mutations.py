@@ -1628,6 +1628,19 @@ RESUME = ("tests/test_resume.py", "-k", "every_single_update")
 TRAINING = [
     *within(
         "training",
+        "batchkern/_start.py",
+        ("tests/test_cli.py", "-k", "torch_is_loaded"),
+        ("a script is not known as the command", "    return script or (", "    return ("),
+        ("python -m is not known as the command", "return script or (", "return script and ("),
+    ),
+    *within(
+        "training",
+        "batchkern/data/sources.py",
+        ("tests/test_cli.py", "-k", "without_a_network"),
+        ("datasets asks for long where there is no network", "if silence else", "if not silence else"),
+    ),
+    *within(
+        "training",
         "batchkern/trainer.py",
         RESUME,
         (
