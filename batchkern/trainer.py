@@ -52,7 +52,7 @@ from batchkern.validation import (
     count,
 )
 
-__all__ = ["EVALUATION_BATCH", "Counts", "Interrupted", "Trainer"]
+__all__ = ["Counts", "Interrupted", "Trainer"]
 
 
 class Trainer:
