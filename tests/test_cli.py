@@ -532,6 +532,28 @@ def test_ctrl_c_while_torch_is_loaded(tmp_path, start):
     assert process.returncode == 130
 
 
+SWALLOWS = (
+    "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException as error: print(repr(error))"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "ended"),
+    [
+        ("import swallows", (130, "", "batchkern: interrupted\n")),
+        (SWALLOWS, (0, "KeyboardInterrupt()\n", "")),
+    ],
+)
+def test_ctrl_c_that_a_library_swallows(tmp_path, code, ended):
+    """While it is imported, it cannot."""
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    begin = (
+        "import signal; from batchkern import _start; signal.signal(signal.SIGINT, _start._leave); _start.loaded()\n"
+    )
+    done = warm.run("-c", begin + code)
+    assert (done.returncode, done.stdout, done.stderr) == ended
+
+
 def test_resuming_a_finished_run_changes_nothing(batchkern, trained):
     weights = (trained / WEIGHTS).read_bytes()
     metrics = (trained / METRICS).read_bytes()
