@@ -397,10 +397,12 @@ def _open_hub(source: str) -> Mapping[str, Any]:
 
 def _silence_of_hub(name: str) -> str:
     """Why the hub does not answer, or nothing. It is asked once; `datasets` would ask for half a minute."""
+    if require("datasets.config", "train").HF_HUB_OFFLINE:
+        return ""
     hub = require("huggingface_hub", "train")
     try:
         hub.HfApi().dataset_info(name, timeout=5)
-    except (hub.utils.HfHubHTTPError, hub.utils.HFValidationError, hub.utils.OfflineModeIsEnabled):
+    except (hub.utils.HfHubHTTPError, hub.utils.HFValidationError):
         return ""
     except Exception as error:
         return _cause(error)
