@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from batchkern import _start  # noqa: F401  # before torch
 from batchkern._version import __version__
 from batchkern.basis import Hadamard, random_basis
 from batchkern.causal_lm import CausalLMPatch, ExcessLoss, patch_causal_lm

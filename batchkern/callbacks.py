@@ -14,6 +14,8 @@ from batchkern.rundir import TENSORBOARD
 if TYPE_CHECKING:
     from batchkern.trainer import Trainer
 
+__all__ = ["Callback", "TensorBoard", "WeightsAndBiases"]
+
 Row = Mapping[str, Any]
 
 

@@ -15,6 +15,8 @@ import torch
 
 from batchkern.errors import UserError
 
+__all__ = ["bernoulli", "constant", "cosine", "every", "linear", "stages", "step"]
+
 EpochSchedule = Callable[[int, int], float]
 RateSchedule = Callable[[float], float]
 

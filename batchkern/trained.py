@@ -69,7 +69,7 @@ class TrainedModel:
         Raises:
             UserError: the inputs are of another shape than the model takes.
         """
-        from batchkern.trainer import EVALUATION_BATCH
+        from batchkern.updater import EVALUATION_BATCH
 
         data = as_labelled("data", data, self.classes)
         if data.shape != self.preprocessing.shape:

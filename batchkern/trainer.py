@@ -52,7 +52,7 @@ from batchkern.validation import (
     count,
 )
 
-__all__ = ["EVALUATION_BATCH", "Counts", "Interrupted", "Trainer"]
+__all__ = ["Counts", "Interrupted", "Trainer"]
 
 
 class Trainer:
@@ -455,7 +455,7 @@ class Trainer:
                             break
                     elif self.checkpoint_every and self.counts.updates % self.checkpoint_every == 0:
                         self._save()
-                    if bar.due():
+                    if bar.due() and not batch.ends_epoch:  # after it the sums begin anew
                         self._show(bar, batch.progress)
                     if self.ranks.agree(stop.made):
                         stop.made = False  # a further Ctrl-C does not end the saving

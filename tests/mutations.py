@@ -1633,6 +1633,20 @@ RESUME = ("tests/test_resume.py", "-k", "every_single_update")
 TRAINING = [
     *within(
         "training",
+        "batchkern/_start.py",
+        ("tests/test_cli.py", "-k", "torch_is_loaded or swallows"),
+        ("a script is not known as the command", "    return script or (", "    return ("),
+        ("Ctrl-C in an import is an exception", "        caller = caller.f_back\n", "        caller = None\n"),
+        ("python -m is not known as the command", "return script or (", "return script and ("),
+    ),
+    *within(
+        "training",
+        "batchkern/data/sources.py",
+        ("tests/test_cli.py", "-k", "without_a_network"),
+        ("datasets asks for long where there is no network", "if silence else", "if not silence else"),
+    ),
+    *within(
+        "training",
         "batchkern/trainer.py",
         RESUME,
         (
@@ -1663,6 +1677,7 @@ TRAINING = [
         "batchkern/trainer.py",
         ("tests/test_trainer.py",),
         ("the sums of an epoch go on in the next", "        self.updater.sums.zero_()\n", ""),
+        ("the bar shows an epoch that has no update yet", "bar.due() and not batch.ends_epoch", "bar.due()"),
         (
             "the test loss is a sum of means",
             'F.cross_entropy(logits.float(), target, reduction="sum")',

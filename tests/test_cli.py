@@ -13,6 +13,7 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from batchkern.trainer import Trainer  # noqa: E402
 
 one_thread = single_thread()
 QUICK = ("--data", "digits", "--epochs", "1", "--batch-size", "128", "--no-progress")
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 NO_GPU = not torch.cuda.is_available()
 
 
@@ -311,21 +313,21 @@ def test_cuda_without_a_gpu(batchkern):
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("words", "said"),
     [
-        ("train", "--data"),
-        ("train --data digits --epoch 3", "--epoch"),
-        ("train --data digits --epochs many", "--epochs"),
-        ("train --data", "--data"),
-        ("tran --data digits", "tran"),
-        ("compare --seeds 1.5", "--seeds"),
+        ("train", "batchkern train: missing option '--data'"),
+        ("train --data digits --epohcs 3", "batchkern train: no such option --epohcs (did you mean --epochs?)"),
+        ("train --data digits --zz", "batchkern train: no such option --zz"),
+        ("train --epochs 3 --epochs=many --lr 1", "batchkern train: --epochs must be a whole number, got 'many'"),
+        ("train --data digits --lr fast", "batchkern train: --lr must be a number, got 'fast'"),
+        ("train --data", "batchkern: option '--data' requires an argument"),
+        ("tran --data digits", "batchkern: no such command 'tran' (did you mean 'train'?)"),
+        ("compare --seeds 1.5", "batchkern compare: --seeds must be a whole number, got '1.5'"),
+        ("bench report --redme x", "batchkern bench report: no such option --redme (did you mean --readme?)"),
     ],
 )
-def test_wrong_usage(batchkern, words, named):
-    status, out, err = batchkern(*words.split())
-    assert (status, out) == (2, "")
-    assert named in err.splitlines()[-1]
-    assert "Traceback" not in err
+def test_wrong_usage(batchkern, words, said):
+    assert batchkern(*words.split()) == (2, "", f"{said}\n")
 
 
 # --- data that are wrong ---------------------------------------------------------------------------------------------
@@ -397,6 +399,15 @@ def test_a_name_that_is_not_on_the_hub_offline():
     done = warm.run("-m", "batchkern", "train", "--data", "nobody/nothing", env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"batchkern: error: 'nobody/nothing'[^\n]*hub[^\n]*\n", done.stderr)
+
+
+def test_a_name_on_the_hub_without_a_network():
+    """It is not asked again and again, which ``datasets`` would tell in ten more lines."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    done = warm.run("-m", "batchkern", "train", "--data", "nobody/nothing", env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"batchkern: error: 'nobody/nothing'[^\n]*hub: [^\n]*refused[^\n]*\n", done.stderr)
 
 
 # --- output directories ----------------------------------------------------------------------------------------------
@@ -472,7 +483,7 @@ def test_ctrl_c_saves_and_names_the_command_that_goes_on(batchkern):
         assert process.stdout.readline().startswith("epoch 1/8")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 130
     match = re.fullmatch(r"batchkern: interrupted after update (\d+); [^\n]*the/run[^\n]*: batchkern (.*)\n", err)
     assert match, err
     assert 23 <= int(match[1]) < 8 * 23
@@ -492,7 +503,7 @@ def test_ctrl_c_at_once_names_the_command_too(batchkern, monkeypatch):
 
     monkeypatch.setattr(Trainer, "fit", stop)
     status, _, err = batchkern("train", *QUICK, "--out", "my run")
-    assert status == 2
+    assert status == 130
     assert re.fullmatch(r"batchkern: interrupted; [^\n]*my run: batchkern train [^\n]*--out 'my run' --resume\n", err)
 
 
@@ -501,7 +512,46 @@ def test_ctrl_c_before_the_training(batchkern, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(_train, "open_pair", stop)
-    assert batchkern("train", *QUICK) == (2, "", "batchkern: interrupted\n")
+    assert batchkern("train", *QUICK) == (130, "", "batchkern: interrupted\n")
+
+
+@pytest.mark.parametrize("start", ["-m", "script"])
+def test_ctrl_c_while_torch_is_loaded(tmp_path, start):
+    """A torch in its place says when it is being imported, and takes its time."""
+    (tmp_path / "torch.py").write_text("import time; print('loading', flush=True); time.sleep(60)")
+    (tmp_path / "batchkern").symlink_to(Path(cli.__file__).parents[1])  # the package
+    script = tmp_path / "bin" / "batchkern"
+    script.parent.mkdir()
+    script.write_text("from batchkern.cli import main; main()")
+    words = ["-m", "batchkern"] if start == "-m" else [str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen([sys.executable, *words, "info"], env=environment, **PIPES) as process:
+        assert process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "batchkern: interrupted\n")
+    assert process.returncode == 130
+
+
+SWALLOWS = (
+    "import os, signal\ntry: os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException as error: print(repr(error))"
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "ended"),
+    [
+        ("import swallows", (130, "", "batchkern: interrupted\n")),
+        (SWALLOWS, (0, "KeyboardInterrupt()\n", "")),
+    ],
+)
+def test_ctrl_c_that_a_library_swallows(tmp_path, code, ended):
+    """While it is imported, it cannot."""
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    begin = (
+        "import signal; from batchkern import _start; signal.signal(signal.SIGINT, _start._leave); _start.loaded()\n"
+    )
+    done = warm.run("-c", begin + code)
+    assert (done.returncode, done.stdout, done.stderr) == ended
 
 
 def test_resuming_a_finished_run_changes_nothing(batchkern, trained):

@@ -33,6 +33,7 @@ from training import (
 import batchkern
 from batchkern.data import Feed, TensorImages, decode, load
 from batchkern.errors import UserError
+from batchkern.progress import ProgressBar
 from batchkern.rundir import CHECKPOINT, CONFIG, METRICS, WEIGHTS
 from batchkern.strategies import (
     HardBatches,
@@ -471,6 +472,27 @@ def test_counts(strategies, updates, seen, forward, backward, kept):
     names = ("updates", "samples_seen", "samples_forward", "samples_backward", "samples_kept")
     assert [row[name] for name in names] == [updates, seen, forward, backward, kept]
     assert row["seconds"] > 0
+
+
+def test_the_bar_never_shows_sums_that_begin_anew(monkeypatch):
+    shown = []
+    monkeypatch.setattr(ProgressBar, "due", lambda self: True)
+    monkeypatch.setattr(ProgressBar, "show", lambda self, progress, **figures: shown.append((progress, figures)))
+    run = trainer(epochs=2)
+    run.fit()
+    assert [round(12 * progress) for progress, _ in shown] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        6,
+        7,
+        8,
+        9,
+        10,
+    ]  # of updates 5 and 11 an epoch ends
+    assert all(figures["loss"] > 0 for _, figures in shown)
 
 
 # --- what is written ------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ MODULES = {
     "batchkern.integrations.trl": "TRL",
     "batchkern.integrations.torchtitan": "torchtitan",
 }
+ELSEWHERE = {"load_model": "batchkern.trained"}
+"""What ``batchkern`` imports when it is asked for: it is on that module's page."""
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
@@ -42,8 +44,7 @@ def public(module: str) -> list[str]:
     tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
     for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            names = [name for name in ast.literal_eval(node.value) if not name.startswith("_")]
-            return [name for name in names if name != "load_model"]  # imported when it is asked for: a page of its own
+            return [name for name in ast.literal_eval(node.value) if not name.startswith("_") and name not in ELSEWHERE]
     defined = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     return [name for name in defined if not name.startswith("_")]
 
@@ -66,7 +67,10 @@ def main(folder: Path) -> None:
     api.mkdir()
     for module, title in MODULES.items():
         objects = "\n\n".join(f"::: {place(module, name)}" for name in public(module))
-        (api / f"{module}.md").write_text(f"# {title}\n\n`{module}`\n\n{objects}\n")
+        (api / f"{module}.md").write_text(f"# {title} (`{module}`)\n\n{objects}\n")
+    links = "".join(f"`{name}` is on the page [{MODULES[m]}]({m}.md).\n" for name, m in ELSEWHERE.items())
+    with (api / "batchkern.md").open("a") as page:
+        page.write(f"\n{links}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def detail(rows: list[Row]) -> str:
         "variant",
         "backend",
         "time",
-        "20-80 %",
+        "p20 - p80",
         "rounds",
         "/ ours",
         "floor",

@@ -68,7 +68,7 @@ def _exponent(fit: Growth | None) -> str:
 def training(results: Results) -> str:
     """The trainer beside a bare loop that does the same updates."""
     headings = ["strategy", "model", "data", "an epoch, bare", "an epoch, trainer", "samples/s", "trainer / bare"]
-    headings += ["20-80 %", "wanted", "images loaded an epoch"]
+    headings += ["p20 - p80", "target", "images loaded an epoch"]
     return table(headings, [_training(row) for row in results.rows("training")])
 
 

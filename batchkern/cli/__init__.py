@@ -1,18 +1,23 @@
 """The command line: ``batchkern train | evaluate | predict | compare | analyse | reproduce | bench | info``.
 
-What a user did wrong is one line on stderr and exit status 2, never a traceback; a traceback is a bug of ours.
+What a user did wrong is one line on stderr and exit status 2, never a traceback; a traceback is a bug of ours. Ctrl-C
+is one line and exit status 130.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from itertools import zip_longest
+from typing import Annotated, Any, NoReturn, cast
 
+from batchkern import _start
 from batchkern._version import __version__
 from batchkern.cli import _bench
 from batchkern.cli._analyse import analyse
@@ -42,8 +47,11 @@ def main() -> NoReturn:
             require("rich", "train")
         except UserError as error:
             _fail(f"error: {error}")
-        _app()(prog_name="batchkern")
-        raise SystemExit(0)
+        usage_error = cast("type[Exception]", typer.BadParameter.__base__)  # click's, or typer's copy of it
+        try:
+            raise SystemExit(_app()(prog_name="batchkern", standalone_mode=False) or 0)
+        except usage_error as error:
+            _refuse(error)
 
 
 def _app() -> typer.Typer:
@@ -64,6 +72,7 @@ def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def told(*args: Any, **options: Any) -> None:
+        _start.loaded()
         try:
             command(*args, **options)
         except UserError as error:
@@ -75,9 +84,42 @@ def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
                 _fail(f"error: {_first_line(error)}")
             raise
         except KeyboardInterrupt as stop:
-            _fail(str(stop) or "interrupted")
+            _fail(str(stop) or "interrupted", status=130)
 
     return told
+
+
+def _refuse(error: Any) -> NoReturn:
+    """An option, a value or a command that is wrong; where there is no command, the help."""
+    if error.ctx and error.message == error.ctx.get_help():
+        error.show()
+        raise SystemExit(2)
+    _say(_usage_sentence(error), by=error.ctx.command_path if error.ctx else "batchkern")
+    raise SystemExit(2)
+
+
+def _usage_sentence(error: Any) -> str:
+    """What versions of click word differently in one way, else what it says."""
+    said = error.format_message().removesuffix(".")
+    kind = re.search(r"\bvalid (integer|number|float)\b", said)
+    if kind and error.param:
+        option = error.param.opts[0]
+        return f"{option} must be a {'whole ' * (kind[1] == 'integer')}number, got {_given(option)!r}"
+    if hasattr(error, "possibilities"):
+        near = difflib.get_close_matches(error.option_name, error.possibilities or (), 1)
+        return f"no such option {error.option_name}" + (f" (did you mean {near[0]}?)" if near else "")
+    said = re.sub(r"\. Did you mean (.*)$", r" (did you mean \1)", said)
+    return said[0].lower() + said[1:]
+
+
+def _given(option: str) -> str:
+    """The value of an option on the command line; of several the last, which is the one that counts."""
+    found = ""
+    for word, following in zip_longest(sys.argv, sys.argv[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        if name == option:
+            found = value if equals else following
+    return found
 
 
 def _what_helps(command: Callable[..., None]) -> str:
@@ -91,15 +133,15 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def _fail(sentence: str) -> NoReturn:
+def _fail(sentence: str, *, status: int = 2) -> NoReturn:
     _say(sentence)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
-def _say(sentence: str) -> None:
+def _say(sentence: str, *, by: str = "batchkern") -> None:
     sentence = visible(" ".join(sentence.split()))
     if says(sentence):
-        print("batchkern:", sentence, file=sys.stderr, flush=True)
+        print(f"{by}:", sentence, file=sys.stderr, flush=True)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -187,7 +187,8 @@ def _open_parquet(source: str, path: str) -> Mapping[str, Any]:
             raise UserError(f"{source}: the file has no rows")
         # Among what datasets knows its cache by is the name of a configuration.
         options = {"name": _digest(path), "cache_dir": _cache_dir()}
-        with _no_download_count():
+        # `datasets` tells the hub of each load, of local files too, and waits for its answer.
+        with _set("HF_UPDATE_DOWNLOAD_COUNTS", False, "datasets.config"):
             splits = _load_dataset("parquet", data_files={"train": glob.escape(path)}, **options)
     except UserError:
         raise
@@ -233,14 +234,31 @@ def _open_hub(source: str) -> Mapping[str, Any]:
         raise UserError(f"{source!r}: {match['path']!r} is a local file or folder, which has no configurations")
     if match["path"] in require("datasets.packaged_modules", "train")._PACKAGED_DATASETS_MODULES:
         raise UserError(f"{source!r} is a reader of files in `datasets`, no data set: name the file or the folder")
+    silence = _silence_of_hub(match["path"])
+    offline = ("HF_HUB_OFFLINE", True, "datasets.config", "huggingface_hub.constants")
     try:
-        return _load_dataset(match["path"], match["config"])
+        with _set(*offline) if silence else contextlib.nullcontext():  # it may be in the cache
+            return _load_dataset(match["path"], match["config"])
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{source!r} is no local file or folder, and cannot be loaded from the hub: {_cause(error)}"
+            f"{source!r} is no local file or folder, and cannot be loaded from the hub: {silence or _cause(error)}"
         ) from error
+
+
+def _silence_of_hub(name: str) -> str:
+    """Why the hub does not answer, or nothing. It is asked once; `datasets` would ask for half a minute."""
+    if require("datasets.config", "train").HF_HUB_OFFLINE:
+        return ""
+    hub = require("huggingface_hub", "train")
+    try:
+        hub.HfApi().dataset_info(name, timeout=5)
+    except (hub.utils.HfHubHTTPError, hub.utils.HFValidationError):
+        return ""
+    except Exception as error:
+        return _cause(error)
+    return ""
 
 
 def _load_dataset(*args: Any, **options: Any) -> Mapping[str, Any]:
@@ -249,19 +267,22 @@ def _load_dataset(*args: Any, **options: Any) -> Mapping[str, Any]:
         return datasets.load_dataset(*args, **options)
 
 
-_counting = threading.Lock()
+_setting = threading.Lock()
 
 
 @contextlib.contextmanager
-def _no_download_count() -> Iterator[None]:
-    """``datasets`` tells the hub of each load, of local files too, and waits for its answer. One load at a time."""
-    config = require("datasets.config", "train")
-    with _counting:
-        counts, config.HF_UPDATE_DOWNLOAD_COUNTS = config.HF_UPDATE_DOWNLOAD_COUNTS, False
+def _set(name: str, value: bool, *modules: str) -> Iterator[None]:
+    """A setting of modules, for one load; one load at a time."""
+    holders = [require(module, "train") for module in modules]
+    with _setting:
+        before = [getattr(holder, name) for holder in holders]
+        for holder in holders:
+            setattr(holder, name, value)
         try:
             yield
         finally:
-            config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+            for holder, earlier in zip(holders, before, strict=True):
+                setattr(holder, name, earlier)
 
 
 @contextlib.contextmanager

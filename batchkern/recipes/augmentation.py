@@ -50,38 +50,45 @@ _ALEXNET_CIFAR = replace(_RESNET_CIFAR, lr=0.01, weight_decay=5e-4)
 _ALEXNET_IMAGENET = replace(_RESNET_IMAGENET, lr=0.01, weight_decay=5e-4, batch_size=128)
 
 _CHOSEN = (
-    "M is split evenly between Gaussian and dropout copies; the paper gives only the sum.",
-    "omega is pi/3, the paper's fair schedule. Eligible are the fully connected layers (section 4.3); the vote is at "
-    "the last one.",
-    "sigma, tau and the dropout probability are not given: 0.1, 0.2 and 0.1, the defaults of the strategy.",
-    "Whether the column SBA includes Cutout is not said: no Cutout in either arm.",
+    "The paper gives only the number M of all copies. We make half of them by Gaussian noise and half by dropout.",
+    "omega is pi/3, the paper's fair schedule. The eligible layers are the fully connected ones (section 4.3), and the "
+    "vote is at the last one.",
+    "The paper does not give sigma, tau and the dropout probability. We use 0.1, 0.2 and 0.1, the strategy's defaults.",
+    "The paper does not say whether the column SBA includes Cutout. We use no Cutout in either arm.",
 )
 _CHOSEN_FOR_ALL = (
-    "The paper reports the median of the last five epochs: it stands beside the last epoch's error.",
-    "The regime is that of each network's authors, who give none for some data: see the settings.",
+    "The paper reports the median of the last five epochs. We show it beside the error after the last epoch.",
+    "Each network is trained as its authors did. Where they say nothing, our choice is in the settings.",
     FIVE_SEEDS,
 )
-_RESNET_CIFAR_CHOSEN = "He et al. train for 64,000 updates and decay at 32,000 and 48,000: 164 epochs, 82 and 123."
+_RESNET_CIFAR_CHOSEN = (
+    "He et al. train for 64,000 updates, and lower the rate after 32,000 and 48,000. We use 164, 82 and 123 epochs."
+)
 _VGG_CIFAR_CHOSEN = (
-    "VGGNet-16 on CIFAR is not described: batch norm, and two hidden linear layers of 512 with dropout; the schedule "
-    "of the ResNet-44 rows, rate 0.05, weight decay 5e-4."
+    "The paper does not describe VGGNet-16 on CIFAR. Ours has batch norm, and two hidden linear layers of 512 with "
+    "dropout. We use the schedule of the ResNet-44 rows, a rate of 0.05 and a weight decay of 5e-4."
 )
 _ALEXNET_CIFAR_CHOSEN = (
-    "AlexNet on CIFAR is not described: its convolutions, pooling 2x2, no hidden linear layers; the schedule of the "
-    "ResNet-44 rows, rate 0.01, weight decay 5e-4."
+    "The paper does not describe AlexNet on CIFAR. Ours has its convolutions, 2x2 pooling and no hidden linear layers. "
+    "We use the schedule of the ResNet-44 rows, a rate of 0.01 and a weight decay of 5e-4."
 )
 _ALEXNET_IMAGENET_CHOSEN = (
-    "Krizhevsky et al. train for 90 epochs and decay where the error stops improving: epochs 30 and 60; the network in "
-    "one column, without local response normalisation. Its first fully connected layer is too wide for a dense basis."
+    "Krizhevsky et al. train for 90 epochs, and lower the rate when the error stops improving. We do so after epochs "
+    "30 and 60. Our network has one column and no local response normalisation. Its first fully connected layer is not "
+    "eligible, since it is too wide for a dense basis."
 )
 _IMAGENET_CHOSEN = (
-    "How images become 224 x 224 pixels is not said: random resized crops and flips; at the test the centre of 256."
+    "The paper does not say how images become 224 x 224 pixels. We train on random resized crops and flips, and test "
+    "on the centre of images of 256 pixels."
 )
-_IMAGENET_ETA = "eta on ImageNet is not given: 0.1, the other of the paper's two values being 0.01."
-_RESNET_IMAGENET_CHOSEN = "He et al. decay where the error plateaus: epochs 30 and 60 of 90."
+_IMAGENET_ETA = "The paper does not give eta on ImageNet. Of its two values, 0.1 and 0.01, we use 0.1."
+_RESNET_IMAGENET_CHOSEN = (
+    "He et al. lower the rate when the error stops improving. We do so after epochs 30 and 60 of 90."
+)
 _VGG_IMAGENET_CHOSEN = (
-    "Simonyan and Zisserman decay where the accuracy stops improving, for 74 epochs: epochs 25 and 50; no dropout; "
-    "initialised as timm does. Its first fully connected layer is too wide for a dense basis."
+    "Simonyan and Zisserman train for 74 epochs, and lower the rate when the accuracy stops improving. We do so after "
+    "epochs 25 and 50, without dropout, and initialise it as timm does. The first fully connected layer is not "
+    "eligible, since it is too wide for a dense basis."
 )
 
 # Those of several, and where the vote is; of a network with one it is that one.
@@ -117,7 +124,8 @@ _TABLE = (
     ),
 )  # fmt: skip
 _CUTOUT_CHOSEN = (
-    "The size of Cutout's square is not given: half the image's side, on CIFAR-100 a fourth, as its own paper has it."
+    "The paper does not give the size of Cutout's square. We use that of Cutout's own paper: half of the image's side, "
+    "and a fourth of it on CIFAR-100."
 )
 
 

@@ -26,10 +26,10 @@ BIRDSNAP = "sasha/birdsnap"
 IMAGENET = "ILSVRC/imagenet-1k"
 
 OVER_BATCHES = (
-    "The paper's ± is the 95 % interval over the test batches of one model, as its authors' program computes it; the "
-    "measured ± is that over seeds. The first says nothing of how trainings differ."
+    "The paper's ± is the 95 % interval over the test batches of one model, as in its authors' program. The measured ± "
+    "is the interval over seeds. The paper's does not say how much trainings differ."
 )
-FIVE_SEEDS = "The number of runs is not given: five seeds."
+FIVE_SEEDS = "The paper does not give the number of runs. We use five seeds."
 
 TOP5 = "top-5 accuracy (%)"
 TRAINING = "accuracy on the training set (%)"

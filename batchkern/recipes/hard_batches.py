@@ -20,23 +20,26 @@ PAPER = "Sahayam et al. 2023, arXiv:2304.03486"
 
 _TRAINING = Training(lr=0.005, momentum=0.9, weight_decay=0.0, batch_size=512, epochs=100, drop_last=True)
 _CHOSEN = (
-    "The number of epochs is not given; the authors' program (github.com/imjohnzakkam/DyBAT) has 100 by default.",
-    "Weight decay, schedule and augmentation are not mentioned, and the authors' program has none.",
-    "The paper crops the images to 128 pixels, which are smaller than that: they are resized, as in that program.",
-    "Batches are replayed in descending loss, as in Algorithm 2; that program replays them in index order, which is "
-    "order=index.",
-    "That program never shuffles and drops the last, smaller batch; here the last is dropped too, but the baseline "
-    "shuffles in each epoch, and the batches that are replayed are shuffled once.",
-    "When a training loss has converged is not said: once it came to its least, but for 1 % of its whole fall.",
+    "The paper does not give the number of epochs. We use 100, the default of the authors' program "
+    "(github.com/imjohnzakkam/DyBAT).",
+    "The paper does not mention weight decay, a schedule or augmentation. We use none, as that program does.",
+    "The paper says that images are cropped to 128 pixels, but they are smaller. We resize them, as that program does.",
+    "We replay batches in the order of descending loss, as Algorithm 2 does. That program replays them in the order of "
+    "their index, which is order=index here.",
+    "That program never shuffles, and drops the last, smaller batch. We drop that batch too, but shuffle: the baseline "
+    "in each epoch, and the batches that are replayed once.",
+    "The paper does not say when a training loss has converged. We take the first epoch in which it is within 1 % of "
+    "its total decrease from its minimum.",
     FIVE_SEEDS,
 )
 _SAME_FIGURES = (
-    "Tables 3 and 4 print the same test accuracies for this network on CIFAR-10 and on CIFAR-100; one of the two is "
-    "probably a slip of the paper."
+    "Tables 3 and 4 print the same test accuracies for this network on CIFAR-10 and on CIFAR-100. One of the two is "
+    "probably a mistake in the paper."
 )
 _DERIVED = (
-    "The row of the baseline cannot be read in the copy of the paper at hand: its accuracy follows from Table 6 (6.00 "
-    "% below the best, relative to that), its epochs from the percentages in the rows below it."
+    "The row of the baseline is illegible in our copy of the paper. Its accuracy follows from Table 6, which gives "
+    "the gain of the best row as 6.00 % of that row's accuracy. Its epochs follow from the percentages in the rows "
+    "below it."
 )
 
 # (network, its baseline, {delta: figure}): test top-1 accuracy, what follows the plus-minus sign, the epoch e in which
@@ -177,9 +180,9 @@ LEFT_OUT = (
     LeftOut(
         PAPER,
         "Table 4: ResNet-50 with delta 0.8",
-        "the figures cannot be read in the copy of the paper at hand",
+        "the figures are illegible in our copy of the paper",
     ),
-    LeftOut(PAPER, "Table 1", "times of an update: they stand beside the rows of ResNet-18 in Table 3"),
-    LeftOut(PAPER, "Table 2", "sizes of networks: a test holds them against those that are built"),
-    LeftOut(PAPER, "Table 6", "the same runs as Tables 3 to 5, as relative changes"),
+    LeftOut(PAPER, "Table 1", "the times of an update, which are shown with the rows of ResNet-18 in Table 3"),
+    LeftOut(PAPER, "Table 2", "the sizes of the networks, which a test compares with those that are built"),
+    LeftOut(PAPER, "Table 6", "the runs of Tables 3 to 5 once more, as relative changes"),
 )

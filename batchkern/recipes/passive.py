@@ -40,30 +40,31 @@ _IMAGENET = Training(
 )
 
 _OF_PASSIVE = (
-    "Passive batches are as large as active ones, and are not augmented; the paper does not say.",
-    "Active batches are counted over the whole training, not anew in each epoch.",
-    "Of SVHN the 73,257 training images are used, without the extra ones.",
+    "The paper does not describe passive batches. Ours are as large as active ones, and are not augmented.",
+    "We count active batches over the whole training, and do not begin again in each epoch.",
+    "We use the 73,257 training images of SVHN, without the extra ones.",
 )
 _CHOSEN = (*_OF_PASSIVE, FIVE_SEEDS)
 _OWN_STATISTICS = (
-    "Whose statistics batch norm has at the test is not said: at g = 1 those of the active batches alone; statistics "
-    "of both sets fit neither."
+    "The paper does not say which statistics batch norm uses at the test. At g = 1 we use those of the active batches "
+    "alone, since statistics over both sets fit neither."
 )
-_CIFAR_CHOSEN = (*_CHOSEN, "Weight decay is used but not given: 5e-4.")
+_CIFAR_CHOSEN = (*_CHOSEN, "The paper uses weight decay, but does not give it. We use 5e-4.")
 _SVHN_CHOSEN = (
     *_CIFAR_CHOSEN,
-    "The settings for SVHN as the active set are not given: those for CIFAR, without flips, which make other digits.",
+    "The paper does not give the settings for SVHN as the active set. We use those for CIFAR, but no flips, which "
+    "would change digits.",
 )
 _VGG_CHOSEN = (
     *_CIFAR_CHOSEN,
-    "VGG-16 on CIFAR is not described: batch norm, and two hidden linear layers of 512 with dropout. The passive head "
-    "has two such layers of its own.",
+    "The paper does not describe VGG-16 on CIFAR. Ours has batch norm, and two hidden linear layers of 512 with "
+    "dropout. The passive head has two such layers of its own.",
 )
 _IMAGENET_CHOSEN = (
     *_CHOSEN,
-    "Weight decay is used but not given: 1e-4.",
-    "How images become 224 x 224 pixels is not said: random resized crops and flips, and for the test the centre of "
-    "256; those of the injected set are cut out of their centre too.",
+    "The paper uses weight decay, but does not give it. We use 1e-4.",
+    "The paper does not say how images become 224 x 224 pixels. We train on random resized crops and flips, and test "
+    "on the centre of images of 256 pixels. Of images of the injected set we also use the centre.",
 )
 
 
@@ -137,13 +138,14 @@ _TABLE_2 = (
 
 _ALSO = {("cifar10", "resnet56", 100): ("Table V", "Table VII"), ("cifar10", "resnet56", 1): ("Table VII",)}
 _SRIP_CHOSEN = (
-    "How SRIP was trained is not said: its coefficients are those of its own paper, at the same parts of the training; "
-    "the weight decay is that of the other rows."
+    "The paper does not say how it trained SRIP. We use the coefficients of SRIP's own paper, at the same parts of the "
+    "training, and the weight decay of the other rows."
 )
 _GAP_CHOSEN = (
     *_CIFAR_CHOSEN,
-    "How the accuracy on the training data is measured is not given: of the trained model, without augmentation.",
-    "The part of the training data is stratified by class.",
+    "The paper does not say how it measures the accuracy on the training data. We measure it after the training, "
+    "without augmentation.",
+    "A part of the training data has the same share of each class.",
 )
 
 _RESNET50 = _imagenet("imagenet-resnet50", "Table I", CIFAR100, (76.1, 76.8), (92.9, 93.3), also=("Table VI",))
@@ -194,5 +196,7 @@ RECIPES = (
     ),
 )
 LEFT_OUT = (
-    LeftOut(PAPER, "Table III", "object detection, which is no comparison of classifiers: examples/detection.py"),
+    LeftOut(
+        PAPER, "Table III", "object detection, which is not a comparison of classifiers (but see examples/detection.py)"
+    ),
 )

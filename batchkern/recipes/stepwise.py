@@ -28,28 +28,26 @@ _TRAINING = Training(
 )
 _PRETRAINED = replace(_TRAINING, weights="pretrained")
 _CHOSEN = (
-    "The rates of eq. 9 are read as multiplying the sum of a batch's gradients (eq. 7).",
-    "Images that are not square are squeezed to 224 x 224 pixels; the paper does not say how it treats them.",
+    "We take the rates of eq. 9 as factors of the sum of a batch's gradients (eq. 7).",
+    "The paper does not say what it does with images that are not square. We squeeze them to 224 x 224 pixels.",
     FIVE_SEEDS,
 )
-_BATCH = "The batch size b is not given for this table: 24, whose multiples are the sizes of Figure 1b."
-_BATCH_FOOD = "The batch size b is 24, by section IV-C."
+_BATCH = "The paper does not give the batch size b for this table. We use 24: the sizes in Figure 1b are its multiples."
+_BATCH_FOOD = "Section IV-C gives the batch size b, 24."
 _BIRDSNAP = (
-    "The 2,443 test images of Birdsnap are not marked on the hub: a fifth of each class is held out; with the "
+    "The hub does not mark the 2,443 test images of Birdsnap. We hold out a fifth of each class. If you have the "
     "official split, give --data and --test."
 )
-_TEXT = "The figures are those of the text: 0.39 and 1.50 points above a baseline that it does not print."
-_V1B = (
-    "The variant of 25.72 million parameters is v1b, which timm has as res2net50d; the figures are those of the text."
-)
-_FOOD = "Of Food-101 the hub's 'validation' part is the official test set, as in the paper."
+_TEXT = "The figures are from the text. It gives gains of 0.39 and 1.50 points, but not the baseline."
+_V1B = "The variant with 25.72 million parameters is v1b, which timm calls res2net50d. The figures are from the text."
+_FOOD = "We test on the part of Food-101 that the hub calls 'validation'. It is the official test set, as in the paper."
 
 _SETS = "stepwise(batch_multiples=(1, 1, 1, 1, 1), share_weights=False, rates=(1, 1, 1, 1, 1))"
 _SETS_CHOSEN = (
-    "Sets A, B, C, D and O alone are the steps of one training in which each begins with the initial weights; their "
-    "batch size is not given: b, and the rate lambda.",
+    "Sets A, B, C, D and O alone are the steps of one training, each of which begins with the initial weights. The "
+    "paper does not give their batch size and rate. We use b and lambda.",
 )
-_PRETRAINED_CHOSEN = ("Of the weights trained on ImageNet those of timm are taken: the paper does not say which.",)
+_PRETRAINED_CHOSEN = ("The paper does not say which weights trained on ImageNet it uses. We use those of timm.",)
 
 # A table's name, data, network, the baseline's (top-1, top-5), and what was chosen; then of each strategy what follows
 # the recipe's name, its text, (top-1, top-5), and the accuracy after each step.
@@ -153,7 +151,5 @@ RECIPES = tuple(
     for ending, strategy, (own1, own5), steps in strategies
 )
 LEFT_OUT = (
-    LeftOut(
-        PAPER, "Table VII", "its set of faces with and without masks, put together from three others, is not published"
-    ),
+    LeftOut(PAPER, "Table VII", "its data, faces with and without masks from three other data sets, are not published"),
 )

@@ -14,11 +14,14 @@ _TRAINING = Training(
     schedule=milestones(50, 100, of=150, gamma=0.5),
 )
 _CHOSEN = (
-    "The variants of the networks are not given: timm's, with the stem for ImageNet (7x7, stride 2, and pooling).",
-    "Augmentation is not mentioned: none.",
-    "The first beta of Adam is not given: 0.9.",
+    "The paper does not give the variants of the networks. We use those of timm, with the stem for ImageNet (7x7, "
+    "stride 2, and pooling).",
+    "The paper does not mention augmentation. We use none.",
+    "The paper does not give the first beta of Adam. We use 0.9.",
 )
-_SVHN = "Which parts of SVHN were used is not given: the 73,257 training images, without the extra ones."
+_SVHN = (
+    "The paper does not say which parts of SVHN were used. We use the 73,257 training images, without the extra ones."
+)
 
 _TABLE = (
     ("svhn", SVHN, "resnet34", 5.87, 5.76),

@@ -56,9 +56,7 @@ __all__ = [
     "StochasticAugmentation",
     "Strategy",
     "Trimming",
-    "check_combination",
     "parse",
-    "split_terms",
 ]
 
 STRATEGIES: dict[str, type[Strategy]] = {

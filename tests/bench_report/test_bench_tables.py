@@ -116,7 +116,7 @@ def test_the_detail_of_an_operation():
     ]
     assert detail(rows) == told(
         """
-        | shape |  | mode | variant | backend | time | 20-80 % | / ours | floor | of the floor | peak memory | launches | in a graph | host | error | target |
+        | shape |  | mode | variant | backend | time | p20 - p80 | / ours | floor | of the floor | peak memory | launches | in a graph | host | error | target |
         | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
         | rows 4,096, classes 1,000 | float32, keep 0.2 | full | ours | kernel | 2.00 ms | 1.80 ms - 2.40 ms |  | 1.00 ms | 50 % | 131 MB | 3 |  |  | 1.2e-08 |  |
         | rows 4,096, classes 1,000 | float32, keep 0.2 | full | eager | torch | 4.00 ms | 3.60 ms - 4.80 ms | 2.0 (1.8 - 2.4) | 1.00 ms | 25 % | 131 MB |  |  | 7.00 us |  |  |
@@ -222,7 +222,7 @@ def test_training(results):
     ]
     assert training(results(training=trainings)) == told(
         """
-        | strategy | model | data | an epoch, bare | an epoch, trainer | samples/s | trainer / bare | 20-80 % | wanted |
+        | strategy | model | data | an epoch, bare | an epoch, trainer | samples/s | trainer / bare | p20 - p80 | target |
         | --- | --- | --- | --- | --- | --- | --- | --- | --- |
         | `trimming(backward=compact)` | resnet8 | photo-patches, 1,640 images, batches of 64 | 1.10 s | 1.20 s | 1,530 | 1.03 | 1.01 - 1.05 | at most 1.05 |
         | `baseline` |  |  |  |  |  |  |  |  |

@@ -298,7 +298,7 @@ def test_ctrl_c_ends_all_workers_with_one_sentence(tmp_path):
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the workers as well
         out, err = process.communicate(timeout=150)
         ended = warm.has_ended(process.pid)
-    assert (process.returncode, out) == (2, "")
+    assert (process.returncode, out) == (130, "")
     *lines, last = err.splitlines()
     assert all(re.match(r" *\d+/18  ", line) for line in lines), err
     assert last == "batchkern: interrupted; finished runs are in out; resume it to go on from there"
