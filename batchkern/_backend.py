@@ -52,9 +52,10 @@ def _import_extension() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         return None, f"batchkern._C could not be imported ({reason}): install batchkern again"
-    built, running = (version.partition("+")[0] for version in (module.build_facts()["torch"], torch.__version__))
+    built, running = (version.split(".")[:2] for version in (module.build_facts()["torch"], torch.__version__))
     if built != running:
-        return None, f"batchkern._C was built for torch {built}, and this is torch {running}: install batchkern again"
+        pair = f"batchkern._C was built for torch {'.'.join(built)}, and this is torch {torch.__version__}"
+        return None, f"{pair}: install batchkern again"
     return module, ""
 
 
