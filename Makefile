@@ -96,7 +96,7 @@ wheel: ## build dist/*.whl for torch $(TORCH) and this PYTHON, for any Linux wit
 	rm -rf build/lib.* build/bdist.* build/wheel; \
 	export PATH="$$PWD/$$venv/bin:$$PATH"; \
 	BATCHKERN_WHEEL=1 python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .; \
-	python -m auditwheel --quiet repair --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' --exclude 'libgomp*' build/wheel/*.whl; \
+	python -m auditwheel repair --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' --exclude 'libgomp*' build/wheel/*.whl; \
 	ls -1t dist/*.whl | head -1
 
 build/docs-venv/.ready:
