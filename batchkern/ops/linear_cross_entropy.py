@@ -54,6 +54,23 @@ def linear_cross_entropy(
     backward_rows: int | None = ...,
     vocab_group: dist.ProcessGroup | None = ...,
 ) -> Rows: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    reduction: Reduction = ...,
+    stats: bool,
+    chunk_rows: int | None = ...,
+    backward_rows: int | None = ...,
+    vocab_group: dist.ProcessGroup | None = ...,
+) -> Tensor | Rows: ...
 @public
 def linear_cross_entropy(
     hidden: Tensor,

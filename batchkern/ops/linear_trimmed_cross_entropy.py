@@ -47,6 +47,23 @@ def linear_trimmed_cross_entropy(
     chunk_rows: int | None = ...,
     vocab_group: dist.ProcessGroup | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_trimmed_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    keep: float | Tensor,
+    *,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    per_sample: bool,
+    group: dist.ProcessGroup | None = ...,
+    chunk_rows: int | None = ...,
+    vocab_group: dist.ProcessGroup | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @public
 def linear_trimmed_cross_entropy(
     hidden: Tensor,
@@ -168,7 +185,7 @@ class LinearTrimmedCrossEntropyLoss(nn.Module):
     def forward(
         self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        return linear_trimmed_cross_entropy(  # type: ignore[call-overload, misc]
+        return linear_trimmed_cross_entropy(
             hidden,
             weight,
             target,

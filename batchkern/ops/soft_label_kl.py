@@ -34,6 +34,16 @@ def soft_label_kl(
     reference_grad: bool = ...,
     per_sample: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def soft_label_kl(
+    reference_logits: Tensor,
+    virtual_logits: Tensor,
+    *,
+    temperature: float = ...,
+    scale: float = ...,
+    reference_grad: bool = ...,
+    per_sample: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @public
 def soft_label_kl(
     reference_logits: Tensor,

@@ -47,6 +47,19 @@ def trimmed_cross_entropy(
     group: dist.ProcessGroup | None = ...,
     inplace_backward: bool = ...,
 ) -> tuple[Tensor, Tensor]: ...
+@overload
+def trimmed_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    keep: float | Tensor,
+    *,
+    ignore_index: int = ...,
+    label_smoothing: float = ...,
+    class_weight: Tensor | None = ...,
+    per_sample: bool,
+    group: dist.ProcessGroup | None = ...,
+    inplace_backward: bool = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @public
 def trimmed_cross_entropy(
     logits: Tensor,
@@ -339,7 +352,7 @@ class TrimmedCrossEntropyLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return trimmed_cross_entropy(  # type: ignore[call-overload]
+        return trimmed_cross_entropy(
             logits,
             target,
             self.keep,

@@ -1,9 +1,9 @@
 // The launchers and kernels of csrc/cuda, as a C++ compiler sees them with the headers of include/. The
 // bindings there are compiled beside this file. Together they register kernels for CUDA tensors that take CPU
 // tensors as well.
-#include "../../csrc/cuda/cross_entropy.cu"
-#include "../../csrc/cuda/rank.cu"
-#include "../../csrc/cuda/select.cu"
+#include "../../csrc/cuda/cross_entropy_launch.cu"
+#include "../../csrc/cuda/rank_batches_launch.cu"
+#include "../../csrc/cuda/trimmed_mean_launch.cu"
 
 // CUB is a library of its own, with tests of its own: here it is a stable sort by the high halves.
 namespace batchkern {

@@ -1,5 +1,5 @@
 // Indices of the highest losses in descending order. A few are selected and sorted within one block; for
-// many, all losses are sorted (sort.cu), and the kernels here pack and unpack what is sorted.
+// many, all losses are sorted (rank_batches_sort.cu), and the kernels here pack and unpack what is sorted.
 #pragma once
 
 #include "select.cuh"

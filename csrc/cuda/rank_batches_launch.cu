@@ -1,6 +1,6 @@
 // Launches of a ranking: one for few indices; for many, a radix sort of all rows between two of ours.
 #include "launch.cuh"
-#include "rank.cuh"
+#include "rank_batches.cuh"
 
 namespace batchkern {
 namespace {
