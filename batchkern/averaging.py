@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from batchkern.plan import saved_number
+from batchkern.saved_state import saved_number
 
 
 class WeightAverage:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from batchkern.saved_state import saved_number
 from batchkern.seeding import generator
 
 AHEAD = 16
@@ -86,20 +87,6 @@ def cut(order: Tensor, size: int, least: int = 1, drop_last: bool = False) -> tu
 def count_batches(rows: int, size: int, least: int = 1, drop_last: bool = False) -> int:
     """How many :func:`cut` makes."""
     return max(1, rows // size) if drop_last else max(1, -(-rows // size) - (0 < rows % size < least))
-
-
-def saved_number(state: Mapping[str, Any], name: str, most: int | None = None) -> int:
-    """A count in a saved state.
-
-    Raises:
-        ValueError: it is not a whole number of at least 0, or above ``most``.
-    """
-    value = state[name]
-    if type(value) is not int or value < 0 or (most is not None and value > most):
-        raise ValueError(
-            f"{name} is {value!r}, which must be a whole number from 0{'' if most is None else f' to {most}'}"
-        )
-    return value
 
 
 class EpochBatches:

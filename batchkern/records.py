@@ -58,7 +58,9 @@ class _Figures(_Row, total=False):
     kept_mislabelled: float | None
     passive_updates: Whole
     passive_accuracy: float | None
+    augmented_updates: Whole
     virtual_kl: float | None
+    virtual_loss: float | None
     srip_sigma: float | None
     pruned: float | None
     tau: float | None

@@ -1094,6 +1094,7 @@ STRATEGIES = [
             "self.decay",
         ),
         ("the weights are not put back", "                    value.copy_(before)\n", "                    pass\n"),
+        ("a resume begins the rule anew", '        self.updates = saved_number(state, "updates")', "        pass"),
     ),
     *within(
         "trainer",

@@ -286,6 +286,20 @@ def test_tables_of_commands_have_every_option_and_its_default(command):
     check_table(shown, dict(zip(names, (option.default for option in options), strict=True)))
 
 
+@pytest.mark.parametrize("command", ["train", "compare", "analyse", "reproduce"])
+def test_the_guide_names_every_option(command):
+    text = "\n".join(PAGES.values())
+    positional = {"analyse": ["file"], "reproduce": ["name"]}.get(command, [])
+    names = [name for name in inspect.signature(getattr(cli, command)).parameters if name not in positional]
+    other = {"listed": "list"}
+    missing = [
+        name
+        for name in (other.get(name, name).replace("_", "-") for name in names)
+        if not re.search(rf"--(no-)?{name}(?![\w-])|`{name.replace('-', '_')}`", text)
+    ]
+    assert missing == []
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_tables_of_operations_have_every_keyword_and_its_default(name):
     for subject, shown in tables(OP_CARDS[name]).items():

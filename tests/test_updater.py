@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from training import EXACT, furthest, images, net, normalised, single_thread, trainer
 
+from batchkern.averaging import WeightAverage
 from batchkern.compare.arms import forecast
 from batchkern.errors import UserError
 from batchkern.strategies import (
@@ -99,6 +100,38 @@ def test_the_average_of_batch_norms_statistics_is_evaluated_and_the_weights_trai
     assert run.model.norm.num_batches_tracked == 18
     assert run.history[-1]["test_loss"] != plain.history[-1]["test_loss"]
     assert run.evaluate()["test_loss"] == run.history[-1]["test_loss"]
+
+
+@pytest.mark.parametrize("saved_after", [0, 1, 5])
+def test_an_average_that_is_loaded_goes_on_as_if_it_had_never_been_saved(saved_after):
+    """Its decay is still rising, as that of 0.99 is for 890 updates."""
+    drawn = torch.randn(12, 3, 2, dtype=torch.float64)
+    model = torch.nn.Linear(2, 3, bias=False, dtype=torch.float64)
+    expected, average = model.weight.detach().clone(), WeightAverage(model, 0.99)
+    for number, weight in enumerate(drawn):
+        if number == saved_after:
+            state, model = copy.deepcopy(average.state_dict()), torch.nn.Linear(2, 3, bias=False, dtype=torch.float64)
+            average = WeightAverage(model, 0.99)
+            average.load_state_dict(state)
+        model.weight.data.copy_(weight)
+        average.update()
+        decay = (1 + number + 1) / (10 + number + 1)
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(average.average["weight"], expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"updates": -1}, "updates is -1, which must be a whole number"),
+        ({"updates": 2.0}, "updates is 2.0"),
+        ({"average": {}}, "of other weights"),
+    ],
+)
+def test_an_average_of_something_else_is_not_loaded(change, reason):
+    average = WeightAverage(net(), 0.9)
+    with pytest.raises(ValueError, match=reason):
+        average.load_state_dict(average.state_dict() | change)
 
 
 ARMS = {

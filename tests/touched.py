@@ -100,6 +100,8 @@ def own_tests(path: str) -> set[Path]:
         return {ROOT / path}
     named = [name for begin, names in OTHERS.items() if path.startswith(begin) for name in names]
     found = {test for test in TESTS if test.stem in named or mirrors(test, path)}
+    if path.startswith("batchkern/") and (ROOT / path).is_file() and "def load_state_dict" in (ROOT / path).read_text():
+        found |= {test for test in TESTS if test.stem == "test_resume"}
     if path.endswith(".py"):
         found |= {test for test in TESTS if module(path) in imported(test) - {"batchkern", "bench", "tools"}}
     return found

@@ -14,7 +14,7 @@ from torch import nn
 from batchkern import schedules
 from batchkern.errors import UserError, whole
 from batchkern.models import AttachedHead, find_classifier
-from batchkern.plan import saved_number
+from batchkern.saved_state import saved_number
 from batchkern.second_head import CONVOLUTIONS, Inputs, in_place, second_classifier, second_head
 
 NAME = "second_head"

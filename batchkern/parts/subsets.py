@@ -21,7 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from batchkern.errors import UserError
 from batchkern.parts.samplers import PlannedBatches
-from batchkern.plan import AHEAD, Batch, EpochBatches, count_batches, cut, saved_number
+from batchkern.plan import AHEAD, Batch, EpochBatches, count_batches, cut
+from batchkern.saved_state import saved_number
 from batchkern.seeding import generator
 from batchkern.validation import check_number, count
 

@@ -174,19 +174,6 @@ def weighted_mean(step: Step, logits: Tensor, target: Tensor, weights: Tensor) -
     return trimmed_mean(weighted, 1.0, mask=mask, weight=places, group=step.run.ranks.group), losses.detach()
 
 
-def loaded(state: Mapping[str, Any], name: str, like: Tensor) -> Tensor:
-    """A tensor of a saved state, on the device of ``like``.
-
-    Raises:
-        ValueError: its shape or type is not that of ``like``.
-    """
-    value = state[name]
-    if not isinstance(value, Tensor) or (value.shape, value.dtype) != (like.shape, like.dtype):
-        found = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
-        raise ValueError(f"{name} is {found}, which must be {like.dtype} {tuple(like.shape)}")
-    return value.to(like.device)
-
-
 class Strategy:
     """A way of choosing samples, batches and what each counts. Subclasses are dataclasses: their fields are options.
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from batchkern.errors import UserError
 from batchkern.plan import Batch, EpochBatches, Passes, cut
+from batchkern.saved_state import saved_tensor
 from batchkern.seeding import generator
-from batchkern.strategies.base import Run, Step, Strategy, loaded, weighted_mean
+from batchkern.strategies.base import Run, Step, Strategy, weighted_mean
 
 
 @dataclass
@@ -110,4 +111,7 @@ class InfoBatch(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.passes.load_state_dict(state)
-        self.losses, self.weights = loaded(state, "losses", self.losses), loaded(state, "weights", self.weights)
+        self.losses, self.weights = (
+            saved_tensor(state, "losses", self.losses),
+            saved_tensor(state, "weights", self.weights),
+        )

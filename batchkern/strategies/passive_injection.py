@@ -19,7 +19,8 @@ from batchkern.data.labelled import Labelled
 from batchkern.errors import UserError
 from batchkern.models import frozen_statistics
 from batchkern.ops import trimmed_cross_entropy
-from batchkern.plan import Batch, EpochBatches, saved_number
+from batchkern.plan import Batch, EpochBatches
+from batchkern.saved_state import saved_number
 from batchkern.second_head import CONVOLUTIONS, in_place, second_head
 from batchkern.seeding import derived_seed
 from batchkern.strategies.base import Run, Step, Strategy

@@ -17,8 +17,9 @@ from batchkern.errors import UserError
 from batchkern.model_checks import check_model
 from batchkern.ops import select_rows
 from batchkern.plan import Batch, EpochBatches, Passes, cut
+from batchkern.saved_state import saved_tensor
 from batchkern.seeding import derived_seed, generator
-from batchkern.strategies.base import Beside, Run, Step, Strategy, loaded
+from batchkern.strategies.base import Beside, Run, Step, Strategy
 from batchkern.strategies.mixup import MIXING
 from batchkern.strategies.random_selection import random_rows
 from batchkern.strategies.trimming import kept_rows, positions
@@ -154,4 +155,4 @@ class RHO(Strategy):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.passes.load_state_dict(state)
-        self.irreducible = loaded(state, "irreducible", self.irreducible)
+        self.irreducible = saved_tensor(state, "irreducible", self.irreducible)

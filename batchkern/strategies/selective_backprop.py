@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from batchkern.plan import Batch, EpochBatches, saved_number
+from batchkern.plan import Batch, EpochBatches
+from batchkern.saved_state import saved_number, saved_tensor
 from batchkern.seeding import generator
-from batchkern.strategies.base import Run, Step, Strategy, loaded
+from batchkern.strategies.base import Run, Step, Strategy
 from batchkern.validation import check_range, count
 
 
@@ -100,7 +101,7 @@ class SelectiveBackprop(Strategy):
         losses, waiting = state["losses"], state["waiting"]
         if len(losses) > self.history:
             raise ValueError(f"losses are {len(losses)}, which must be at most {self.history}")
-        self.losses = loaded(state, "losses", self.losses.new_zeros(len(losses)))
-        self.waiting = loaded(state, "waiting", self.waiting.new_zeros(len(waiting)))
+        self.losses = saved_tensor(state, "losses", self.losses.new_zeros(len(losses)))
+        self.waiting = saved_tensor(state, "waiting", self.waiting.new_zeros(len(waiting)))
         if len(waiting) and not 0 <= int(waiting.min()) <= int(waiting.max()) < self.rows:
             raise ValueError(f"waiting has rows that are not of the {self.rows} of the training set")

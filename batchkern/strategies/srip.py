@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from batchkern.errors import UserError
-from batchkern.plan import saved_number
+from batchkern.saved_state import saved_number
 from batchkern.seeding import generator
 from batchkern.strategies.base import Run, Step, Strategy
 

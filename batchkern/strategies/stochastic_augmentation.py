@@ -16,7 +16,7 @@ from batchkern.errors import UserError
 from batchkern.models import find_classifier
 from batchkern.ops import cross_entropy, soft_label_kl
 from batchkern.parts.virtual_samples import LatentNoise, check_eta, check_omega, coin, majority
-from batchkern.plan import saved_number
+from batchkern.saved_state import saved_number
 from batchkern.schedules import linear
 from batchkern.seeding import derived_seed, generator
 from batchkern.strategies.base import Perturbation, Run, Step, Strategy, run_with_virtual
