@@ -253,16 +253,26 @@ def valid_rows(target: Tensor, ignore_index: int) -> Tensor:
     return target.long() != ignore_index  # uint8 would wrap a negative index around
 
 
-def row_losses(logits: Tensor, target: Tensor, *, weight: Tensor | None, **options: Any) -> Tensor:
+class LossOptions(NamedTuple):
+    """What a loss of a row depends on beside its logits and its target. The gradient uses each of them, too."""
+
+    weight: Tensor | None = None
+    """``(C,)``, of the classes."""
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+
+def row_losses(logits: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     """In the type of the logits, 0 at ignored rows."""
     losses = F.cross_entropy(
         logits,
         target.to(logits.dtype) if target.is_floating_point() else target.long(),
-        None if weight is None else weight.to(logits.dtype),
+        None if options.weight is None else options.weight.to(logits.dtype),
+        ignore_index=options.ignore_index,
+        label_smoothing=options.label_smoothing,
         reduction="none",
-        **options,
     )
-    return torch.where(valid_rows(target, options["ignore_index"]), losses, 0)
+    return torch.where(valid_rows(target, options.ignore_index), losses, 0)
 
 
 def cross_entropy(
@@ -277,8 +287,7 @@ def cross_entropy(
     """Of each row, by PyTorch's own functions; loss and lse are differentiable as often as these are."""
     logits = wide(logits)
     valid = valid_rows(target, ignore_index)
-    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "weight": weight}
-    loss = row_losses(logits, target, **options)
+    loss = row_losses(logits, target, LossOptions(weight, ignore_index, label_smoothing))
     lse = torch.logsumexp(logits, class_dim(logits))
     lse = torch.where(lse == math.inf, math.nan, lse)  # as the loss is
     constants = entropy_and_correct(logits, target, valid, lse) if stats else (loss, loss)
@@ -300,17 +309,17 @@ class CrossEntropy(torch.autograd.Function):
     whatever they hold. ``batchkern/ops/cross_entropy.py`` derives it."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, rows: Rows, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(logits, target, options["weight"])
-        ctx.options = options
+    def forward(ctx: Any, logits: Tensor, target: Tensor, rows: Rows, options: LossOptions) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(logits, target, options.weight)
+        ctx.ignore_index, ctx.smoothing = options.ignore_index, options.label_smoothing
         return rows.loss.detach(), rows.lse.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         logits, target, weight = ctx.saved_tensors
-        ignore_index, smoothing = ctx.options["ignore_index"], ctx.options["label_smoothing"]
+        smoothing = ctx.smoothing
         z, classes = wide(logits), class_dim(logits)
-        valid = valid_rows(target, ignore_index)
+        valid = valid_rows(target, ctx.ignore_index)
         live = (valid & ((grad != 0) | (grad_lse != 0))).unsqueeze(classes)
         grad, grad_lse = grad.unsqueeze(classes), grad_lse.unsqueeze(classes)
         if target.is_floating_point():
@@ -333,11 +342,11 @@ class CrossEntropy(torch.autograd.Function):
 
 
 def rows_with_gradient(
-    function: type[CrossEntropy], logits: Tensor, target: Tensor, options: dict[str, Any], *, stats: bool
+    function: type[CrossEntropy], logits: Tensor, target: Tensor, options: LossOptions, *, stats: bool
 ) -> Rows:
-    """``cross_entropy`` with the gradient of ``function``. ``options``: weight, ignore_index and label_smoothing."""
+    """``cross_entropy`` with the gradient of ``function``."""
     with torch.no_grad():
-        rows = cross_entropy(logits, target, **options, stats=stats)
+        rows = cross_entropy(logits, target, **options._asdict(), stats=stats)
     loss, lse = function.apply(logits, target, rows, options)
     return Rows(loss, lse, rows.entropy, rows.correct)
 
@@ -361,7 +370,7 @@ def trimmed_cross_entropy(
     logits = wide(logits)
     weight = None if class_weight is None else class_weight.to(logits.dtype)
 
-    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "weight": weight}
+    options = LossOptions(weight, ignore_index, label_smoothing)
     valid = valid_rows(target, ignore_index)
     row_weight = None
     if weight is not None and not target.is_floating_point():
@@ -370,12 +379,12 @@ def trimmed_cross_entropy(
     if isinstance(keep, float) and keep == 1 and group is None:
         kept, normalizer = valid, valid.sum() if row_weight is None else torch.where(valid, row_weight, 0).sum()
     else:
-        losses = row_losses(logits.detach(), target, **options).detach()
+        losses = row_losses(logits.detach(), target, options).detach()
         kept, normalizer = select_and_normalize(losses, valid, row_weight, keep, group)
     # Dropped rows are replaced before the differentiable pass: their gradient is an exact zero even where a logit is
     # NaN or infinite, which a zero upstream factor alone would turn into NaN.
     kept_logits = torch.where(kept.unsqueeze(class_dim(logits)), logits, 0.0)
-    kept_losses = row_losses(kept_logits, target, **options)
+    kept_losses = row_losses(kept_logits, target, options)
     loss = torch.where(kept, kept_losses, 0).sum() / normalizer.to(logits.dtype)
     return loss, kept_losses.detach() if losses is None else losses
 
@@ -413,9 +422,9 @@ def linear_cross_entropy(
     """The unfused definition: it does hold all logits."""
     cap: dict[str, Any] = {"softcap": softcap, "logit_scale": logit_scale, "ignore_index": ignore_index}
     logits = linear_logits(hidden, weight, target, bias=bias, **cap)
-    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "weight": None}
+    options = LossOptions(None, ignore_index, label_smoothing)
     if within_transform():
-        rows = cross_entropy(logits, target.flatten(), **options, stats=stats)
+        rows = cross_entropy(logits, target.flatten(), **options._asdict(), stats=stats)
     else:
         rows = rows_with_gradient(CrossEntropy, logits, target.flatten(), options, stats=stats)
     return Rows(*(x.view(target.shape) for x in rows))

@@ -247,8 +247,11 @@ def tables(page: str) -> dict[str, dict[str, str]]:
     }
 
 
-def check_table(shown: dict[str, str], defaults: dict[str, Any]) -> None:
-    assert list(shown) == list(defaults)
+def check_table(page: str, shown: dict[str, str], defaults: dict[str, Any]) -> None:
+    """Rows in the order of the arguments, each with its default."""
+    missing, unknown = [*(defaults.keys() - shown)], [*(shown.keys() - defaults)]
+    assert (missing, unknown) == ([], []), f"docs/{page}: no row for {missing}, and rows for {unknown}"
+    assert list(shown) == list(defaults), f"docs/{page}: rows in another order than the arguments"
     for name, default in defaults.items():
         text = shown[name]
         if default is inspect.Parameter.empty:
@@ -272,7 +275,7 @@ def test_tables_of_strategies_have_every_option_and_its_default(name):
         for field in options
     }
     assert all(field.default_factory is dataclasses.MISSING for field in options)
-    check_table(tables(STRATEGY_CARDS[name])[""], defaults)
+    check_table(STRATEGY_CARDS[name], tables(STRATEGY_CARDS[name])[""], defaults)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])
@@ -283,7 +286,7 @@ def test_tables_of_commands_have_every_option_and_its_default(command):
     options = inspect.signature(getattr(cli, command)).parameters.values()
     words = ("run", "images")
     names = [option.name.upper() if option.name in words else f"--{option.name}" for option in options]
-    check_table(shown, dict(zip(names, (option.default for option in options), strict=True)))
+    check_table("trained-models.md", shown, dict(zip(names, (option.default for option in options), strict=True)))
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "analyse", "reproduce"])
@@ -303,4 +306,4 @@ def test_the_guide_names_every_option(command):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_tables_of_operations_have_every_keyword_and_its_default(name):
     for subject, shown in tables(OP_CARDS[name]).items():
-        check_table(shown, parameters(getattr(batchkern, subject or name)))
+        check_table(OP_CARDS[name], shown, parameters(getattr(batchkern, subject or name)))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import touched
 
+from batchkern import _backend
+
 
 @pytest.mark.parametrize(
     ("path", "tests"),
@@ -38,6 +40,17 @@ def test_the_tests_of_a_file(path: str, tests: set[str]) -> None:
 
 def test_what_everybody_imports_is_nobodys() -> None:
     assert touched.touched(["batchkern/__init__.py"]) == {"batchkern/__init__.py": []}
+
+
+def test_every_operation_is_known() -> None:
+    assert {*touched.OPS, "select_rows"} == {*_backend.OPS}  # whose tests are those of trimmed_mean
+
+
+def test_what_is_saved_and_loaded_is_tested_by_resumed_runs() -> None:
+    resumed = touched.ROOT / "tests" / "test_resume.py"
+    for path in ("batchkern/averaging.py", "batchkern/strategies/stepwise.py", "batchkern/parts/subsets.py"):
+        assert resumed in touched.own_tests(path)
+    assert resumed not in touched.own_tests("batchkern/seeding.py")
 
 
 def test_other_names_are_those_of_tests_and_of_files() -> None:

@@ -11,7 +11,7 @@ from batchkern import _backend, reference
 from batchkern.ops import _checks as check
 from batchkern.ops._autograd import once_differentiable
 from batchkern.ops._public import public
-from batchkern.ops.trimmed_cross_entropy import kernel_target, row_shape, trimmed
+from batchkern.ops.trimmed_cross_entropy import kernel_target, row_shape, trimmed_loss
 from batchkern.reference import Rows as Rows
 
 Reduction = Literal["none", "mean", "sum"]
@@ -104,16 +104,16 @@ def cross_entropy(
     check.cross_entropy(logits, target, weight, "weight", ignore_index, label_smoothing)
     check.one_of("reduction", reduction, ("none", "mean", "sum"))
     label_smoothing = float(label_smoothing)
-    if reduction == "mean" and not stats:
-        return trimmed(
+    if reduction == "mean" and not stats:  # in one pass over the logits: an option must be given to both paths
+        return trimmed_loss(
             logits, target, 1.0, ignore_index=ignore_index, label_smoothing=label_smoothing, class_weight=weight
         )[0]
     kernel = kernel_target("cross_entropy", logits, target)
     if kernel is None:
         check.target_values(target, classes=logits.shape[reference.class_dim(logits)], ignore_index=ignore_index)
-        options: dict[str, Any] = {"weight": weight, "ignore_index": ignore_index, "label_smoothing": label_smoothing}
+        options = reference.LossOptions(weight, ignore_index, label_smoothing)
         if _backend.within_transform():
-            rows = reference.cross_entropy(logits, target, **options, stats=stats)
+            rows = reference.cross_entropy(logits, target, **options._asdict(), stats=stats)
         else:
             rows = reference.rows_with_gradient(_ReferenceCrossEntropy, logits, target, options, stats=stats)
         return rows if stats else rows.loss if reduction == "none" else rows.loss.sum()

@@ -162,7 +162,7 @@ def linear_cross_entropy(
     if reduction == "none" or stats:
         rows: dict[str, Any] = {"stats": stats, "backward_rows": backward_rows, "vocab_group": vocab_group}
         return each_row(hidden, weight, bias, target, options, **rows)
-    mean, _ = trimmed(hidden, weight, bias, target, 1.0, options, vocab_group=vocab_group)
+    mean, _ = trimmed_linear_loss(hidden, weight, bias, target, 1.0, options, vocab_group=vocab_group)
     if reduction == "mean":
         return mean
     count = reference.valid_rows(target, ignore_index).sum()
@@ -302,7 +302,7 @@ def _reference_options(bias: Tensor | None, options: Options) -> dict[str, Any]:
     return {**own, "bias": None if bias is None else boundary(bias)}
 
 
-def trimmed(
+def trimmed_linear_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

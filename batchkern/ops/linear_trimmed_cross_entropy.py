@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from batchkern.ops import _checks as check
 from batchkern.ops._public import public
-from batchkern.ops.linear_cross_entropy import check_options, checked, trimmed
+from batchkern.ops.linear_cross_entropy import check_options, checked, trimmed_linear_loss
 
 
 @overload
@@ -130,7 +130,7 @@ def linear_trimmed_cross_entropy(
         group=group,
     )
     keep = check.fraction("keep", keep, hidden)
-    loss, losses = trimmed(hidden, weight, bias, target, keep, options, group, vocab_group)
+    loss, losses = trimmed_linear_loss(hidden, weight, bias, target, keep, options, group, vocab_group)
     return (loss, losses.detach()) if per_sample else loss
 
 

@@ -127,7 +127,7 @@ def trimmed_cross_entropy(
     if inplace_backward:
         check_inplace_backward(logits)
         inplace_backward = logits.requires_grad
-    loss, losses = trimmed(
+    loss, losses = trimmed_loss(
         logits,
         target,
         keep,
@@ -140,7 +140,7 @@ def trimmed_cross_entropy(
     return (loss, losses.detach()) if per_sample else loss
 
 
-def trimmed(
+def trimmed_loss(
     logits: Tensor,
     target: Tensor,
     keep: float | Tensor,
