@@ -102,7 +102,7 @@ wheel: ## build dist/*.whl for torch $(TORCH) and this PYTHON, for any Linux wit
 
 build/docs-venv/.ready:
 	@$(PYTHON) -m venv build/docs-venv
-	@build/docs-venv/bin/pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.26'
+	@build/docs-venv/bin/pip install --quiet --disable-pip-version-check 'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.26' latex2mathml
 	@touch $@
 
 docs: build/docs-venv/.ready ## build the documentation site in build/site; a warning is an error

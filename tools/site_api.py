@@ -1,17 +1,20 @@
-"""What the documentation site makes of docstrings: an extension of griffe and a hook of MkDocs (mkdocs.yml).
+"""What the documentation site makes of docstrings and formulas: an extension of griffe, a hook of MkDocs (mkdocs.yml).
 
-Arguments that share a description, ``lr, momentum: ...``, become entries of their own, and the roles of Sphinx, such as
-``:func:`` before a name, are left out.
+Arguments that share a description, ``lr, momentum: ...``, become entries of their own; the roles of Sphinx, such as
+``:func:`` before a name, are left out; formulas become MathML, which browsers show without a script.
 """
 
 from __future__ import annotations
 
 import re
+from html import unescape
 from typing import Any
 
 import griffe
+import latex2mathml.converter
 
 SHARED = re.compile(r"^(\s*)(\w+(?:,\s+\w+)+):(.*)$")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data|exc):(<code>)~?(?:[\w.]*\.)?(\w+)")
 
 
@@ -40,5 +43,11 @@ class SharedDescriptions(griffe.Extension):
             obj.docstring.value = before + args + apart(after)
 
 
+def formula(found: re.Match[str]) -> str:
+    text, block = unescape(found[2]).strip(), found[1] == "div"
+    shown = latex2mathml.converter.convert(text, display="block" if block else "inline")
+    return f'<div style="overflow-x: auto">{shown}</div>' if block else shown
+
+
 def on_page_content(html: str, **_: Any) -> str:
-    return ROLE.sub(r"\1\2", html)
+    return FORMULA.sub(formula, ROLE.sub(r"\1\2", html))
