@@ -1,6 +1,6 @@
 """Breaks the code on purpose, one small fault at a time, and says whether the tests find it: python tests/mutants.py.
 
-Each fault of mutations.py is put into a copy of the checkout, which is rebuilt where the fault is in a kernel of the
+Each fault of mutations is put into a copy of the checkout, which is rebuilt where the fault is in a kernel of the
 CPU, and the tests named beside it are run there. A test that fails has killed the fault; a crash and a time-out have,
 too. Tests that cannot be collected, and tests that fail without the fault, prove nothing: they are told apart. Ends
 with 1 where a fault survived that is not known to, or could not be tried.

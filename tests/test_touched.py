@@ -71,8 +71,8 @@ def test_names_with_spaces_and_what_cannot_be_compared(tmp_path: Path) -> None:
         return done.returncode, done.stdout, done.stderr
 
     (tmp_path / "tests").mkdir()
-    for name in ("touched.py", "mutations.py"):
-        shutil.copy(touched.ROOT / "tests" / name, tmp_path / "tests")
+    shutil.copy(touched.ROOT / "tests" / "touched.py", tmp_path / "tests")
+    shutil.copytree(touched.ROOT / "tests" / "mutations", tmp_path / "tests" / "mutations")
     status, _, errors = run()
     assert status == 1
     assert errors.startswith("git diff")

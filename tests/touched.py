@@ -2,7 +2,7 @@
 
 A change is what differs from the commit BASE, new files included; by default from where this branch left origin/main,
 or from the last commit. A file's tests are those that mirror it or its folder, that import it by its own name, or that
-find faults in it by mutations.py. Tests of everything are not found this way: make test runs all.
+find faults in it by mutations. Tests of everything are not found this way: make test runs all.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OTHERS = {
     "batchkern/ops/": ["test_docs", "test_docstrings"],
     "batchkern/strategies/": ["test_docs", "test_docstrings"],
     "batchkern/reference.py": OF_OPS,
-    "tests/mutations.py": ["test_touched"],
+    "tests/mutations/": ["test_touched"],
     "csrc/digest.py": ["test_build", "test_gpu_run"],
     "csrc/ops.": ["test_build", "test_kernels", "test_backend"],
     "csrc/arguments.h": ["test_kernels", *OF_KERNELS],
