@@ -232,6 +232,7 @@ def test_cards_of_strategies_have_a_place_for_results_and_a_command(name):
 
 
 def section(page: str, title: str) -> str:
+    assert page in PAGES, f"docs/{page} is missing"
     found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", PAGES[page], re.DOTALL | re.MULTILINE)
     assert found, title
     return found[1]

@@ -32,6 +32,7 @@ from batchkern.rundir import BEST, CHECKPOINT, CONFIG, METRICS, WEIGHTS
 from batchkern.strategies import (
     RHO,
     SRIP,
+    STRATEGIES,
     BatchAugmentation,
     CutMix,
     Cutout,
@@ -126,6 +127,11 @@ def start(name: str, out: Path, every: int | None = None):
         checkpoint_every=every,
         **SETTINGS.get(name, {}),
     )
+
+
+def test_every_strategy_is_killed() -> None:
+    killed = {strategy.name for make in SCENARIOS.values() for strategy in make()}
+    assert killed == set(STRATEGIES), "SCENARIOS needs one with it"
 
 
 MOMENTS = ("update", "descend", "updated", "metrics", "checkpoint", "checkpointed", "weights")

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -55,6 +56,10 @@ one_thread = single_thread()
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch):
     without_plots(monkeypatch)
+
+
+class Undecorated(Strategy):
+    name = "undecorated"
 
 
 def baseline_loop(run, optimizer, model, *, factor=lambda progress: 1.0, smoothing=0.0, inputs=None, mutation=""):
@@ -710,6 +715,10 @@ def test_looking_whether_the_model_fits_leaves_it_as_it_was():
         ({"classifier": "conv1"}, "classifier 'conv1' is a Conv2d, not a Linear"),
         ({"strategies": "trimming"}, "strategies must be a list of strategies, .*got 'trimming'"),
         ({"strategies": [Trimming]}, "strategies must be objects such as Trimming"),
+        (
+            {"strategies": [Undecorated()]},
+            "strategies must be dataclasses, .* @dataclass above class Undecorated",
+        ),
         ({"out": 3}, "out must be a path, got 3"),
         ({"overwrite": "no"}, "overwrite must be True or False, got 'no'"),
         ({"model": 3}, "model must be a module or the name of one, got 3"),
@@ -816,6 +825,7 @@ def test_a_library_that_is_missing_is_told_before_the_training(tmp_path, monkeyp
 def test_two_trainings_do_not_write_to_one_directory(tmp_path):
     refused = []
 
+    @dataclass
     class Second(Strategy):
         name = "second"
 
@@ -824,9 +834,6 @@ def test_two_trainings_do_not_write_to_one_directory(tmp_path):
                 with pytest.raises(UserError, match="is in use by another training or comparison"):
                     trainer(out=tmp_path, **options)
                 refused.append(options)
-
-        def describe(self):
-            return {"name": self.name}
 
     first = trainer([Second()], epochs=1, out=tmp_path)
     first.fit()
@@ -1000,7 +1007,6 @@ def test_training_outside_the_main_thread():
 
 
 def test_a_strategy_of_the_users_own_sees_every_seam():
-    from dataclasses import dataclass
 
     calls = []
 

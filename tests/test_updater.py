@@ -15,6 +15,7 @@ from batchkern.compare.arms import forecast
 from batchkern.errors import UserError
 from batchkern.strategies import (
     RHO,
+    STRATEGIES,
     BatchAugmentation,
     HardBatches,
     ImportanceSampling,
@@ -153,6 +154,13 @@ ESTIMATED = {
     "importance": lambda: [ImportanceSampling(2, 0.3)],
 }
 """Arms whose losses decide how many samples they pass."""
+TRANSFORM = {"cutout", "mixup", "cutmix", "srip"}
+"""What changes inputs or adds a term, whatever an update is made of."""
+
+
+def test_every_strategy_accumulates():
+    accumulated = {strategy.name for make in (ARMS | ESTIMATED).values() for strategy in make()}
+    assert accumulated | TRANSFORM == set(STRATEGIES), "ARMS, or ESTIMATED, needs one with it"
 
 
 @pytest.mark.filterwarnings("ignore:BatchAugmentation")

@@ -119,7 +119,7 @@ def about_tests(seeds: int, tests: int, pairing: str) -> list[str]:
     about = [
         f"Means over {seeds} seeds ± half of their 95 % confidence interval (Student's t). Differences are paired: "
         f"{pairing} p: paired t-test (where all differences are the same, a sign test), corrected by Holm's method for "
-        f"all {tests} tests of this comparison; below "
+        f"{'the one test' if tests == 1 else f'all {tests} tests'} of this comparison; below "
         f"{LEVEL} a difference counts as found. Intervals are of single differences, not corrected.",
         "The p-values hold for arms and seeds that were fixed beforehand: who looks, adds seeds or arms and looks "
         "again will find something sooner or later, whether it is there or not.",

@@ -11,7 +11,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -106,6 +106,11 @@ def check_combination(strategies: Sequence[Strategy]) -> None:
     for strategy in strategies:
         if not isinstance(strategy, Strategy):
             raise UserError(f"strategies must be objects such as Trimming(), got {strategy!r:.60}")
+        if not is_dataclass(strategy):
+            name = type(strategy).__name__
+            raise UserError(
+                f"strategies must be dataclasses, whose fields are options: write @dataclass above class {name}"
+            )
         for thing in sorted(strategy.owns):
             if thing in owners:
                 pair = f"{owners[thing].name} and {strategy.name}"

@@ -77,7 +77,15 @@ class Run:
             raise UserError(
                 f"{who} needs {'images (C, H, W)' if images else 'inputs of floats'}, but inputs are {what}"
             )
-        if labels and self.masks:
+        if labels:
+            self.require_labels(who)
+
+    def require_labels(self, who: str) -> None:
+        """
+        Raises:
+            UserError: there is more than one label a row. The sentence says that ``who`` needs it.
+        """
+        if self.masks:
             raise UserError(f"{who} needs one label a row, but the labels are masks")
 
     @property
@@ -168,7 +176,8 @@ def selected_mean(
 
 def weighted_mean(step: Step, logits: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The mean over the rows of each loss times its weight, which is divided by their number and not by the sum of the
-    weights ``(rows,)``, those of the batch of all ranks; and the losses, as :meth:`Strategy.loss` returns them."""
+    weights ``(rows,)``, those of the batch of all ranks; and the losses, as :meth:`Strategy.loss` returns them. The
+    weights are constants. Those that are to be differentiated multiply ``row_losses`` before ``trimmed_mean``."""
     losses, places = row_losses(logits, target, step.run.label_smoothing)
     weighted, mask = losses * step.share.take(weights).to(losses), step.share.counts(target)
     return trimmed_mean(weighted, 1.0, mask=mask, weight=places, group=step.run.ranks.group), losses.detach()
@@ -267,7 +276,10 @@ class Strategy:
         return None
 
     def loss(self, step: Step, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and per-sample losses ``(B,)`` detached, of this rank's rows (``step.share``).
+        """The loss, and the cross entropy ``(B,)`` of each row of this rank (``step.share``), detached and unweighted.
+
+        The first is ``train_objective`` in the metrics. The second are what ``train_loss``, the log of samples and
+        everything that ranks by losses use. Both take ``step.run.label_smoothing``, or :meth:`setup` rejects any but 0.
 
         Averaged over ranks, the gradient of the loss is to be that of the whole batch, as ``group`` makes it. Targets
         are labels ``(B,)``, masks of them ``(B, *places)`` for logits ``(B, classes, *places)`` or, where a strategy

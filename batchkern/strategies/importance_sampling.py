@@ -77,8 +77,7 @@ class ImportanceSampling(Strategy):
             raise UserError(f"threshold must be a number of at least 0, got {self.threshold}")
 
     def setup(self, run: Run) -> None:
-        if run.masks:
-            raise UserError("importance needs one label a row, but the labels are masks")
+        run.require_labels(self.name)
         self.tau = 0.0
         self.drawn = torch.zeros(0, dtype=torch.int64)
         """Positions in the batch under way."""

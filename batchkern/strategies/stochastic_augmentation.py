@@ -108,8 +108,7 @@ class StochasticAugmentation(Strategy):
                 f"two_step makes two updates of a batch, but gradient_accumulation_steps is {run.accumulate}: "
                 "use one of them"
             )
-        if run.masks:
-            raise UserError("augmentation needs one label a row, but the labels are masks")
+        run.require_labels(self.name)
         self.fired = self.fired_in_epoch = 0
         self.kl_sum = 0.0
         modules = dict(run.model.named_modules())
