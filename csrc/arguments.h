@@ -1,5 +1,6 @@
-// What the bindings check before a kernel gets raw pointers, on every device: what would crash or read
-// elsewhere. The Python functions have said more, in the user's terms.
+// The checks that the bindings make on every device before a kernel receives raw pointers. They reject
+// arguments that would make a kernel crash or access memory out of bounds. The Python functions check more
+// before, with messages in the user's terms.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -16,11 +17,12 @@
 
 namespace batchkern {
 
-// An index must fit the low half of a 64-bit key.
+// A row index must fit into the low half of a 64-bit sort key.
 constexpr int64_t kMaxRows = int64_t{1} << 32;
 
-// Whether the storage is as large as the tensor says: FSDP, for one, frees it by resizing it to zero. A
-// tensor whose values are another's, as those of a subclass or of a transform, is not looked at.
+// Whether the storage is large enough for all elements of the tensor. FSDP, for example, frees the memory of
+// a parameter by resizing its storage to zero. Tensors without values of their own, such as tensor subclasses
+// and those of transforms, are not checked.
 inline bool in_memory(const at::Tensor& x) {
     if (x.key_set().has(c10::DispatchKey::Python) || x.is_nested() || !x.has_storage() || x.is_meta())
         return true;
@@ -48,7 +50,7 @@ inline ElementType element_type(const at::Tensor& x, const char* name) {
     }
 }
 
-// Rows whose elements lie side by side: x itself where they do, whatever its row stride.
+// x itself if the elements of each row are contiguous, whatever its row stride; otherwise a contiguous copy.
 inline at::Tensor dense_rows(const at::Tensor& x) {
     return x.size(-1) <= 1 || x.stride(-1) == 1 ? x : x.contiguous();
 }
@@ -90,7 +92,7 @@ inline void check_mask(const std::optional<at::Tensor>& mask, const at::Tensor& 
     check_memory(*mask, "mask");
 }
 
-// What is ranked in place of the losses, or what they are times.
+// A score that is ranked in place of the losses, or a weight that multiplies them.
 inline void check_companion(const std::optional<at::Tensor>& x, const char* name, const at::Tensor& losses) {
     if (!x) return;
     TORCH_CHECK_VALUE(x->sizes() == losses.sizes() && x->scalar_type() == at::kFloat, name,
@@ -116,7 +118,8 @@ inline void check_count(int64_t k, int64_t n) {
     TORCH_CHECK_VALUE(k >= 0 && k <= n, "k must be in [0, ", n, "], got ", k);
 }
 
-// The type of class indices, among which uint64's are read as int64: what differs is out of range.
+// The type of class indices. uint64 is read as int64: values of 2^63 or more become negative numbers, which
+// are no classes either.
 inline IndexType index_type(const at::Tensor& target) {
     check_memory(target, "target");
     switch (target.scalar_type()) {
@@ -140,7 +143,8 @@ inline IndexType index_type(const at::Tensor& target) {
     }
 }
 
-// Logits (C,), (samples, C) or (samples, C, d1, ...), and what has their shape: `inner` rows to a sample.
+// The shape of logits (C,), (samples, C) or (samples, C, d1, ...). Each sample has `inner` rows, the product
+// of d1, d2, ...
 struct ClassGrid {
     explicit ClassGrid(const at::Tensor& x) : samples(x.dim() > 1 ? x.size(0) : 1) {
         for (int64_t d = 2; d < x.dim(); ++d) inner *= x.size(d);
@@ -148,7 +152,7 @@ struct ClassGrid {
 
     int64_t rows() const { return samples * inner; }
 
-    // None where d1, ... do not merge into one dimension.
+    // The layout of the rows of x; none if the strides of d1, d2, ... do not merge into one dimension.
     std::optional<RowLayout> layout(const at::Tensor& x) const {
         if (rows() == 0) return RowLayout{1, 0, 0, 1};
         const int64_t sample = x.dim() > 1 ? x.stride(0) : 0, step = x.stride(x.dim() > 1 ? 1 : 0);
@@ -167,9 +171,9 @@ struct ClassGrid {
     int64_t samples, inner = 1;
 };
 
-// What both passes of a cross entropy need. Holds the tensors that pointers are taken of. The columns of the
-// logits may be a part of the classes, from first_class on. Where the target holds probabilities it has the
-// logits' shape.
+// The checked arguments that the forward and the backward pass of a cross entropy share. They keep alive the
+// tensors whose data pointers the kernels receive. The columns of the logits may be only a part of the
+// classes, beginning with first_class. A target of probabilities has the logits' shape.
 struct CrossEntropyArguments {
     CrossEntropyArguments(const at::Tensor& logits_, const at::Tensor& target_,
                           const std::optional<at::Tensor>& class_weight, int64_t first_class_ = 0,
@@ -229,7 +233,8 @@ struct CrossEntropyArguments {
         return {target.const_data_ptr(), *grid.layout(target), probabilities_type == kFloat32};
     }
 
-    // Of a row: its maximum m, the log of its sum of exp(z - m), and the sum of a target's probabilities.
+    // The forward pass saves for each row its maximum m, the log of its sum of exp(z - m) and, for a target
+    // of probabilities, the sum of its smoothed and weighted probabilities.
     int64_t state_size() const { return soft ? 3 : 2; }
     std::vector<int64_t> state_shape() const {
         std::vector<int64_t> result = shape;
@@ -245,7 +250,7 @@ struct CrossEntropyArguments {
         check_device(lse, "lse", logits);
     }
 
-    // What a forward pass writes into.
+    // Checks the tensors that a forward pass writes to.
     void check_losses(const at::Tensor& losses, const at::Tensor& lse,
                       const std::optional<at::Tensor>& entropy,
                       const std::optional<at::Tensor>& correct) const {
@@ -263,7 +268,7 @@ struct CrossEntropyArguments {
         check_device(x, name, logits);
     }
 
-    // What only the backward pass is given.
+    // Checks the arguments that only the backward pass has.
     void check_saved(const at::Tensor& upstream, const at::Tensor& lse, const at::Tensor& kept,
                      const at::Tensor& normalizer) const {
         check_scalar(upstream, "grad", logits);
@@ -274,7 +279,7 @@ struct CrossEntropyArguments {
         check_device(kept, "kept", logits);
     }
 
-    // The upstream gradient of each row; one number stands for all where that is how it was expanded.
+    // The upstream gradient of each row: (rows,), or (1,) if one number was expanded to all rows.
     at::Tensor check_upstream(const std::optional<at::Tensor>& upstream, const char* name) const {
         if (!upstream) return {};
         TORCH_CHECK_VALUE(upstream->numel() == rows, name, " must have ", rows, " elements, got ",
@@ -291,16 +296,16 @@ struct CrossEntropyArguments {
     ClassGrid grid;
     int64_t rows, columns, first_class, classes;
     std::vector<int64_t> shape;  // of the losses
-    at::Tensor logits;           // a copy where those given have strides that no kernel takes
+    at::Tensor logits;           // a copy if no RowLayout describes the strides of the argument
     bool soft;
     at::Tensor target;
     ClassIndices indices{};
     ElementType probabilities_type{};
-    at::Tensor weight;  // undefined: all 1
+    at::Tensor weight;  // undefined if all weights are 1
 };
 
-// The upstream gradients of losses and log-sum-exps, each row's own. Holds the tensors that pointers are
-// taken of.
+// The upstream gradients of the losses and the log-sum-exps of the rows. They keep alive the tensors whose
+// data pointers the kernels receive.
 template <class Upstream>
 struct RowsUpstream {
     RowsUpstream(const CrossEntropyArguments& p, const std::optional<at::Tensor>& grad_losses,

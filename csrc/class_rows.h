@@ -1,4 +1,5 @@
-// Where the rows of a cross entropy and their targets lie, for the host and for nvcc. No torch headers.
+// The memory layout of the rows of a cross entropy and of their targets, for the host and for nvcc. No torch
+// headers.
 #pragma once
 
 #include <cstdint>
@@ -7,15 +8,16 @@
 
 namespace batchkern {
 
-// `inner` rows to a sample; the classes of a row are `step` elements apart.
+// Each sample has `inner` rows; the classes of a row are `step` elements apart.
 struct RowLayout {
     int64_t inner;
-    int64_t sample;  // elements from sample to sample
-    int64_t row;     // and from row to row of one
+    int64_t sample;  // elements from one sample to the next
+    int64_t row;     // elements from one row of a sample to the next
     int64_t step;
 };
 
-// Rows are fewer than 2^32, and a GPU divides 32 bits much faster than 64.
+// The offset of row i, in elements. There are fewer than 2^32 rows, so that the division can be one of 32-bit
+// integers, which is much faster on a GPU than one of 64-bit integers.
 BATCHKERN_HOST_DEVICE int64_t row_offset(const RowLayout& at, int64_t i) {
     const auto row = static_cast<uint32_t>(i), inner = static_cast<uint32_t>(at.inner);
     if (row < inner) return i * at.row;
@@ -23,7 +25,7 @@ BATCHKERN_HOST_DEVICE int64_t row_offset(const RowLayout& at, int64_t i) {
     return sample * at.sample + (row - sample * inner) * at.row;
 }
 
-// Whether the classes of each row do.
+// Whether the classes of each row are contiguous in memory.
 inline bool are_side_by_side(const RowLayout& at, int64_t classes) { return classes <= 1 || at.step == 1; }
 
 // A target of probabilities: (rows, classes), in the logits' type or in float32.
@@ -60,7 +62,8 @@ BATCHKERN_HOST_DEVICE int64_t class_of(const ClassIndices& target, int64_t i) {
     }
 }
 
-// Calls use(pointer to the indices, of their own type): a loop over many then asks for it once.
+// Calls use(pointer to the indices, with their own type), so that a loop over many indices tests the type
+// only once.
 template <class Use>
 void with_indices(const ClassIndices& target, Use use) {
     switch (target.type) {

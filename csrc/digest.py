@@ -1,5 +1,5 @@
-"""A name for what batchkern._C is built from. The module has it as its build ID, so that one that was built elsewhere
-can be told from one of other sources."""
+"""A hash of the sources of batchkern._C. The module has it as its build ID, which tells whether a module, even one that
+was built elsewhere, was built from these sources."""
 
 import hashlib
 from pathlib import Path

@@ -23,12 +23,13 @@
 #include <c10/cuda/CUDAGuard.h>
 #endif
 
-// keep_tensor, where it is given, is read when the operation runs, instead of keep. lse (B, 2) holds a row's
-// maximum m and the log of its sum of exp(z - m): together they keep the digits that one float32 would lose.
+// If keep_tensor is given, it is read when the operation runs and replaces keep. lse (B, 2) holds the maximum
+// m of a row and the log of its sum of exp(z - m): together they keep the digits that one float32 would lose.
 TORCH_LIBRARY(batchkern, m) {
-    // The rows alone. Logits are (C,), (B, C) or (B, C, d1, ...); the target holds integers, or probabilities
-    // of the logits' shape, with which lse is (..., 3): the third is the sum of a row's smoothed and weighted
-    // ones. entropy and correct are empty unless `stats`.
+    // The losses of all rows, without a selection. Logits are (C,), (B, C) or (B, C, d1, ...); the target
+    // holds integers, or probabilities of the logits' shape. With probabilities lse is (..., 3): the third
+    // number is the sum of the smoothed and weighted probabilities of a row. entropy and correct are empty
+    // unless `stats` is true.
     m.def(
         "cross_entropy(Tensor logits, Tensor target, Tensor? class_weight=None, int ignore_index=-100, "
         "float label_smoothing=0.0, bool stats=False) "
@@ -37,7 +38,7 @@ TORCH_LIBRARY(batchkern, m) {
         "cross_entropy_backward(Tensor? grad_losses, Tensor? grad_lse, Tensor logits, Tensor target, Tensor "
         "lse, "
         "Tensor? class_weight=None, int ignore_index=-100, float label_smoothing=0.0) -> Tensor");
-    // Their options have places: to pass one by name costs a microsecond, of some 20 that a small call takes.
+    // The options are positional: to pass one by name costs a microsecond, and a small call takes about 20.
     m.def(
         "trimmed_cross_entropy(Tensor logits, Tensor target, float keep, Tensor? keep_tensor=None, "
         "Tensor? class_weight=None, int ignore_index=-100, float label_smoothing=0.0) "
@@ -48,18 +49,19 @@ TORCH_LIBRARY(batchkern, m) {
     m.def(
         "trimmed_cross_entropy_backward_(Tensor grad, Tensor(a!) logits, Tensor target, Tensor lse, "
         "Tensor kept, Tensor normalizer, Tensor? class_weight=None, float label_smoothing=0.0) -> ()");
-    // For linear_cross_entropy, which looks at a part of the (B, C) logits at a time. Rows, into what is
-    // given:
+    // For linear_cross_entropy, which computes a part of the (B, C) logits at a time. The losses of all rows,
+    // written to the given tensors:
     m.def(
         "cross_entropy_losses(Tensor logits, Tensor target, Tensor(a!) losses, Tensor(b!) lse, "
         "Tensor(c!)? entropy=None, Tensor(d!)? correct=None, int ignore_index=-100, "
         "float label_smoothing=0.0) -> ()");
-    // The gradient in place. The columns of the logits may be a part of the classes, from first_class on.
+    // Overwrites the logits with their gradient. Their columns may be only a part of the classes, beginning
+    // with first_class.
     m.def(
         "cross_entropy_backward_(Tensor? grad_losses, Tensor? grad_lse, Tensor(a!) logits, Tensor target, "
         "Tensor lse, int ignore_index=-100, float label_smoothing=0.0, int first_class=0, "
         "int? classes=None) -> ()");
-    // score: what is ranked in place of the losses. Each of `samples` equal parts of them is ranked apart.
+    // score: ranked in place of the losses. Each of `samples` equal parts of the losses is ranked separately.
     m.def(
         "trimmed_mean(Tensor losses, float keep, Tensor? keep_tensor=None, Tensor? mask=None, Tensor? "
         "score=None, "
@@ -76,21 +78,21 @@ TORCH_LIBRARY(batchkern, m) {
     m.def(
         "augment_latent_backward(Tensor grad, Tensor seed, *, int gaussian, int dropout, float drop_prob, "
         "bool rescale_dropout=False) -> Tensor");
-    // Gradients are those of the scaled mean, empty unless asked for: float32, but that of bfloat16 logits on
-    // CUDA is bfloat16.
+    // The gradients are those of the scaled mean, and empty unless requested. They are float32, but bfloat16
+    // for bfloat16 logits on CUDA.
     m.def(
         "soft_label_kl(Tensor reference_logits, Tensor virtual_logits, *, float temperature=1.0, "
         "float scale=1.0, bool reference_grad=False, bool virtual_grad=True) "
         "-> (Tensor mean, Tensor kl, Tensor grad_virtual, Tensor grad_reference)");
-    // A gradient times the upstream one, for its backward pass: in place, where `out` is `gradient`, or in
-    // the type of `out`; then `gradient` is used up.
+    // out = gradient * factor, in the type of `out`, for the backward pass of soft_label_kl. `out` may be
+    // `gradient`; if it is not, the values of `gradient` are undefined afterwards.
     m.def("scale_gradient_(Tensor(a!) out, Tensor(b!) gradient, Tensor factor) -> ()");
     m.def("rank_batches(Tensor losses, SymInt k) -> Tensor");
 }
 
 namespace {
 
-// clang also defines __GNUC__, so it is asked first.
+// clang also defines __GNUC__, so it is tested first.
 #if defined(__clang__)
 constexpr char kCompiler[] = "clang " __clang_version__;
 #elif defined(__GNUC__)
@@ -136,9 +138,9 @@ void use_instruction_set(const std::string& name) {
                       instruction_sets(), ", got ", name);
 }
 
-// A function of the module that calls an operator through the dispatcher, as torch.ops does, in 1 to 3 us
-// less of host time: for operators whose small calls take some 10. torch refuses a signature that is not the
-// schema's when the module is imported.
+// Defines a function of the module that calls an operator through the dispatcher, as torch.ops does, but
+// takes 1 to 3 us less host time. It is for operators whose small calls take about 10 us. A signature that
+// does not match the schema is an error when the module is imported.
 template <class Signature>
 struct BoundOperator;
 
@@ -153,8 +155,8 @@ struct BoundOperator<Result(Args...)> {
     }
 };
 
-// Whether nobody overrides a call with this argument, and its memory is there. By hand, since every call of
-// an operation asks, and pybind11 takes 0.2 us.
+// Whether this argument is a plain value, or a tensor in memory whose type overrides no function. Written
+// with the C API, because every call of an operation makes this check and pybind11 would add 0.2 us.
 bool is_plain(PyObject* x) {
     PyTypeObject* const type = Py_TYPE(x);
     if (THPVariable_CheckTypeExact(type)) return batchkern::in_memory(THPVariable_Unpack(x));
@@ -224,6 +226,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
               c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
               return batchkern::cuda_problem();
           }),
-          "Why this device cannot load the CUDA kernels, in the driver's words; empty where it can.");
+          "Why this device cannot load the CUDA kernels, in the driver's words; empty if it can.");
 #endif
 }

@@ -1,4 +1,5 @@
-// What the translation units of batchkern._C share. No torch headers here: nvcc reads this file too.
+// Declarations that the translation units of batchkern._C share. No torch headers here: nvcc reads this file
+// too.
 #pragma once
 
 #include <string>
@@ -11,9 +12,9 @@ struct CudaFacts {
     std::vector<std::string> architectures;  // "8.0", or "9.0+PTX" where PTX was kept as well
 };
 
-// Both are defined in cuda/build_facts.cu, so only where BATCHKERN_WITH_CUDA is.
+// Both are defined in cuda/build_facts.cu, so only if BATCHKERN_WITH_CUDA is defined.
 CudaFacts cuda_facts();
-// Why the current device cannot load the kernels, in the driver's words; empty where it can.
+// Why the current device cannot load the kernels, in the driver's words; empty if it can.
 std::string cuda_problem();
 
 }  // namespace batchkern

@@ -8,15 +8,15 @@
 
 namespace batchkern {
 
-// A larger key ranks higher: NaN above +inf whatever its sign, -0.0 equal to 0.0.
-// Without branches, which would part the loads of several losses.
+// A larger key ranks higher: NaN above +inf whatever its sign, -0.0 equal to 0.0. Without branches, which
+// would keep the compiler from issuing the loads of several losses together.
 BATCHKERN_HOST_DEVICE uint32_t order_key(float loss) {
     uint32_t bits;
 #ifdef __CUDA_ARCH__
     const float unsigned_zero = loss + 0.0f;
     memcpy(&bits, &unsigned_zero, sizeof bits);
     const bool ordered = loss == loss;
-#else  // by the bits: a thread of a CPU may take what is subnormal for zero, and another not
+#else  // on the bits: some CPU threads may flush subnormal numbers to zero and others not
     memcpy(&bits, &loss, sizeof bits);
     const uint32_t magnitude = bits & 0x7fffffffu;
     bits = magnitude == 0 ? 0 : bits;
@@ -26,7 +26,8 @@ BATCHKERN_HOST_DEVICE uint32_t order_key(float loss) {
     return ordered ? bits ^ flipped : 0xffffffffu;
 }
 
-// The loss of a key: the very same but for -0.0, which becomes 0.0, and for the bits of a NaN.
+// The loss that has this key: exactly the original one, except that -0.0 becomes 0.0 and that the bits of a
+// NaN may differ.
 BATCHKERN_HOST_DEVICE float loss_of_key(uint32_t key) {
     const uint32_t bits = key >> 31 ? key & 0x7fffffffu : ~key;
     float loss;

@@ -1,4 +1,5 @@
-// augment_latent on a CPU: noise, masks and Hadamard transforms by kernels; a dense basis by torch's matmul.
+// augment_latent on a CPU. The kernels draw noise and masks and apply Hadamard transforms; torch's matmul
+// applies a dense basis.
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
@@ -11,11 +12,13 @@
 namespace batchkern {
 namespace {
 
-// The noise of a dense basis goes through a reused buffer of at most this many floats: 16 MB.
+// With a dense basis, the noise is drawn in chunks into one buffer of at most this many floats (16 MiB), or
+// of one row.
 constexpr int64_t kNoiseFloats = int64_t{4} << 20;
 
 Mask mask_of(int64_t row, const at::Tensor& seed, double drop_prob, bool rescale) {
-    // Below it: dropped. A probability of 1 has no 32-bit threshold, but its scale is 0.
+    // An element is dropped if its random word is below the threshold. A probability of 1 would need a
+    // threshold of 2^32, which does not fit into 32 bits: then a scale of 0 drops all elements.
     const double threshold = std::nearbyint(drop_prob * 0x1p32);
     const bool all = threshold > 4294967295.0;
     return {static_cast<uint64_t>(row), static_cast<uint64_t>(seed.item<int64_t>()),
@@ -23,7 +26,8 @@ Mask mask_of(int64_t row, const at::Tensor& seed, double drop_prob, bool rescale
             all ? 0.0f : static_cast<float>(rescale ? 1 / (1 - drop_prob) : 1.0)};
 }
 
-// Of all rows and elements of the result. Counts so large that these do not fit would write out of bounds.
+// Checks that the numbers of rows and of bytes of the result fit into 64 bits: if they overflowed, the
+// kernels would write out of bounds.
 void check_size(int64_t batch, int64_t width, int64_t gaussian, int64_t dropout) {
     int64_t copies, rows, elements;
     const bool fits = gaussian >= 0 && dropout >= 0 && !__builtin_add_overflow(gaussian, dropout, &copies) &&
@@ -63,7 +67,8 @@ at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t 
     at::Tensor out = large_empty({copies * batch, width}, x.options());
     if (out.numel() == 0) return out;
 
-    // Copies of a row are neighbours here, so that every thread gets as many of each kind.
+    // The copies of a row have consecutive indices in this loop, so that every thread gets the same mix of
+    // originals, gaussian and dropout copies.
     int64_t padded = 1;
     while (padded < width) padded *= 2;
     at::parallel_for(0, copies * batch, grain(8 * width), [&](int64_t begin, int64_t end) {
@@ -78,7 +83,7 @@ at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t 
                 of_row.row = static_cast<uint64_t>(row);
                 k.dropout_row[type](of_row, from, to, width);
             } else if (copy == 0 || (dense && type == kFloat32)) {
-                memcpy(to, from, bytes);  // a float matmul adds the noise where it lies
+                memcpy(to, from, bytes);  // for float32, addmm_ adds the noise in place below
             } else if (!dense) {
                 k.noise_row({noise.data(), width, static_cast<uint64_t>(row), key, deviation, limit});
                 if (hadamard)
@@ -115,6 +120,11 @@ at::Tensor augment_latent(const at::Tensor& x_, const at::Tensor& seed, int64_t 
     return out;
 }
 
+// The gradient of x, with the upstream gradient g of each copy:
+// 1. the original and the gaussian copies are x plus noise that does not depend on x: their derivative is 1;
+// 2. a dropout copy is x times its mask, which is drawn again from the seed: its derivative is the mask;
+// 3. so the gradient of a row is the sum of g over the original and the gaussian copies, plus the sum of
+//    mask * g over the dropout copies.
 at::Tensor augment_latent_backward(const at::Tensor& grad_, const at::Tensor& seed, int64_t gaussian,
                                    int64_t dropout, double drop_prob, bool rescale_dropout) {
     const ElementType type = element_type(grad_, "grad");

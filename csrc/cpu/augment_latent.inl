@@ -1,5 +1,5 @@
-// Virtual samples in latent space (included by kernels.inl). Random numbers are made in runs of this many
-// quads of columns, four numbers a quad: the words of a run stay in the first-level cache.
+// Virtual samples in latent space (included by kernels.inl). Random numbers are generated for runs of this
+// many groups of four columns, so that the random words of a run stay in the L1 cache.
 constexpr int64_t kQuads = 128;
 
 struct Words {
@@ -7,8 +7,9 @@ struct Words {
 };
 
 #if defined(BATCHKERN_AVX512)
-// The rounds of philox.h on the low halves of 64-bit lanes: GCC 12 has no product of 32 by 32 bits in vectors
-// of 64 bytes but the slow one of 64 by 64. The high halves are not looked at.
+// The rounds of philox.h on the low halves of 64-bit lanes; the high halves are ignored. Written with
+// intrinsics, because GCC 12 vectorises a 32-by-32-bit product in 512-bit vectors only as a slow 64-by-64-bit
+// one.
 BATCHKERN_INLINE void make_words(Words& w, uint64_t row, uint64_t seed, int64_t first) {
     const __m512i places = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i factor0 = _mm512_set1_epi64(0xD2511F53), factor1 = _mm512_set1_epi64(0xCD9E8D57);
@@ -53,7 +54,7 @@ BATCHKERN_INLINE float uniform(uint32_t word) {
     return (static_cast<float>(static_cast<int32_t>(word >> 9)) + 0.5f) * 0x1p-23f;
 }
 
-// The four numbers of a quad side by side: a run, or the first n of it.
+// Writes the four numbers of each group next to each other: those of a run, or only the first n.
 BATCHKERN_INLINE void interleave(const float (&quads)[4][kQuads], float* out, int64_t n) {
     const int64_t whole = n / 4 < kQuads ? n / 4 : kQuads;
     for (int64_t i = 0; i < whole; ++i)
@@ -83,8 +84,8 @@ void noise_row(const NoiseRow& a) {
     }
 }
 
-// The first four steps of the transform at once, as a product with the 16 x 16 matrix: its rows are whole
-// vectors, where steps of 1 to 8 would shuffle within them.
+// The first four steps of the transform (1, 2, 4 and 8) at once, as a product with the 16 x 16 Hadamard
+// matrix. Its rows are whole vectors, whereas the single steps would shuffle elements within a vector.
 struct Signs16 {
     float sign[16][16];
     constexpr Signs16() : sign() {
@@ -135,8 +136,8 @@ void add_noise_row(const void* x, const float* noise, void* out, int64_t n) {
     for (int64_t j = 0; j < n; ++j) store(to + j, load(in + j) + noise[j]);
 }
 
-// Calls use(start, n, factor) for every run of columns: factor is scale where a column is kept and 0 where
-// not.
+// Calls use(start, n, factor) for every run of columns: factor[j] is mask.scale if column start + j is kept
+// and 0 if it is dropped.
 template <class Use>
 BATCHKERN_INLINE void for_each_run(const Mask& mask, int64_t columns, Use use) {
     const uint32_t threshold = mask.threshold;

@@ -1,5 +1,6 @@
-// cross_entropy and trimmed_cross_entropy on a CPU: losses and log-sum-exps of all rows, a selection,
-// gradients of the rows that have one.
+// cross_entropy and trimmed_cross_entropy on a CPU. The forward pass computes the losses and log-sum-exps of
+// all rows and, for the latter, selects rows. The backward pass reads only the rows that have an upstream
+// gradient.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -25,7 +26,7 @@ struct Problem : CrossEntropyArguments {
                   smoothing,
                   smoothing / static_cast<double>(classes),
                   ignore_index} {
-        if (!options.class_weight || smoothing == 0) return;  // not used, and 0 times infinity is NaN
+        if (!options.class_weight || smoothing == 0) return;  // 0 times an infinite sum would be NaN
         options.weight_sum = 0;
         for (int64_t c = 0; c < classes; ++c) options.weight_sum += options.class_weight[c];
     }
@@ -41,7 +42,8 @@ std::string place_of(int64_t row, const std::vector<int64_t>& shape) {
     return text;
 }
 
-// Raises where a row that is looked at has no such class; kept is null, or says which rows are.
+// Raises an error if the target of a row is not a class. Only the rows that `kept` marks are checked; if it
+// is null, all rows that are not ignored.
 void check_target(const Problem& p, const bool* kept) {
     if (p.soft) return;
     const auto first_wrong = [&](int64_t begin, int64_t end, int64_t found) {
@@ -51,7 +53,7 @@ void check_target(const Problem& p, const bool* kept) {
                 const bool counts = kept ? kept[i] : c != p.options.ignore_index;
                 return counts & ((c < 0) | (c >= p.classes));
             };
-            bool any = false;  // which one is looked for where there is one: no branch in this loop
+            bool any = false;  // no branch in this loop: an error is located only if there is one
             for (int64_t i = begin; i < end; ++i) any |= is_wrong(i);
             if (!any) return;
             int64_t i = begin;
@@ -67,7 +69,7 @@ void check_target(const Problem& p, const bool* kept) {
                       p.options.ignore_index, ")");
 }
 
-// valid[i] = row i is not ignored. Returns whether all are.
+// Sets valid[i] to whether row i is not ignored. Returns whether all rows are valid.
 bool mark_valid(const Problem& p, bool* valid) {
     if (p.soft) {
         std::fill(valid, valid + p.rows, true);
@@ -85,7 +87,8 @@ bool mark_valid(const Problem& p, bool* valid) {
     return at::parallel_reduce(0, p.rows, kGrain, true, mark, std::logical_and<>());
 }
 
-// Calls use(begin, end) for parts of the rows: tiles, where rows do not have their classes side by side.
+// Calls use(begin, end) for ranges of rows, in parallel. Unless by_rows is true, a range consists of whole
+// tiles.
 template <class Use>
 void each_part(const Problem& p, bool by_rows, Use use) {
     const int64_t unit = by_rows ? 1 : kTile, units = (p.rows + unit - 1) / unit;
@@ -206,8 +209,8 @@ Upstream of_kept(const Problem& p, const at::Tensor& grad, const at::Tensor& lse
     return {kept.const_data_ptr<bool>(), scale, nullptr, 0, nullptr, 0};
 }
 
-// Where fewer rows than one of so many have a gradient, it takes less time to leave the pages of the others
-// untouched than to write zeros.
+// If fewer than one of kFew rows has a gradient, leaving the pages of the other rows untouched takes less
+// time than writing zeros to them.
 constexpr int64_t kFew = 12;
 
 bool are_few(const Upstream& u, int64_t rows) {

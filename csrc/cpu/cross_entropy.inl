@@ -1,11 +1,13 @@
-// Rows of a cross entropy whose classes lie side by side (included by kernels.inl once for each instruction set).
+// Cross entropy of rows whose classes are contiguous in memory (included by kernels.inl once for each
+// instruction set).
 
 template <class T>
 BATCHKERN_INLINE const T* row_of(const void* data, const RowLayout& at, int64_t i) {
     return static_cast<const T*>(data) + row_offset(at, i);
 }
 
-// What a row's target asks of its logits: the sum of w q, and that of w q z.
+// Sums over the classes of a row with logits z and target probabilities q, after smoothing, of weights w:
+// `mass` is the sum of w q, `dot` that of w q z.
 struct Asked {
     double mass;
     double dot;
@@ -45,7 +47,8 @@ BATCHKERN_INLINE void ignore_row(const LossRows& a, int64_t i) {
     a.correct[i] = false;
 }
 
-// A loss from sums over its row: `dot` is that of w z, and used where there is label smoothing.
+// The loss of a row whose target is a class index. `dot` is the sum of w z over the row; it is used only with
+// label smoothing.
 BATCHKERN_INLINE double hard_loss(const CrossEntropyOptions& o, int64_t target, double maximum,
                                   double log_sum, double at_target, double dot) {
     const double loss = (o.class_weight ? o.class_weight[target] : 1.0) * (log_sum + (maximum - at_target));
@@ -74,7 +77,8 @@ BATCHKERN_INLINE int64_t target_class(const LossRows& a, const CrossEntropyOptio
                        : first_highest(row_of<T>(q.data, q.at, i), o.classes);
 }
 
-// A second look at a row that is still cached.
+// The entropy of a row and whether its prediction is correct, by a second pass over the row while it is still
+// cached.
 template <class T>
 BATCHKERN_INLINE void describe_row(const LossRows& a, const CrossEntropyOptions& o, int64_t i, float maximum,
                                    float log_sum) {
@@ -93,7 +97,8 @@ BATCHKERN_INLINE void describe_row(const LossRows& a, const CrossEntropyOptions&
     a.correct[i] = load(row + target) == maximum && log_sum == log_sum && !before;
 }
 
-// What follows from a row's maximum and the log of its sum: its loss, and what the backward pass needs.
+// Writes the loss of a row, and the numbers that the backward pass needs, from its maximum and the log of its
+// sum.
 template <class T>
 BATCHKERN_INLINE void finish_row(const LossRows& a, const CrossEntropyOptions& o, int64_t i, float maximum,
                                  double log_sum) {
@@ -131,7 +136,8 @@ BATCHKERN_INLINE bool is_ignored(const Probabilities& q, const ClassIndices& tar
     return !q.data && class_of(target, i) == o.ignore_index;
 }
 
-// Rows of at most kNarrow classes, a vector of rows at a time: a row alone would not fill one.
+// Rows of at most kNarrow classes are computed kLanes at a time, one in each lane of a vector, because a
+// single row would not fill a vector.
 constexpr int64_t kNarrow = 32;
 
 template <class T>
@@ -178,16 +184,21 @@ void loss_rows(const LossRows& a, const CrossEntropyOptions& o) {
     }
 }
 
-// d / d z_j = total * softmax_j - level * w_j - (j == target) * peak; of probabilities, total * softmax_j -
-// factor * w_j * q_j, smoothed.
+// The gradient of a row. With p = softmax(z) of its logits z, class weights w, label smoothing s over C
+// classes, and the upstream gradients g of its loss and h of its log-sum-exp:
+// 1. the loss is sum_j q_j (lse(z) - z_j), where q is the smoothed and weighted target: of a class index t,
+//    q_j = w_j s / C + (j == t) (1 - s) w_t; of probabilities y, q_j = w_j ((1 - s) y_j + s / C);
+// 2. the derivative of lse(z) by z_j is p_j, so that of the loss is p_j sum(q) - q_j;
+// 3. so the gradient is (g sum(q) + h) p_j - g q_j: for a class index,
+//    total * p_j - level * w_j - (j == target) * peak; for probabilities, total * p_j - factor * q_j.
 struct RowGradient {
     float maximum, log_sum;
     float total, level, peak;
-    float factor;    // of the loss
-    int64_t target;  // its column, or -1
+    float factor;    // g
+    int64_t target;  // its column; -1 if it is not among the columns
 };
 
-// False where the row has no gradient.
+// Returns false if both upstream gradients of the row are zero.
 BATCHKERN_INLINE bool row_gradient(const GradRows& a, const CrossEntropyOptions& o, int64_t i,
                                    RowGradient* g) {
     const Upstream& u = a.upstream;

@@ -1,13 +1,14 @@
-// Rows of a cross entropy whose classes lie apart, such as pixels (included by kernels.inl): a vector holds
-// one class of as many rows. Memory is read once: a block of a tile's classes is copied to where it stays
-// cached, which strides of a power of two would not let it.
+// Cross entropy of rows whose classes are not contiguous in memory, such as those of pixels (included by
+// kernels.inl). Each lane of a vector holds the same class of another row. A block of the classes of a tile
+// of rows is copied to a buffer that stays cached. Without the copy, strides of a power of two would map the
+// classes to the same cache sets, and they would evict each other.
 
 constexpr int64_t kTileClasses = 64;
 
 using TileBlock = float[kTileClasses][kTile];
 
-// Calls use(at, row in the tile, rows) for the runs of rows that lie in one sample, with the place of a run's
-// first class.
+// Calls use(offset, r, run) for the runs of rows that lie in one sample: the offset of the first class of its
+// first row, the index of this row in the tile, and the number of rows.
 template <class Use>
 BATCHKERN_INLINE void each_run(const RowLayout& at, int64_t first, int64_t rows, Use use) {
     for (int64_t r = 0; r < rows;) {
@@ -18,7 +19,7 @@ BATCHKERN_INLINE void each_run(const RowLayout& at, int64_t first, int64_t rows,
     }
 }
 
-// Classes c0 to c0 + classes of some rows. What lies beside them in the block is left alone.
+// Loads the classes from c0 on of the rows from `first` on. The other elements of the block are not written.
 template <class T>
 void load_block(const void* data, const RowLayout& at, int64_t first, int64_t rows, int64_t c0,
                 int64_t classes, TileBlock& z) {
@@ -62,7 +63,7 @@ BATCHKERN_INLINE void load_probabilities(const Probabilities& q, int64_t first, 
         load_block<T>(q.data, q.at, first, rows, c0, classes, to);
 }
 
-// What a tile's rows come to, one lane each.
+// Sums over the classes of each row of a tile, one lane per row.
 struct TileSums {
     float maximum[kTile];
     double sum[kTile];
@@ -71,7 +72,7 @@ struct TileSums {
     double dot[kTile];
 };
 
-// Adds exp(z - m) of a block to the sums, and raises m to the block's maximum first.
+// Raises the maximum m of each row to that of the block, rescales its sum, and adds exp(z - m) of the block.
 BATCHKERN_INLINE void add_to_tile(const TileBlock& z, int64_t classes, TileSums& t) {
     for (int64_t first = 0; first < kTile; first += kLanes) {
         float highest[kLanes], base[kLanes];
@@ -85,7 +86,7 @@ BATCHKERN_INLINE void add_to_tile(const TileBlock& z, int64_t classes, TileSums&
         BATCHKERN_SIMD()
         for (int64_t r = 0; r < kLanes; ++r) {
             base[r] = highest[r] == -INFINITY ? 0.0f : highest[r];
-            // Before the first number the sum is 0 or NaN, and stays so.
+            // As long as the maximum is -inf, the sum is 0 or NaN, and the product is the same.
             sum[r] = t.sum[first + r] * exp_sum<1>(t.maximum + first + r, 1, base[r], 1.0f);
             t.maximum[first + r] = highest[r];
         }
@@ -94,7 +95,7 @@ BATCHKERN_INLINE void add_to_tile(const TileBlock& z, int64_t classes, TileSums&
     }
 }
 
-// The entropies, by a second look at the tile.
+// The entropies of a tile's rows and whether their predictions are correct, by a second pass over the tile.
 template <class T>
 void describe_tile(const LossRows& a, const CrossEntropyOptions& o, int64_t first, int64_t rows,
                    const TileSums& t, const double* log_sums, TileBlock& z, TileBlock& q) {
@@ -140,7 +141,7 @@ BATCHKERN_INLINE void load_targets(const ClassIndices& target, int64_t first, in
     });
 }
 
-// Whether a row's loss is its log-sum-exp less the logit of its target.
+// Whether the loss of a row is its log-sum-exp minus the logit of its target.
 BATCHKERN_INLINE bool is_plain(const CrossEntropyOptions& o, bool soft) {
     return !soft && !o.class_weight && o.smoothing == 0;
 }
@@ -151,7 +152,7 @@ void loss_columns(const LossRows& a, const CrossEntropyOptions& o) {
     const auto keep = static_cast<float>(1 - o.smoothing), level = static_cast<float>(o.smooth);
     const bool sums_target = soft || o.smoothing > 0;
     const bool plain = is_plain(o, soft) && !a.entropy;
-    alignas(64) TileBlock z = {}, q = {};  // lanes without a row hold what does no harm
+    alignas(64) TileBlock z = {}, q = {};  // the results of lanes without a row are not used
     alignas(64) TileSums t = {};
     for (int64_t first = a.begin; first < a.end; first += kTile) {
         const int64_t rows = a.end - first < kTile ? a.end - first : kTile;
@@ -236,7 +237,7 @@ void loss_columns(const LossRows& a, const CrossEntropyOptions& o) {
     }
 }
 
-// Some rows of a tile, each by its own offset.
+// Loads some rows of a tile, each at its own offset.
 template <class T>
 void gather_block(const void* data, int64_t step, const int64_t* offset, int64_t rows, int64_t c0,
                   int64_t classes, TileBlock& z) {
@@ -253,7 +254,8 @@ void scatter_block(const TileBlock& z, void* data, int64_t step, const int64_t* 
         for (int64_t r = 0; r < rows; ++r) store(to + c * step + offset[r], z[c][r]);
 }
 
-// The rows of a tile that have a gradient, one lane each, and what it is made of.
+// The rows of a tile that have a gradient, one lane per row, and the terms of their RowGradient. With a
+// target of probabilities, `level` is its `factor`.
 struct TileGradient {
     int64_t rows;
     int64_t place[kTile];  // in the tile
@@ -261,7 +263,8 @@ struct TileGradient {
     float maximum[kTile], log_sum[kTile], total[kTile], level[kTile], peak[kTile];
 };
 
-// z -> the gradient at some classes of `lanes` rows.
+// Replaces the logits z of some classes of `lanes` rows by their gradient (see RowGradient), without the
+// peak.
 BATCHKERN_INLINE void block_gradient(const TileGradient& g, const CrossEntropyOptions& o, int64_t lanes,
                                      int64_t c0, int64_t classes, const TileBlock* q, TileBlock& z) {
     const auto keep = static_cast<float>(1 - o.smoothing), uniform = static_cast<float>(o.smooth);
@@ -302,7 +305,7 @@ void find_gradients(const GradRows& a, const CrossEntropyOptions& o, int64_t fir
     }
 }
 
-// The same, where rows are plain: no branch on a row.
+// The same for plain rows (see is_plain), without a branch on the values of a row.
 void find_plain_gradients(const GradRows& a, const CrossEntropyOptions& o, int64_t first, int64_t rows,
                           TileGradient& g) {
     const Upstream& u = a.upstream;
@@ -324,7 +327,7 @@ void find_plain_gradients(const GradRows& a, const CrossEntropyOptions& o, int64
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t column = target[r] - a.first_class;
         g.place[n] = r;
-        g.target[n] = column < a.columns ? column : -1;  // negative: not one of them either
+        g.target[n] = column < a.columns ? column : -1;  // a negative column is not among them either
         g.maximum[n] = a.lse[2 * (first + r)];
         g.log_sum[n] = a.lse[2 * (first + r) + 1];
         g.total[n] = factor[r] + lse_factor[r];
@@ -369,7 +372,7 @@ void grad_columns(const GradRows& a, const CrossEntropyOptions& o) {
                                     q);
             else if (probabilities.data)
                 gather_block<T>(probabilities.data, probabilities.at.step, from_q, g.rows, c0, classes, q);
-            // After the logits were read: the gradient may be written over them.
+            // Only after the logits were read, because the gradient may overwrite them.
             if (!all && !a.grad_is_zero) store_block<T>(zeros, a.grad, a.grad_at, first, rows, c0, classes);
             if (g.rows == 0) continue;
             block_gradient(g, o, lanes, c0, classes, probabilities.data ? &q : nullptr, z);

@@ -1,5 +1,5 @@
-// Loads, stores and elementary functions for the vectorised loops: each inlines into one and holds no branch,
-// no table and no call, so that the compiler can vectorise it. No torch headers.
+// Loads, stores and elementary functions for the vectorised loops. Each is inlined into its loop and has no
+// branch, no table lookup and no call, so that the compiler can vectorise the loop. No torch headers.
 #pragma once
 
 #include <math.h>
@@ -25,8 +25,9 @@ BATCHKERN_INLINE float float_of(uint32_t bits) {
     return x;
 }
 
-// Integers in the order of floats (NaN outside the numbers), to reduce by: not every compiler vectorises a
-// maximum of floats, whose result where there is a NaN depends on the order.
+// An integer for each float, in the order of the floats, with NaNs above +inf or below -inf. Maxima are
+// reduced over these integers: not every compiler vectorises a maximum of floats, because with a NaN its
+// result depends on the order of the operands.
 BATCHKERN_INLINE int32_t ordered_bits(float x) {
     const int32_t bits = static_cast<int32_t>(bits_of(x));
     return bits ^ (bits >> 31 & 0x7fffffff);
@@ -44,7 +45,8 @@ BATCHKERN_INLINE float load(const BFloat16* p) { return float_of(uint32_t{p->bit
 
 BATCHKERN_INLINE float load(const Float16* p) {
     const uint32_t h = p->bits, magnitude = h & 0x7fffu;
-    // Subnormals as the low bits of 1/2: a multiplication would see zeros where denormal numbers are flushed.
+    // Subnormal numbers are put into the low bits of 1/2: a multiplication would read them as zeros if the
+    // CPU flushes subnormal numbers.
     const uint32_t subnormal = bits_of(float_of(magnitude | 0x3f000000u) - 0.5f);
     const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00u ? 0x38000000u : 0x70000000u);
     return float_of((magnitude < 0x0400u ? subnormal : normal) | (h & 0x8000u) << 16);
@@ -52,7 +54,7 @@ BATCHKERN_INLINE float load(const Float16* p) {
 
 BATCHKERN_INLINE void store(float* p, float x) { *p = x; }
 
-// To nearest, ties to even, as torch rounds.
+// Rounds to nearest, ties to even, as torch does.
 BATCHKERN_INLINE void store(BFloat16* p, float x) {
     const uint32_t bits = bits_of(x);
     const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
@@ -73,8 +75,8 @@ BATCHKERN_INLINE void store(Float16* p, float x) {
 
 // Functions. The coefficients are near-minimax (Chebyshev) fits made for the ranges given.
 
-// e^x for x <= 0 and NaN, as power + tail: their sum rounds to e^x within 1 ulp, exactly 1 at 0, and is 0
-// below the normal numbers.
+// e^x for x <= 0 or NaN, as the sum power + tail. Rounded to a float, it is within 1 ulp of e^x, exactly 1 at
+// 0, and 0 if e^x is below the normal numbers.
 BATCHKERN_INLINE float exp_parts(float x, float* tail) {
     const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
     const float n = shifted - 12582912.0f;
@@ -86,7 +88,7 @@ BATCHKERN_INLINE float exp_parts(float x, float* tail) {
     p = p * r + 1.6666576845993977e-01f;
     p = p * r + 0.5f;
     p = (p * r) * r + r;
-    // As a mask of bits: where several exponentials stand in a loop, GCC would make branches of selections.
+    // A mask of bits, because GCC compiles selections into branches if a loop has several exponentials.
     const uint32_t normal = -static_cast<uint32_t>(!(x < -87.3f));
     const float power = float_of((bits_of(shifted) + 127u) << 23 & normal);
     *tail = float_of(bits_of(p * power) & normal);
@@ -99,10 +101,11 @@ BATCHKERN_INLINE float exp_nonpositive(float x) {
     return power + tail;
 }
 
-// The sum of e^x over x = scale * (z[k * step] - base), in pairs of pairs. Of each exponential it holds some
-// 26 bits: where many err alike, half an ulp of each would be one of the sum. So powers of two, which single
-// precision adds almost without an error, and tails, which are smaller, are summed apart and widened at the
-// end.
+// The sum of e^x over x = scale * (z[k * step] - base), added pairwise. The powers of two, which single
+// precision adds almost without an error, and the tails, which are smaller, are summed separately and
+// converted to double at the end, which keeps about 26 bits of each exponential. If each were rounded to a
+// float first, similar errors of many terms would not cancel, and half an ulp of each would be half an ulp of
+// the sum.
 template <int kTerms>
 BATCHKERN_INLINE float exp_sum_parts(const float* z, int64_t step, float base, float scale, float* tail) {
     if constexpr (kTerms == 1) {
@@ -138,14 +141,14 @@ BATCHKERN_INLINE float expm1_tail(float t) {
 
 BATCHKERN_INLINE float expm1_small(float t) { return t + t * t * expm1_tail(t); }
 
-// log x to 1e-11 of itself, for x >= 0 that is no denormal number, and NaN.
+// log x with a relative error of 1e-11, for NaN and for x >= 0 that is not subnormal.
 BATCHKERN_INLINE double log_nonnegative(double x) {
     uint64_t bits;
     memcpy(&bits, &x, sizeof bits);
     const uint64_t shifted =
-        bits - 0x3fe6a09e667f3bcdu + (uint64_t{1024} << 52);  // of sqrt(1/2): m in [sqrt(1/2), sqrt(2))
+        bits - 0x3fe6a09e667f3bcdu + (uint64_t{1024} << 52);  // bits of sqrt(1/2): m in [sqrt(1/2), sqrt(2))
     const uint64_t mantissa_bits = bits - (shifted & 0xfff0000000000000u) + (uint64_t{1024} << 52);
-    const uint64_t exponent_bits = shifted >> 52 | 0x4330000000000000u;  // the number 2^52 + exponent + 1024
+    const uint64_t exponent_bits = shifted >> 52 | 0x4330000000000000u;  // bits of 2^52 + exponent + 1024
     double m, exponent;
     memcpy(&m, &mantissa_bits, sizeof m);
     memcpy(&exponent, &exponent_bits, sizeof exponent);
@@ -161,9 +164,9 @@ BATCHKERN_INLINE double log_nonnegative(double x) {
     return x > 0 ? result : x == 0 ? -INFINITY : x;
 }
 
-// log u for u in (0, 1], no denormal number, within some 2 ulp.
+// log u for u in (0, 1] that is not subnormal, within about 2 ulp.
 BATCHKERN_INLINE float log_unit(float u) {
-    const uint32_t shifted = bits_of(u) - 0x3f3504f3u;  // of sqrt(1/2): m in [sqrt(1/2), sqrt(2))
+    const uint32_t shifted = bits_of(u) - 0x3f3504f3u;  // bits of sqrt(1/2): m in [sqrt(1/2), sqrt(2))
     const int32_t exponent = static_cast<int32_t>(shifted) >> 23;
     const float m = float_of((shifted & 0x007fffffu) + 0x3f3504f3u);
     const float s = (m - 1.0f) / (m + 1.0f), z = s * s;
@@ -174,7 +177,7 @@ BATCHKERN_INLINE float log_unit(float u) {
     return static_cast<float>(exponent) * 0.693147181f + p * s;
 }
 
-// cos and sin of 2 pi u for u in [0, 1], within some 2 ulp.
+// cos and sin of 2 pi u for u in [0, 1], within about 2 ulp.
 BATCHKERN_INLINE void cos_sin_turn(float u, float* cosine, float* sine) {
     const int32_t quadrant = static_cast<int32_t>(4.0f * u + 0.5f);
     const float r = 4.0f * u - static_cast<float>(quadrant);

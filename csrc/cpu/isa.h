@@ -1,4 +1,5 @@
-// What every isa_*.cpp includes before its target pragma: all headers that kernels.inl needs.
+// Every isa_*.cpp includes this file before its target pragma: it includes all headers that kernels.inl
+// needs.
 #pragma once
 
 #include <math.h>

@@ -12,7 +12,7 @@
 #endif
 
 #define BATCHKERN_ISA "avx512"
-#define BATCHKERN_AVX512  // for what is written in intrinsics
+#define BATCHKERN_AVX512  // for the code that is written with intrinsics
 
 namespace batchkern {
 namespace avx512 {

@@ -19,27 +19,29 @@ struct CrossEntropyOptions {
     int64_t ignore_index;
 };
 
-// Rows `begin` to `end` of a cross entropy; every pointer is that of row 0.
+// Rows `begin` to `end` of a cross entropy; every pointer points to row 0.
 struct LossRows {
     const void* logits;
     RowLayout at;
     ClassIndices target;          // (rows,), in range or ignore_index
-    Probabilities probabilities;  // in their place, where they are not null
+    Probabilities probabilities;  // used instead of the class indices if not null
     float* losses;                // (rows,), 0 where ignored
-    float* lse;      // (rows, 2): the maximum m, and log of the sum of exp(z - m); of probabilities (rows, 3)
+    // (rows, 2): the maximum m and the log of the sum of exp(z - m). With probabilities (rows, 3): the third
+    // number is the sum of the smoothed and weighted probabilities.
+    float* lse;
     float* entropy;  // (rows,), or null
-    bool* correct;   // likewise: whether the highest class, of equal ones the first, is the target's
+    bool* correct;   // (rows,), or null: whether the highest class (of a tie, the first) is the target
     int64_t begin;
     int64_t end;
 };
 
 // The upstream gradients of rows.
 struct Upstream {
-    const bool* kept;   // (rows,): `scale` where it is true, else 0; or null
-    float scale;        // upstream gradient over the normalizer
-    const float* loss;  // (rows,) at `loss_stride`, of the losses; null: 0
+    const bool* kept;   // (rows,): the gradient of a loss is `scale` if true, else 0; or null
+    float scale;        // the upstream gradient divided by the normalizer
+    const float* loss;  // (rows,) with stride `loss_stride`: those of the losses; null if all are 0
     int64_t loss_stride;
-    const float* lse;  // and of the log-sum-exps
+    const float* lse;  // the same for the log-sum-exps
     int64_t lse_stride;
 };
 
@@ -48,7 +50,7 @@ struct GradRows {
     RowLayout at;
     ClassIndices target;  // (rows,)
     Probabilities probabilities;
-    const float* lse;  // (rows, 2), or of probabilities (rows, 3)
+    const float* lse;  // (rows, 2), or with probabilities (rows, 3)
     Upstream upstream;
     void* grad;  // (rows, columns); may be the logits themselves
     RowLayout grad_at;
@@ -59,7 +61,7 @@ struct GradRows {
     int64_t end;
 };
 
-// So many rows are worked on at a time where classes do not lie side by side.
+// The number of rows that are computed together if their classes are not contiguous.
 constexpr int64_t kTile = 64;
 
 // Divergences of the virtual rows of one reference row, and their gradients.
@@ -76,7 +78,7 @@ struct DivergenceRows {
     int64_t copies;
     int64_t classes;
     float inverse_temperature;
-    float grad_scale;  // what the gradients of the divergences, by logits over temperature, are times
+    float grad_scale;  // multiplies the gradients of the divergences with respect to logits / temperature
 };
 
 struct NoiseRow {
@@ -92,20 +94,21 @@ struct NoiseRow {
 struct Mask {
     uint64_t row;
     uint64_t seed;
-    uint32_t threshold;  // a number below it drops its element
+    uint32_t threshold;  // a random word below it drops its element
     float scale;
 };
 
 struct Kernels {
     const char* instruction_set;
-    // rows: classes lie side by side; columns: they do not
+    // *_rows: the classes of a row are contiguous; *_columns: they are not
     void (*loss_rows[kElementTypes])(const LossRows&, const CrossEntropyOptions&);
     void (*loss_columns[kElementTypes])(const LossRows&, const CrossEntropyOptions&);
     void (*grad_rows[kElementTypes])(const GradRows&, const CrossEntropyOptions&);
     void (*grad_columns[kElementTypes])(const GradRows&, const CrossEntropyOptions&);
     void (*divergence_rows[kElementTypes])(const DivergenceRows&);
     void (*noise_row)(const NoiseRow&);
-    // noise -> s * H D noise, in place; buffer holds the next power of two
+    // noise = H D noise / sqrt(columns), in place, with D = diag(signs); the size of buffer is columns,
+    // rounded up to a power of two
     void (*hadamard_row)(float* noise, float* buffer, const float* signs, int64_t columns);
     // out[i] = x[i] + noise[i]
     void (*add_noise_row[kElementTypes])(const void* x, const float* noise, void* out, int64_t n);
@@ -123,9 +126,10 @@ struct Kernels {
                                      int64_t n);
 };
 
-// The best instruction set that this processor runs, unless use_instruction_set chose another.
+// The kernels of the best instruction set that this processor supports, unless use_instruction_set chose
+// another.
 const Kernels& kernels();
-// Whether there is an instruction set of that name here; if so it is used from now on.
+// Chooses the instruction set of this name for all later calls. Returns false if there is none here.
 bool use_instruction_set(const char* name);
 // Null-terminated, best first.
 const Kernels* const* instruction_sets();

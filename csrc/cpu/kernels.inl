@@ -1,6 +1,7 @@
-// Every vectorised kernel and the table of one instruction set. Included once by each isa_*.cpp, after its target
-// pragma, in a namespace of its own. Nothing here may instantiate a template of the standard library: the
-// linker would be free to use this copy of it on a processor that lacks the instructions.
+// Every vectorised kernel and the table of one instruction set. Included once by each isa_*.cpp, after its
+// target pragma, in a namespace of its own. Nothing here may instantiate a template of the standard library:
+// the linker could choose this copy of it for the whole module, which would then fail on a processor that
+// lacks the instructions.
 
 namespace {
 

@@ -7,8 +7,7 @@ void order_keys(const void* losses, uint32_t* keys, int64_t n) {
     for (int64_t j = 0; j < n; ++j) keys[j] = order_key(load(in + j));
 }
 
-// Losses times weights, where these are not null.
-// By the bits: a branch on what is kept cannot be predicted.
+// `value` if `kept`, else 0. Computed on the bits, because a branch on `kept` cannot be predicted.
 inline float value_if(bool kept, float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
@@ -17,7 +16,8 @@ inline float value_if(bool kept, float value) {
     return value;
 }
 
-// The sum of value(j), a double, with the lanes in an array: a reduction would add one after the other.
+// The sum of value(j), in double, with an array of partial sums: a plain reduction would add one value after
+// the other.
 template <class Value>
 double sum_in_lanes(int64_t n, Value value) {
     constexpr int kLanes = 64;

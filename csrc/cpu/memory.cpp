@@ -22,12 +22,12 @@ constexpr size_t kLarge = 2 * kHugePage;
 
 struct Block {
     void* data;
-    size_t bytes;  // whole huge pages
+    size_t bytes;  // a multiple of kHugePage
 };
 
 std::atomic<Block*> spares[64] = {};
 
-// Where a block of so many bytes is kept.
+// The place that keeps a freed block of this size: one for each power of two.
 std::atomic<Block*>& spare(size_t bytes) { return spares[63 - __builtin_clzll(bytes)]; }
 
 void give_back(Block* block) {
@@ -46,7 +46,7 @@ Block* take(size_t bytes) {
     if (block && whole <= block->bytes) return block;
     give_back(block);
     void* data = std::aligned_alloc(kHugePage, whole);
-    if (!data) {  // what is kept may be in the way
+    if (!data) {  // the kept blocks may take the memory that is missing
         for (auto& other : spares) give_back(other.exchange(nullptr));
         data = std::aligned_alloc(kHugePage, whole);
     }

@@ -1,15 +1,16 @@
-// What several kernels share (included by kernels.inl).
+// Reductions that several kernels share (included by kernels.inl).
 
-// 16 KiB of floats: the second look at a block finds it in the first-level cache.
+// 16 KiB of floats, so that the second pass over a block finds it in the L1 cache.
 constexpr int64_t kBlock = 4096;
-// A row's remainder is padded to this many elements, the widest vector: scalar exponentials are slow.
+// The number of floats in the widest vector. The remainder of a row is padded to it, because scalar
+// exponentials are slow.
 constexpr int64_t kLanes = 16;
 
-// So many exponentials of a lane are added in single precision.
+// The number of exponentials that each lane adds in single precision.
 constexpr int kTerms = 8;
 constexpr int64_t kGroup = kTerms * kLanes;
 
-// A block of whole vectors as floats: where it lies, or converted.
+// A block of whole vectors as floats: the block itself, or `buffer` with its converted elements.
 BATCHKERN_INLINE const float* as_floats(const float* z, int64_t, float*) { return z; }
 
 template <class T>
@@ -29,7 +30,7 @@ BATCHKERN_INLINE const float* as_floats(const Float16* z, int64_t size, float* b
 }
 #endif
 
-// The highest of m and z; NaN is not above m.
+// The maximum of m and z; not NaN, even if z holds one.
 BATCHKERN_INLINE float highest_above(const float* z, int64_t size, float m) {
     int32_t bits = ordered_bits(m);
     BATCHKERN_SIMD(reduction(max : bits))
@@ -41,15 +42,15 @@ BATCHKERN_INLINE float highest_above(const float* z, int64_t size, float m) {
     return highest > m ? highest : m;
 }
 
-// Adds exp(scale * (z - m)) of a block to the sum, and raises m to the block's maximum first. Meanwhile
-// memory brings what begins at `later`.
+// Raises m to the maximum of the block, rescales the sum, and adds exp(scale * (z - m)) of the block to it.
+// Meanwhile it prefetches the elements from `later` on.
 template <class T>
 BATCHKERN_INLINE void add_block(const float* z, int64_t size, float scale, const T* later, float& m,
                                 double& sum) {
     const float highest = highest_above(z, size, m);
     if (sum != 0 && highest > m) sum *= exp_nonpositive((m - highest) * scale);
     m = highest;
-    const float base = m == -INFINITY ? 0.0f : m;  // -inf - -inf would be NaN in a block before a finite one
+    const float base = m == -INFINITY ? 0.0f : m;  // if all elements so far are -inf: -inf - -inf is NaN
     double lanes[kLanes] = {}, rest = 0;
     int64_t start = 0;
     for (; start + kGroup <= size; start += kGroup) {
@@ -71,13 +72,14 @@ BATCHKERN_INLINE double log_sum_exp_of(const T* row, int64_t n, float scale, flo
     const int64_t whole = n / kLanes * kLanes;
     for (int64_t j = 0; j < kLanes; ++j) rest[j] = -INFINITY;
     for (int64_t j = whole; j < n; ++j) rest[j - whole] = load(row + j);
-    // The remainder is looked at first and added last: it costs no rescaling of the sum.
+    // The maximum starts with that of the remainder, which is added last: so the remainder never rescales the
+    // sum.
     float m = highest_above(rest, kLanes, -INFINITY);
     double sum = 0;
     for (int64_t start = 0; start < whole; start += kBlock) {
         const int64_t size = whole - start < kBlock ? whole - start : kBlock;
         const T* const block = row + start;
-        // The block after the next: the next is brought by the first look at this one.
+        // Prefetches the block after the next; the next one was prefetched during the block before this one.
         add_block(as_floats(block, size, floats), size, scale, block + 2 * size, m, sum);
     }
     const float base = m == -INFINITY ? 0.0f : m;
@@ -87,16 +89,16 @@ BATCHKERN_INLINE double log_sum_exp_of(const T* row, int64_t n, float scale, flo
     return log_nonnegative(sum);
 }
 
-// log of the sum of exp(scale * (z - m)) over a row, and its maximum m: one pass over memory in cached
-// blocks. Sums are double, so that the result is as exact as its exponentials. NaN where the row holds NaN or
-// +inf, or only -inf.
+// The log of the sum of exp(scale * (z - m)) over a row, and its maximum m, in one pass over memory by blocks
+// that stay cached. Sums are double, so that the result is as exact as its exponentials. It is NaN if the row
+// holds NaN or +inf, and -inf if it holds only -inf.
 template <class T>
 double log_sum_exp(const T* row, int64_t n, float scale, float* maximum) {
     if (scale == 1.0f) return log_sum_exp_of(row, n, 1.0f, maximum);
     return log_sum_exp_of(row, n, scale, maximum);
 }
 
-// sum[r] += exp(z[c * step + r] - base[r]) over some classes c, for a vector of rows.
+// sum[r] += exp(z[c * step + r] - base[r]) over some classes c, for kLanes rows r.
 BATCHKERN_INLINE void add_exponentials(const float* z, int64_t step, int64_t classes, const float* base,
                                        double* sum) {
     int64_t c = 0;

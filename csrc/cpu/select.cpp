@@ -16,8 +16,8 @@ std::unique_ptr<T[]> uninitialized(int64_t n) {
     return std::unique_ptr<T[]>(new T[n]);
 }
 
-// Histogram of the 8 bits at kShift. Four of them, because most losses share their first digits, and to count
-// the same bin twice in a row has to wait for the first time.
+// A histogram of the 8 bits at kShift. It is counted in four partial histograms: most losses share their
+// first digits, and each increment of a counter depends on the one before.
 template <int kShift>
 void count_digits(const uint32_t* keys, int64_t n, int64_t* counts) {
     uint32_t part[4][kDigits] = {};
@@ -29,8 +29,8 @@ void count_digits(const uint32_t* keys, int64_t n, int64_t* counts) {
         counts[d] = int64_t{part[0][d]} + int64_t{part[1][d]} + int64_t{part[2][d]} + int64_t{part[3][d]};
 }
 
-// Copies the keys in [low, low + span], in order, and returns their number. No branch: they cannot be
-// predicted.
+// Copies the keys in [low, low + span], in order, and returns their number. It has no branch on a key, which
+// could not be predicted.
 int64_t copy_range(const uint32_t* keys, int64_t n, uint32_t low, uint32_t span, uint32_t* out) {
     int64_t m = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -41,11 +41,11 @@ int64_t copy_range(const uint32_t* keys, int64_t n, uint32_t low, uint32_t span,
     return m;
 }
 
-// So few candidates are sorted at once.
+// At most this many candidates are sorted without further passes.
 constexpr int64_t kFew = 32;
 
-// The keys among which the k-th highest is, all with the higher bits of `low`, narrowed by the 8 bits at
-// kShift.
+// The candidates for the k-th highest key, which all have the higher bits of `low`. `narrow` keeps those that
+// have the same 8 bits at kShift as the k-th highest.
 struct Candidates {
     const uint32_t* keys;
     int64_t n;
@@ -66,8 +66,8 @@ void narrow(Candidates& c, uint32_t* buffer) {
     c.keys = buffer;
 }
 
-// For many keys, a sample tells a range that holds the k-th highest and little else; where it does not,
-// nothing is lost but the look.
+// For many keys, a sample gives a narrow range that most likely holds the k-th highest key. If the range does
+// not hold it, all keys remain candidates.
 void bracket(Candidates& c, uint32_t* buffer) {
     constexpr int64_t kSample = 1024, kMargin = 64;  // the margin is at least four standard deviations
     if (c.n < 32 * kSample) return;
@@ -85,13 +85,13 @@ void bracket(Candidates& c, uint32_t* buffer) {
     if (c.k <= above + m) c = {buffer, m, c.k - above, 0};
 }
 
-// Sorts the pairs by their high halves, stably, kBits at a time. Returns where they are then: pairs or
-// buffer.
+// A stable radix sort of the pairs by their high halves, kBits per pass. Returns the array that holds the
+// result: pairs or buffer.
 template <int kBits>
 const uint64_t* sort_high_halves(uint64_t* pairs, uint64_t* buffer, int64_t n) {
     constexpr int kPasses = (32 + kBits - 1) / kBits;
     constexpr uint64_t kMask = (1 << kBits) - 1;
-    // Less the lowest, so that what all have in common takes no pass.
+    // The lowest key is subtracted, so that leading digits that all pairs share take no pass.
     const uint64_t lowest = *std::min_element(pairs, pairs + n) & ~uint64_t{0xffffffffu};
     uint32_t starts[kPasses][kMask + 1] = {};
     for (int64_t i = 0; i < n; ++i) {
@@ -101,7 +101,7 @@ const uint64_t* sort_high_halves(uint64_t* pairs, uint64_t* buffer, int64_t n) {
     uint64_t *from = pairs, *to = buffer;
     for (int pass = 0; pass < kPasses; ++pass) {
         const int shift = 32 + kBits * pass;
-        if (starts[pass][from[0] >> shift & kMask] == n) continue;  // one digit in all
+        if (starts[pass][from[0] >> shift & kMask] == n) continue;  // all pairs have the same digit
         uint32_t start = 0;
         for (uint32_t& count : starts[pass]) start += std::exchange(count, start);
         for (int64_t i = 0; i < n; ++i) to[starts[pass][from[i] >> shift & kMask]++] = from[i];
@@ -137,7 +137,8 @@ Threshold select_threshold(const uint32_t* keys, int64_t n, int64_t k) {
 
 namespace {
 
-// kept[i] = keys[i] is among the m highest of those with valid[i], whose keys are the `count` of `among`.
+// Sets kept[i] to whether row i is among the m highest of the valid rows. `among` holds the keys of the valid
+// rows, `count` in number.
 void mark_highest(const uint32_t* keys, const bool* valid, int64_t n, const uint32_t* among, int64_t count,
                   int64_t m, bool* kept) {
     if (m == count || m == 0) {
@@ -150,7 +151,7 @@ void mark_highest(const uint32_t* keys, const bool* valid, int64_t n, const uint
         for (int64_t i = 0; i < n; ++i) kept[i] = valid[i] & (keys[i] >= threshold.key);
     else
         for (int64_t i = 0; i < n; ++i) kept[i] = keys[i] >= threshold.key;
-    int64_t excess = threshold.equal - threshold.ties;  // of equal rows the last are dropped
+    int64_t excess = threshold.equal - threshold.ties;  // of tied rows the last are dropped
     for (int64_t i = n - 1; excess > 0; --i) {
         const bool drop = kept[i] & (keys[i] == threshold.key);
         kept[i] &= !drop;
@@ -196,13 +197,14 @@ void rank_rows(const uint32_t* keys, int64_t n, int64_t k, int64_t* indices) {
     if (k == 0) return;
     const Threshold threshold = select_threshold(keys, n, k);
     const int64_t above = k - threshold.ties;
-    const auto pairs = uninitialized<uint64_t>(above + 1);  // one more: a row is written first, then counted
+    const auto pairs = uninitialized<uint64_t>(above + 1);  // one more: a row is written before it is counted
     int64_t m = 0;
     for (int64_t i = 0; i < n; ++i) {
         pairs[m] = uint64_t{~keys[i]} << 32 | static_cast<uint64_t>(i);
         m += keys[i] > threshold.key;
     }
-    // The result is the second buffer: fresh memory costs more than the sorting.
+    // The result serves as the second buffer: the page faults of fresh memory would take longer than the
+    // sort.
     auto* const buffer = reinterpret_cast<uint64_t*>(indices);
     const uint64_t* sorted = pairs.get();
     if (above > 4096)  // fewer passes, but more bins to clear

@@ -1,4 +1,5 @@
-// Which losses are the highest: keys as in order.h, ties by lower index. No torch headers.
+// Selection of the highest losses. Keys are those of order.h; of a tie, the lower index ranks higher. No
+// torch headers.
 #pragma once
 
 #include <cstdint>
@@ -18,16 +19,16 @@ struct Threshold {
 };
 Threshold select_threshold(const uint32_t* keys, int64_t n, int64_t k);
 
-// Of n rows in descending order the first `first` are left out, and the k that follow are kept; and of the
-// others, in order or not, those above a key.
+// Of n rows in descending order the first `first` are skipped and the next k are kept. Of the rows after
+// these, those whose key is higher than `above` are kept too.
 struct Band {
     double keep;                    // k = kept_count(n, keep)
     double skip = 0;                // first = min(round_half_even(skip * n), n - k)
-    std::optional<uint32_t> above;  // none: no other
+    std::optional<uint32_t> above;  // none: no further rows
 };
 
-// kept[i] = row i is kept of those with valid[i]; a null valid is all true. Returns how many are. kept may be
-// valid.
+// Sets kept[i] to whether row i is valid and kept. If `valid` is null, all rows are valid. Returns the number
+// of kept rows. `kept` and `valid` may be the same array.
 int64_t select_rows(const uint32_t* keys, const bool* valid, int64_t n, const Band& band, bool* kept);
 
 // Indices (k,) of the k highest of n keys, in descending order.

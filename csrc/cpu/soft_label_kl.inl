@@ -1,9 +1,16 @@
 // KL(P || Q) of virtual rows Q to their reference row P, and its gradients (included by kernels.inl).
 //
-// With t = log P - log Q, KL = sum Q (t e^t - e^t + 1): every term is >= 0. Next to the reference
-// t = d + log sum P e^-d, where d, the difference of two logits, is exact. Elsewhere the logits are taken
-// relative to their row's maximum, which keeps an offset between the rows out of t, and the rest is the
-// difference of two logs.
+// With t = log P - log Q, KL = sum Q (t e^t - e^t + 1): every term is >= 0, so that none cancel. If a row is
+// close to its reference, t = d + log sum P e^-d, where d, the difference of two logits, is exact. Otherwise
+// the logits are taken relative to the maximum of their row, so that a constant offset between the rows does
+// not enter t, and t is their difference plus that of the two log-sums.
+//
+// The gradients, with u and v the reference and the virtual logits divided by the temperature T:
+// 1. KL = sum_i P_i t_i, with P = softmax(u) and Q = softmax(v);
+// 2. the derivative of log Q_i by v_j is (i == j) - Q_j, so that of KL is Q_j - P_j = -Q_j (e^t_j - 1);
+// 3. the derivative of P_i by u_j is P_i ((i == j) - P_j), and sum_i P_i (d log P_i / d u_j) = 0, so that
+//    of KL is P_j (t_j - sum_i P_i t_i) = P_j (t_j - KL), summed over the copies of a reference;
+// 4. the gradients of the scaled mean by the logits are these times grad_scale = scale / (T rows).
 
 struct Reference {
     float maximum;
@@ -20,10 +27,11 @@ BATCHKERN_INLINE Reference prepare_reference(const T* reference, int64_t n, floa
     return r;
 }
 
-// So many terms of a row are added in single precision, and their sums in double.
+// The number of terms after which the sums in single precision are added to those in double.
 constexpr int64_t kStride = 128;
 
-// Adds term(j) over a row: in single precision over a stride, a lane each, and the strides in double.
+// The sum of term(j) over a row. Each lane adds its terms of a stride in single precision, and the sums of
+// the strides in double.
 template <class Term>
 BATCHKERN_INLINE double sum_of(int64_t n, Term term) {
     const int64_t whole = n / kLanes * kLanes;
@@ -44,7 +52,8 @@ BATCHKERN_INLINE double sum_of(int64_t n, Term term) {
     return sum;
 }
 
-// The divergence of a row all of whose logits are within 1/2 of the reference's, and the shift of t.
+// The divergence of a row whose logits, divided by the temperature, all differ from the reference's by less
+// than 1/2. Also writes the shift of t, log sum P e^-d.
 template <bool kGrad, class T>
 double near_divergence(const T* reference, const float* p, const T* row, int64_t n, float scale,
                        float grad_scale, float* weights, float* grad, float* shift_of_t) {
@@ -66,7 +75,7 @@ double near_divergence(const T* reference, const float* p, const T* row, int64_t
     });
 }
 
-// That of any other row.
+// The divergence of any other row, and its shift of t.
 template <bool kGrad, class T>
 double far_divergence(const T* reference, const Reference& r, const float* p, const T* row, float base_q,
                       int64_t n, float scale, float grad_scale, float* weights, float* grad,
@@ -83,7 +92,7 @@ double far_divergence(const T* reference, const Reference& r, const float* p, co
         const bool absent = (zp == -INFINITY) & (zq == -INFINITY);
         const float q = weights[j] * inverse;
         const float t = absent ? 0.0f : ((zp - base_p) - (zq - base_q)) * scale + shift;
-        const bool small = bits_of(t) << 1 <= bits_of(1.0f) << 1;  // |t| <= 1: of floats GCC makes branches
+        const bool small = bits_of(t) << 1 <= bits_of(1.0f) << 1;  // |t| <= 1 without a branch
         const float u = small ? t : 0.0f;
         const float tail = expm1_tail(u), square = u * u;
         const float far = p[j] == 0 ? q : p[j] * (t - 1.0f) + q;
@@ -93,14 +102,15 @@ double far_divergence(const T* reference, const Reference& r, const float* p, co
     });
 }
 
-// The divergence of one virtual row. grad gets that of the row times grad_scale; t_sum, unless null, adds up
-// t. With E = e^t - 1 = t + t^2 tail(t), a term t e^t - e^t + 1 is t E - (E - t) = t^2 (1 + (t - 1) tail(t)).
+// The divergence of one virtual row. Its gradient times grad_scale is written to grad, and t is added to
+// t_sum unless that is null. With E = e^t - 1 = t + t^2 tail(t), a term t e^t - e^t + 1 is t E - (E - t) =
+// t^2 (1 + (t - 1) tail(t)).
 template <bool kGrad, class T>
 BATCHKERN_INLINE double divergence(const T* reference, const Reference& r, const float* p, const T* row,
                                    int64_t n, float scale, float grad_scale, float* weights, float* grad,
                                    float* t_sum) {
-    // The bits of a size are in its order, NaN above all. A class that is absent, at -inf in both rows, has
-    // none.
+    // The largest difference is found on the bits of its absolute value, which have the same order, with NaN
+    // above all. The difference is 0 for an absent class, at -inf in both rows.
     int32_t largest_bits = 0, max_bits = ordered_bits(-INFINITY);
     BATCHKERN_SIMD(reduction(max : largest_bits, max_bits))
     for (int64_t j = 0; j < n; ++j) {
@@ -129,11 +139,11 @@ BATCHKERN_INLINE double divergence(const T* reference, const Reference& r, const
     return kl;
 }
 
-// Rows below this that do not fill whole vectors are padded with absent classes: the remainder of a loop is
-// scalar.
+// Rows of fewer classes that do not fill whole vectors are padded with absent classes, because the remainder
+// of a vectorised loop is scalar.
 constexpr int64_t kPadded = 256;
 
-// Rows of one reference lie far apart: while one is computed on, memory brings the next.
+// The virtual rows of a reference are far apart in memory: while one is computed, the next is prefetched.
 template <int kWrite, class T>
 BATCHKERN_INLINE void fetch_ahead(const T* row, int64_t n) {
     const int64_t size = n < kBlock ? n : kBlock;

@@ -1,4 +1,4 @@
-// What the bindings of the CPU kernels share: tensors on one side, raw pointers on the other.
+// Helpers that the bindings of the CPU kernels share.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -19,7 +19,7 @@ inline void* mutable_row_pointer(const at::Tensor& x, int64_t row) {
     return static_cast<char*>(x.mutable_data_ptr()) + row * x.stride(0) * x.element_size();
 }
 
-// Elements, or rows, that a thread must have to be worth starting: some 10 us of work.
+// The fewest elements that are worth a thread of their own: about 10 us of work.
 constexpr int64_t kGrain = 32768;
 inline int64_t grain(int64_t elements_per_row) {
     return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, elements_per_row));
@@ -36,7 +36,7 @@ inline std::unique_ptr<uint32_t[]> order_keys(const at::Tensor& losses, ElementT
     return keys;
 }
 
-// keep, or what the tensor holds now.
+// keep, or the current value of the tensor if there is one.
 inline double keep_value(double keep, const std::optional<at::Tensor>& tensor, const at::Tensor& like) {
     check_keep(keep, tensor, like);
     if (tensor) check_keep(keep = tensor->item<double>(), std::nullopt, like);

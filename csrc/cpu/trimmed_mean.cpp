@@ -30,7 +30,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trimmed_mean(const at::Tensor& lo
     const int64_t n = losses.size(0), rows = n / samples;
     const auto keys = score ? order_keys(score->contiguous(), kFloat32) : order_keys(dense, type);
     if (lowest)
-        for (int64_t i = 0; i < n; ++i) keys[i] = ~keys[i];  // NaN ranks last
+        for (int64_t i = 0; i < n; ++i) keys[i] = ~keys[i];  // so NaN ranks last
     Band band{keep_value(keep, keep_tensor, losses), skip, std::nullopt};
     if (above) band.above = order_key(static_cast<float>(*above));
     at::Tensor kept = at::empty({n}, losses.options().dtype(at::kBool));
@@ -49,6 +49,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> trimmed_mean(const at::Tensor& lo
     return {scalar(sum / normalizer), kept, scalar(normalizer)};
 }
 
+// The gradient of the losses, with the upstream gradient g:
+// 1. the mean is sum_i kept_i w_i loss_i / normalizer, and the weights w and the normalizer are constant;
+// 2. the set of kept rows is constant except at ties, so that it has no derivative;
+// 3. so the gradient of loss_i is g w_i / normalizer if row i is kept, and 0 otherwise.
 at::Tensor trimmed_mean_backward(const at::Tensor& grad, const at::Tensor& kept, const at::Tensor& normalizer,
                                  at::ScalarType dtype, const std::optional<at::Tensor>& weight) {
     check_scalar(grad, "grad", kept);
