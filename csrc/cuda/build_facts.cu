@@ -1,5 +1,5 @@
-// What nvcc itself says about the build, so that a report of it cannot drift from what was compiled; and what
-// the driver says about it.
+// Facts of the build from nvcc itself, so that a report of it cannot differ from what was compiled, and
+// whether the driver can load the kernels.
 #include <cuda_runtime.h>
 
 #include "../ops.h"
@@ -19,7 +19,7 @@ std::string dotted(const int major, const int minor) {
 }  // namespace
 
 CudaFacts cuda_facts() {
-    // nvcc does not tell the source which architectures it keeps PTX for: that comes from the request.
+    // No macro of nvcc holds the architectures that it keeps PTX for: they are read from the requested list.
     const std::string requested = BATCHKERN_CUDA_ARCH_LIST;
     CudaFacts facts{dotted(CUDART_VERSION / 1000, CUDART_VERSION % 1000 / 10), {}};
     for (const int architecture : kArchitectures) {
@@ -31,20 +31,20 @@ CudaFacts cuda_facts() {
 }
 
 std::string cuda_problem() {
-    // Asking for a kernel's attributes loads it, and compiles its PTX where there is no machine code. Every
-    // file is compiled for the same architectures, so one small kernel speaks for all.
+    // Reading the attributes of a kernel loads it, and compiles its PTX if there is no machine code for the
+    // device. Every file is compiled for the same architectures, so one small kernel is enough.
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, &trimmed_mean_backward<float>);
-    cudaGetLastError();  // or the next check of a launch would find it
+    cudaGetLastError();  // otherwise the check of the next launch would report the error
     switch (error) {
         case cudaErrorNoKernelImageForDevice:
-        case cudaErrorInvalidDeviceFunction:  // another name for it
+        case cudaErrorInvalidDeviceFunction:  // the same cause
         case cudaErrorUnsupportedPtxVersion:
         case cudaErrorInvalidPtx:
         case cudaErrorJitCompilerNotFound:
         case cudaErrorJitCompilationDisabled:
             return cudaGetErrorString(error);
-        default:  // fine, or nothing that another build would mend: a launch will say it
+        default:  // no error, or one that no other build would fix: a launch will report it
             return "";
     }
 }

@@ -9,7 +9,7 @@ namespace batchkern {
 namespace {
 
 CrossEntropyRows rows_of(const CrossEntropyArguments& p, double smoothing) {
-    // A thread counts columns in int, and steps past the last one.
+    // A thread counts columns in int, and its last step may go past the last column.
     constexpr int64_t most = std::numeric_limits<int>::max() - 65536;
     TORCH_CHECK_VALUE(p.columns <= most, "logits must have at most ", most, " columns, got ", p.columns);
     return {p.logits.const_data_ptr(),
@@ -22,7 +22,7 @@ CrossEntropyRows rows_of(const CrossEntropyArguments& p, double smoothing) {
             static_cast<float>(smoothing)};
 }
 
-// entropy and correct are undefined where they are not wanted.
+// entropy and correct are undefined tensors if they are not requested.
 void launch_forward(const CrossEntropyArguments& p, int64_t ignore_index, double smoothing,
                     const at::Tensor& losses, const at::Tensor& lse, const at::Tensor& entropy,
                     const at::Tensor& correct, const std::optional<Reduction>& reduction) {
@@ -88,7 +88,7 @@ void write_gradient(const CrossEntropyArguments& p, const at::Tensor& lse, doubl
                     const Upstream& upstream, const at::Tensor& grad) {
     const CrossEntropyRows rows = rows_of(p, smoothing);
     const Place place(grad);
-    // The kernel reads pairs.
+    // The kernel loads pairs of floats, which must be aligned to 8 bytes.
     const at::Tensor aligned = reinterpret_cast<uintptr_t>(lse.const_data_ptr()) % 8 == 0 ? lse : lse.clone();
     const at::Tensor weight_sum = p.weight.defined() && smoothing > 0 ? p.weight.sum() : at::Tensor();
     C10_CUDA_CHECK(launch_cross_entropy_backward(
@@ -133,7 +133,7 @@ void cross_entropy_backward_(const std::optional<at::Tensor>& grad_losses,
     if (!p.logits.is_same(logits)) logits.copy_(p.logits);
 }
 
-// Holds the tensors that pointers are taken of.
+// Keeps alive the tensors whose data pointers the kernels receive.
 struct KeptUpstream {
     KeptUpstream(const CrossEntropyArguments& p, const at::Tensor& grad, const at::Tensor& lse,
                  const at::Tensor& kept, const at::Tensor& normalizer) {

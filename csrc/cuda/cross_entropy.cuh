@@ -1,5 +1,5 @@
-// Rows of a cross entropy, by groups of threads: 8 lanes, a warp or a block for each row; or several blocks
-// for each where rows are few and long. What both passes share.
+// What the forward and the backward pass of a cross entropy share. Each row is computed by a group of
+// threads: 8 lanes, a warp or a block; or by several blocks if rows are few and long.
 #pragma once
 
 #undef NDEBUG  // the check of a target stays in every build
@@ -16,13 +16,14 @@ constexpr int kThreads = 256;
 // Vectors that a thread loads before it uses the first.
 constexpr int kInFlight = 4;
 
-// Of a multiprocessor: room for 80 registers each, and 48 KB of loads in flight, twice what an H200's memory
-// asks for. 1,024 would have 64, of which some kernels spill. Label smoothing takes more.
+// Resident threads of a multiprocessor. 768 threads have 80 registers each and keep 48 KB of loads in flight,
+// twice what is needed to saturate the memory of an H200. 1,024 threads would have 64 registers each, with
+// which some kernels spill. Label smoothing takes more registers.
 template <bool kSmooth>
 constexpr int kResidentThreads = kSmooth ? 512 : 768;
 
-// The first row of this thread's group, how many rows on the next one is, and the thread's place in the
-// group. With several blocks to a row, blockIdx.y says which of them this is.
+// The first row of this thread's group, the distance from it to the next row of the group, and the index of
+// the thread in the group. If several blocks share a row, blockIdx.y is the index of this block among them.
 template <int kGroup, int kOfBlock>
 __device__ __forceinline__ int64_t first_row() {
     return int64_t{blockIdx.x} * (kOfBlock / kGroup) + threadIdx.x / kGroup;
@@ -36,8 +37,8 @@ __device__ __forceinline__ int member() {
     return threadIdx.x % kGroup;
 }
 
-// The vectors of a row that this block works on, of those from `begin` on and before `end`. The first block
-// also has the elements before and behind them.
+// This block's share of the vectors [begin, end) of a row. The first block also has the elements before and
+// after the vectors.
 struct Share {
     int begin;
     int end;
@@ -52,9 +53,10 @@ __device__ __forceinline__ Share share_of_block(int begin, int end) {
             begin + static_cast<int>(count * (part + 1) / parts), part == 0};
 }
 
-// The columns of a row that do not come in vectors, kMost at most: those before `head`, and those from
-// `behind` on. They are loaded before the vectors and used after these, since a warp that waits for them
-// issues no more loads. More than three for a thread do not fit in its registers, and are loaded late.
+// The columns of a row that are not loaded as vectors, at most kMost: those before `head` and those from
+// `behind` on. They are loaded before the vectors and used after them, because a warp that waits for them
+// would issue no further loads. More than three per thread would not fit into its registers: then each is
+// loaded at its use.
 template <class T, int kGroup, int kMost>
 struct Edges {
     static constexpr int kOwn = (kMost + kGroup - 1) / kGroup;
@@ -67,7 +69,7 @@ struct Edges {
             if (kEarly && column(i) < end) loaded[i] = load_here(row + column(i));
     }
 
-    // Calls use(column, element) for those of this thread.
+    // Calls use(column, element) for the columns of this thread.
     template <class Use>
     __device__ __forceinline__ void each(Use use) const {
 #pragma unroll
@@ -85,10 +87,11 @@ struct Edges {
     T loaded[kOwn];
 };
 
-// What sums are relative to.
+// The number that is subtracted from logits: their maximum, or 0 if that is -inf.
 __device__ __forceinline__ float base_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
-// As PyTorch's own cross entropy does: nothing is read out of bounds, and the next synchronisation raises.
+// An assertion, as in PyTorch's own cross entropy: nothing is read out of bounds, and the next
+// synchronisation raises an error.
 __device__ __forceinline__ void check_class(int64_t target, int64_t classes) {
     assert(target >= 0 && target < classes && "target must be in [0, C) or ignore_index");
 }

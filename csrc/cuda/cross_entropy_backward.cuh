@@ -1,23 +1,29 @@
-// The gradient of logits whose classes lie side by side, in one launch: rows without an upstream gradient are
-// zeroed without being read, the others compute their softmax anew from the log-sum-exp. The gradient may be
-// written over the logits.
+// The gradient of logits whose classes are contiguous in memory, in one launch. Rows without an upstream
+// gradient are set to zero without being read; for the others the softmax is computed again, from the saved
+// log-sum-exp. The gradient may overwrite the logits.
 #pragma once
 
 #include "cross_entropy.cuh"
 
 namespace batchkern {
 
-// d / d z_j = total * softmax_j - level * w_j - (j == target) * peak
+// The gradient of a row. With p = softmax(z) of its logits z, class weights w, label smoothing s over C
+// classes, and the upstream gradients g of its loss and h of its log-sum-exp:
+// 1. the loss is sum_j q_j (lse(z) - z_j), where q is the smoothed and weighted target: of a class index t,
+//    q_j = w_j s / C + (j == t) (1 - s) w_t; of probabilities y, q_j = w_j ((1 - s) y_j + s / C);
+// 2. the derivative of lse(z) by z_j is p_j, so that of the loss is p_j sum(q) - q_j;
+// 3. so the gradient is (g sum(q) + h) p_j - g q_j: for a class index,
+//    total * p_j - level * w_j - (j == target) * peak; for probabilities, total * p_j - factor * q_j.
 struct RowGradient {
     float maximum, log_sum;
     float total, level, peak;
-    float factor;  // of the loss
+    float factor;  // g
     const float* class_weight;
-    int target;  // its column, or -1
+    int target;  // its column; -1 if it is not among the columns
 
     __device__ __forceinline__ float share(float z) const { return total * expf((z - maximum) - log_sum); }
 
-    // But for what is the target's alone.
+    // The gradient at a column, without the peak at the target.
     template <bool kSmooth>
     __device__ __forceinline__ float elsewhere(int column, float z) const {
         return share(z) - (!kSmooth ? 0.0f : class_weight ? level * class_weight[column] : level);
@@ -30,8 +36,8 @@ struct RowGradient {
     }
 };
 
-// What is upstream of a row: of its loss, and of its log-sum-exp. No load waits for another, whatever is
-// decided then.
+// The upstream gradients of the loss (x) and of the log-sum-exp (y) of a row. No load depends on the value of
+// another.
 __device__ __forceinline__ float2 upstream_of(const Upstream& u, int64_t row, bool ignored) {
     if (u.kept) {
         const bool kept = load_here(u.kept + row);
@@ -43,7 +49,7 @@ __device__ __forceinline__ float2 upstream_of(const Upstream& u, int64_t row, bo
     return {ignored ? 0.0f : loss, ignored ? 0.0f : lse};
 }
 
-// False where the row has no gradient.
+// Returns false if both upstream gradients of the row are zero.
 template <bool kSmooth>
 __device__ __forceinline__ bool row_gradient(const BackwardCall& a, int64_t row, RowGradient& g) {
     const CrossEntropyRows& rows = a.rows;
@@ -80,8 +86,8 @@ __device__ __forceinline__ void zero_row(T* grad, int classes) {
     for (int v = share.begin + place; v < share.end; v += kGroup) __stcs(vectors + v, uint4{0, 0, 0, 0});
 }
 
-// The vectors of a gradient, from those of the logits, which begin at another place within 16 bytes unless
-// kAligned.
+// Writes the vectors of a gradient. Unless kAligned is true, the logits are not aligned to 16 bytes where the
+// gradient is.
 template <class T, bool kSmooth, int kGroup, bool kAligned>
 __device__ __forceinline__ void write_vectors(const RowGradient& g, const ColumnGroups<T>& from, T* to,
                                               int head, const Share& share) {
@@ -128,7 +134,8 @@ __device__ __forceinline__ void write_row(const RowGradient& g, const T* row, T*
         [&](int column, float element) { grad[column] = from_float<T>(g.at<kSmooth>(column, element)); });
 }
 
-// Small blocks: a kept row keeps the places of few dropped ones.
+// Blocks are small, so that a kept row, which takes longer, keeps the threads of only a few dropped rows from
+// being replaced.
 template <int kGroup>
 constexpr int kBackwardThreads = kGroup <= kWarp ? 64 : kGroup;
 

@@ -1,9 +1,9 @@
-// Losses of all rows whose classes lie side by side in one pass over the logits, and, where `select` says so,
-// the selection by the last block to finish: one launch in all.
+// The losses of all rows whose classes are contiguous in memory, in one pass over the logits. If `select` is
+// true, the last block to finish also selects rows, in the same launch.
 //
-// A thread keeps the running maximum m of its elements and the sums of exp(z - m), and, with label smoothing,
-// of w (z - m) and w: terms of one sign, so that no digits cancel. Only losses, keys and log-sum-exps leave
-// the chip.
+// A thread keeps the running maximum m of its elements and the sums of exp(z - m) and, with label smoothing,
+// of w (z - m) and of w. The terms of each sum have the same sign, so that no digits cancel. Only a few
+// numbers per row are written to global memory.
 #pragma once
 
 #include "../order.h"
@@ -12,12 +12,12 @@
 
 namespace batchkern {
 
-// A row's, or a part of it: its maximum, and sums relative to it (to 0 where the maximum is -inf).
+// The state of a row, or of a part of it: its maximum m, and sums relative to m (to 0 if m is -inf).
 struct alignas(16) RowState {
     float maximum;
     float sum;       // of exp(z - m)
     float distance;  // of w (z - m), with label smoothing
-    float weight;    // of w, likewise
+    float weight;    // of w, with label smoothing
 };
 
 struct CrossEntropyForward {
@@ -26,9 +26,9 @@ struct CrossEntropyForward {
     float* losses;          // (rows,), 0 where ignored
     float2* lse;            // (rows,): the maximum m, and log of the sum of exp(z - m); 0 where ignored
     uint32_t* keys;         // (rows,), 0 where ignored: no loss has this key
-    float* row_weights;     // (rows,): the class weight of each target; null where there are none
-    RowState* parts;        // (rows, gridDim.y), with several blocks to a row
-    uint32_t* row_tickets;  // (rows,), zeros, likewise
+    float* row_weights;     // (rows,): the class weight of each target; null without class weights
+    RowState* parts;        // (rows, gridDim.y), used if several blocks share a row
+    uint32_t* row_tickets;  // (rows,), zeros, used if several blocks share a row
     bool select;            // whether the last block selects
     Selection<KeyedLosses> selection;
 };
@@ -38,8 +38,8 @@ struct ForwardStorage {
     bool last;
 };
 
-// e^d for d <= 0. Logits of 16 bits have twice as many elements for each byte, and instructions would bound
-// them: they get the processor's own 2^x, which errs by up to 2 in the last digit.
+// e^d for d <= 0. 16-bit logits have twice as many elements per byte, so that with expf the instructions
+// would take longer than the loads: they use the hardware's approximation of 2^x, whose error is up to 2 ulp.
 __device__ __forceinline__ float exp_to_sum(float d, const float*) { return expf(d); }
 __device__ __forceinline__ float exp_to_sum(float d, const void*) {
 #ifdef __CUDA_ARCH__
@@ -51,7 +51,8 @@ __device__ __forceinline__ float exp_to_sum(float d, const void*) {
 #endif
 }
 
-// Makes room for elements up to `maximum`. Where nothing was added yet, the factor is 0 and the weight too.
+// Raises the maximum of a state and rescales its sums. If nothing was added yet, the factor is 0, and so is
+// the weight.
 template <bool kSmooth, class T>
 __device__ __forceinline__ void raise(RowState& a, float maximum) {
     const float base = base_of(maximum);
@@ -60,8 +61,8 @@ __device__ __forceinline__ void raise(RowState& a, float maximum) {
     a.maximum = maximum;
 }
 
-// Adds elements not above a.maximum; `weight` is that of the first, or null. Four sums, so that none waits
-// for the last addition.
+// Adds elements that are not above a.maximum. `weight` points to the class weight of the first, or is null.
+// With four partial sums, an addition does not depend on the one before.
 template <bool kSmooth, int kN, class T>
 __device__ __forceinline__ void accumulate(RowState& a, float (&sums)[4], const float (&z)[kN],
                                            const float* weight) {
@@ -87,7 +88,7 @@ __device__ __forceinline__ void add_element(RowState& a, float element, const fl
     a.sum += sums[0];
 }
 
-// The state of all the elements that the threads of a group have seen.
+// Merges the states of the threads of a group.
 template <bool kSmooth, int kGroup>
 __device__ __forceinline__ RowState merge_group(RowState a, ForwardStorage& shared) {
     raise<kSmooth, float>(a, reduce_group<kGroup>(a.maximum, Max(), shared.scratch));
@@ -99,7 +100,7 @@ __device__ __forceinline__ RowState merge_group(RowState a, ForwardStorage& shar
     return a;
 }
 
-// Adds vectors that are kGroup apart, of those before `end`, or all.
+// Adds vectors that are kGroup apart: all of them if kAll is true, otherwise those before `end`.
 template <bool kSmooth, int kGroup, bool kAll, class T, int kCount>
 __device__ __forceinline__ void add_groups(RowState& state, const uint4 (&loaded)[kCount], int group, int end,
                                            const float* weight) {
@@ -123,8 +124,8 @@ __device__ __forceinline__ void add_groups(RowState& state, const uint4 (&loaded
     state.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// Which thread adds which columns is the same for all rows of a launch: rows that are equal have the same
-// loss to the last bit, wherever they begin in memory.
+// A thread adds the same columns of every row of a launch, so that equal rows have the same loss to the last
+// bit, wherever they begin in memory.
 template <class T, bool kSmooth, int kGroup, bool kAligned>
 __device__ __forceinline__ void read_groups(RowState& state, const ColumnGroups<T>& groups,
                                             const Share& share, const float* weight) {
@@ -138,13 +139,14 @@ __device__ __forceinline__ void read_groups(RowState& state, const ColumnGroups<
     }
 }
 
-// This block's part of a row.
+// The state of this block's part of a row.
 template <class T, bool kSmooth, int kGroup>
 __device__ __forceinline__ RowState read_row(const CrossEntropyRows& a, const T* row,
                                              ForwardStorage& shared) {
     constexpr int kN = kPerVector<T>;
     const ColumnGroups<T> groups(row, a.classes);
-    // Where rows may begin at odd addresses, the first and the last group of all are taken one by one.
+    // If some rows may not begin at a multiple of 16 bytes, the elements of the first and the last group of
+    // every row are loaded one by one.
     const bool odd =
         a.classes % kN != 0 || a.at.row % kN != 0 || reinterpret_cast<uintptr_t>(a.logits) % 16 != 0;
     const int first = odd ? min(1, groups.count) : 0,
@@ -153,7 +155,7 @@ __device__ __forceinline__ RowState read_row(const CrossEntropyRows& a, const T*
     const Edges<T, kGroup, 3 * kN - 1> edges(row, first * kN, last * kN, share.first ? a.classes : 0);
     const float* const weight = kSmooth ? a.class_weight : nullptr;
     RowState state{-INFINITY, 0.0f, 0.0f, 0.0f};
-    // Of lanes of several rows all go one way.
+    // If the lanes of a warp have several rows, they all take the same branch.
     if (kGroup < kWarp ? !odd : groups.past == 0)
         read_groups<T, kSmooth, kGroup, true>(state, groups, share, weight);
     else
@@ -164,8 +166,8 @@ __device__ __forceinline__ RowState read_row(const CrossEntropyRows& a, const T*
     return merge_group<kSmooth, kGroup>(state, shared);
 }
 
-// Several blocks have a part of the row each: the last one to finish gets the whole. The order of the parts
-// is fixed.
+// Merges the parts of a row that several blocks share. Returns true in the last block to finish, which gets
+// the state of the whole row. The order of the parts is fixed.
 template <bool kSmooth, int kGroup>
 __device__ __forceinline__ bool merge_parts(const CrossEntropyForward& a, int64_t row, RowState& state,
                                             ForwardStorage& shared) {
@@ -191,7 +193,7 @@ __device__ __forceinline__ float row_loss(const CrossEntropyRows& a, const RowSt
     return (1.0f - a.smoothing) * loss + a.smoothing / static_cast<float>(a.classes) * spread;
 }
 
-// Registers are too few to hold it.
+// Prefetches the target of a row into the L1 cache: no register is left to hold it.
 __device__ __forceinline__ void prefetch_class(const ClassIndices& target, int64_t i) {
 #ifdef __CUDA_ARCH__
     const int size = target.type == kInt64                             ? 8
@@ -206,7 +208,8 @@ template <class T, bool kSmooth, int kGroup>
 __global__ void __launch_bounds__(kThreads, kResidentThreads<kSmooth> / kThreads)
     cross_entropy_forward(const CrossEntropyForward a) {
     BATCHKERN_SHARED(ForwardStorage, shared);
-    // Of 32 bits, for rows are fewer, and registers as well. A row that a block works on is its only one.
+    // Rows are counted in 32 bits, which save registers: there are fewer than 2^32. If a group is a whole
+    // block, each block has only one row.
     const auto rows = static_cast<uint32_t>(a.rows.rows),
                step = static_cast<uint32_t>(row_step<kGroup, kThreads>());
     for (auto i = static_cast<uint32_t>(first_row<kGroup, kThreads>()), next = rows; i < rows; i = next) {

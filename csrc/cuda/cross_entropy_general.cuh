@@ -1,5 +1,6 @@
-// A cross entropy in the cases that the kernels for rows leave: classes that lie apart, such as those of
-// pixels; targets of probabilities; entropies, and whether predictions are right.
+// A cross entropy in the cases that the other kernels do not cover: classes that are not contiguous in
+// memory, such as those of pixels; targets of probabilities; and entropies and whether predictions are
+// correct.
 #pragma once
 
 #include "../order.h"
@@ -9,10 +10,11 @@ namespace batchkern {
 
 constexpr int kGeneralThreads = 256;
 constexpr int kClassesInFlight = 8;
-constexpr int kGradientsInFlight = 6;  // eight spill on sm_80
+constexpr int kGradientsInFlight = 6;  // eight would spill on sm_80
 
-// A block has as many rows as kAcross threads each leave. Where classes lie side by side the threads of a row
-// are neighbours. Else neighbours have rows side by side, so that what they load is, too.
+// The place of a thread in a block in which each row has kAcross threads. If the classes of a row are
+// contiguous, neighbouring threads have the same row; otherwise (kColumns) they have neighbouring rows. So
+// the loads of a warp are coalesced in both cases.
 template <int kAcross, bool kColumns>
 struct Places {
     static constexpr int kRows = kGeneralThreads / kAcross;
@@ -25,16 +27,16 @@ struct Places {
     }
 };
 
-// A row's, or a part of it: sums are relative to its maximum (to 0 where that is -inf).
+// The state of a row, or of a part of it: its maximum m, and sums relative to m (to 0 if m is -inf).
 struct GeneralState {
     float maximum;
     float sum;        // of exp(z - m)
-    float distance;   // of w (z - m), where w are the weights of a target
+    float distance;   // of w (z - m), where w is the weighted target (see read_part)
     float weight;     // of w
     float moment;     // of exp(z - m) (z - m)
     int place;        // the first column of the maximum
     float likeliest;  // the highest probability of a target
-    int target;       // its first column
+    int target;       // the first column of that probability
 };
 
 template <bool kDescribe>
@@ -75,11 +77,12 @@ struct GeneralStorage {
     GeneralState states[kGeneralThreads];
 };
 
-// Leaves the state of a whole row with its part 0. All threads of the block come here.
+// Combines the states of the threads of a row; the thread of part 0 gets the result. All threads of the block
+// must call this.
 template <int kAcross, bool kColumns, bool kDescribe>
 __device__ __forceinline__ void combine_parts(GeneralState& a, GeneralStorage& shared) {
     if constexpr (kAcross == 1) return;
-    int stride = 1, count = kAcross;  // of the states that are left
+    int stride = 1, count = kAcross;  // of the states that are left to combine
     if constexpr (!kColumns) {
 #pragma unroll
         for (int other = kWarp / 2; other > 0; other /= 2) combine<kDescribe>(a, of_lane(a, other));
@@ -88,7 +91,7 @@ __device__ __forceinline__ void combine_parts(GeneralState& a, GeneralStorage& s
         stride = Places<kAcross, kColumns>::kRows;
     }
     if (count == 1) return;
-    __syncthreads();  // the last row's have been read
+    __syncthreads();  // the states of the previous row have been read
     shared.states[threadIdx.x] = a;
     __syncthreads();
     if (Places<kAcross, kColumns>::part() != 0) return;
@@ -103,7 +106,7 @@ struct GeneralForward {
     float* entropy;
     bool* correct;
     uint32_t* keys;      // (rows,), 0 where ignored
-    float* row_weights;  // (rows,): the class weight of each target; null where there are none
+    float* row_weights;  // (rows,): the class weight of each target; null without class weights
 };
 
 // The probabilities of a row's target.
@@ -132,16 +135,16 @@ struct Smoothing {
     float keep, level;
 };
 
-// A thread's part of a row.
+// The state of a thread's part of a row.
 template <class T, int kAcross, bool kDescribe>
 __device__ __forceinline__ GeneralState read_part(const CrossEntropyRows& a, int64_t row, int part) {
     const T* const z_row = static_cast<const T*>(a.logits) + row_offset(a.at, row);
     const TargetRow<T> q_row(a.probabilities, row);
     const bool soft = q_row.data != nullptr, weighted = soft || a.smoothing > 0;
     const Smoothing smoothed(a);
-    // Where nothing is higher than another, as in a row of -inf, the first column is the highest.
+    // If no logit is above -inf, the first column counts as the highest.
     GeneralState s{-INFINITY, 0, 0, 0, 0, part, -INFINITY, part};
-    float lost = 0;  // what the sum has rounded away
+    float lost = 0;  // the rounding error of the sum (Kahan summation)
     for (int first = part; first < a.classes; first += kAcross * kClassesInFlight) {
         float z[kClassesInFlight], q[kClassesInFlight];
 #pragma unroll
@@ -150,7 +153,8 @@ __device__ __forceinline__ GeneralState read_part(const CrossEntropyRows& a, int
             z[i] = column < a.classes ? to_float(z_row[column * a.at.step]) : -INFINITY;
             q[i] = 0.0f;
         }
-        if (soft) {  // a loop of its own: its branches would part the loads of the logits
+        if (soft) {  // a separate loop: its branches would keep the loads of the logits from being issued
+                     // together
 #pragma unroll
             for (int i = 0; i < kClassesInFlight; ++i)
                 if (first + i * kAcross < a.classes) q[i] = q_row[first + i * kAcross];
@@ -236,7 +240,7 @@ __global__ void __launch_bounds__(kGeneralThreads, 2) cross_entropy_general_forw
     }
 }
 
-// The columns of a row are shared out among the blocks of gridDim.y.
+// The gradient of RowGradient. The columns of a row are divided among gridDim.y blocks.
 template <class T, int kAcross, bool kColumns>
 __global__ void __launch_bounds__(kGeneralThreads) cross_entropy_general_backward(const BackwardCall a) {
     using P = Places<kAcross, kColumns>;

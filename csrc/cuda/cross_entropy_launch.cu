@@ -1,4 +1,4 @@
-// Which kernel serves which shape of a cross entropy, and how many blocks.
+// Chooses the kernel and the number of blocks for each shape of a cross entropy.
 #include "cross_entropy_backward.cuh"
 #include "cross_entropy_forward.cuh"
 #include "cross_entropy_general.cuh"
@@ -8,7 +8,8 @@
 namespace batchkern {
 namespace {
 
-// The threads of a row: few enough to have two loads of 16 bytes or more each.
+// Calls use(threads per row): few enough that each has at least two loads of 16 bytes if a row has 256 bytes
+// or more.
 template <class Use>
 auto with_group(int64_t row_bytes, Use use) {
     if (row_bytes <= 1024) return use(std::integral_constant<int, 8>());
@@ -18,7 +19,7 @@ auto with_group(int64_t row_bytes, Use use) {
 
 int64_t row_bytes(ElementType type, int classes) { return int64_t{classes} * (type == kFloat32 ? 4 : 2); }
 
-// The lanes of a narrow row.
+// Calls use(lanes per row) for narrow rows.
 template <class Use>
 auto with_lanes(int64_t row_bytes, Use use) {
     if (row_bytes <= kLaneBytes) return use(std::integral_constant<int, 1>());
@@ -31,25 +32,26 @@ bool is_narrow(ElementType type, const void* rows, const RowLayout& at, int clas
            reinterpret_cast<uintptr_t>(rows) % 16 == 0;
 }
 
-// Blocks that all multiprocessors have room for.
+// The number of blocks that can be resident on the GPU at once.
 int64_t resident_blocks(const CrossEntropyRows& rows) {
     const int threads = rows.smoothing > 0 ? kResidentThreads<true> : kResidentThreads<false>;
     return int64_t{threads} / kThreads * multiprocessors();
 }
 
-// Blocks that share a row. More than one where rows are long and too few to keep all multiprocessors busy: as
-// many as they have room for at once, of 16 KiB or more. (A cluster of blocks would do the same on Hopper
-// alone.)
+// The number of blocks that share a row. It is more than one if rows are long and too few to keep all
+// multiprocessors busy: then as many as can be resident at once, each with at least 16 KiB of the row. (A
+// cluster of thread blocks would do the same, but only from Hopper on.)
 unsigned blocks_per_row(ElementType type, const CrossEntropyRows& of) {
-    constexpr int64_t kPartBytes = 16384, kMaxParts = 256;  // 256: the threads that merge them
+    constexpr int64_t kPartBytes = 16384, kMaxParts = 256;  // 256: the number of threads that merge the parts
     if (of.rows == 0 || of.rows > kMaxSplitRows) return 1;
     const int64_t most = row_bytes(type, of.classes) / kPartBytes;
     return static_cast<unsigned>(
         std::max<int64_t>(1, std::min({resident_blocks(of) / of.rows, most, kMaxParts})));
 }
 
-// Blocks of a multiprocessor stay, and know the target of their next row while they read this one, where rows
-// are a warp's or less: there a block has little more to do than to begin.
+// If a row has a warp or fewer threads, only resident blocks are launched. They loop over rows, and prefetch
+// the target of the next row while they read this one: one row is so little work that starting a block for it
+// would take about as long.
 template <int kGroup>
 dim3 blocks_of(const CrossEntropyRows& of, unsigned parts) {
     const unsigned blocks = blocks_for(std::max<int64_t>(of.rows, 1), kThreads / kGroup);
@@ -74,7 +76,8 @@ struct ForwardScratch {
     size_t bytes;
 };
 
-// The kernels for rows find one by a multiplication: to divide as well would take registers that they lack.
+// Whether row i begins at i * at.row and its classes are contiguous, which the kernels for rows require: the
+// division in row_offset would take registers that they do not have.
 bool is_rows(const RowLayout& at, const CrossEntropyRows& rows) {
     return are_side_by_side(at, rows.classes) && at.inner >= rows.rows;
 }
@@ -83,7 +86,8 @@ bool is_general(const CrossEntropyRows& rows, bool stats) {
     return stats || rows.probabilities.data || !is_rows(rows.at, rows);
 }
 
-// Of the forward pass, which selects in its last block where its threads can hold all losses.
+// How a forward pass is launched. Its last block selects rows if its threads can hold all losses in
+// registers.
 struct Plan {
     bool is_general, is_narrow;
     unsigned parts;
@@ -111,8 +115,8 @@ Plan plan_forward(ElementType type, const CrossEntropyRows& rows, bool stats) {
     });
 }
 
-// Calls use(threads of a row, whether neighbours have rows side by side). Few rows of many classes get more
-// threads each.
+// Calls use(threads per row, whether the classes are not contiguous). Rows get more threads if they have many
+// classes or, with classes that are not contiguous, if there are few of them.
 template <class Use>
 auto with_places(const CrossEntropyRows& rows, Use use) {
     const bool columns = !are_side_by_side(rows.at, rows.classes);
@@ -144,7 +148,7 @@ cudaError_t launch_general_forward(ElementType type, const ForwardCall& call, co
 template <int kAcross, bool kColumns>
 cudaError_t launch_general_backward(ElementType type, const BackwardCall& call, cudaStream_t stream) {
     const unsigned blocks = blocks_for(call.rows.rows, kGeneralThreads / kAcross);
-    // Eight blocks for each multiprocessor, of 64 columns or more to a thread.
+    // Eight blocks per multiprocessor, with at least 64 columns per thread.
     const int64_t wanted = 8 * multiprocessors() / blocks, most = call.rows.classes / (64 * kAcross);
     const auto parts = static_cast<unsigned>(std::max<int64_t>(1, std::min<int64_t>({wanted, most, 65535})));
     return with_type(type, [&](auto* element) {

@@ -1,7 +1,7 @@
-// Rows of up to 256 bytes that follow each other without a gap, such as those of a small classifier or of
-// channels-last pixels. A block copies a tile of them to shared memory in whole vectors, whatever their
-// width, all loads in flight at once; there a row is the work of one, two or four lanes. So nothing depends
-// on where a row begins.
+// Rows of at most 256 bytes that are adjacent in memory, such as those of a small classifier or of
+// channels-last pixels. A block copies a tile of rows to shared memory with vectorised loads, all in flight
+// at once, whatever the width of a row. In shared memory each row is computed by one, two or four lanes, so
+// that the alignment of a row does not matter.
 #pragma once
 
 #include "cross_entropy_backward.cuh"
@@ -12,16 +12,17 @@ namespace batchkern {
 constexpr int kNarrowThreads = 256;
 constexpr int kNarrowResident = 4;
 constexpr int kNarrowBytes = 256;                // of a row, at most
-constexpr int kLaneBytes = kNarrowBytes / 4;     // and of a lane
+constexpr int kLaneBytes = kNarrowBytes / 4;     // of the part of a row that a lane computes
 constexpr int kNarrowVectors = kLaneBytes / 16;  // that a thread copies
 
 struct NarrowStorage {
-    // Rows of whole vectors get another one each, so that those of neighbours lie in different banks.
+    // Rows of whole vectors are padded with another vector, so that the rows of neighbouring lanes start in
+    // different banks.
     uint4 tile[kNarrowThreads * (kNarrowVectors + 1)];
     bool live[kNarrowThreads];
 };
 
-// The rows of a block. All threads have it alike.
+// The rows of a block. Its members are the same in all threads.
 template <class T, int kLanes>
 struct Tile {
     static constexpr int kRows = kNarrowThreads / kLanes;
@@ -37,11 +38,12 @@ struct Tile {
         stride = classes + (padded ? kPerVector<T> : 0);
     }
 
-    // Of an element. Exact: elements times classes are 2^20 at most, and where that is a power of two nothing
-    // is lost.
+    // The row of an element of the tile: element / classes. Exact, because element * classes is less than
+    // 2^20.
     __device__ __forceinline__ int row_of(int element) const { return element * share >> 20; }
 
-    // Calls use(i, v, place) for this thread's vectors: its i-th is the tile's v-th, and lies at `place`.
+    // Calls use(i, v, place) for this thread's vectors: its i-th vector is the v-th of the tile, and `place`
+    // is where it is kept in shared memory.
     template <class Use>
     __device__ __forceinline__ void each_vector(Use use) const {
 #pragma unroll
@@ -51,14 +53,15 @@ struct Tile {
         }
     }
 
-    // Likewise use(e) for the elements behind the last vector.
+    // Calls use(e) for the elements after the last vector.
     template <class Use>
     __device__ __forceinline__ void each_behind(Use use) const {
         const int e = vectors * kPerVector<T> + threadIdx.x;
         if (e < count * classes) use(e);
     }
 
-    // Copies the vectors of which wanted(first element, last element) is true.
+    // Copies to shared memory the vectors for which wanted(first element, last element) is true, and the
+    // elements after the last vector.
     template <class Wanted>
     __device__ __forceinline__ void load(const T* rows, Wanted wanted) const {
         const T* const from = rows + first * classes;
@@ -83,7 +86,8 @@ struct Tile {
 
     __device__ __forceinline__ T* elements() const { return reinterpret_cast<T*>(memory); }
 
-    // This thread's row, which may lie behind the last; its elements; and its place among the row's lanes.
+    // The index of this thread's row in the tile, which may be past the last row; the elements of this row;
+    // and the index of this thread among the lanes of the row.
     __device__ __forceinline__ static int own() { return threadIdx.x / kLanes; }
     __device__ __forceinline__ T* row() const { return elements() + own() * stride; }
     __device__ __forceinline__ static int lane_of_row() { return threadIdx.x % kLanes; }
@@ -93,7 +97,7 @@ struct Tile {
     int classes;
     uint4* memory;
     int vectors;
-    int share;  // of a row in 2^20
+    int share;  // 2^20 / classes, rounded up
     bool padded;
     int stride;  // from row to row in shared memory
 };
@@ -158,8 +162,7 @@ __global__ void __launch_bounds__(kNarrowThreads, kNarrowResident)
     const bool live = inside && row_gradient<kSmooth>(a, tile.first + tile.own(), g);
     if (tile.lane_of_row() == 0) shared.live[tile.own()] = live;
     __syncthreads();
-    // A vector may have the end of one row and the beginning of the next; of narrower rows, those between as
-    // well.
+    // A vector may hold the end of one row and the beginning of another, and narrow rows between the two.
     tile.load(static_cast<const T*>(a.rows.logits), [&](int begin, int end) {
         bool wanted = false;
         for (int r = tile.row_of(begin); r <= tile.row_of(end); ++r) wanted = wanted || shared.live[r];

@@ -1,4 +1,5 @@
-// What every kernel uses: shared memory, reductions over a group of threads, the ticket of the last block.
+// Helpers for all kernels: shared memory, reductions over a group of threads, and the ticket that finds the
+// last block.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,8 +7,7 @@
 
 #include <cstdint>
 
-// Shared memory of a kernel, all of it in one struct. The tests define these otherwise, to run kernels on a
-// host.
+// Declare shared memory. The tests define these macros differently, to run the kernels on the host.
 #ifndef BATCHKERN_SHARED
 #define BATCHKERN_SHARED(type, name) __shared__ type name
 #define BATCHKERN_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
@@ -28,14 +28,14 @@ struct Sum {
     }
 };
 
-// fmaxf: a NaN is ignored, and shows in the sum.
+// fmaxf ignores a NaN, but the sum of the exponentials is NaN then.
 struct Max {
     __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
     __device__ __forceinline__ uint32_t operator()(uint32_t a, uint32_t b) const { return max(a, b); }
 };
 
-// The first `width` (a power of two) of a warp's lanes, or the next ones, reduce a value; all of them get the
-// same bits, because a + b == b + a.
+// Reduces a value over each group of kWidth (a power of two) consecutive lanes of a warp. All lanes of a
+// group get the same bits, because a + b == b + a.
 template <int kWidth, class T, class Op>
 __device__ __forceinline__ T reduce_lanes(T value, Op op) {
     const uint32_t mask = kWidth == kWarp ? 0xffffffffu : ((1u << kWidth) - 1u) << (lane() / kWidth * kWidth);
@@ -46,8 +46,8 @@ __device__ __forceinline__ T reduce_lanes(T value, Op op) {
 }
 
 // Reduces over a group of kGroup threads: some lanes of a warp, or the whole block. All of them get the
-// result. The order is fixed. `scratch` holds one value for each warp, and may be used again by the next
-// call.
+// result. The order of the operations is fixed. `scratch` holds one value per warp, and the next call may use
+// it again.
 template <int kGroup, class T, class Op>
 __device__ __forceinline__ T reduce_group(T value, Op op, T (&scratch)[kMaxWarps]) {
     if constexpr (kGroup <= kWarp) {
@@ -62,9 +62,9 @@ __device__ __forceinline__ T reduce_group(T value, Op op, T (&scratch)[kMaxWarps
     }
 }
 
-// atomicAdd that releases what this thread wrote, and what the others of its block wrote before a barrier.
-// The fence that belongs to it acquires. Both are cheaper than __threadfence(), which also orders what nobody
-// asks about.
+// An atomicAdd with release semantics for the writes of this thread, and for those of its block before a
+// barrier; and the matching acquire fence. Both are cheaper than __threadfence(), which orders more than is
+// needed.
 __device__ __forceinline__ uint32_t add_release(uint32_t* p, uint32_t value) {
 #ifdef __CUDA_ARCH__
     uint32_t before;
@@ -80,9 +80,10 @@ __device__ __forceinline__ void fence_acquire() {
 #endif
 }
 
-// Whether this block is the last of `blocks` to come here. What it does next sees all that the others wrote
-// before, if it reads past the L1 cache (__ldcg). The ticket is 0 before and after. One thread is
-// enough: the barriers make it stand for what its whole block wrote and reads.
+// Whether this block is the last of `blocks` to call this. All writes of the other blocks before their calls
+// are then visible to it, if its loads bypass the L1 cache (__ldcg). The ticket is 0 before the first call
+// and after the last. One thread takes the ticket: the barriers extend the order to the writes and loads of
+// its whole block.
 __device__ __forceinline__ bool is_last(uint32_t* ticket, uint32_t blocks, bool& scratch) {
     __syncthreads();
     if (threadIdx.x == 0) {

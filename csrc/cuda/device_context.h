@@ -1,5 +1,5 @@
-// Where a binding launches: the device of its tensors, PyTorch's current stream there, and memory for the
-// kernels.
+// Where a binding launches its kernels: the device of its tensors and PyTorch's current stream on it; and
+// memory for the kernels.
 #pragma once
 
 #include <ATen/ops/zeros.h>
@@ -19,9 +19,9 @@
 
 namespace batchkern {
 
-// A Workspace for each stream, whose launches follow each other; made by the first of them. It is not
-// PyTorch's memory: torch.compile(mode="reduce-overhead") lets the first call allocate in a pool that its
-// graphs use again, whatever is still held there.
+// One Workspace per stream, which is enough because the launches of a stream run one after the other. The
+// first of them allocates it, but not with PyTorch's allocator: under torch.compile(mode="reduce-overhead")
+// the first call would allocate it in a pool whose memory the CUDA graphs reuse, although it is still held.
 class Workspaces {
 public:
     Workspace* of(const c10::cuda::CUDAStream& stream) {
@@ -31,19 +31,19 @@ public:
         return workspace;
     }
 
-    // At exit, when the driver may be gone: then there is nothing left to free, and no error to speak of.
+    // At exit the driver may be shut down already: then nothing is left to free, and the error is ignored.
     ~Workspaces() {
         for (const auto& [stream, workspace] : workspaces_) (void)cudaFree(workspace);
     }
 
 private:
     static Workspace* make(cudaStream_t stream) {
-        // A graph that another thread captures at this time stays valid.
+        // So that the allocation does not invalidate a graph that another thread captures at this time.
         const c10::cuda::CUDAStreamCaptureModeGuard guard(cudaStreamCaptureModeRelaxed);
         void* memory = nullptr;
         cudaError_t error = cudaMalloc(&memory, sizeof(Workspace));
         if (error == cudaErrorMemoryAllocation) {
-            (void)cudaGetLastError();  // it would show at PyTorch's next launch
+            (void)cudaGetLastError();  // otherwise PyTorch's next launch would report the error
             c10::cuda::CUDACachingAllocator::emptyCache();
             error = cudaMalloc(&memory, sizeof(Workspace));
         }
@@ -65,8 +65,8 @@ public:
 
     cudaStream_t stream() const { return stream_.stream(); }
 
-    // Holds what a launch needs until the launch has been made: later work of the stream may use the memory
-    // again.
+    // Holds the memory of a launch until the launch is queued. From then on later work of the same stream may
+    // reuse the memory.
     struct Held {
         at::Tensor scratch, of_graph;
         Workspace* workspace = nullptr;
@@ -81,8 +81,8 @@ public:
             held.workspace = workspaces().of(stream_);
             return held;
         }
-        // A graph may be replayed beside the launches of this stream: each of its own gets a workspace of the
-        // graph's memory, and zeroes it in each replay.
+        // A graph may be replayed at the same time as launches of this stream. So each launch of a graph gets
+        // its own workspace in the graph's memory, which each replay sets to zero first.
         held.of_graph = at::zeros({static_cast<int64_t>(sizeof(Workspace))}, bytes_);
         held.workspace = static_cast<Workspace*>(held.of_graph.mutable_data_ptr());
         return held;

@@ -1,4 +1,4 @@
-// Elements of the three types in global memory, one by one or 16 bytes at a time.
+// Loads, stores and conversions of the three element types, one element or 16 bytes at a time.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -18,8 +18,8 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 __device__ __forceinline__ float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
-// Loads where this stands. The compiler would move a load to where its value is needed, behind others that it
-// then waits for.
+// Loads at this point of the program. The compiler would move an ordinary load down to the use of its value,
+// after other loads for which the use then has to wait.
 __device__ __forceinline__ bool load_here(const bool* p) {
 #ifdef __CUDA_ARCH__
     uint32_t result;
@@ -52,7 +52,7 @@ __device__ __forceinline__ T load_here(const T* p) {
 #endif
 }
 
-// To nearest, ties to even.
+// Rounds to nearest, ties to even.
 template <class T>
 __device__ __forceinline__ T from_float(float x);
 template <>
@@ -68,7 +68,7 @@ __device__ __forceinline__ Float16 from_float<Float16>(float x) {
     return {__half_as_ushort(__float2half_rn(x))};
 }
 
-// 16 bytes, as one instruction loads or stores them, and their elements.
+// Conversions between the elements and the 16 bytes of a vectorised load or store.
 __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
     return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
@@ -107,7 +107,7 @@ __device__ __forceinline__ uint4 pack(const float (&x)[8], T*) {
     return {words[0], words[1], words[2], words[3]};
 }
 
-// 16 of the 32 bytes of two vectors, from byte `past` on: a multiple of 2.
+// 16 of the 32 bytes of two vectors, beginning with byte `past`, which is a multiple of 2.
 __device__ __forceinline__ uint4 shift_bytes(const uint4& first, const uint4& second, int past) {
     uint32_t w[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
 #pragma unroll
@@ -119,7 +119,7 @@ __device__ __forceinline__ uint4 shift_bytes(const uint4& first, const uint4& se
             __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits)};
 }
 
-// The columns of a row in groups of 16 bytes, wherever it begins in memory.
+// The columns of a row in groups of 16 bytes, whatever the alignment of the row.
 template <class T>
 struct ColumnGroups {
     static constexpr int kColumns = kPerVector<T>;
@@ -130,10 +130,10 @@ struct ColumnGroups {
           past(static_cast<int>(reinterpret_cast<uintptr_t>(row) % 16)),
           count(static_cast<unsigned>(columns) / kColumns) {}
 
-    // Loads kN groups, kStep apart, and calls use(loaded, a constant: whether all are known to lie before
-    // `end`). Whether they do, `all`, has one answer for a warp: else it would go both ways, one after the
-    // other. An unaligned group is shifted out of two aligned vectors, which must lie within the row: it is
-    // neither the first nor the last.
+    // Loads kN groups, kStep apart, and calls use(loaded, a compile-time constant: whether all of them are
+    // known to lie before `end`). `all`, whether they do, must be the same for all threads of a warp, which
+    // would otherwise execute both branches one after the other. An unaligned group is shifted out of two
+    // aligned vectors, which must lie within the row: so it must be neither the first nor the last.
     template <bool kAligned, int kStep, int kN, class Use>
     __device__ __forceinline__ void load(int group, int end, bool all, Use use) const {
         uint4 loaded[kN];
@@ -157,7 +157,8 @@ struct ColumnGroups {
     int count;
 };
 
-// Where the 16-byte vectors of a row begin, and how many elements stand before, in and behind them.
+// The number of elements before the first aligned 16-byte vector of a row, of such vectors, and of elements
+// after the last.
 template <class T>
 struct RowParts {
     int head;

@@ -1,4 +1,4 @@
-// What the launchers share.
+// Helpers that the launchers share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,8 +9,8 @@
 
 namespace batchkern {
 
-// Up to so many losses are selected from by one block of 1,024 threads, which holds them; more, by all the
-// blocks of a cooperative launch.
+// Up to this many losses, one block of 1,024 threads selects and holds them in registers. With more losses,
+// all blocks of a cooperative launch select.
 constexpr int64_t kOneBlock = 8192;
 constexpr int64_t kRowsOfBlock = 8192;
 
@@ -21,7 +21,7 @@ inline int multiprocessors() {
     return count;
 }
 
-// One block for each multiprocessor at most, so that all of a cooperative launch fit.
+// At most one block per multiprocessor, so that all blocks of a cooperative launch are resident.
 inline int select_blocks(int64_t n) {
     if (n <= kOneBlock) return 1;
     return static_cast<int>(std::min<int64_t>(multiprocessors(), (n + kRowsOfBlock - 1) / kRowsOfBlock));

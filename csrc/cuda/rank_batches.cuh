@@ -1,12 +1,13 @@
 // Indices of the highest losses in descending order. A few are selected and sorted within one block; for
-// many, all losses are sorted (rank_batches_sort.cu), and the kernels here pack and unpack what is sorted.
+// many, all losses are sorted (rank_batches_sort.cu), between a kernel that packs them and one that unpacks
+// the highest.
 #pragma once
 
 #include "select.cuh"
 
 namespace batchkern {
 
-// So many are sorted within a block, in 32 KiB of shared memory.
+// At most this many rows are sorted within a block, in 32 KiB of shared memory.
 constexpr int kMaxSortedInBlock = 4096;
 
 // Ascending order of packed rows is descending order of losses, ties by lower index.
@@ -33,7 +34,7 @@ struct RankStorage {
     uint32_t place;
 };
 
-// Bitonic; `size` is a power of two.
+// A bitonic sort; `size` is a power of two.
 template <int kThreads>
 __device__ __forceinline__ void sort_ascending(uint64_t* values, int size) {
     for (int length = 2; length <= size; length *= 2) {
@@ -50,7 +51,7 @@ __device__ __forceinline__ void sort_ascending(uint64_t* values, int size) {
     __syncthreads();
 }
 
-// Dynamic shared memory: the power of two from k up, of 8 bytes.
+// Needs dynamic shared memory: 8 bytes times k, rounded up to a power of two.
 template <bool kGrid, class T>
 __global__ void __launch_bounds__(kSelectThreads, 1) rank_few(const RankFew<T> a) {
     BATCHKERN_SHARED(RankStorage, shared);
@@ -58,13 +59,13 @@ __global__ void __launch_bounds__(kSelectThreads, 1) rank_few(const RankFew<T> a
     Merge* const merge = kGrid ? &a.workspace->merge : nullptr;
     Selector<kSelectThreads, kGrid ? kOfGrid : kHeldOf64> selector{a.n, merge, shared.select, {}};
     selector.hold(a.rows);
-    if (threadIdx.x == 0) shared.gathered = 0;  // the search has barriers
+    if (threadIdx.x == 0) shared.gathered = 0;  // find() has barriers
     const Threshold threshold = selector.find(a.rows, selector.survey(a.rows), a.k, 0);
     selector.each(a.rows, [&](int64_t i, uint32_t key) {
         if (threshold.keeps(key, i)) chosen[atomicAdd(&shared.gathered, 1u)] = pack_row(key, i);
     });
     __syncthreads();
-    if (kGrid) {  // the order in which blocks come does not matter: rows are sorted, and no two are equal
+    if (kGrid) {  // the order of the blocks does not matter: the rows are sorted, and no two are equal
         if (threadIdx.x == 0) shared.place = atomicAdd(&merge->gathered, shared.gathered);
         __syncthreads();
         for (uint32_t j = threadIdx.x; j < shared.gathered; j += kSelectThreads)

@@ -1,4 +1,5 @@
-// Launches of a ranking: one for few indices; for many, a radix sort of all rows between two of ours.
+// Launches of a ranking: one kernel for few indices; for many, a radix sort of all rows between pack_rows and
+// unpack_rows.
 #include "launch.cuh"
 #include "rank_batches.cuh"
 

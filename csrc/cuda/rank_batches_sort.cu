@@ -6,7 +6,8 @@
 namespace batchkern {
 namespace {
 
-// By the high halves, which hold the keys. Rows come in order of their indices, and a radix sort is stable.
+// Sorts by the high halves, which hold the keys. The rows are in the order of their indices and a radix sort
+// is stable, so that of a tie the lower index comes first.
 cudaError_t sort(void* scratch, size_t& bytes, cub::DoubleBuffer<uint64_t>& rows, int64_t n,
                  cudaStream_t stream) {
     return cub::DeviceRadixSort::SortKeys(scratch, bytes, rows, n, 32, 64, stream);

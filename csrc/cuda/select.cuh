@@ -1,24 +1,22 @@
-// Which losses are the highest: keys as in order.h, ties by lower index. One block, or all blocks of a
-// cooperative launch, each of which has a range of the rows.
+// Selection of the highest losses. Keys are those of order.h; of a tie, the lower index ranks higher. It is
+// the work of one block, or of all blocks of a cooperative launch, each of which has a range of the rows.
 //
-// 1. Every block finds the count, the lowest and the highest of the keys: a digit is then taken of key -
-// lowest, from
-//    its first bit that is not 0 everywhere. (The first bits of the losses themselves are nearly all alike:
-//    one bin would get them all.)
+// 1. Find the number, the lowest and the highest of the keys. Digits are then taken of key - lowest, from its
+//    first bit that is not 0 in all rows. (The first bits of the keys themselves are nearly all alike, so
+//    that one bin would count them all.)
 // 2. Passes over 11 bits each count the keys that share the digits found so far, and find the next digit of
-// the k-th
-//    highest; three at most, and none further once all keys of a bin are among the highest.
-// 3. Where only some of several equal keys are, more passes find the last index that is.
-// 4. The threshold decides about each row. Sums are in double, in a fixed order.
+//    the k-th highest key. There are at most three, and no further ones once all keys of a bin are selected.
+// 3. If only some of several equal keys are selected, more passes find the last index that is.
+// 4. Compare each row with this threshold. Sums are in double, in a fixed order.
 //
-// Where the first rows of the order are left out, 2 and 3 find a second threshold, theirs.
+// If the first rows of the order are skipped, steps 2 and 3 find a second threshold, for these rows.
 //
-// A block of few rows has their keys in registers, and reads them once. One of very few counts, for each row,
-// those that rank higher, in place of 1 to 3.
+// With few rows, a block holds their keys in registers and reads them once. With very few, it counts for each
+// row the rows that rank higher, instead of steps 1 to 3.
 //
-// With several blocks, each adds its counts to global ones (integers: the order does not matter), all wait
-// for the grid, and all then read the same totals and take the same way. The last block to finish leaves
-// zeros behind. A key of 0 stands for a row that does not take part.
+// Several blocks add their counts to global ones (integers, so that the order does not matter). After a
+// barrier of the grid all of them read the same totals and take the same branches. The last block to finish
+// sets the global counts to zero. A key of 0 marks a row that does not take part.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -29,15 +27,14 @@
 
 namespace batchkern {
 
-// Rows have load(i), which loads what the key of a row takes, and key_of(what was loaded); taken(i, key),
-// which loads what a row adds where it is selected, and value_of and weight_of that. So the loads of several
-// rows are in flight before the first is used.
+// The types of rows load and compute in two steps, so that the loads of several rows are in flight before the
+// first is used. load(i) loads the operands of a key, and key_of() computes it. taken(i, key) loads the
+// operands of a selected row, and value_of() and weight_of() compute its terms of the sums.
 
-// Losses as keys, which the forward pass wrote, perhaps in this very launch: so they are read past the L1
-// cache.
+// Losses as keys that the forward pass wrote, perhaps in the same launch: so the loads bypass the L1 cache.
 struct KeyedLosses {
     const uint32_t* keys;  // (n,)
-    const float* weights;  // (n,), likewise, or null: all 1
+    const float* weights;  // (n,), written with the keys; null if all are 1
     static constexpr int kLoads = 4;
     static constexpr bool kBand = false;
 
@@ -54,7 +51,7 @@ struct KeyedLosses {
     __device__ __forceinline__ bool weighted() const { return weights != nullptr; }
 };
 
-// Losses that a user computed.
+// Losses that the caller computed, with an optional mask.
 template <class T>
 struct PlainLosses {
     const T* losses;
@@ -74,7 +71,7 @@ struct PlainLosses {
     }
 };
 
-// And what else he says of them: what to rank by, what each is times, which part of the order counts.
+// PlainLosses with the options of a Ranking.
 template <class T>
 struct BandedLosses {
     PlainLosses<T> plain;
@@ -83,9 +80,9 @@ struct BandedLosses {
     const float* weights;  // or null
     int64_t weight_stride;
     bool lowest;
-    double skip;  // this share, at the top, is left out first
+    double skip;  // the fraction of rows, at the top, that is skipped
     bool has_above;
-    uint32_t above;  // keys above it count too
+    uint32_t above;  // rows with higher keys are kept too
     static constexpr int kLoads = 3;
     static constexpr bool kBand = true;
 
@@ -113,7 +110,7 @@ struct BandedLosses {
     }
     __device__ __forceinline__ uint32_t key_of(const Loaded& loaded) const {
         const uint32_t key = order_key(score ? loaded.score : to_float(loaded.loss));
-        return loaded.counts == 0 ? 0 : lowest ? max(~key, 1u) : key;  // NaN last
+        return loaded.counts == 0 ? 0 : lowest ? max(~key, 1u) : key;  // so NaN ranks last
     }
     struct Taken {
         T loss;
@@ -126,7 +123,7 @@ struct BandedLosses {
         return to_float(taken.loss) * double{taken.weight};
     }
     __device__ __forceinline__ double weight_of(const Taken& taken) const { return taken.weight; }
-    // How many there are is not known before they are counted.
+    // With has_above, the number of kept rows is not k but the sum of their weights, which are 1 by default.
     __device__ __forceinline__ bool weighted() const { return weights != nullptr || has_above; }
     __device__ __forceinline__ uint32_t skipped(uint32_t count, uint32_t k) const {
         return min(static_cast<uint32_t>(rint(skip * count)), count - k);
@@ -135,7 +132,7 @@ struct BandedLosses {
 
 // How many of `count` rows are kept.
 struct KeepFraction {
-    const double* tensor;  // read instead of value, where it is not null
+    const double* tensor;  // if not null, read instead of value
     double value;
 
     __device__ __forceinline__ uint32_t operator()(uint32_t count) const {
@@ -157,18 +154,18 @@ struct SelectStorage {
     bool last;
 };
 
-// The keys of the rows that take part.
+// The number of rows that take part, and their lowest and highest keys.
 struct Survey {
     uint32_t count, lowest, highest;
 };
 
-// What is decided about each row.
+// Decides which rows are among the k highest.
 struct Threshold {
     uint32_t k;
     uint32_t passes;
     uint32_t lowest;
     uint32_t key;         // relative to the lowest
-    uint32_t last_index;  // of those with this very key
+    uint32_t last_index;  // of the selected rows with exactly this key
 
     __device__ __forceinline__ bool keeps(uint32_t row_key, uint32_t i) const {
         if (row_key == 0 || k == 0) return false;
@@ -177,25 +174,25 @@ struct Threshold {
     }
 };
 
-// Where the keys of rows are: in memory; in memory, with a part for each block of the grid; or, of one block,
-// so many in the registers of each thread.
+// Where the keys of rows are: in memory; in memory, with a part for each block of the grid; or, for one
+// block, in registers, with this many per thread.
 constexpr int kInMemory = 0, kOfGrid = -1;
-constexpr int kHeld = 16;     // with 80 registers for each thread,
-constexpr int kHeldOf64 = 8;  // and with 64
+constexpr int kHeld = 16;     // in kernels with 80 registers per thread
+constexpr int kHeldOf64 = 8;  // in kernels with 64
 
 template <int kThreads, int kWhere>
 struct Selector {
     static constexpr bool kGrid = kWhere == kOfGrid, kRegisters = kWhere > 0;
 
     int64_t n;
-    Merge* merge;  // used where kGrid
+    Merge* merge;  // used if kGrid is true
     SelectStorage& shared;
     uint32_t held[kRegisters ? kWhere : 1];
 
     template <class Rows>
     static constexpr int kBatch = kRegisters ? 4 : Rows::kLoads;
 
-    // Before all else.
+    // Loads the keys that are held in registers. Must be called before all other functions.
     template <class Rows>
     __device__ __forceinline__ void hold(const Rows& rows) {
         if constexpr (kRegisters) {
@@ -203,8 +200,8 @@ struct Selector {
         }
     }
 
-    // Calls use(first, end, keys) for kBatch<Rows> rows of this thread at a time, kThreads apart, of which
-    // those before `end` are rows.
+    // Calls use(first, end, keys) for the rows of this thread, kBatch<Rows> at a time: first, first +
+    // kThreads, ..., as far as they are before `end`.
     template <class Rows, class Use>
     __device__ __forceinline__ void batches(const Rows& rows, Use use) const {
         if constexpr (kRegisters) {
@@ -233,9 +230,10 @@ struct Selector {
         });
     }
 
-    // Finds, for the highest values that are left, the digits of the lowest of them. candidate(i, key, value)
-    // says whether a row takes part, and with which value, at most `largest`. Returns whether they are all
-    // those >= the result; if not, some of those equal to it are, `remaining` in number.
+    // Finds the `remaining`-th highest value, digit by digit. candidate(i, key, value) returns whether a row
+    // takes part, and sets its value, which is at most `largest`. Returns true if the values >= result are
+    // exactly the highest ones; otherwise only `remaining` of the values that equal the result are among
+    // them.
     template <class Rows, class Candidate>
     __device__ __forceinline__ bool narrow(const Rows& rows, Candidate candidate, uint32_t largest,
                                            uint32_t& result, uint32_t& remaining, uint32_t& pass) {
@@ -289,7 +287,7 @@ struct Selector {
         return {count, ~inverse_lowest, highest};
     }
 
-    // Of the k highest. Passes count from `pass` on.
+    // The threshold of the k highest rows. `pass` is the number of passes before.
     template <class Rows>
     __device__ __forceinline__ Threshold find(const Rows& rows, const Survey& of, uint32_t k, uint32_t pass) {
         Threshold t{k, pass, of.lowest, 0, 0xffffffffu};
@@ -304,7 +302,7 @@ struct Selector {
             },
             of.highest - lowest, t.key, remaining, t.passes);
         if (whole) return t;
-        // Of equal keys the first ones: the highest of their places from the end.
+        // Of tied rows the first are selected: those with the largest distance from the end.
         const uint32_t equal = t.key, end = static_cast<uint32_t>(n - 1);
         uint32_t place;
         narrow(
@@ -318,7 +316,7 @@ struct Selector {
         return t;
     }
 
-    // The last block leaves the global counts as it found them.
+    // Sets the global counts to zero, which they were before the launch. Only the last block calls this.
     __device__ __forceinline__ void clear(uint32_t passes) {
         uint32_t* const bins = merge->bins[0];
         for (uint32_t b = threadIdx.x; b < passes * kBins; b += kThreads) bins[b] = 0;
@@ -326,8 +324,8 @@ struct Selector {
     }
 
 private:
-    // Of rows that are kThreads apart: 0 behind the last row, which is loaded there, for a branch would part
-    // the loads.
+    // The keys of rows that are kThreads apart, and 0 past the last row. There the last row is loaded again,
+    // because a branch would keep the loads from being issued together.
     template <class Rows, class Index, int kCount>
     __device__ __forceinline__ static void load_keys(const Rows& rows, Index first, Index end,
                                                      uint32_t (&keys)[kCount]) {
@@ -346,15 +344,15 @@ private:
         __syncthreads();
     }
 
-    // The bin in which the `remaining`-th highest is; how many are in it, and how many of these are among the
-    // highest.
+    // Finds the bin of the `remaining`-th highest value, the number of values in it, and how many of these
+    // are among the highest.
     __device__ __forceinline__ void find_digit(uint32_t remaining) {
         constexpr int kOwn = kBins / kThreads;  // the first thread has the highest bins
         const int highest = kBins - 1 - static_cast<int>(threadIdx.x) * kOwn;
         uint32_t own = 0;
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) own += shared.bins[highest - j];
-        uint32_t before = own;  // of this warp's threads up to this one
+        uint32_t before = own;  // the sum over the threads of this warp up to this one
 #pragma unroll
         for (int offset = 1; offset < kWarp; offset *= 2) {
             const uint32_t other = __shfl_up_sync(0xffffffffu, before, offset);
@@ -376,11 +374,11 @@ private:
 
 struct SelectionResult {
     bool* kept;         // (n,)
-    float* mean;        // of the kept rows; NaN where there are none
-    float* normalizer;  // what their sum was divided by
+    float* mean;        // of the kept rows; NaN if there are none
+    float* normalizer;  // the divisor of their sum
 };
 
-// Of the rows of this thread: what was selected of them.
+// The number of selected rows and of passes, and the sums over the selected rows of this thread.
 struct Chosen {
     uint32_t k;
     uint32_t passes;
@@ -388,11 +386,12 @@ struct Chosen {
     double weight;
 };
 
-// Up to so many rows are counted: each of 256 threads compares 256 keys, some 1,000 instructions.
+// Up to this many rows are ranked by counting: each of 256 threads compares 256 keys, in about 1,000
+// instructions.
 constexpr int64_t kCounted = 256;
 
-// keeps(i, key) decides about a row. Of kBatch rows, kThreads apart, all loads come before the first store,
-// which they might follow otherwise.
+// Writes whether rows are kept, by keeps(i, key), and adds the kept ones to the sums. It takes kBatch rows,
+// kThreads apart, and makes all loads before the first store: the compiler might not move them before it.
 template <int kThreads, int kBatch, class Rows, class Index, class Keeps>
 __device__ __forceinline__ void take(const Rows& rows, Index first, Index end, const uint32_t* key,
                                      Keeps keeps, bool* kept, Chosen& chosen) {
@@ -413,7 +412,7 @@ __device__ __forceinline__ void take(const Rows& rows, Index first, Index end, c
     }
 }
 
-// The rows whose place in the order is from `first` on and below first + k.
+// Selects the rows whose place in the order is in [first, first + k).
 template <int kThreads, class Rows>
 __device__ __forceinline__ Chosen choose_by_counting(const Rows& rows, int64_t n, const KeepFraction& keep,
                                                      bool* kept, SelectStorage& shared) {
@@ -481,8 +480,8 @@ __device__ __forceinline__ Chosen choose(const Rows& rows, int64_t n, const Keep
     return chosen;
 }
 
-// Adds up what all the threads of a block, or of all blocks, have selected. True where the sums are those of
-// all.
+// Adds up the sums of all threads of a block or, if kGrid is true, of all blocks. Returns true if the sums
+// are complete, which they are in the last block.
 template <int kThreads, bool kGrid>
 __device__ __forceinline__ bool add_up(double& sum, double& weight, bool weighted, Merge* merge,
                                        BlockSum* block_sums, SelectStorage& shared) {
@@ -507,7 +506,7 @@ __device__ __forceinline__ void write_mean(const SelectionResult& out, double su
     *out.normalizer = static_cast<float>(normalizer);
 }
 
-// Selects, and reduces what was selected.
+// Selects rows and computes their mean.
 template <int kThreads, int kWhere, class Rows>
 __device__ __forceinline__ void select_and_reduce(const Rows& rows, int64_t n, const KeepFraction& keep,
                                                   const SelectionResult& out, Merge* merge,
@@ -532,7 +531,7 @@ struct Selection {
 
 constexpr int kSelectThreads = 1024;
 
-// By one block, or by all of a cooperative launch.
+// A selection by one block, or by all blocks of a cooperative launch.
 template <bool kGrid, class Rows>
 __global__ void __launch_bounds__(kSelectThreads, 1) select_rows(const Selection<Rows> a) {
     BATCHKERN_SHARED(SelectStorage, shared);
@@ -540,7 +539,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1) select_rows(const Selection
         a.rows, a.n, a.keep, a.out, kGrid ? &a.workspace->merge : nullptr, a.block_sums, shared);
 }
 
-// Samples of n rows, each ranked apart by one block.
+// A selection in each of `samples` samples of n rows, by one block per sample.
 template <class Rows>
 __global__ void __launch_bounds__(kSelectThreads, 1)
     select_samples(const Selection<Rows> a, int64_t samples) {
@@ -559,7 +558,7 @@ __global__ void __launch_bounds__(kSelectThreads, 1)
         write_mean(a.out, sum, weight);
 }
 
-// By the last block of a launch that wrote the losses: of up to kWhere for each of its threads.
+// A selection by the last block of a launch that wrote the losses, of at most kWhere per thread.
 template <int kThreads, int kWhere, class Rows>
 __device__ __forceinline__ void select_in_last_block(const Selection<Rows>& a, SelectStorage& shared) {
     const uint32_t blocks = gridDim.x * gridDim.y;

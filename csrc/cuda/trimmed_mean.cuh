@@ -1,4 +1,7 @@
-// The gradient of a trimmed mean.
+// The gradient of a trimmed mean, with the upstream gradient g:
+// 1. the mean is sum_i kept_i w_i loss_i / normalizer, and the weights w and the normalizer are constant;
+// 2. the set of kept rows is constant except at ties, so that it has no derivative;
+// 3. so the gradient of loss_i is g w_i / normalizer if row i is kept, and 0 otherwise.
 #pragma once
 
 #include "elements.cuh"

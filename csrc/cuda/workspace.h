@@ -1,4 +1,5 @@
-// Memory on the device that outlives a launch. All zeros between launches: whoever uses a part leaves zeros.
+// Device memory that outlives a launch. It is all zeros between launches: a kernel that uses a part sets it
+// to zero again.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +9,9 @@ namespace batchkern {
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
 constexpr int kMaxPasses =
-    12;  // of two thresholds, each three for the bits of a key and three for those of an index
+    12;  // for two thresholds: three each for the bits of a key and for those of an index
 
-// What the blocks of a selection tell each other.
+// Counts that the blocks of a selection share.
 struct Merge {
     uint32_t count;
     uint32_t inverse_lowest;
