@@ -78,8 +78,8 @@ TORCH_LIBRARY(batchkern, m) {
     m.def(
         "augment_latent_backward(Tensor grad, Tensor seed, *, int gaussian, int dropout, float drop_prob, "
         "bool rescale_dropout=False) -> Tensor");
-    // The gradients are those of the scaled mean, and empty unless requested. They are float32, but bfloat16
-    // for bfloat16 logits on CUDA.
+    // The gradients are those of the scaled mean, and empty unless requested. They are float32, except that
+    // grad_virtual is bfloat16 for bfloat16 logits on CUDA.
     m.def(
         "soft_label_kl(Tensor reference_logits, Tensor virtual_logits, *, float temperature=1.0, "
         "float scale=1.0, bool reference_grad=False, bool virtual_grad=True) "

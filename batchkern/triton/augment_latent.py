@@ -1,8 +1,8 @@
 """augment_latent on a GPU: noise, masks and Hadamard transforms by kernels; a dense basis by torch's matmul.
 
-The noise of a dense basis is written once to a buffer that is used again: normals drawn by the loader of a matmul would
-cost more than the matmul. The matmul takes the type of ``x``; for float32 PyTorch's own switch decides whether it may
-use TF32 (``torch.backends.cuda.matmul``).
+With a dense basis the noise is written to a buffer that is reused: drawing the normals in the loads of a matmul kernel
+would take longer than the matmul. The matmul is computed in the type of ``x``; for float32 PyTorch's own switch decides
+whether it may use TF32 (``torch.backends.cuda.matmul``).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from batchkern.triton.launch import cdiv, check_float, dense_rows, device_of, ke
 from batchkern.triton.random import clipped_normals, dropout_factors
 
 NOISE_BYTES = 16 << 20
-"""Of the buffer for the noise of a dense basis."""
+"""The size of the buffer for the noise with a dense basis."""
 PIECES_BYTES = 64 << 20
-"""Of the buffer for rows that are transformed in pieces: some 50 us of work between two launches."""
+"""The size of the buffer for rows that are transformed in pieces: about 50 us of work between two launches."""
 WIDEST = 8192
-"""Columns that are transformed in one piece."""
+"""The most columns that are transformed in one piece."""
 TILE = 2048
-"""Elements of a block."""
+"""The number of elements in a tile."""
 
 
 @kernel(("batch", "width", "stride", "gaussian", "copies", "left_out", "first", "last", "threshold"))
@@ -37,20 +37,21 @@ def _rows(
     width,  # in units of VECTOR, as stride is
     stride,
     gaussian,
-    copies,  # that are written, x among them; left_out Gaussian ones behind x are not
+    copies,  # the number that are written, including x; the left_out Gaussian copies after x are not
     left_out,
-    first,  # before them, x to the rows [first, last) of out, and their noise to its buffer
+    first,  # before that, x is written to the rows [first, last) of out, and their noise to the buffer
     last,
     sigma,
     tau,
     threshold,
     scale,
-    DENSE: tl.constexpr,  # the noise goes to its buffer, else it is added
+    DENSE: tl.constexpr,  # whether the noise is written to the buffer instead of being added
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """One tile of a copy. The copies of a tile of x are neighbours in the grid: they read it from memory once."""
+    """Writes one tile of a copy. The copies of a tile of x are neighbours in the grid, so that x is read from
+    memory once."""
     width *= VECTOR
     stride *= VECTOR
     parts = tl.cdiv(width, COLUMNS)
@@ -83,7 +84,7 @@ def _rows(
 
 @triton.jit
 def _signs(numbers):
-    """float32 -1 for those with an odd number of ones in their bits, else 1."""
+    """float32: -1 for numbers with an odd number of one bits, else 1."""
     odd = numbers ^ (numbers >> 16)
     odd ^= odd >> 8
     odd ^= odd >> 4
@@ -103,7 +104,7 @@ def _hadamard(N: tl.constexpr):
 def _product(x, h, EXACT: tl.constexpr):
     """``x @ h`` for float32 ``x`` and ``h`` of ones and minus ones, on tensor cores.
 
-    x is rounded to float16, which has three bits more than bfloat16, or with ``EXACT`` split into two: 22 bits.
+    x is rounded to float16, which has three bits more than bfloat16. With ``EXACT`` it is split into two, with 22 bits.
     """
     high = x.to(tl.float16)
     result = tl.dot(high, h)
@@ -123,20 +124,20 @@ def _hadamard_rows(
     width,  # in units of VECTOR, as stride is
     stride,
     gaussian,
-    first,  # tiles [first, last) of ROWS rows, the Gaussian copies of the same rows of x side by side
+    first,  # tiles [first, last) of ROWS rows; the Gaussian copies of a tile of x follow each other
     last,
     pieces,
     sigma,
     tau,
-    gain,  # what the transform of clip(sigma z, -tau, tau) is multiplied by
+    gain,  # a factor of the transform of clip(sigma z, -tau, tau)
     ROWS: tl.constexpr,
     A: tl.constexpr,
     B: tl.constexpr,
-    WHOLE: tl.constexpr,  # rows have one piece
+    WHOLE: tl.constexpr,  # whether a row is one piece
     EXACT: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """A piece of N = A * B columns, (A, B) row-major, is transformed as H_A X H_B."""
+    """Transforms a piece of N = A * B columns, as a row-major (A, B) matrix X, to H_A X H_B."""
     width *= VECTOR
     stride *= VECTOR
     N: tl.constexpr = A * B
@@ -180,7 +181,8 @@ def _sum_of_pieces(
     PIECES: tl.constexpr,  # a power of two
     VECTOR: tl.constexpr,
 ):
-    """A row of several pieces is a Hadamard matrix of such blocks: each piece is the sum of all, with signs."""
+    """The Hadamard matrix of several pieces has H_N or -H_N as its blocks: each piece is a signed sum of transformed
+    ones."""
     width *= VECTOR
     stride *= VECTOR
     PARTS: tl.constexpr = N // COLUMNS
@@ -214,7 +216,13 @@ def _sum_of_copies(
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """The gradient of x, by copies in their order."""
+    """The gradient of x, with the upstream gradient g of each copy, summed in the order of the copies.
+
+    1. The original and the Gaussian copies are x plus noise that does not depend on x: their derivative is 1.
+    2. A dropout copy is x times its mask, which is drawn again from the seed: its derivative is the mask.
+    3. So the gradient of a row is the sum of g over the original and the Gaussian copies, plus the sum of mask * g over
+       the dropout copies.
+    """
     width *= VECTOR
     stride *= VECTOR
     parts = tl.cdiv(width, COLUMNS)
@@ -247,8 +255,8 @@ def augment_latent(
     rescale_dropout: bool = False,
     basis: Tensor | None = None,
 ) -> Tensor:
-    """``batchkern::augment_latent``: one launch; two with a Hadamard basis, or one and two for every 64 MB of its
-    pieces; two for every 16 MB of noise with a dense one."""
+    """``batchkern::augment_latent``: one launch without a basis; two with a Hadamard basis, or, for rows of several
+    pieces, one plus two for every 64 MB of pieces; two for every 16 MB of noise with a dense basis."""
     check_float(x, "x")
     _check_seed(seed)
     if x.dim() != 2:
@@ -297,13 +305,13 @@ def augment_latent(
         if basis is None or gaussian == 0:
             write(copies, sigma, tau)
             return out
-        # The noise in units of its size, so that float16 neither overflows nor loses digits.
+        # The noise is divided by its size, so that float16 neither overflows nor loses digits.
         size = min(sigma, tau)
         deviation, clip = (sigma / size, tau / size) if size > 0 else (0.0, 1.0)
         if basis.dim() == 1:
             write(1 + dropout, sigma, tau)
             signs = basis.to(torch.float32).contiguous()
-            signs = signs.clone() if signs.data_ptr() % 16 else signs  # as the kernel expects of its other data
+            signs = signs.clone() if signs.data_ptr() % 16 else signs  # the kernel needs this alignment
             _write_hadamard(x, out, signs, seed, gaussian, deviation, clip, size)
             return out
         matrix = basis.to(x.dtype).t()
@@ -324,7 +332,7 @@ def _write_hadamard(
     unit = vector(x)
     piece = min(power_of_two(width, 16), WIDEST)
     pieces = cdiv(width, piece)
-    # Factors of at least 16, the least that a tensor core takes, and at most 128.
+    # The factors are at least 16, the smallest size that a tensor core takes, and at most 128.
     a = 1 if piece <= 128 else 1 << (piece.bit_length() - 1) // 2
     rows = max(1, 4096 // piece) if pieces == 1 else 1
     tiles, numbers = cdiv(batch, rows) * gaussian, (batch, width // unit, x.stride(0) // unit, gaussian)
@@ -412,17 +420,18 @@ def _check_seed(seed: Tensor) -> None:
 
 
 def _mask(drop_prob: float, rescale: bool) -> tuple[int, float]:
-    """What a kept word must reach, as int32 of the same bits, and the factor of a kept element."""
+    """The threshold that the word of a kept element reaches, as the int32 with the same bits, and the element's
+    factor."""
     threshold = round(drop_prob * 2**32)
-    if threshold == 2**32:  # no word reaches it; a factor of 0 says the same
+    if threshold == 2**32:  # no word reaches it; a factor of 0 has the same effect
         return -1, 0.0
     return threshold - (threshold >> 31 << 32), 1 / (1 - drop_prob) if rescale else 1.0
 
 
 @functools.cache
 def _tile(width: int) -> tuple[int, int]:
-    """Columns and rows of a tile: the widest that wastes no more than a quarter of its columns, else the least
-    wasteful."""
+    """Columns and rows of a tile: of the widest tile that pads a row by at most a quarter, or else the one that pads it
+    least."""
     widths = (1024, 256, 64, 16)
     padded = {columns: cdiv(width, columns) * columns for columns in widths}
     columns = next((c for c in widths if padded[c] <= 1.25 * width), min(widths, key=lambda c: padded[c]))

@@ -1,4 +1,4 @@
-"""What the launchers share."""
+"""Helpers that the launchers share."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Kernel:
     """A Triton kernel that profilers show as ours.
 
-    Triton compiles anew for each alignment of a pointer, which may depend on the number of rows before a view, and may
-    change within a capture, where nothing can be compiled. So two compilations serve all: one for data that begins at
-    multiples of 16 bytes, as ``VECTOR`` above 1 says, and one for data that begins anywhere, whose loads take one
-    element. A seed or a factor begins anywhere.
+    Triton compiles a kernel again for each alignment of a pointer. The alignment may depend on the number of rows
+    before a view, and may change while a CUDA graph is captured, when nothing can be compiled. So there are only two
+    compilations: one for data that begin at multiples of 16 bytes (``VECTOR`` above 1), and one for data of any
+    alignment, whose loads take one element. No alignment of a seed or a factor is assumed.
     """
 
     def __init__(self, function: Callable[..., None], runtime: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ def kernel(runtime: Sequence[str] = ()) -> Callable[[Callable[..., None]], Kerne
 
 
 def device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the device of ``x`` the current one: Triton launches there."""
+    """Makes the device of ``x`` the current one, on which Triton launches."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
@@ -68,17 +68,17 @@ def check_float(x: Tensor, name: str) -> None:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """``x (N, C)`` itself where the elements of a row lie side by side, else a copy."""
+    """``x (N, C)`` itself if the elements of a row are contiguous, else a copy."""
     x = x.resolve_neg()
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def vector(*tensors: Tensor) -> int:
-    """Elements that a load may take: those in 16, 8 or 4 bytes, of which width and stride of all rows are multiples. 1
-    where a tensor begins at no multiple of 16 bytes.
+    """The number of elements of a vectorised load: the most, up to 16 bytes, that divide the widths and row strides of
+    all tensors. It is 1 if a tensor does not begin at a multiple of 16 bytes.
 
-    Kernels take widths and strides in units of it: so the compiler knows. Its own hint is for multiples of 16 elements,
-    which 1000 is not.
+    Kernels take widths and strides in units of it, which tells the compiler that they are multiples of it. Triton's own
+    hint is for multiples of 16 elements, which 1000, for example, is not.
     """
     if any(x.data_ptr() % 16 for x in tensors):
         return 1
@@ -86,7 +86,7 @@ def vector(*tensors: Tensor) -> int:
 
 
 def cdiv(n: int, size: int) -> int:
-    """Blocks of ``size`` that hold ``n``. ``triton.cdiv`` is for kernels too, and takes 5 us on the host."""
+    """The number of blocks of ``size`` that hold ``n``. ``triton.cdiv`` takes 5 us on the host."""
     return -(-n // size)
 
 

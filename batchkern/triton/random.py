@@ -1,8 +1,8 @@
 """Philox4x32-10 words, masks and normals for blocks of rows and columns: the numbers of ``csrc/philox.h``.
 
-Elementary functions are polynomials in float32, since the processor's own (``lg2.approx``, ``sin.approx``) are too
-coarse for normals that agree with the CPU's to 1e-6. The coefficients are near-minimax (Chebyshev) fits for the ranges
-given.
+Elementary functions are polynomials in float32, because the hardware's approximations (``lg2.approx``, ``sin.approx``)
+are too coarse for normals that agree with those of the CPU to 1e-6. The coefficients are near-minimax (Chebyshev) fits
+for the ranges given.
 """
 
 import triton
@@ -13,7 +13,7 @@ import triton.language as tl
 def random_words(seed, rows, quads):
     """Four words ``(R, N)`` uint32 for rows ``(R,)`` int64 and quads ``(N,)`` int32 of columns.
 
-    The counters of ``tl.philox``, whose pairs of a high and a low product become two instructions each instead of one.
+    The numbers of ``tl.philox``, with one 64-bit product instead of two instructions for its halves.
     """
     c0, c1 = rows.to(tl.uint32)[:, None], (rows >> 32).to(tl.uint32)[:, None]
     c2 = quads.to(tl.uint32)[None, :]
@@ -29,13 +29,13 @@ def random_words(seed, rows, quads):
 
 @triton.jit
 def interleave(a, b, c, d):
-    """The elements of a quad side by side: four ``(R, N)`` -> ``(R, 4 N)``."""
+    """Puts the elements of a quad next to each other: four ``(R, N)`` -> ``(R, 4 N)``."""
     return tl.join(tl.join(a, c), tl.join(b, d)).reshape(a.shape[0], 4 * a.shape[1])
 
 
 @triton.jit
 def dropout_factors(seed, rows, quads, threshold, scale):
-    """``scale`` where a column is kept, 0 where its word is below the threshold: ``(R, 4 N)`` float32."""
+    """``scale`` if a column is kept, 0 if its word is below the threshold: ``(R, 4 N)`` float32."""
     a, b, c, d = random_words(seed, rows, quads)
     least = threshold.to(tl.uint32, bitcast=True)
     return interleave(
@@ -78,13 +78,13 @@ def box_muller(a, b, sigma):
     p = tl.fma(h, p, 0.08333330364777214)
     p = tl.fma(h, p, 0.24999998830925269)
     square = tl.fma(e.to(tl.float32), -1.3862943611198906, tl.fma(h * h, p, h))
-    # The root by one Newton step: sqrt.approx errs by twice as much.
+    # One Newton step for the root: the error of sqrt.approx is twice as large.
     inverse = tl.rsqrt(square)
     root = square * inverse
     radius = sigma * tl.fma(0.5 * inverse, tl.fma(-root, root, square), root)
 
-    # cos and sin of 2 pi u from those of a quarter turn, r in [-1/2, 1/2] of one; 1.5 * 2^23 rounds to an integer in
-    # the low bits.
+    # cos and sin of 2 pi u from those of r quarter turns, with r in [-1/2, 1/2]. Adding 1.5 * 2^23 rounds to an integer
+    # in the low bits.
     turns = uniform(b, 4.0)
     shifted = turns + 12582912.0
     quadrant = shifted.to(tl.int32, bitcast=True)
@@ -104,5 +104,5 @@ def box_muller(a, b, sigma):
 
 @triton.jit
 def flip_sign(x, two):
-    """-x where ``two`` is 2, x where it is 0."""
+    """-x if ``two`` is 2, x if it is 0."""
     return (x.to(tl.int32, bitcast=True) ^ (two << 30)).to(tl.float32, bitcast=True)

@@ -1,15 +1,25 @@
 """soft_label_kl on a GPU.
 
-With u = log Q - log P, KL(P || Q) = sum P (e^u - 1 - u), where no term is negative, and its gradient is P (e^u - 1);
-both keep their digits next to the reference. There u = d + s, where d, the difference of two logits, is exact, and s,
-the difference of two float32 log-sum-exps, is off by some 1e-7. That error shows in the same sweep: Q sums to 1 + e
-with e = sum P (e^u - 1), and KL is too large by e - log(1 + e). So no row needs another sweep.
+With u = log Q - log P, KL(P || Q) = sum P (e^u - 1 - u), where no term is negative. Near the reference u = d + s, where
+d, the difference of two logits, is exact, and s, the difference of two float32 log-sum-exps, has an error of about
+1e-7. The same sweep finds this error: Q sums to 1 + e with e = sum P (e^u - 1), and KL is too large by e - log(1 + e).
+So no row needs another sweep.
 
-A row of up to ``ONE_TILE`` classes is held in registers, and each row of virtual logits recomputes its reference. A
-longer one is swept twice, downwards the second time: the logits read last are still in the cache.
+The gradients, with a and b the reference and the virtual logits divided by the temperature T:
 
-The gradient is made in the forward pass, ``scale`` and all. The backward pass looks at the upstream gradient on the
-device, and where it is 1 a gradient that has its type already is not touched.
+1. KL = -sum_i P_i u_i, with P = softmax(a) and Q = softmax(b);
+2. the derivative of log Q_i by b_j is (i == j) - Q_j, so that of KL is Q_j - P_j = P_j (e^u_j - 1), which keeps its
+   digits near the reference;
+3. the derivative of P_i by a_j is P_i ((i == j) - P_j), and sum_i P_i (d log P_i / d a_j) = 0, so that of KL is
+   P_j (sum_i P_i u_i - u_j) = P_j (-u_j - KL), summed over the copies of a reference;
+4. the gradients of the scaled mean by the logits are these times ``grad_scale`` = scale / (T rows).
+
+A row of up to ``ONE_TILE`` classes is held in registers, and the softmax of the reference is computed again for each of
+its virtual rows. A longer row is swept twice, the second time from its end to its start, because the logits that were
+read last are still in the cache.
+
+The forward pass computes the gradient, with ``scale`` as a factor. The backward pass loads the upstream gradient on the
+device; if it is 1, a gradient that has its final type already is neither read nor written.
 """
 
 from __future__ import annotations
@@ -27,12 +37,13 @@ ONE_TILE = 8192
 LOG2_E = tl.constexpr(math.log2(math.e))
 LOG_2 = tl.constexpr(math.log(2))
 SHORT = 1 << 16
-"""Bytes of a swept row, up to which two blocks of half as many threads share a multiprocessor: twice as many rows are
-then in flight, and must stay in the cache between their sweeps."""
+"""Up to this many bytes of a swept row, two blocks of half as many threads share a multiprocessor: twice as many rows
+are then in flight, and they must stay in the cache between their two sweeps."""
 PROGRAMS = 4096
-"""At most, of a kernel that may have nothing to do."""
+"""The most programs of a kernel that may have nothing to do."""
 RUNTIME = ("batch", "copies", "classes", "reference_stride", "virtual_stride", "wants_grad", "wants_rows")
-"""What may change from call to call without another compilation. Classes and strides are in units of VECTOR."""
+"""The arguments that may change between calls without another compilation. Classes and strides are in units of
+VECTOR."""
 
 
 @triton.jit
@@ -46,9 +57,10 @@ def _alignment(p_max, q_max, p_log_sum, q_log_sum, k):
 
 @triton.jit
 def _log_ratio(p, q, offset, shift, k):
-    """u = log Q - log P of logits that are subtracted as they are, which is exact where they are close.
+    """u = log Q - log P. The logits are subtracted directly, which is exact if they are close.
 
-    Where one row lies higher than the other as a whole, it is moved down first: so none loses digits that it has.
+    If one row is higher than the other by an offset, the offset is subtracted from it first, so that no digits are
+    lost.
     """
     return tl.fma((q + tl.where(offset < 0.0, offset, 0.0)) - (p - tl.where(offset > 0.0, offset, 0.0)), k, shift)
 
@@ -57,11 +69,11 @@ def _log_ratio(p, q, offset, shift, k):
 def _divergence(p, q, p_max, q_max, p_log_sum, q_log_sum, offset, shift, k):
     """P (e^u - 1 - u) and Q - P, elementwise.
 
-    ``p`` and ``q`` are logits; of their rows ``_max`` is the maximum and ``_log_sum`` log2 of the sum of exponentials
-    relative to it. A class that is absent, at -inf in both rows, gives 0 and 0.
+    ``p`` and ``q`` are logits; ``_max`` is the maximum of their row, and ``_log_sum`` is log2 of the sum of
+    exponentials relative to it. An absent class, at -inf in both rows, gives 0 and 0.
     """
     u = _log_ratio(p, q, offset, shift, k)
-    # From 128 up P is 0. The comparison also takes the NaN of an absent class away; that of a NaN logit is in P or Q.
+    # If u is 128 or more, P is 0. The comparison also removes the NaN of an absent class; a NaN logit makes P or Q NaN.
     u = tl.where(u < 128.0, u, 128.0)
     p = tl.exp2(tl.fma(p - p_max, k * LOG2_E, -p_log_sum))
     q = tl.exp2(tl.fma(q - q_max, k * LOG2_E, -q_log_sum))
@@ -73,21 +85,21 @@ def _divergence(p, q, p_max, q_max, p_log_sum, q_log_sum, offset, shift, k):
     g = tl.fma(u, g, 0.5000000121691628)
     w = u * u * g
     grad = tl.where(small, p * (u + w), q - p)
-    # P that underflowed times u = -inf is infinite, too.
+    # P is at least the smallest normal number, so that the term is infinite for u = -inf even if P underflowed to 0.
     term = tl.where(small, p * w, grad - tl.where(p < 1.2e-38, 1.2e-38, p) * u)
     return term, grad
 
 
 @triton.jit
 def _corrected(kl, excess):
-    """The divergence without what the error of the log-sum-exps added; ``excess`` is the sum of Q - P."""
+    """The divergence less the part that the error of the log-sum-exps added; ``excess`` is the sum of Q - P."""
     kl += excess * excess * tl.fma(excess, tl.fma(excess, -0.25, 1 / 3), -0.5)
     return tl.where(kl < 0.0, 0.0, kl)
 
 
 @triton.jit
 def _sums(a, b, axis: tl.constexpr):
-    """Sums of two tensors, which warps exchange together."""
+    """The sums of two tensors, which are reduced across warps together."""
     return tl.split(tl.sum(tl.join(a, b), axis))
 
 
@@ -144,14 +156,14 @@ def _whole_rows(
 
 @triton.jit
 def _block(SETS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns ``(SETS, THREADS, VECTOR)`` of a block: a thread has SETS groups, each loaded at once."""
+    """Columns ``(SETS, THREADS, VECTOR)`` of a block: a thread has SETS groups of VECTOR columns, each for one load."""
     groups = tl.arange(0, SETS)[:, None] * THREADS + tl.arange(0, THREADS)[None, :]
     return groups[:, :, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
 
 
 @triton.jit
 def _log_sum_exp(row, classes, scale, SETS: tl.constexpr, THREADS: tl.constexpr, VECTOR: tl.constexpr):
-    """Maximum of a row and log2 of the sum of 2^(scale (z - maximum)), in one sweep: each thread keeps its own."""
+    """Maximum of a row and log2 of the sum of 2^(scale (z - maximum)), in one sweep. Each thread keeps its own."""
     inside = _block(SETS, THREADS, VECTOR)
     maxima = tl.full((THREADS,), float("-inf"), tl.float32)
     sums = tl.zeros((THREADS,), tl.float32)
@@ -165,7 +177,7 @@ def _log_sum_exp(row, classes, scale, SETS: tl.constexpr, THREADS: tl.constexpr,
         sums = sums * tl.exp2((maxima - base) * scale) + tl.sum(tl.sum(powers, 2), 0)
         maxima = highest
     maximum = tl.max(maxima, 0)
-    # NaN and +inf are in the sums; a row of -inf alone becomes NaN here, as its softmax is.
+    # NaN and +inf make a sum NaN; a row of only -inf becomes NaN here, as its softmax is.
     return maximum, tl.log2(tl.sum(sums * tl.exp2((maxima - maximum) * scale), 0))
 
 
@@ -212,7 +224,8 @@ def _swept_rows(
     classes *= VECTOR
     reference_stride *= VECTOR
     virtual_stride *= VECTOR
-    # The copies of a row are neighbours: they run at the same time and share the reference's row in the cache.
+    # The copies of a row are neighbours in the grid: they run at the same time and share the reference's row in the
+    # cache.
     row, copy = (tl.program_id(0) // copies).to(tl.int64), tl.program_id(0) % copies
     row_q = copy.to(tl.int64) * batch + row
     p_row, q_row = reference + row * reference_stride, virtual + row_q * virtual_stride
@@ -235,7 +248,7 @@ def _swept_rows(
         if wants_grad != 0:
             scaled = (to_q * grad_scale).to(grad.dtype.element_ty)
             tl.store(grad + row_q * classes + columns, scaled, mask, eviction_policy="evict_first")
-    excess = tl.sum(excesses, 0)  # apart from the other: joined they spill on sm_100
+    excess = tl.sum(excesses, 0)  # separately: joined with the other sum it would spill on sm_100
     tl.store(kl + row_q, _corrected(tl.sum(sums, 0), excess))
     if wants_rows != 0:
         tl.store(virtual_rows + 2 * row_q, offset)
@@ -260,7 +273,7 @@ def _reference_gradient(
     COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """P (sum of t - sum of KL), with t = -u, over the copies of a row in their order."""
+    """Step 3 of the module's derivation: P times the sum of -u - KL over the copies of a row, in their order."""
     classes *= VECTOR
     reference_stride *= VECTOR
     virtual_stride *= VECTOR
@@ -291,7 +304,7 @@ def _scale_gradient(
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
-    """``gradient * factor`` in the type of ``out``; nothing where that is what lies there."""
+    """Writes ``gradient * factor`` in the type of ``out``, or nothing if that is in place and the factor is 1."""
     scale = tl.load(factor)
     count = count.to(tl.int64) * VECTOR
     tiles = tl.cdiv(count, BLOCK).to(tl.int32)
@@ -323,13 +336,13 @@ def soft_label_kl(
     reference_grad: bool = False,
     virtual_grad: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``batchkern::soft_label_kl``: two launches; one more for rows that are swept, for ``reference_grad`` and for
-    ``scale``."""
+    """``batchkern::soft_label_kl``: two launches; one more each for rows that are swept, for ``reference_grad`` and for
+    a ``scale`` other than 1."""
     batch, copies, classes = _shape(reference_logits, virtual_logits)
     reference, virtual = dense_rows(reference_logits), dense_rows(virtual_logits)
     dtype, rows = reference.dtype, batch * copies
     kl = reference.new_empty(rows, dtype=torch.float32)
-    # float16 would lose what is to be divided by many rows.
+    # Gradients that are divided by the number of rows could underflow in float16.
     to_virtual = virtual.new_empty(
         rows if virtual_grad else 0, classes, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     )
@@ -345,8 +358,8 @@ def soft_label_kl(
     numbers = batch, copies, classes // unit, *strides, k, scale * k / rows
     with device_of(reference):
         if classes > ONE_TILE:
-            # Of 65,536 registers, 64 for each of 1,024 threads, in one block or two. With half of the threads single
-            # elements take more, and those of 16 bits on sm_100.
+            # A multiprocessor has 65,536 registers: 64 for each of 1,024 threads, in one block or two. In blocks of
+            # half as many threads, loads of single elements would take more, and so would 16-bit elements on sm_100.
             threads = 512 if unit == 4 and dtype.itemsize == 4 and classes * dtype.itemsize <= SHORT else 1024
             sweep = {"SETS": max(2, 8 // unit), "THREADS": threads, "VECTOR": unit}
             sweep |= {"num_warps": threads // 32, "maxnreg": 64}
