@@ -16,13 +16,13 @@ from bench.registry import FULL_PASS, Case, Floor, Operation, Problem, Sweep, Va
 
 FP32, BF16 = torch.float32, torch.bfloat16
 WIDEST_DENSE = 4096
-"""Peers have the transform as a matrix: beyond this it would take more memory, and time, than all the rest."""
+"""Peers apply the transform as a dense matrix: wider ones would take more memory and time than all other cases."""
 NUMBERS = {"sigma": 0.5, "tau": 0.6, "drop_prob": 0.3}
 
 
 def build(case: Case, device: torch.device) -> Problem:
     batch, width, gaussian, dropout = case.sizes.values()
-    # What a hidden layer gives, but without zeros, which look like dropped elements.
+    # Like the output of a hidden layer, but without zeros, which would look like dropped elements.
     x = (torch.randn(batch, width, device=device).relu() + 0.01).to(case.dtype)
     basis = None if case.kind == "no basis" else batchkern.random_basis(width, case.kind, device=device)
     copies = {"gaussian": gaussian, "dropout": dropout}
@@ -58,9 +58,9 @@ def wide(basis: Tensor | Hadamard | None) -> Tensor | Hadamard | None:
 
 
 def unlike(case: Case, draw: Tensor, upstream: Tensor, result: Tensor, gradients: tuple[Tensor, ...]) -> str:
-    """What a result with random numbers of its own lacks that a right ``draw`` has, in words.
+    """Why a result with random numbers of its own is not distributed like ``draw``, which is right; empty if it is.
 
-    Equal raw rows; noise of equal mean and spread; as many zeros, and elsewhere x; the gradient of what it kept.
+    Compares the raw rows; the mean and spread of the noise; the number of zeros; x elsewhere; and the gradient.
     """
     batch, _, gaussian, dropout = case.sizes.values()
     if result.shape != draw.shape:
@@ -72,7 +72,7 @@ def unlike(case: Case, draw: Tensor, upstream: Tensor, result: Tensor, gradients
     if gaussian:
         noise, their_noise = (y.double() - x.double().repeat(gaussian, 1) for y in (noisy, their_noisy))
         spread = float(noise.std())
-        # Some standard errors, and half a step of the type: a peer's tau, and its noise, are rounded to it.
+        # A few standard errors plus half an epsilon of the type, to which a peer rounds its tau and its noise.
         loose = 6 / noise.numel() ** 0.5 + torch.finfo(result.dtype).eps / 2
         shift, ratio = float(their_noise.mean() - noise.mean()) / spread, float(their_noise.std()) / spread
         if abs(shift) > loose or abs(ratio - 1) > loose:
@@ -93,7 +93,8 @@ def limit(case: Case) -> float:
 
 
 def floor(case: Case, mode: str) -> Floor:
-    """The output is written, and the product with a dense basis done; backward, the gradient of the output is read."""
+    """Forward, the output is written and the product with a dense basis computed. Backward, the gradient of the output
+    is read."""
     batch, width, gaussian, dropout = case.sizes.values()
     x = batch * width * case.dtype.itemsize
     output = (1 + gaussian + dropout) * x
@@ -120,7 +121,7 @@ def case(
 
 
 KINDS = "no basis", "normalized", "hadamard"
-GPU_TARGETS = None, 0.85, 0.3  # normals and transforms are not in the floor
+GPU_TARGETS = None, 0.85, 0.3  # the floor does not include normals and transforms
 
 OPERATION = Operation(
     "augment_latent",

@@ -1,5 +1,5 @@
-"""How exact the mean KL of virtual rows next to their reference is, here and with F.kl_div; and what gradient a
-confident token of bfloat16 logits has.
+"""The accuracy of the mean KL of virtual rows close to their reference, ours and that of F.kl_div; and the gradient of
+a confident token with bfloat16 logits.
 
 Float32 logits, virtual rows reference + perturbation * N(0, 1); errors are relative to the mean in float64 on the same
 float32 logits. F.kl_div takes log_softmax of both, summed in float32.
@@ -38,7 +38,7 @@ def test_accuracy(session: Any, classes: int) -> None:
     noise = torch.randn_like(p)
     for perturbation in PERTURBATIONS:
         q = p + perturbation * noise
-        # In float64, which tests compare with 50 digits: sum P t would lose digits even there.
+        # In float64, by a formula that tests compare with 50 digits: sum P t would lose digits even in float64.
         exact = float(reference.soft_label_kl(p.double(), q.double()).mean())
         for variant, divergence in (("ours", with_batchkern), ("F.kl_div", with_kl_div)):
             rows = divergence(p, q)
@@ -48,7 +48,7 @@ def test_accuracy(session: Any, classes: int) -> None:
 
 
 def test_confident_tokens_and_10_classes(session: Any) -> None:
-    """The gradient of a target's weight where there are one feature, which is 1, and two words."""
+    """The gradient of the weight of the target, with a single feature, which is 1, and two words."""
     session.begin()
     target = torch.tensor([0], device=session.device.device)
     for probability in (0.9, 0.99, 0.999, 0.9999):

@@ -1,4 +1,4 @@
-"""How time and memory of each operation grow with each of its dimensions."""
+"""How the time and memory of each operation grow with each of its dimensions."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ def _advance(seconds: float) -> None:
 
 @pytest.mark.benchmark(timer=replay_clock)
 def test_operation(benchmark: Any, session: Any, op: Operation, case: Case) -> None:
-    """Rows for the session; pytest-benchmark gets the median of ours in the last mode, to hold one commit against
-    another with ``--benchmark-compare``."""
+    """Adds rows to the session. pytest-benchmark gets our median in the last mode, so that ``--benchmark-compare`` can
+    compare two commits."""
     session.begin()
     session.rates.sample(case.dtype)
     rows = measure.rows_of(op, case, session.device, session.without)

@@ -14,12 +14,12 @@ from bench.machine import QUICK
 from bench.training import CASES, Case, measure
 
 SECONDS, SECONDS_WITH_TARGET = 8.0, 24.0
-"""Of rounds. One of resnet8 takes 5 seconds, and its ratio scatters by 2 %."""
+"""The seconds that rounds take together. A round of resnet8 takes 5 seconds, and its ratio varies by 2 %."""
 
 
-# Kept rows of a network with batch norm get statistics of their own: here only their time counts.
+# With batch norm, the kept rows are normalised with their own statistics; here only the time matters.
 @pytest.mark.filterwarnings("ignore:Trimming.*batch norm")
-# Those with a target first, in case time runs out.
+# Cases with a target come first, in case time runs out.
 @pytest.mark.parametrize(
     "case",
     sorted(CASES, key=lambda case: case.target is None),

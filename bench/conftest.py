@@ -1,8 +1,8 @@
-"""The session of a benchmark run, and what it prints and writes.
+"""The session of a benchmark run, and its output.
 
-``BATCHKERN_BENCH_OUT=folder`` writes ``folder/<machine>/<date>-<commit>.json``, anew after each case, so that a run
-that is stopped leaves what it has; without it the tables are only printed. ``BATCHKERN_BENCH_QUICK=1`` makes shapes
-small and rounds few: a check of the benchmarks, not a measurement.
+``BATCHKERN_BENCH_OUT=folder`` writes ``folder/<machine>/<date>-<commit>.json``, again after each case, so that a run
+that is stopped keeps its results so far. Without it the tables are only printed. ``BATCHKERN_BENCH_QUICK=1`` makes
+shapes small and rounds few: a check of the benchmarks, not a measurement.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Read when torch loads OpenMP.
+# torch reads it when it loads OpenMP.
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 import pytest
@@ -28,7 +28,7 @@ _sessions: list[Session] = []
 
 
 class Session:
-    """What was measured so far."""
+    """The results so far."""
 
     def __init__(self, device: Cpu, cases: list[str], minutes: float | None, without: list[str]) -> None:
         self.device = device
@@ -39,14 +39,14 @@ class Session:
         self.sections: dict[str, list[Any]] = {}
         self.failed: list[str] = []
         self.left_out = cases
-        """Those that were not tried, so far."""
+        """The cases that were not tried so far."""
         self.begun = time.monotonic()
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.path = self._path()
         self.write()  # the first case may end the process
 
     def _path(self) -> Path | None:
-        """A file that is not there yet."""
+        """The path of a file that does not exist yet."""
         if not (folder := os.environ.get("BATCHKERN_BENCH_OUT")):
             return None
         name = f"{self.machine['date'][:10]}-{self.machine['commit']}"
@@ -58,7 +58,7 @@ class Session:
         self.write()
 
     def begin(self) -> None:
-        """Skips what no time is left for."""
+        """Skips a case if no time is left."""
         if self.deadline is not None and time.monotonic() > self.deadline:
             pytest.skip("no time was left")
 
@@ -86,7 +86,7 @@ class Session:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--on", choices=["cpu", "cuda"], default="cpu", help="the device to measure on")
-    parser.addoption("--minutes", type=float, help="begin no case after so many")
+    parser.addoption("--minutes", type=float, help="begin no case after so many minutes")
     parser.addoption("--without", action="append", default=[], metavar="VARIANT", help="do not measure it")
 
 
@@ -101,7 +101,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """The cases, or the sweeps, of every operation for the device, the most important first."""
+    """Parametrizes a test by the cases, or the sweeps, of every operation for the device, the most important first."""
     device = metafunc.config.getoption("--on")
     if {"op", "case"} <= set(metafunc.fixturenames):
         cases = [
@@ -129,7 +129,7 @@ def session(request: pytest.FixtureRequest) -> Session:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """A case was tried once its call has ended, or if it came to none because of an error."""
+    """A case was tried if its call has ended, or if an error came before the call."""
     if (report.when == "call" or report.failed) and not report.skipped:
         for session in _sessions:
             session.tried(report.nodeid, report.failed)

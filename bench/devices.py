@@ -1,5 +1,5 @@
 """How time, memory and rates are measured on a CPU and on a CUDA GPU. ``run`` is always a call without arguments whose
-result is freed after the clock has stopped: in training someone else frees what a step returned."""
+result is freed after the clock has stopped, because in training other code frees the result of a step."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from bench.machine import QUICK
 
 Run = Callable[[], Any]
 SAMPLES = 3
-"""Of each rate, before each case: together they cover the whole session."""
+"""The number of samples of each rate before each case: together they cover the whole session."""
 
 
 class Cpu:
     least_seconds = 2e-3
-    """Shorter calls are repeated until they fill it."""
+    """Shorter calls are repeated until they take this long."""
     most_calls = 1000
     seconds_a_group = 0.05 if QUICK else 3.0
-    """Of rounds of one mode."""
+    """The time for the rounds of one mode."""
     copied = 1 << (20 if QUICK else 26)
-    """Elements; much larger than a cache."""
+    """The number of elements that are copied: much larger than a cache."""
     width = 256 if QUICK else 1024
-    """Of the square product."""
+    """The size of the square matrices that are multiplied."""
     launch_bound_s = 0.0
-    """Calls below it are measured in a CUDA graph, too."""
+    """Calls that take less are also measured in a CUDA graph."""
     host_s = 0.0
-    """What the host took for the latest run besides the device's time."""
+    """The time that the host took to issue the latest run."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
@@ -52,7 +52,7 @@ class Cpu:
         return max(1, min(self.most_calls, math.ceil(self.least_seconds / max(once, 1e-7))))
 
     def peak_bytes(self, run: Run) -> int:
-        """Bytes at the highest moment of a run beyond those before it: every event of the CPU allocator is counted."""
+        """The peak of the memory that a run allocates, in bytes, from every event of the CPU allocator."""
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
             result = run()
         del result
@@ -64,35 +64,35 @@ class Cpu:
         return peak
 
     def launches(self, run: Run) -> int | None:
-        """A CPU has none."""
+        """None: a CPU has no launches."""
         return None
 
     def release(self) -> None:
-        """Gives back what the allocator keeps of the case before."""
+        """Frees the memory that the allocator caches from the previous case."""
 
     def copy_rates(self) -> list[float]:
-        """Bytes read and written a second."""
+        """Bytes read and written per second, several samples."""
         bytes_moved = 2 * self.source.nbytes
         return [bytes_moved / self.seconds(lambda: self.target.copy_(self.source)) for _ in range(SAMPLES)]
 
     def matmul_rates(self, dtype: torch.dtype) -> list[float]:
-        """Flops a second of a square product."""
+        """Flops per second of a square product, several samples."""
         a, b = (torch.randn(self.width, self.width, device=self.device).to(dtype) for _ in range(2))
         self.seconds(lambda: a @ b)
         return [2 * self.width**3 / self.seconds(lambda: a @ b) for _ in range(SAMPLES)]
 
 
 class Cuda(Cpu):
-    """Time by events on the device. The L2 cache is emptied before each run, and calls within one have inputs of their
-    own; the queue is filled first, so that short kernels do not wait for the host."""
+    """Measures time by events on the device. The L2 cache is flushed before each run, and each call of a run has its
+    own inputs. The device sleeps until the calls are queued, so that short kernels do not wait for the host."""
 
     most_calls = 100
     seconds_a_group = 0.05 if QUICK else 0.5
     queued_host_s = 4e-3
-    """So long the host may take for the calls of a round."""
+    """The longest that the host may take to queue the calls of a round."""
     launch_bound_s = 50e-6
     cycles_per_second = 2e9
-    """At least: a longer sleep does no harm."""
+    """An upper bound of the clock rate: a longer sleep does no harm."""
     copied = 1 << (24 if QUICK else 29)
     width = 1024 if QUICK else 8192
 
@@ -115,13 +115,13 @@ class Cuda(Cpu):
         return start.elapsed_time(end) / 1e3
 
     def calls_a_round(self, once: float) -> int:
-        """So few, too, that the queue, of some 1,000 launches, never is full."""
+        """Also few enough that the queue, of about 1,000 launches, never becomes full."""
         return max(1, min(super().calls_a_round(once), int(self.queued_host_s / self.host_s)))
 
     def graph_of(self, make: Callable[[], Run]) -> Run:
-        """What replays the run that ``make`` prepares. Everything happens on one stream, which the context leaves again
-        even if the capture fails."""
-        torch.cuda.synchronize()  # the other stream would not wait for what was made before
+        """Captures the run that ``make`` prepares, and returns a function that replays it. Everything happens on one
+        stream, and the previous stream is restored even if the capture fails."""
+        torch.cuda.synchronize()  # the new stream would not wait for earlier work
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             run = make()
@@ -136,7 +136,7 @@ class Cuda(Cpu):
         def replay() -> None:
             graph.replay()
 
-        replay.outputs = outputs  # type: ignore[attr-defined]  # their memory is the graph's
+        replay.outputs = outputs  # type: ignore[attr-defined]  # keeps alive the memory of the graph
         return replay
 
     def peak_bytes(self, run: Run) -> int:
@@ -150,7 +150,7 @@ class Cuda(Cpu):
         return peak
 
     def launches(self, run: Run) -> int | None:
-        """Kernels, copies and fills that the device ran."""
+        """The number of kernels, copies and fills that the device ran."""
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
             result = run()
@@ -172,7 +172,7 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 class Rates:
-    """Copy bandwidth and matmul rates of the device, sampled all along the session."""
+    """Copy bandwidth and matmul rates of the device, sampled throughout the session."""
 
     def __init__(self, device: Cpu) -> None:
         self.device = device
@@ -189,14 +189,14 @@ class Rates:
 
 
 def floor_seconds(floor: dict[str, float], dtype: str, rates: dict[str, Any]) -> float:
-    """Bytes at the copy bandwidth, and then flops at the matmul rate of the type."""
+    """The time for the bytes at the copy bandwidth plus that for the flops at the matmul rate of the type."""
     products = floor["flops"] / rates["matmul"][dtype]["median"] if floor["flops"] else 0.0
     return floor["bytes"] / rates["copy"]["median"] + products
 
 
 def cloned(inputs: tuple[Tensor, ...], differentiable: int) -> tuple[Tensor, ...]:
-    """Fresh inputs. Those with a gradient are no leaves, as logits are not in training: ``inplace_backward`` needs
-    that, and the gradient is returned in fresh memory instead of being accumulated."""
+    """Copies of the inputs. Those with a gradient are not leaves, like logits in training: ``inplace_backward`` needs
+    that, and their gradient is returned in fresh memory instead of being accumulated."""
     return tuple(
         x.detach().requires_grad_().clone() if place < differentiable else x.clone() for place, x in enumerate(inputs)
     )

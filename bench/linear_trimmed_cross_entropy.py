@@ -1,5 +1,5 @@
-"""The last linear layer and its trimmed cross entropy, over keep. Full passes alone: an implementation may make the
-gradient in its forward pass."""
+"""The last linear layer and its trimmed cross entropy, for several values of keep. Only full passes are measured,
+because an implementation may compute the gradient in its forward pass."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 def build(case: Case, device: torch.device) -> Problem:
-    """Hidden states that point to their words, some surely and some not: the logit of a row's own word is up to 20,
-    and the others spread by 1. (At 90 gradients would be full of subnormal numbers, which make PyTorch's products four
-    times slower.)"""
+    """Hidden states that point to their words with different confidence: the logit of a row's target is up to 20, and
+    the others have a standard deviation of 1. (With 90 instead of 20, gradients would be full of subnormal numbers,
+    which make PyTorch's products four times slower.)"""
     rows, width, words = case.sizes.values()
     weight = width**-0.5 * torch.randn(words, width, device=device)
     target = torch.randint(words, (rows,), device=device)
@@ -34,7 +34,7 @@ def build(case: Case, device: torch.device) -> Problem:
         return oracle(h, w, 1.0)
 
     def composed(h: Tensor, w: Tensor) -> Tensor:
-        most = int(keep * rows) + 1  # so that no host waits
+        most = int(keep * rows) + 1  # so that the host does not wait for the number of kept rows
         losses = batchkern.linear_cross_entropy(h, w, target, reduction="none", backward_rows=most)
         return batchkern.trimmed_mean(losses, keep)
 
@@ -53,8 +53,9 @@ def build(case: Case, device: torch.device) -> Problem:
 
 
 def floor(case: Case, mode: str) -> Floor:
-    """Products of 2 N H V flops: one for the logits of all rows and three for each kept row, or three for all rows and
-    two to take the dropped ones off again, whichever is less. Who keeps all logits in memory needs 1 + 2 keep."""
+    """Products of 2 N H V flops: one for the logits of all rows and three for the kept rows, or three for all rows and
+    two to subtract the dropped rows again, whichever is less. An implementation that keeps all logits in memory needs
+    only 1 + 2 keep."""
     rows, width, words = case.sizes.values()
     products = min(1 + 3 * case.keep, 3 + 2 * (1 - case.keep))
     return Floor(0.0, products * 2 * rows * width * words)

@@ -1,4 +1,4 @@
-"""The machine that a measurement was made on: what a reader must know to compare two of them."""
+"""The machine of a measurement: the facts that a reader needs to compare two measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from batchkern import _backend
 from bench import peers
 
 QUICK = os.environ.get("BATCHKERN_BENCH_QUICK") == "1"
-"""Small shapes and few rounds: a check of the benchmarks, not a measurement."""
+"""Whether to use small shapes and few rounds: a check of the benchmarks, not a measurement."""
 ROOT = Path(__file__).resolve().parents[1]
 
 

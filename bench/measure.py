@@ -1,7 +1,7 @@
 """Variants of a problem side by side: checked, then timed in turn.
 
-A round runs every variant once, in shuffled order, so that what the machine does besides hits them alike, and ratios
-are taken within a round.
+A round runs every variant once, in shuffled order, and ratios are taken within a round, so that other load on the
+machine affects all variants equally.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from bench.registry import Case, Forward, Operation, Oracle, Problem, Sweep, Var
 ROUNDS = (3, 3) if QUICK else (7, 101)
 SECONDS_A_POINT, POINT_ROUNDS = (0.02, (2, 2)) if QUICK else (0.5, (7, 31))
 NOT_SWEPT = ("compile", "ours inplace", "ours composed", "sort")
-"""Compiling for each size would take longer than all the rest."""
+"""Variants that are not measured in sweeps. (Compiling for each size would take longer than all the rest.)"""
 
 
 def prepared(problem: Problem, step: Forward, mode: str, calls: int) -> Run:
-    """Everything that is not to be timed. The run gives, for each call, the result and its gradients.
+    """Does everything that is not timed. The run returns, for each call, the result and its gradients.
 
     Each call has inputs and a graph of its own.
     """
@@ -56,7 +56,7 @@ def gradients(problem: Problem, result: Tensor, inputs: tuple[Tensor, ...]) -> t
 
 @cache
 def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Made once: else autograd makes one in each backward pass, which is a launch."""
+    """Cached, because autograd would make one in each backward pass, which is another launch."""
     return torch.ones((), dtype=dtype, device=device)
 
 
@@ -64,7 +64,7 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class Unequal(Exception):
-    """What a variant computes is not what it should."""
+    """A variant computes a wrong result."""
 
 
 Exact = tuple[Tensor, tuple[Tensor, ...]]
@@ -74,11 +74,11 @@ Exact = tuple[Tensor, tuple[Tensor, ...]]
 def errors(
     problem: Problem, variant: Variant, mode: str = "full", known: dict[Oracle, Exact] | None = None
 ) -> dict[str, float | None] | None:
-    """Relative to float64, of the result and of its gradients; None where random numbers are the variant's own.
-    ``known`` keeps what oracles gave, for the next variant of the same problem and mode.
+    """The errors of the result and of its gradients relative to float64; None if the variant draws its own random
+    numbers. ``known`` keeps the results of oracles for the next variant of the same problem and mode.
 
     Raises:
-        Unequal: beyond the problem's limit, or NaN.
+        Unequal: an error is above the problem's limit, or NaN.
     """
     ((result, found_gradients),) = prepared(problem, variant.step, mode, 1)()
     if variant.wrong is not None:
@@ -115,7 +115,7 @@ def in_float64(problem: Problem, oracle: Oracle, mode: str) -> Exact:
 
 @dataclass
 class Timed:
-    """Seconds a call, by variant and round."""
+    """Seconds per call, by variant and round."""
 
     seconds: dict[str, list[float]]
     calls: dict[str, int]
@@ -140,7 +140,7 @@ def interleaved(
             shuffle(order)
             for name in order:
                 run, host = runs[name](calls[name]), timed.host[name]
-                device.host_s = calls[name] * host[-1] if host else 0.0  # its own: no other's sleep fits
+                device.host_s = calls[name] * host[-1] if host else 0.0  # each variant needs a sleep of its own length
                 timed.seconds[name].append(device.seconds(run) / calls[name])
                 host.append(device.host_s / calls[name])
             done += 1
@@ -164,13 +164,14 @@ def timed_mode(
 
 
 def timed_graphs(device: Cuda, problem: Problem, steps: dict[str, Forward], mode: str, calls: int) -> Timed:
-    """Replays of captured calls; inputs are restored before each, since a variant may write into its own."""
+    """Times replays of captured calls. Inputs are restored before each replay, because a variant may overwrite them."""
     runs = {}
     for name, step in steps.items():
         inputs: list[tuple[Tensor, ...]] = []
 
         def make(step: Forward = step, inputs: list[tuple[Tensor, ...]] = inputs) -> Run:
-            """On the stream of the capture, which a backward pass through these clones must not leave."""
+            """Makes the clones on the stream of the capture, because the backward pass runs on the stream that made
+            them."""
             inputs += [cloned(problem.inputs, problem.differentiable) for _ in range(calls)]
             if mode == "forward":
                 return lambda: [step(*x) for x in inputs]
@@ -178,7 +179,7 @@ def timed_graphs(device: Cuda, problem: Problem, steps: dict[str, Forward], mode
 
         try:
             replay = device.graph_of(make)
-        except Exception as error:  # the plain calls are measured: they are not to be lost
+        except Exception as error:  # the plain calls were measured and are kept
             print(f"{name} was not captured: {error}")
             continue
 
@@ -201,14 +202,14 @@ def shared(op: Operation, case: Case) -> dict[str, Any]:
 
 
 def _checked(problem: Problem, mode: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The errors of each variant, or why it is not to be timed. If that is one of ours the error is raised."""
+    """The errors of each variant, and why others are not timed. An error of one of our variants is raised."""
     found: dict[str, Any] = {}
     unequal: dict[str, str] = {}
     known: dict[Oracle, Exact] = {}
     for name, variant in problem.variants.items():
         try:
             found[name] = errors(problem, variant, mode, known)
-        except Exception as error:  # such as of a peer that does not take this shape or type, or this GPU
+        except Exception as error:  # such as that of a peer that does not support this shape, type or GPU
             if name.startswith("ours"):
                 raise
             lines = str(error).strip().splitlines() or [""]
@@ -218,9 +219,9 @@ def _checked(problem: Problem, mode: str) -> tuple[dict[str, Any], dict[str, str
 
 
 def rows_of(op: Operation, case: Case, device: Cpu, without: Collection[str] = ()) -> list[dict[str, Any]]:
-    """A row for each mode and variant but those ``without``. ``finish`` adds the floor's seconds, once the rates are
-    known."""
-    torch.compiler.reset()  # each case compiles anew for its shape
+    """A row for each mode and each variant that is not in ``without``. ``finish`` adds the seconds of the floor when
+    the rates are known."""
+    torch.compiler.reset()  # each case is compiled for its shape
     torch.manual_seed(0)
     device.release()
     problem = op.build(case, device.device)
@@ -274,7 +275,7 @@ def _graphs(device: Cpu, problem: Problem, variants: dict[str, Variant], mode: s
 
 
 def _runs(problem: Problem, name: str, mode: str) -> bool:
-    """Whether a variant is there at this size and has room; ours must."""
+    """Whether a variant exists at this size and runs, with enough memory; an error of one of ours is raised."""
     try:
         return name in problem.variants and bool(prepared(problem, problem.variants[name].timed, mode, 1)())
     except Exception:
@@ -309,7 +310,8 @@ def growth_of(op: Operation, sweep: Sweep, device: Cpu, sizes: Sequence[int]) ->
 
 
 def finish(rows: list[dict[str, Any]], growth: list[dict[str, Any]], rates: Rates) -> dict[str, Any]:
-    """Both with the fraction of the floor that each reaches, by the median rates of the whole session."""
+    """The rows and the growth, each with the fraction of the floor's speed that it reaches, by the median rates of the
+    session."""
     known = rates.report()
     operations = []
     for row in rows:

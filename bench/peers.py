@@ -1,5 +1,5 @@
-"""What stands beside each operation: adapters that make other libraries compute what ours computes, or say what they
-leave undone. tests/test_bench_peers.py holds each to its claim."""
+"""The peers of each operation: adapters that make other libraries compute the same as ours, or name what they leave
+out. tests/test_bench_peers.py checks each of them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from bench.registry import Forward, Variant
 @dataclass(frozen=True)
 class Peer:
     make: Callable[..., Forward]
-    """From what is fixed in a problem, as keywords, to the step."""
+    """Makes the step from the fixed arguments of a problem, given as keywords."""
     needs: str = ""
-    """A module."""
+    """The module that must be installed."""
     gpu: bool = False
-    """Whether it runs on a GPU alone."""
+    """Whether it runs only on a GPU."""
     trims: bool = True
-    """Whether it can count a part of the rows alone."""
+    """Whether it can compute the loss of only a part of the rows."""
 
 
 def kept(rows: int, keep: float) -> int:
@@ -37,12 +37,12 @@ def trimmed(losses: Tensor, keep: float) -> Tensor:
 
 
 def reduction(keep: float) -> str:
-    """What to ask a peer for: its own mean is the fastest that it has."""
+    """The reduction that a peer is called with: its own mean is the fastest way that it has."""
     return "mean" if keep == 1 else "none"
 
 
 def reduced(losses: Tensor, keep: float) -> Tensor:
-    """What came back for ``reduction(keep)``."""
+    """The loss, from a peer's result for ``reduction(keep)``."""
     return losses if keep == 1 else trimmed(losses, keep)
 
 
@@ -50,12 +50,12 @@ def reduced(losses: Tensor, keep: float) -> Tensor:
 
 
 def eager_cross_entropy(target: Tensor, keep: float) -> Forward:
-    # In bf16 the losses would be bf16 too, full of ties, and other rows would be kept.
+    # With bf16 logits the losses would be bf16 too and have many ties, so that other rows would be kept.
     return lambda x: trimmed(F.cross_entropy(x.float(), target, reduction="none").flatten(), keep)
 
 
 def flattened_cross_entropy(target: Tensor, keep: float) -> Forward:
-    """What many write for pixels."""
+    """The usual code for pixels."""
     labels = target.flatten()
     return lambda x: trimmed(
         F.cross_entropy(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).float(), labels, reduction="none"), keep
@@ -83,7 +83,8 @@ def eager_linear(target: Tensor, keep: float) -> Forward:
 
 
 def torch_linear(target: Tensor, keep: float) -> Forward:
-    """In its own chunks at keep = 1; these give no losses of single rows, so below it holds all logits."""
+    """In its own chunks at keep = 1. These have no losses of single rows: with keep below 1 it holds all logits in
+    memory."""
     options = torch.nn.LinearCrossEntropyOptions() if keep == 1 else None
     return lambda h, w: reduced(
         F.linear_cross_entropy(h, w, target, reduction=reduction(keep), options=options).float(), keep
@@ -104,7 +105,7 @@ def cut_linear(target: Tensor, keep: float) -> Forward:
 
 
 def quack_linear(target: Tensor, keep: float) -> Forward:
-    """Gives a mean or a sum, so it counts every row whatever ``keep`` is."""
+    """It has only a mean and a sum, so that it includes every row, whatever ``keep`` is."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return lambda h, w: chunked_linear_cross_entropy(h, w, target)
@@ -122,7 +123,7 @@ def eager_rank(count: int) -> Forward:
 
 
 def sorted_rank(count: int) -> Forward:
-    """Ties in order, as ours has them."""
+    """Ties are in the order of their indices, as in ours."""
     return lambda x: x.sort(descending=True, stable=True).indices[:count]
 
 
@@ -145,7 +146,7 @@ def liger_kl(copies: int) -> Forward:
 def eager_augment(
     gaussian: int, dropout: int, sigma: float, tau: float, drop_prob: float, dense: Tensor | None
 ) -> Forward:
-    """With random numbers of its own. A product with a dense basis is in the type of x."""
+    """Draws its own random numbers. The product with a dense basis is computed in the type of x."""
 
     def step(x: Tensor) -> Tensor:
         noise = (sigma * torch.randn(gaussian * len(x), x.shape[1], device=x.device, dtype=x.dtype)).clamp(-tau, tau)
@@ -161,7 +162,7 @@ def eager_augment(
 
 
 OF_ROWS = ("liger", "quack")
-"""Cross entropies that take logits (B, C) and class indices alone."""
+"""Cross entropies that take only logits (B, C) and class indices."""
 
 PEERS: dict[str, dict[str, Peer]] = {
     "trimmed_cross_entropy": {
@@ -184,7 +185,7 @@ PEERS: dict[str, dict[str, Peer]] = {
 
 
 def missing(peer: Peer, device: str) -> str:
-    """Why it cannot run here; empty where it can."""
+    """Why it cannot run here; empty if it can."""
     if peer.gpu and device != "cuda":
         return "runs on a GPU alone"
     if peer.needs.startswith("torch."):
@@ -193,14 +194,14 @@ def missing(peer: Peer, device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that peers come from, by module."""
+    """The versions of the libraries that peers come from, by module."""
     distributions = {"liger_kernel": "liger-kernel", "quack": "quack-kernels", "cut_cross_entropy": "cut-cross-entropy"}
     found = {module: name for module, name in distributions.items() if importlib.util.find_spec(module)}
     return {module: importlib.metadata.version(name) for module, name in found.items()}
 
 
 def variants(op: str, device: torch.device, keep: float | None = None, **fixed: Any) -> dict[str, Variant]:
-    """The peers that run here, the eager one also compiled."""
+    """The peers that run here, and the eager one also compiled."""
     parameters = fixed if keep is None else {**fixed, "keep": keep}
     found = {}
     for name, peer in PEERS[op].items():

@@ -1,5 +1,7 @@
-"""Writes the cases for GPUs that nothing was measured on yet, with their floors by datasheets and their targets:
-``python -m bench.planned``. README.md shows them until there are figures."""
+"""Writes the cases for GPUs without measurements, with their targets and their floors by the datasheets, for README.md.
+
+python -m bench.planned
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from bench import machine, measure, registry
 from bench.devices import floor_seconds
 
 BANDWIDTH = {"NVIDIA H100 80GB HBM3": 3.35e12, "NVIDIA H200": 4.8e12}
-"""Bytes a second, by the name that the driver gives."""
+"""Bytes per second, by the GPU's name in the driver."""
 MATMUL = {"bfloat16": {"median": 989e12}, "float32": {"median": 67e12}}
-"""Of both."""
+"""Flops per second, for both GPUs."""
 
 
 def file(gpu: str) -> Path:

@@ -16,8 +16,7 @@ def build(case: Case, device: torch.device) -> Problem:
     fraction, count = case.keep, ranked(case)
 
     def misplaced(indices: Tensor, exact: Tensor) -> float:
-        """The share of places with another loss. Equal losses may have any order in a peer's result, which says nothing
-        of ties."""
+        """The fraction of places with another loss. Tied losses may have any order in a peer's result."""
         return float((losses[indices] != losses[exact]).double().mean())
 
     return Problem(

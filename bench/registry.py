@@ -1,5 +1,5 @@
-"""What is measured: a case is an operation at a shape, and each operation has one function that sets a case up, for
-time, memory and errors alike."""
+"""The cases that are measured: each is an operation at a shape. An operation has one function that sets up a case, for
+the measurement of time, memory and errors."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ FIRST_ON_A_GPU = (
 Forward = Callable[..., Tensor]
 """From the inputs of a problem to its result."""
 Oracle = Callable[..., Tensor]
-"""The same in float64, from the inputs in float64."""
+"""The same in float64, from inputs in float64."""
 
 
 class Floor(NamedTuple):
-    """What no implementation can avoid: bytes of memory traffic, and flops of products in the inputs' type."""
+    """The work that no implementation can avoid: bytes of memory traffic, and flops of products in the inputs' type."""
 
     bytes: float
     flops: float = 0.0
@@ -58,17 +58,18 @@ class Variant:
 
     step: Forward
     less: str = ""
-    """What it leaves undone of what ours does."""
+    """The part of our work that it leaves out."""
     random: Forward | None = None
-    """The step with random numbers of its own, where it has any: that is timed. None: ``step``."""
+    """The step that draws its own random numbers, which is the one that is timed. None: ``step`` is timed."""
     oracle: Oracle | None = None
-    """Where it computes something else than the problem's oracle does."""
+    """Its own oracle, if it computes something else than the problem's oracle."""
     wrong: Callable[[Tensor, tuple[Tensor, ...]], str] | None = None
-    """Where a result has random numbers that no oracle knows: what is wrong with it and its gradients, in words."""
+    """For a result with its own random numbers, which has no oracle: what is wrong with it and its gradients, or
+    nothing."""
     modes: Sequence[str] = FULL_PASS
     captured: bool = True
-    """Whether it is measured in a CUDA graph, too. Not what may wait for the device: a capture that fails harms what
-    comes after it."""
+    """Whether it is also measured in a CUDA graph. It must not be if the host may wait for the device: a capture that
+    fails affects later measurements."""
 
     @property
     def timed(self) -> Forward:
@@ -76,7 +77,7 @@ class Variant:
 
 
 def relative_error(value: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm; NaN where anything is NaN."""
+    """The norm of the difference divided by the norm; NaN if any element is NaN."""
     value, exact = value.detach().double(), exact.double()
     scale = float(exact.norm())
     return float((value - exact).norm()) / (scale if scale > 0 else 1.0)
@@ -90,13 +91,13 @@ class Problem:
     variants: Mapping[str, Variant]
     oracle: Oracle
     differentiable: int = 1
-    """So many of the inputs, from the first on, get a gradient; 0: there is no backward pass."""
+    """This many inputs, from the first on, get a gradient; 0: there is no backward pass."""
     upstream: Tensor | None = None
     """The gradient of the result; None: 1."""
     result_error: Callable[[Tensor, Tensor], float] = relative_error
-    """Of a result, beside the oracle's."""
+    """The error of a result, given that of the oracle."""
     limit: float = 1e-3
-    """An error above this is a mistake, not rounding: what makes it is not timed."""
+    """An error above this is a mistake, not rounding: a variant with such an error is not timed."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,10 @@ class Case:
     kind: str = ""
     modes: tuple[str, ...] = FULL_PASS
     target_s: float | None = None
-    """Seconds of device time that ours should take at most in the last of the modes, where launches bound it."""
+    """The target for our device time in the last mode, in seconds, if the time is dominated by launches."""
     target_fraction: float | None = None
-    """Of the floor's speed, which ours should reach there: no GPU's bandwidth makes it wrong."""
+    """The target for our speed in the last mode as a fraction of the floor's, which holds for a GPU of any
+    bandwidth."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -140,17 +142,17 @@ class Operation:
     name: str
     build: Callable[[Case, torch.device], Problem]
     floor: Callable[[Case, str], Floor]
-    """Of a case and a mode, from the shape alone."""
+    """The floor of a case and a mode, from the shape alone."""
     cases: Mapping[str, Sequence[Case]]
     """By type of device."""
     sweeps: Mapping[str, Sequence[Sweep]]
     quick: Case
-    """A small one, for tests."""
+    """A small case, for tests."""
 
 
 @cache
 def operations() -> dict[str, Operation]:
-    """Each is the constant ``OPERATION`` of the module of its name."""
+    """Every operation: the constant ``OPERATION`` of the module of its name."""
     return {name: importlib.import_module(f"bench.{name}").OPERATION for name in NAMES}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """JSON with a line for each entry, and four digits of each figure."""
+    """JSON with one line per entry and four significant digits."""
     parts = []
     for key, value in report.items():
         if isinstance(value, list) and value:

@@ -1,4 +1,4 @@
-"""Soft-label KL of virtual rows next to their reference, where sums in float32 lose digits, and of unrelated ones."""
+"""Soft-label KL of virtual rows close to their reference, for which float32 sums lose digits, and of unrelated rows."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def build(case: Case, device: torch.device) -> Problem:
         q, _ = inputs.trained_logits(copies * batch, classes, device)
 
     def oracle(q: Tensor, p: Tensor) -> Tensor:
-        """In pieces: each element of a row takes a score of float64 temporaries."""
+        """In pieces, because each element of a row takes about twenty float64 temporaries."""
         rows = max(1, ELEMENTS_AT_ONCE // (copies * classes))
         pieces = zip(q.unflatten(0, (copies, batch)).split(rows, dim=1), p.detach().split(rows), strict=True)
         return torch.cat([reference.soft_label_kl(part, virtual.flatten(0, 1)) for virtual, part in pieces]).mean()
 
-    # The result is a sum of differences: next to the reference peers keep three or four digits in float32, and in
-    # bfloat16 the inputs themselves differ from each other by less than their rounding.
+    # The result is a sum of differences: close to the reference, peers keep three or four digits in float32, and in
+    # bfloat16 the inputs differ by less than their rounding.
     return Problem(
         (q.to(case.dtype), p.to(case.dtype)),
         {
@@ -42,7 +42,7 @@ def build(case: Case, device: torch.device) -> Problem:
 
 
 def floor(case: Case, mode: str) -> Floor:
-    """Reference and virtual rows are read, the gradient of the virtual ones is written."""
+    """The reference and virtual rows are read, and the gradient of the virtual rows is written."""
     batch, copies, classes = case.sizes.values()
     rows = {"forward": copies + 1, "backward": copies, "full": 2 * copies + 1}[mode]
     return Floor(rows * batch * classes * case.dtype.itemsize)

@@ -1,7 +1,7 @@
-"""Seconds of a training in the trainer beside those of a bare PyTorch loop.
+"""The time of a training in the trainer, compared with that of a bare PyTorch loop.
 
-Both take turns, update by update, in one process, so that what the machine does besides hits them alike. A round is a
-whole short training, always from the same weights; ratios are of the sums of a round, and medians over rounds.
+Both alternate, update by update, in one process, so that other load on the machine affects them equally. A round is a
+whole short training, always from the same weights. A ratio is that of the sums of a round; medians are over rounds.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ PHOTOS = "photo-patches"
 DATA = os.environ.get("BATCHKERN_BENCH_DATA", PHOTOS)
 """A data set of 32 x 32 images, such as CIFAR-10 in a parquet file; the default comes with scikit-learn."""
 BATCHES = 5
-"""In an epoch: a hard batch of five is the fewest that delta = 0.2 can choose."""
+"""The number of batches in an epoch: with delta = 0.2, five is the fewest of which one is a hard batch."""
 EPOCHS = 5
-"""A step of Stepwise takes one, and trimming falls to its last fraction in the last."""
+"""Enough for Stepwise, of which each step takes one epoch, and for trimming, which reaches its last fraction in the
+last."""
 MIN_ROUNDS = 3
 COMPACT = "trimming(start=0.2,end=0.2,backward=compact)"
 NO_NORM = " without batch norm"
@@ -44,10 +45,10 @@ OPTIMIZER = {"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
 @dataclass(frozen=True)
 class Case:
     strategy: str
-    """As on the command line."""
+    """Written as on the command line."""
     model: str
     target: float | None = None
-    """The largest ratio wanted."""
+    """The target: the largest ratio that is acceptable."""
     batch_size: int = 64
 
 
@@ -78,7 +79,7 @@ CASES = [
 
 
 class BareLoop:
-    """The plain baseline as a good user of PyTorch writes it: images in memory, on the device, and nothing logged."""
+    """The plain baseline in well-written PyTorch: images in memory, on the device, and nothing logged."""
 
     def __init__(self, model: nn.Module, data: TensorImages, batch_size: int, device: torch.device) -> None:
         self.model = model.to(device).train()
@@ -111,8 +112,8 @@ class BareLoop:
 class Stopwatch(Strategy):
     """Times every update of a training, and an update of the bare loop beside each active one.
 
-    An update is all that the trainer does from one batch to the next: planning, bookkeeping, looking for Ctrl-C.
-    After the last one of an epoch there is an evaluation too: there it is what the trainer itself counts as training.
+    An update is everything that the trainer does from one batch to the next: planning, bookkeeping, checking for
+    Ctrl-C. An evaluation follows the last update of an epoch; for that update the trainer's own training time is used.
     """
 
     name: ClassVar[str] = "stopwatch"
@@ -120,7 +121,7 @@ class Stopwatch(Strategy):
     bare: BareLoop
     device: torch.device
     counts: Counts = field(default_factory=Counts)
-    """The trainer's, once it is there."""
+    """The counts of the trainer, set when it exists."""
     seconds: list[float] = field(default_factory=list)
     bare_seconds: list[float] = field(default_factory=list)
 
@@ -131,7 +132,7 @@ class Stopwatch(Strategy):
             planning = self._now() - started
             if batch is None:
                 return
-            # In turn each of the two goes first, and so finds the caches as the other left them.
+            # The two go first alternately, so that each finds the caches as the other has left them equally often.
             turn = None if batch.inject else len(self.bare_seconds) % 2
             if turn == 0:
                 self._time_bare()
@@ -154,7 +155,7 @@ class Stopwatch(Strategy):
 
 
 class CountedImages(ImageData):
-    """Images that, as those of a large data set, are loaded when their batch is due; and counted."""
+    """Images that are loaded when their batch is due, like those of a large data set, and that are counted."""
 
     def __init__(self, data: ImageData) -> None:
         super().__init__(data.labels, data.classes, data.shape, data.name)
@@ -174,9 +175,9 @@ class CountedImages(ImageData):
 
 @dataclass
 class LoadCount(Strategy):
-    """Counts what the updates of a training load, and not what its evaluations do.
+    """Counts the images that the updates of a training load, without those of its evaluations.
 
-    The training set is looked at once more when all updates are made; the passive set never is.
+    After the last update the training set is loaded once more, for an evaluation; the passive set is not.
     """
 
     name: ClassVar[str] = "load count"
@@ -186,7 +187,7 @@ class LoadCount(Strategy):
     active: int = 0
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
-        self.train.loaded = self.passive.loaded = 0  # statistics were taken
+        self.train.loaded = self.passive.loaded = 0  # the statistics of the images were computed
         return upstream
 
     def observe(self, step: Step, losses: Tensor) -> None:
@@ -210,7 +211,7 @@ def build(name: str, data: ImageData) -> nn.Module:
 
 
 def _first(data: ImageData, count: int) -> TensorImages:
-    """In memory; where there are fewer, some are there twice."""
+    """The first images, in memory. If there are fewer than ``count``, some are repeated."""
     rows = torch.arange(count) % len(data)
     return TensorImages(data.rows(rows), data.labels[rows], data.classes, name=Path(data.name).name)
 
@@ -220,7 +221,7 @@ class Trainings:
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, self.device = case, device
-        # No more than is needed is decoded, and evaluations are not measured.
+        # Only the images that are needed are decoded, and evaluations are not measured.
         train, test = load_pair(DATA, image_size=32, memory_limit=0)
         self.train, self.test = _first(train, BATCHES * case.batch_size), _first(test, 8)
         self.passive = load(PHOTOS)
@@ -235,14 +236,14 @@ class Trainings:
             strategies=[*parse(self.case.strategy, passive=passive), observer],
             epochs=EPOCHS,
             batch_size=self.case.batch_size,
-            channels_last=True,  # as for a model by name; the bare loop has torch's own layout
+            channels_last=True,  # as for a model by name; the bare loop has torch's default layout
             device=self.device,
             progress=False,
             **OPTIMIZER,
         )
 
     def images_loaded(self) -> int:
-        """By the updates of a training whose data are not in memory."""
+        """The number of images that the updates of a training load if the data are not in memory."""
         count = LoadCount(CountedImages(self.train), CountedImages(self.passive))
         self.trainer(count.train, count.passive, count).fit()
         return count.loaded
@@ -255,7 +256,7 @@ class Trainings:
         trainer = self.trainer(self.train, self.passive, stopwatch)
         stopwatch.counts = trainer.counts
         gc.collect()
-        gc.disable()  # a collection would fall to one of the two
+        gc.disable()  # a collection would be timed as part of one of the two
         try:
             trainer.fit()
         finally:
@@ -267,13 +268,13 @@ def measure(case: Case, device: torch.device, budget: float) -> dict[str, Any]:
     """The row of a case, from rounds of ``budget`` seconds, at least ``MIN_ROUNDS``. Ratios are of the trainer to the
     bare loop: below 1 the trainer is the faster one."""
     trainings = Trainings(case, device)
-    loaded = trainings.images_loaded()  # first, because it warms up what the rounds use
+    loaded = trainings.images_loaded()  # first, because it warms up the code that the rounds use
     rounds: list[Stopwatch] = []
     end = time.monotonic() + budget
     while len(rounds) < MIN_ROUNDS or time.monotonic() < end:
         rounds.append(trainings.round())
     seconds = [sum(r.seconds) / EPOCHS for r in rounds]
-    # A strategy may make fewer updates than the bare loop would: an epoch of that is so many of its mean updates.
+    # A strategy may make fewer updates than the bare loop: an epoch of the bare loop is BATCHES of its mean updates.
     bare = [statistics.fmean(r.bare_seconds) * BATCHES for r in rounds]
     per_epoch = statistics.median(seconds)
     bare_per_epoch = statistics.median(bare)

@@ -21,7 +21,7 @@ PROBABILITIES = "probabilities"
 def build(case: Case, device: torch.device) -> Problem:
     logits, target = inputs.trained_logits(case.sizes["rows"] * pixels(case), case.sizes["classes"], device)
     if case.kind == PROBABILITIES:
-        # Each row mixed with its neighbour, as mixup has it.
+        # Each row is mixed with its neighbour, as in mixup.
         one_hot = F.one_hot(target, case.sizes["classes"]).float()
         target = 0.7 * one_hot + 0.3 * one_hot.roll(1, 0)
     keep, dense = case.keep, "height" in case.sizes
@@ -54,7 +54,7 @@ def pixels(case: Case) -> int:
 
 
 def floor(case: Case, mode: str) -> Floor:
-    """The logits are read for the loss, those of kept rows again for the gradient, which is written whole.
+    """The logits are read for the loss, and those of kept rows again for the gradient, which is written for all rows.
     Probabilities are read as often as logits."""
     logits = case.sizes["rows"] * case.sizes["classes"] * pixels(case) * case.dtype.itemsize
     read = {"forward": 1, "backward": case.keep, "full": 1 + case.keep}[mode]
@@ -99,8 +99,8 @@ OPERATION = Operation(
             case(128, 10, target_s=10e-6),
             case(16_384, 8192, BF16, 0.9),
             case(16_384, 4096, FP32, 0.9),
-            case(8192, 50_257, BF16, 0.9),  # rows that begin at every alignment
-            case(64, 131_072, BF16),  # several blocks to a row; launches bound it, not memory
+            case(8192, 50_257, BF16, 0.9),  # rows of every alignment
+            case(64, 131_072, BF16),  # several blocks share a row; limited by launches, not by memory
             case(4096, 1000),
             image_case(8, 19),
             image_case(2, 150, BF16),

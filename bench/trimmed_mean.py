@@ -23,7 +23,7 @@ def build(case: Case, device: torch.device) -> Problem:
 
 
 def floor(case: Case, mode: str) -> Floor:
-    """The losses are read; their gradient is written."""
+    """The losses are read, and their gradient is written."""
     return Floor((2 if mode == "full" else 1) * 4 * case.sizes["rows"])
 
 
