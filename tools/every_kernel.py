@@ -1,7 +1,7 @@
-"""Runs every GPU kernel once or twice, for a sanitizer to watch: ``compute-sanitizer python tools/every_kernel.py``.
+"""Runs every GPU kernel once or twice, for a sanitizer: ``compute-sanitizer python tools/every_kernel.py``.
 
-Shapes are small: one for each way of sharing rows among threads, and of selecting, with rows that begin at every
-alignment. What comes out is held against float64, loosely: the tests are for that.
+Shapes are small: one for each way to divide rows among threads, and to select, with rows of every alignment. Results
+are compared with float64, with a loose tolerance: the tests check them more strictly.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from batchkern import reference
 from batchkern.basis import Hadamard
 
 LOGITS = [
-    (128, 10),  # a tile, and ranks that are counted
-    (300, 19),  # two lanes for a row in float32, and one in bfloat16
-    (3000, 64),  # four, of rows of whole vectors; a block of its own selects
-    (300, 151),  # eight lanes, rows that begin at every alignment
-    (100, 1001),  # a warp
-    (20, 5003),  # a block of 256
-    (3, 100_001),  # several blocks for a row
-    (17_000, 12),  # a selection of its own
+    (128, 10),  # a tile; a selection by counting
+    (300, 19),  # two lanes per row in float32, and one in bfloat16
+    (3000, 64),  # four lanes per row, rows of whole vectors; the last block selects
+    (300, 151),  # eight lanes per row, rows of every alignment
+    (100, 1001),  # a warp per row
+    (20, 5003),  # a block of 256 threads per row
+    (3, 100_001),  # several blocks per row
+    (17_000, 12),  # a selection in a launch of its own, by several blocks
 ]
 WIDTHS = [10, 300, 1024, 16_384]
 CLASSES = [10, 300, 4096, 8200, 20_003]
 NUMBERS = {"gaussian": 2, "dropout": 1, "sigma": 0.5, "tau": 0.6, "drop_prob": 0.3}
 
 Pair = tuple[str, Tensor, Tensor]
-"""What it is of, ours, and that of float64."""
+"""A name, our result, and the one in float64."""
 
 
 def cross_entropies(device: str, dtype: torch.dtype) -> Iterator[Pair]:
@@ -54,7 +54,8 @@ def cross_entropies(device: str, dtype: torch.dtype) -> Iterator[Pair]:
 
 
 def dense_cross_entropies(device: str, dtype: torch.dtype) -> Iterator[Pair]:
-    """Pixels, tokens that lie apart, and probabilities: rows, classes, pixels; few of many classes, and many of few."""
+    """Pixels, tokens with classes that are not contiguous, and probabilities. The numbers are rows, classes and
+    pixels."""
     for rows, classes, pixels in ((3, 19, 1000), (2, 3000, 50), (5, 6, 20_000), (70, 300, 1), (5, 5000, 1)):
         logits = (3 * torch.randn(rows, classes, pixels, device=device)).to(dtype)
         target = torch.randint(classes, (rows, pixels), device=device, dtype=torch.int32)
@@ -126,7 +127,7 @@ def virtual_samples(device: str, dtype: torch.dtype) -> Iterator[Pair]:
         x = torch.randn(9, width, device=device).to(dtype).requires_grad_()
         for kind in ("none", "normalized", "hadamard"):
             if kind == "normalized" and width > 1024:
-                continue  # a large matrix, and nothing new
+                continue  # the matrix would be large, and no other kernel would run
             basis = None if kind == "none" else batchkern.random_basis(width, kind, device=device)
             wide = x.detach().double().requires_grad_()
             exact_basis = basis if basis is None or isinstance(basis, Hadamard) else basis.double()
@@ -144,7 +145,9 @@ def divergences(device: str, dtype: torch.dtype) -> Iterator[Pair]:
         q = p.repeat(2, 1) + torch.randn(10, classes, device=device)
         p, q = (x.to(dtype).requires_grad_() for x in (p, q))
         wide = [x.detach().double().requires_grad_() for x in (p, q)]
-        mean = 3 * batchkern.soft_label_kl(p, q, scale=0.5, reference_grad=True)  # a factor of each kind
+        mean = 3 * batchkern.soft_label_kl(
+            p, q, scale=0.5, reference_grad=True
+        )  # an upstream gradient other than 1, and a scale
         exact = 1.5 * reference.soft_label_kl(*wide).mean()
         yield f"soft_label_kl {classes}", mean, exact
         for ours, theirs in zip(torch.autograd.grad(mean, [p, q]), torch.autograd.grad(exact, wide)):
@@ -164,7 +167,7 @@ def main() -> int:
     torch.manual_seed(0)
     limits = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
     if device == "cpu":
-        del limits[torch.bfloat16]  # slow there, and there is no kernel to watch
+        del limits[torch.bfloat16]  # slow there, and no GPU kernel runs
     wrong, count = [], 0
     for dtype, limit in limits.items():
         for pairs in FAMILIES:

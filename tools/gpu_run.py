@@ -1,18 +1,19 @@
-"""What a GPU is needed for, made for a quarter of an hour on a machine that keeps nothing (``make gpu``).
+"""All checks and measurements that need a GPU, within minutes, on a machine that keeps no files (``make gpu``).
 
     python3 tools/gpu_run.py [--out FOLDER] [--minutes 5] [--stages NAME ...] [--dry-run]
 
-Builds for the GPU that is there, runs the GPU tests, measures the most important cases first, and looks for memory
-errors; then, while time is left, the rest. Each stage has a limit. ``--stages`` runs some alone, after the build; each
-of them may take all the time that is left.
+Builds for the GPU of the machine, runs the GPU tests, measures the operations, the most important cases first, and
+checks for memory errors; then, while time is left, runs the other stages. Each stage has a time limit. ``--stages``
+runs only the named stages, after the build, and each of them may take all the time that is left.
 
-Whatever ends it, the folder holds what there is: ``summary.json``, anew after each stage; ``logs.tar.gz`` of the stages
-that have ended, and the log of the one that is running; a file of results for each measurement, anew after each case.
-That is eight files at most, one folder deep. A second run into the same folder numbers its files: ``summary-2.json``.
+However the run ends, the folder holds its results so far: ``summary.json`` and ``logs.tar.gz`` with the logs of the
+finished stages, written again after each stage; the log of the running stage; and a file of results for each
+measurement, written again after each case. That is eight files at most, one folder deep. A second run into the same
+folder numbers its files: ``summary-2.json``.
 
-Peers come from wheels in ``wheels/``, if there are any; ``BATCHKERN_BENCH_COMMIT`` names the commit where there is no
-``.git``. A module that was built before from the same sources, for this Python and torch, is not built again.
-``--dry-run`` needs no GPU: what can run on a CPU does, on small shapes.
+Peers are installed from wheels in ``wheels/``, if there are any. ``BATCHKERN_BENCH_COMMIT`` names the commit if there
+is no ``.git``. A module that was already built from the same sources, for this Python and torch, is not built again.
+``--dry-run`` needs no GPU: it runs the stages that can run on a CPU, with small shapes.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBC = ctypes.CDLL(None)
-LEAST_SECONDS = 15  # no stage begins with less
-LAST_CASE_SECONDS = 20  # that a case may take
-GRACE_SECONDS = 15  # in which what is interrupted may tell what it knows: xdist waits 10 s for a worker that hangs
+LEAST_SECONDS = 15  # no stage begins if less time is left
+LAST_CASE_SECONDS = 20  # the longest that a case should take
+GRACE_SECONDS = 15  # for an interrupted program to write its results: xdist waits 10 s for a worker that hangs
 LAST_TEST_SECONDS = 20
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb", "short"]
 # A kernel that hangs ends its process, not the stage.
 PYTEST += ["--timeout", "60", "--timeout-method", "thread"]
-# Not by groups: where a worker is lost, xdist's loadgroup may wait for ever.
+# Not --dist loadgroup: if a worker is lost, it may wait for ever.
 WORKERS = ["-n", "8", "--dist", "worksteal", "-m", "not large"]
-# Memory that is not cached, so that every tensor ends where its allocation does.
+# Without PyTorch's memory cache, so that every tensor ends where its allocation ends.
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 OPERATIONS = (
     *("cross_entropy", "trimmed_cross_entropy", "trimmed_mean", "rank_batches"),
@@ -62,7 +63,7 @@ assert bytes.fromhex(digest) in pathlib.Path(_C.__file__).read_bytes(), "it was 
 assert _backend.extension is not None, _backend.extension_error
 assert not torch.cuda.is_available() or _backend.built_for(torch.cuda.get_device_capability()), "not for this GPU"
 """
-"""Passes where the module that lies in the checkout will do."""
+"""A program that passes if the module in the checkout can be used."""
 
 
 @dataclass
@@ -72,17 +73,17 @@ class Stage:
     seconds: float
     environment: dict[str, str] = field(default_factory=dict)
     must_say: str = ""
-    """What the log of a stage that did its work holds."""
+    """Text that the log must contain for the stage to pass."""
     measures: bool = False
-    """Whether it leaves a file of results."""
+    """Whether it writes a file of results."""
     pace: Callable[[float], list[str]] = lambda seconds: []
-    """Options with which it ends by itself before its seconds are over, with what it has."""
+    """Options with which the command ends by itself, with its results so far, before the given seconds have passed."""
     without_gpu: list[str] | None = None
-    """The command in its place where there is no GPU; None: it does nothing there."""
+    """The command to run without a GPU; None: the stage does not run then."""
 
 
 def stages(out: Path) -> list[Stage]:
-    """In the order of what they tell."""
+    """The stages, the most informative first."""
     build = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--force"]
     settings = {}
     if torch.cuda.is_available():
@@ -97,7 +98,7 @@ def stages(out: Path) -> list[Stage]:
         sanitizer("memcheck", "ERROR SUMMARY: 0 errors"),
         Stage("large", [*PYTEST, "-m", "large", "tests/test_gpu.py"], 90, pace=ends_with_verdicts),
         Stage("semantics", [*PYTEST, *WORKERS, *through], 150, pace=ends_with_verdicts),
-        # Eight workers, whose compilers would start sixteen processes each.
+        # There are eight workers, and the compiler of each would start sixteen processes.
         suite("graphs", 100, "tests/test_gpu_graphs.py", {"TORCHINDUCTOR_COMPILE_THREADS": "2"}),
         sanitizer("racecheck", "RACECHECK SUMMARY: 0 hazards"),
         measurement("growth", 120, out, "bench_growth"),
@@ -129,8 +130,8 @@ def measurement(name: str, seconds: float, out: Path, file: str, *options: str) 
 
 
 def sanitizer(tool: str, verdict: str) -> Stage:
-    """Looks only at kernels with our name in theirs. torch may take long to start, and its own calls of the
-    driver fail now and then by design."""
+    """Checks only kernels with our name in theirs. torch may take long to start, and some of its driver calls fail by
+    design."""
     script = [sys.executable, "tools/every_kernel.py"]
     program = [find("compute-sanitizer"), "--tool", tool, "--kernel-name", "kns=batchkern", "--error-exitcode", "9"]
     program += ["--launch-timeout", "120", "--report-api-errors", "no"]
@@ -140,14 +141,14 @@ def sanitizer(tool: str, verdict: str) -> Stage:
 
 
 def find(program: str) -> str:
-    """Its path, where the PATH or the CUDA toolkit has it, else its name."""
+    """Its path, if the PATH or the CUDA toolkit has it, else its name."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", *map(str, Path("/usr/local").glob("cuda-*"))]
     folders = [f"{home}/{folder}" for home in homes if home for folder in ("bin", program)]
     return shutil.which(program) or shutil.which(program, path=os.pathsep.join(folders)) or program
 
 
 class Runner:
-    """Runs stages, one after another, and writes what comes of them."""
+    """Runs stages, one after another, and writes their results."""
 
     def __init__(self, out: Path, environment: dict[str, str], logs: Path) -> None:
         self.out, self.logs = out, logs
@@ -155,13 +156,13 @@ class Runner:
             ("summary.json", "logs.tar.gz") if n == 1 else (f"summary-{n}.json", f"logs-{n}.tar.gz") for n in count(1)
         )
         self.paths = next([out / s, out / a] for s, a in names if not (out / s).exists())
-        """Of the summary and of the archive of logs."""
+        """The paths of the summary and of the archive of logs."""
         self.tried_again = False
         self.signals: list[int] = []
-        """Received so far: the first one ends the run."""
+        """The signals received so far: the first one ends the run."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, frame: self.signals.append(number))
-        # This checkout, whatever is installed.
+        # Import this checkout, whatever is installed.
         path = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
         self.environment = {**environment, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(path)}
         self.on_gpu = torch.cuda.is_available()
@@ -185,7 +186,7 @@ class Runner:
         elif stage.measures:
             outcome["result"] = self.measure(stage, command, seconds)
         else:
-            if stage.name == "build":  # make would take what was built for one environment for that of another
+            if stage.name == "build":  # otherwise make would take a build for another environment as its own
                 for mark in ROOT.glob("build/.built-*"):
                     mark.unlink()
             outcome["result"] = self.call(stage, command, seconds)
@@ -208,13 +209,13 @@ class Runner:
         return "" if shutil.which(stage.command[0]) else f"left out: {stage.command[0]} was not found"
 
     def takes(self) -> bool:
-        """Whether a module is there already that was built from these sources for this Python, torch and GPU."""
+        """Whether there is already a module that was built from these sources for this Python, torch and GPU."""
         check = subprocess.run([sys.executable, "-c", TAKES], cwd=ROOT, env=self.environment, capture_output=True)
         return check.returncode == 0
 
     def measure(self, stage: Stage, command: list[str], seconds: float) -> str:
-        """A case that fails may take the GPU's context with it: what came after it is tried again, without it. Once in
-        a run, for the sake of the number of files."""
+        """A case that fails may destroy the GPU's context, so that the cases after it are tried again, without it. This
+        happens only once in a run, to limit the number of files."""
         until, before = time.monotonic() + seconds, set(self.out.glob("*/*.json"))
         result = self.call(stage, command, seconds)
         rest = [case for path in set(self.out.glob("*/*.json")) - before for case in untried(path)]
@@ -226,7 +227,7 @@ class Runner:
         return f"{result}; the cases after the first failure again: {self.call(stage, [*options, *rest], left)}"
 
     def call(self, stage: Stage, command: list[str], seconds: float) -> str:
-        """Runs a program in a process group of its own, and leaves none of it behind."""
+        """Runs a program in its own process group, and ends all processes of the group."""
         log, until = self.out / f"{stage.name}.log", time.monotonic() + seconds
         with log.open("a") as file:
             process = subprocess.Popen(
@@ -260,26 +261,28 @@ class Runner:
         summary, logs = self.paths
         replace(logs, archive.read_bytes())
         replace(summary, (json.dumps(self.summary, indent=1) + "\n").encode())
-        for partial in self.out.glob("*/*.partial"):  # of a measurement that was killed
+        for partial in self.out.glob("*/*.partial"):  # left by a measurement that was killed
             partial.unlink()
 
 
 def untried(path: Path) -> list[str]:
-    """The cases of a file of results that a first failure, or the process's end within a case, may have cost."""
+    """The cases of a file of results that were lost by a first failure, or because the process ended within a case."""
     results = json.loads(path.read_text())
     return [*results["failed"][1:], *results["left_out"][1:]]
 
 
 def apart() -> None:
-    """In a program before it begins: its own process group, and its end where this process is killed."""
+    """Called in a new process before its program starts: puts it into its own process group, and has it killed if this
+    process ends."""
     os.setpgrp()
     LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Asks it to tell what it knows, and then kills whatever is left of its group: it would keep the GPU busy."""
+    """Interrupts a program so that it writes its results, then kills the rest of its group, which would keep the GPU
+    busy."""
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)  # not to its workers: it is the one that tells
+        process.send_signal(signal.SIGINT)  # not to its workers: only the main process writes results
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE_SECONDS)
     with suppress(ProcessLookupError):
@@ -306,8 +309,8 @@ def commit() -> str:
 
 
 def with_peers(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The environment, with the libraries whose wheels were carried along, and what became of each wheel. Without
-    their dependencies: torch and Triton are here."""
+    """The environment with the libraries of the wheels installed, and the outcome for each wheel. Their dependencies
+    are not installed: torch and Triton are present."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", str(folder)]
     wheels = {}
     for wheel in sorted((ROOT / "wheels").glob("*.whl")):
@@ -328,7 +331,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--minutes", type=minutes, default=5.0)
-    parser.add_argument("--stages", nargs="+", metavar="NAME", help="these alone, such as: growth training")
+    parser.add_argument("--stages", nargs="+", metavar="NAME", help="run only these, such as: growth training")
     parser.add_argument("--dry-run", action="store_true", help="go on without a GPU")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.dry_run:
@@ -363,7 +366,7 @@ def all_pass(runner: Runner, chosen: list[Stage], until: float, unlimited: bool)
         outcome = runner.summary["stages"][stage.name]
         told = [*outcome["failed"][:20], *outcome["last_lines"]]
         print(f"{stage.name:10} {result} ({outcome['seconds']} s)", *told, sep="\n    ", flush=True)
-        # What was left out for want of time or a program was not checked either.
+        # A stage that was left out, for lack of time or of a program, did not pass either.
         passed &= result == "passed" or (not runner.on_gpu and "no CUDA GPU" in result)
         if runner.signals or (stage.name == "build" and result != "passed"):
             break

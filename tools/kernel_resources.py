@@ -1,13 +1,13 @@
-"""What does each CUDA kernel take: registers, static shared memory, and memory it should not need: stack and spills?
-And what does its machine code for Hopper say about its speed (``machine_code.py``)?
+"""Tabulates the resources of each CUDA kernel: registers, static shared memory, and stack and spills, which should be
+0; and estimates of its speed from its machine code for Hopper (``machine_code.py``).
 
     python tools/kernel_resources.py [--out tools/KERNEL_RESOURCES.md | --check | --loops NAME]
 
-Reads it from the machine code in batchkern._C, by the cuobjdump that Triton brings: nothing is compiled, and neither a
-GPU nor a CUDA toolkit is needed. Exits with 1 where a kernel of ours has a stack or spills on any architecture, or with
-``--check`` where the table says something else, if the same nvcc made both: what is worse is named. And with 2 where
-there is nothing to judge: no module, one without one of the architectures, no table, a report that cannot be read.
-``--loops`` shows every loop that reads memory, of kernels with such a name.
+Reads the machine code in batchkern._C with the cuobjdump of Triton's package: nothing is compiled, and neither a GPU
+nor a CUDA toolkit is needed. The exit code is 1 if one of our kernels has a stack or spills on any architecture, or,
+with ``--check``, if the table differs and was made with the same nvcc; it prints what became worse. The exit code is 2
+if there is nothing to check: no module, a module without one of the architectures, no table, or a report that cannot be
+read. ``--loops`` shows every loop that reads memory in the kernels whose names contain NAME.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tools import machine_code  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 OURS = "_ZN9batchkern"
-"""How the mangled names in namespace batchkern begin, and none of CUB's."""
+"""The beginning of mangled names in the namespace batchkern, and of none in CUB."""
 ARCHITECTURE = re.compile(r"^arch = sm_(\d+)$", re.MULTILINE)
 HOPPER = 90
 THREADS = re.compile(r"^\.nv\.info\.(\S+)$|EIATTR_MAX_THREADS\s+Format:\s+\w+\s+Value:\s+0x([0-9a-f]+)", re.MULTILINE)
@@ -34,13 +34,13 @@ FUNCTION = re.compile(r"^ Function (\S+):\n  REG:(\d+) STACK:(\d+) SHARED:(\d+) 
 
 
 class Failure(Exception):
-    """A sentence that says why there is nothing to judge."""
+    """A sentence that says why there is nothing to check."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What one kernel, or a function that one calls, takes on one architecture: registers of a thread; static shared
-    memory, and stack and spills together, in bytes."""
+    """The resources of one kernel, or of a function that a kernel calls, on one architecture: registers per thread,
+    and, in bytes, static shared memory, and stack and spills together."""
 
     name: str
     architecture: int
@@ -51,7 +51,7 @@ class Kernel:
 
 
 def parse(report: str) -> list[Kernel]:
-    """Those of ours that a report of cuobjdump lists, under their mangled names."""
+    """Our kernels in a report of cuobjdump, with their mangled names."""
     kernels, listed = [], 0
     for part in re.split(r"^Fatbin ", report, flags=re.MULTILINE):
         architecture = ARCHITECTURE.search(part)
@@ -66,8 +66,8 @@ def parse(report: str) -> list[Kernel]:
 
 
 def report(*options: str) -> str:
-    """Of cuobjdump, on the module that Python would import."""
-    import triton  # here, so that its absence is a sentence
+    """The report of cuobjdump on the module that Python would import."""
+    import triton  # here, so that main() reports it in a sentence if it is missing
 
     from batchkern import _C
 
@@ -84,7 +84,7 @@ def compiler() -> str:
 
 
 def threads(report: str) -> dict[str, int]:
-    """Of a block, by mangled names, from what cuobjdump says of the ELF."""
+    """The threads of a block, by mangled names, from cuobjdump's report on the ELF file."""
     found, kernel = {}, ""
     for name, value in THREADS.findall(report):
         if name:
@@ -95,7 +95,7 @@ def threads(report: str) -> dict[str, int]:
 
 
 def speeds(kernels: list[Kernel]) -> dict[str, machine_code.Speed]:
-    """By short names, of those for Hopper."""
+    """The speeds of the kernels for Hopper, by short names."""
     hopper = f"sm_{HOPPER}"
     of_block = threads(report("-elf", "-arch", hopper))
     code = machine_code.kernels(report("-sass", "-arch", hopper))
@@ -124,7 +124,8 @@ def show_loops(name: str, kernels: list[Kernel]) -> None:
 
 
 def demangle(kernels: list[Kernel]) -> list[Kernel]:
-    """With names as they are in the sources, with template arguments but without the kernels' own, sorted."""
+    """The kernels, sorted, with names as in the sources: with template arguments, but without the arguments of the
+    function."""
     names = "\n".join(kernel.name for kernel in kernels)
     plain = subprocess.run(["c++filt", "-p"], input=names, capture_output=True, text=True).stdout
     short = [name.replace("batchkern::", "").replace("> >", ">>") for name in plain.splitlines()]
@@ -150,7 +151,7 @@ def table(kernels: list[Kernel], found: dict[str, machine_code.Speed]) -> str:
         for architecture in ARCHITECTURES:
             same = [k for k in kernels if (k.name, k.architecture) == (name, architecture)]
             for values in ({k.registers for k in same}, {k.shared for k in same}, {k.stack for k in same}):
-                # Several where kernels share a name, none where an architecture lacks the kernel.
+                # Several if kernels share a name, none if an architecture lacks the kernel.
                 cells.append(" / ".join(map(str, sorted(values))) or "-")
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     lines += ["", f"## What their machine code for sm_{HOPPER} says", "", f"Compiled by {compiler()}.", ""]
@@ -159,7 +160,7 @@ def table(kernels: list[Kernel], found: dict[str, machine_code.Speed]) -> str:
 
 
 def differences(kernels: list[Kernel], found: dict[str, machine_code.Speed], path: Path) -> list[str]:
-    """Of the table in a file from what it would be now."""
+    """The differences between the table in a file and the one that would be written now."""
     before = path.read_text() if path.exists() else ""
     known = machine_code.rows(before)
     if not known:
@@ -182,7 +183,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Tabulate what the CUDA kernels take, and refuse what is worse.")
     parser.add_argument("--out", type=Path, default=ROOT / "tools" / "KERNEL_RESOURCES.md")
     parser.add_argument("--check", action="store_true", help="write nothing, and compare")
-    parser.add_argument("--loops", metavar="NAME", help="show the loops of kernels whose names have this in them")
+    parser.add_argument("--loops", metavar="NAME", help="show the loops of kernels whose names contain this")
     arguments = parser.parse_args()
     try:
         kernels = demangle([k for k in parse(report("-res-usage")) if k.architecture in ARCHITECTURES])

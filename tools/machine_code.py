@@ -1,7 +1,8 @@
-"""What the machine code of a GPU kernel says about its speed: how its main loop reads memory, and what comes before.
+"""Estimates of a GPU kernel's speed from its machine code: how its main loop reads memory, and what it waits for
+before.
 
-Reads what ``cuobjdump -sass`` prints. A kernel that memory bounds needs, on each multiprocessor, as many bytes in
-flight as memory delivers while one load waits (Little's law).
+Reads the output of ``cuobjdump -sass``. A kernel that is limited by memory bandwidth needs, on each multiprocessor, as
+many bytes in flight as memory delivers during the latency of one load (Little's law).
 """
 
 from __future__ import annotations
@@ -23,22 +24,23 @@ NO_RESULT = re.compile(
 )
 ONLY_PREDICATES = re.compile(r"\w*SETP\d?\b|U?PLOP3\b|FCHK\b")
 
-# Of a multiprocessor of sm_90.
+# The limits of a multiprocessor of sm_90.
 REGISTERS, SHARED, THREADS, BLOCKS = 65536, 228 * 1024, 2048, 32
 ASKED = 4.2e12 * 800e-9 / 132
-"""Bytes in flight on a multiprocessor: an H200's copy bandwidth times 800 ns, what a load takes beside many others."""
+"""Bytes in flight on a multiprocessor: an H200's copy bandwidth times 800 ns, the latency of a load among many."""
 
 
 @dataclass(frozen=True)
 class Instruction:
     address: int
-    guard: str  # a predicate, perhaps behind "!", or nothing
+    guard: str  # a predicate, perhaps after "!", or nothing
     opcode: str
     operands: str
 
     @cached_property
     def load(self) -> int:
-        """Bytes that a thread loads from global memory, or 0. What other blocks have written is loaded STRONG."""
+        """Bytes that a thread loads from global memory, or 0. Values that other blocks have written are loaded with
+        STRONG."""
         if not LOAD.match(self.opcode):
             return 0
         width = re.search(r"\.[US]?(8|16|64|128)\b", self.opcode)
@@ -51,7 +53,7 @@ class Instruction:
 
     @cached_property
     def target(self) -> int | None:
-        """Of a jump; of BSSY where its threads meet again."""
+        """The target of a jump; of BSSY the place where its threads reconverge."""
         found = re.search(r"0x([0-9a-f]+)$", self.operands) if re.match(r"BRA|BSSY", self.opcode) else None
         return int(found[1], 16) if found else None
 
@@ -62,7 +64,7 @@ class Instruction:
 
     @cached_property
     def _parts(self) -> tuple[set[str], str]:
-        """What is written, and the operands that are read."""
+        """The registers and predicates that are written, and the operands that are read."""
         if NO_RESULT.match(self.opcode):
             return set(), self.operands
         operands, written = self.operands.split(","), set()
@@ -90,9 +92,10 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop that reads inputs from global memory. Of a thread and an iteration on the shortest of the ways that load
-    most and do all the work: loads before the value of one is used, their bytes, those of the widest load, all bytes,
-    that work, the exponentials in it, and all instructions."""
+    """A loop that reads inputs from global memory. Its numbers are those of one thread in one iteration, on the
+    shortest of the paths that load the most bytes and do the most work: the loads before the value of one is used,
+    their bytes, the bytes of the widest load, all bytes loaded, the instructions of that work, the exponentials among
+    them, and all instructions."""
 
     address: int
     loads: int
@@ -108,13 +111,14 @@ class Loop:
         return self.in_flight / self.loads
 
     def elements(self, size: int) -> float:
-        """Of an iteration: each takes one exponential. Where there is none, what the bytes hold."""
+        """The elements of an iteration: one per exponential. Without exponentials, as many as the loaded bytes hold."""
         return self.exponentials or self.bytes / size
 
 
 @dataclass(frozen=True)
 class _Way:
-    """From the beginning of a loop: what has been loaded and not been used, until one is used."""
+    """A path from the beginning of a loop. ``pending`` holds the registers that were loaded and not used, until one is
+    used."""
 
     pending: frozenset[str] = frozenset()
     waiting: bool = True
@@ -151,7 +155,7 @@ class _Way:
 
 @dataclass(frozen=True)
 class Code:
-    """A kernel's instructions as blocks that are entered at their first and left at their last."""
+    """A kernel's instructions as basic blocks, which are entered at their first and left at their last instruction."""
 
     blocks: list[list[Instruction]]
     after: list[list[int]]
@@ -165,7 +169,8 @@ class Code:
                 blocks.append([])
             blocks[-1].append(instruction)
         at = {block[0].address: i for i, block in enumerate(blocks)}
-        # Threads that wait at a BSYNC go on where the BSSY of the same barrier says, the last one in the code.
+        # Threads that wait at a BSYNC continue at the target of the BSSY of the same barrier: of the last one in the
+        # code.
         meets: dict[str, int | None] = {}
         after: list[list[int]] = []
         for i, block in enumerate(blocks):
@@ -175,7 +180,8 @@ class Code:
             jump = None if last.opcode == "BSSY" else jump
             next_ = [i + 1] if last.falls_through and i + 1 < len(blocks) else []
             after.append(next_ if jump is None else [*next_, at[jump]])
-        # The table of an indirect jump is not printed: it leads to the blocks behind it to which nothing else does.
+        # The table of an indirect jump is not printed: its targets are the later blocks that no other instruction leads
+        # to.
         known = {0, *(following for of_block in after for following in of_block)}
         for i in range(len(blocks)):
             if i not in known:
@@ -184,7 +190,7 @@ class Code:
 
     @cached_property
     def order(self) -> list[int]:
-        """Blocks that are reached, each behind those that lead to it, but for jumps back."""
+        """The reachable blocks, each after its predecessors, except for jumps back."""
         seen, order, stack = {0}, [], [(0, iter(self.after[0]))]
         while stack:
             block, rest = stack[-1]
@@ -207,7 +213,7 @@ class Code:
 
     @cached_property
     def dominators(self) -> dict[int, set[int]]:
-        """Blocks that every way to a block passes."""
+        """For each block, the blocks that every path to it passes."""
         found = {block: set(self.order) for block in self.order} | {0: {0}}
         changed = True
         while changed:
@@ -219,7 +225,7 @@ class Code:
 
     @cached_property
     def innermost(self) -> list[list[int]]:
-        """Blocks of the innermost loops, each behind those that lead to it."""
+        """The blocks of each innermost loop, each after its predecessors."""
         bodies: dict[int, set[int]] = {}
         for block in self.order:
             for head in set(self.after[block]) & self.dominators[block]:
@@ -251,16 +257,17 @@ class Code:
 
     @cached_property
     def main(self) -> Loop | None:
-        """Of the loops with the widest loads the one with the most exponentials, or else the most work, by the fewest
-        loads. None where that computes none and the kernel has more in flight outside its loops."""
+        """Of the loops with the widest loads, the one with the most exponentials, then the most work, then the fewest
+        bytes loaded. None if this loop has no exponentials and the kernel has more bytes in flight outside its
+        loops."""
         key = attrgetter("widest", "exponentials", "work")
         loop = max(self.loops, key=lambda loop: (*key(loop), -loop.bytes), default=None)
         return loop if loop and (loop.exponentials or loop.in_flight >= self.outside[1]) else None
 
     @cached_property
     def outside(self) -> tuple[int, int]:
-        """The most bytes in flight outside the loops, and their loads: (loads, bytes). A value that is used has come,
-        and so have those that were loaded before it."""
+        """The most bytes in flight outside the loops, and their loads: (loads, bytes). When a value is used, it has
+        arrived, and so have the values that were loaded before it."""
         looped = {block for body in self.innermost for block in body}
         most: tuple[int, int] = (0, 0)
         flying: dict[int, list[Instruction]] = {}
@@ -282,11 +289,11 @@ class Code:
 
     @cached_property
     def dependent(self) -> int:
-        """Loads, each of which waits for the one before, that those of the main loop wait for, or where there is none,
-        in the whole kernel. One waits for its address, and, since a warp issues in order, for whatever an instruction
-        before it has waited for. The longest way counts."""
+        """The length of the longest chain of dependent loads before the main loop's loads, or, without a main loop, in
+        the whole kernel. A load waits for its address and, because a warp issues in order, for everything that an
+        earlier instruction has waited for."""
         longest = 0
-        states: dict[int, dict[str, int]] = {0: {}}  # loads behind a register; behind "" those behind what was issued
+        states: dict[int, dict[str, int]] = {0: {}}  # loads that a register waits for; "": that issued code waits for
         for block in self.order:
             state = dict(states.get(block, {}))
             if self.main and self.blocks[block][0].address == self.main.address:
@@ -304,7 +311,7 @@ class Code:
 
 
 def kernels(sass: str) -> dict[str, Code]:
-    """By the kernels' mangled names."""
+    """The code of each kernel, by mangled names."""
     parts = FUNCTION.split(sass)
     return {
         name: Code.of([Instruction(int(address, 16), *rest) for address, *rest in INSTRUCTION.findall(text)])
@@ -314,9 +321,9 @@ def kernels(sass: str) -> dict[str, Code]:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a table has of a kernel: loads in flight of a thread in the main loop, or outside loops, and the bytes of
-    one; loads that wait for each other before; barriers; instructions for each element of the loop; warps of a
-    multiprocessor, and KB in flight."""
+    """The cells of a kernel in a table: a thread's loads in flight in the main loop, or outside loops, and the bytes of
+    one; dependent loads before; barriers; instructions per element of the loop; warps per multiprocessor; and KB in
+    flight."""
 
     loads: int
     width: float
@@ -342,7 +349,7 @@ class Speed:
 
     @classmethod
     def worst(cls, speeds: list[Speed]) -> Speed:
-        """Of each number the worst; of the loads those with the fewest bytes in flight."""
+        """The worst of each number; the loads are those with the fewest bytes in flight."""
         fewest = min(speeds, key=lambda speed: speed.in_flight)
         return cls(
             fewest.loads,
@@ -360,14 +367,14 @@ class Speed:
         return f"{self.loads} x {self.width:g} | {instructions} | {counts} | {self.in_flight:g} |"
 
     def worse(self, before: str) -> str:
-        """What has become worse than the cells of a table say, or nothing."""
+        """The numbers that have become worse than those in the cells of a table, or nothing."""
         shown = dict(zip(NAMES, (cell.strip() for cell in before.split("|")), strict=False))
         now = dict(zip(NAMES, (cell.strip() for cell in self.cells().split("|")), strict=False))
 
         def is_worse(name: str, sign: int) -> bool:
             try:
                 return sign * (float(now[name]) - float(shown[name])) > 0
-            except (KeyError, ValueError):  # "-", or a table that somebody has edited
+            except (KeyError, ValueError):  # "-", or a table that was edited
                 return shown.get(name) != now[name]
 
         return "; ".join(
@@ -377,7 +384,7 @@ class Speed:
 
 NAMES = ("loads", "instructions an element", "dependent loads before", "barriers", "warps", "KB in flight")
 SIGNS = {"instructions an element": 1, "dependent loads before": 1, "barriers": 1, "warps": -1, "KB in flight": -1}
-"""Which way is worse."""
+"""The direction in which each number becomes worse."""
 COLUMNS = f"| kernel | {' | '.join(NAMES)} |"
 HEADER = [
     "Of the main loop, the one with the widest loads and most exponentials: how many loads of how many bytes a",
@@ -394,14 +401,15 @@ HEADER = [
 
 
 def rows(text: str) -> dict[str, str]:
-    """The cells of such a table by its kernels."""
+    """The cells of such a table, by kernel."""
     _, _, table = text.partition(COLUMNS)
     return dict(re.findall(r"^\| `?([^`|]+?)`? \|(.*)$", table, re.MULTILINE))
 
 
 def resident_warps(registers: int, shared: int, threads: int) -> int:
-    """Of a multiprocessor of sm_90. ``shared``: bytes of a block, with those that CUDA takes."""
+    """The resident warps of a multiprocessor of sm_90. ``shared``: the bytes of a block, including those that CUDA
+    takes."""
     warps = threads // 32
-    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32) // warps  # a thread's come in eights
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * 32) // warps  # allocated to a thread in multiples of eight
     by_shared = SHARED // shared if shared else BLOCKS
     return min(by_registers, by_shared, THREADS // threads, BLOCKS) * warps

@@ -1,12 +1,12 @@
-"""A million random small batches, full of ties: are the rows that the CPU kernels keep exactly those of the definition?
+"""Checks on a million random small batches with many ties that the CPU kernels keep exactly the rows of the definition.
 
     python tools/million_selections.py [--cases 1000000] [--seed 0]
 
-Losses come from few values, NaN and infinities and zeros of either sign among them, with and without a mask, for keep
-at both ends, in between, and where keep * n ends in exactly .5. ``trimmed_mean`` gets them as they are;
-``trimmed_cross_entropy`` gets duplicated rows of logits, and its own float32 losses are what is ranked. Instruction
-sets and dtypes take turns. The oracle is a sort in NumPy that shares no code with the package; on a sample it is itself
-compared with ``reference.select``. Exits with 1 where a row or a count differs.
+Losses are drawn from few values, including NaN, infinities and zeros of either sign, with and without a mask, for keep
+at both ends, in between, and such that keep * n ends in exactly .5. ``trimmed_mean`` gets these losses;
+``trimmed_cross_entropy`` gets duplicated rows of logits, and the expected rows follow from its own float32 losses.
+Instruction sets and dtypes alternate. The oracle is a sort in NumPy that shares no code with the package; on a sample
+of cases it is itself compared with ``reference.select``. The exit code is 1 if a row or a count differs.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from batchkern import _backend, reference
 OPS = torch.ops.batchkern
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 500
-"""Cases of one size, instruction set and dtype: what NumPy sorts at once."""
+"""Cases of one size, instruction set and dtype, which NumPy sorts together."""
 SIZES = (*range(1, 25), 31, 32, 33, 63, 64, 65, 100)
 VALUES = [math.nan, -math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1.0 + 2**-7, 2.5, 6.1e-5, -6e-8, 65504.0]
 
 
 def kept_rows(losses: NDArray, valid: NDArray, keep: NDArray) -> tuple[NDArray, NDArray]:
-    """Of ``(cases, B)`` losses, the kept rows and how many: valid first, then NaN, then by loss, then by index."""
+    """The kept rows of ``(cases, B)`` losses and their number. Valid rows rank first, of these NaN, then by loss and
+    index."""
     n = valid.sum(1)
     k = np.minimum(np.maximum(np.rint(keep * n), 1), n)
     nan = np.isnan(losses)
-    # lexsort is stable, and its last key counts most; -0.0 and 0.0 compare equal.
+    # lexsort is stable, and its last key is the most significant; -0.0 and 0.0 compare equal.
     order = np.lexsort((np.where(nan, 0, -losses), ~nan, ~valid), axis=1)
     rank = np.empty_like(order)
     np.put_along_axis(rank, order, np.broadcast_to(np.arange(order.shape[1]), order.shape), axis=1)
@@ -45,7 +46,7 @@ def kept_rows(losses: NDArray, valid: NDArray, keep: NDArray) -> tuple[NDArray, 
 
 
 def draw_keep(rng: np.random.Generator, n: NDArray) -> NDArray:
-    """A keep for each case: any, the ends, quarters and eighths, and (j + 1/2) / n, where rounding has a tie."""
+    """A keep for each case: any, the ends, eighths, and (j + 1/2) / n, for which rounding has a tie."""
     cases = len(n)
     n = np.maximum(n, 1)
     half = (rng.integers(0, n) + 0.5) / n
@@ -55,7 +56,7 @@ def draw_keep(rng: np.random.Generator, n: NDArray) -> NDArray:
 
 
 def draw_losses(rng: np.random.Generator, cases: int, size: int, dtype: torch.dtype) -> Tensor:
-    """Each case has one to four distinct values, or any of them."""
+    """Each case draws from one to four of the values, or from all of them."""
     distinct = rng.integers(1, 6, cases)
     distinct[distinct == 5] = len(VALUES)
     palette = rng.permuted(np.broadcast_to(VALUES, (cases, len(VALUES))), axis=1)
@@ -64,7 +65,7 @@ def draw_losses(rng: np.random.Generator, cases: int, size: int, dtype: torch.dt
 
 
 def draw_logits(rng: np.random.Generator, cases: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Duplicates of a few rows with a few labels; some rows diverged."""
+    """Duplicates of a few rows with a few labels; some rows hold NaN or infinities."""
     classes = int(rng.integers(1, 20))
     palette = rng.normal(size=(8, classes)) * rng.choice([0.1, 3, 30])
     palette[1, rng.integers(classes)] = math.nan
@@ -81,7 +82,7 @@ def draw_logits(rng: np.random.Generator, cases: int, size: int, dtype: torch.dt
 def compare(
     losses: Tensor, valid: Tensor, keep: NDArray, kept: Tensor, k: Tensor, sampled: bool, counts: Counter[str]
 ) -> int:
-    """The number of cases where kept rows or their number differ from the oracle's."""
+    """The number of cases in which the kept rows or their number differ from the oracle's."""
     wide = losses.double().numpy()
     expected, expected_k = kept_rows(wide, valid.numpy(), keep)
     if sampled:
@@ -94,7 +95,7 @@ def compare(
     for case in wrong.nonzero()[0][:3]:
         print(f"differs: losses {losses[case].tolist()}, valid {valid[case].tolist()}, keep {float(keep[case])!r}")
         print(f"  kept {kept[case].nonzero().flatten().tolist()}, should be {expected[case].nonzero()[0].tolist()}")
-    # A row that is dropped although one that equals it is kept: the cases that decide by index.
+    # Cases in which a row is dropped although an equal row is kept: there the index decides.
     same = (wide[:, :, None] == wide[:, None, :]) | (np.isnan(wide)[:, :, None] & np.isnan(wide)[:, None, :])
     split = (same & expected[:, :, None] & (valid.numpy() & ~expected)[:, None, :]).any((1, 2))
     product = keep * valid.numpy().sum(1)
@@ -108,7 +109,7 @@ def compare(
 
 
 def run(cases: int, seed: int) -> tuple[int, Counter[str]]:
-    """The number of cases that differ, and what was drawn."""
+    """The number of cases that differ, and the counts of what was drawn."""
     rng = np.random.default_rng(seed)
     extension = _backend.extension
     assert extension is not None, _backend.extension_error
@@ -122,7 +123,7 @@ def run(cases: int, seed: int) -> tuple[int, Counter[str]]:
             extension.use_instruction_set(instruction_sets[chunk // 3 % len(instruction_sets)])
             valid = torch.from_numpy(rng.random((group, size)) >= rng.choice([0, 0.3, 0.9], (group, 1)))
             keep = draw_keep(rng, valid.sum(1).numpy())
-            # The fraction as a number, or as a tensor that replaces it.
+            # The fraction is passed as a number, or as a tensor that replaces the number.
             fractions = [(float(f), None) if case % 2 else (1.0, torch.tensor(f)) for case, f in enumerate(keep)]
             if chunk % 5 < 3:
                 counts["through trimmed_mean"] += group

@@ -1,7 +1,7 @@
-"""Gathers in a folder what the documentation site is made of; ``make docs`` gives it to MkDocs.
+"""Collects the sources of the documentation site in a folder, which ``make docs`` passes to MkDocs.
 
-The Markdown files of the repository lie there as they do here, so that their links hold, beside what they link to and
-pages of the API made from ``__all__``.
+The Markdown files keep their places in the repository, so that their links work. The files that they link to are copied
+too, and pages of the API are generated from ``__all__``.
 
     python tools/site.py FOLDER
 """
@@ -34,12 +34,13 @@ MODULES = {
     "batchkern.integrations.torchtitan": "torchtitan",
 }
 ELSEWHERE = {"load_model": "batchkern.trained"}
-"""What ``batchkern`` imports when it is asked for: it is on that module's page."""
+"""Names that ``batchkern`` imports on first use, and the module whose page has them."""
 LINK = re.compile(r"\]\(([^)#\s]+)")
 
 
 def public(module: str) -> list[str]:
-    """Names of ``__all__``, or else what a module defines without an underscore."""
+    """The names of ``__all__``, or, without one, the classes and functions of a module whose names have no
+    underscore."""
     path = ROOT / module.replace(".", "/")
     tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
     for node in tree.body:
@@ -50,7 +51,7 @@ def public(module: str) -> list[str]:
 
 
 def place(module: str, name: str) -> str:
-    """Where an object is found. An operation has the name of its module, which would be taken for it."""
+    """The path of an object. An operation has the name of its module, which would be taken instead."""
     own = ROOT / "batchkern" / "ops" / f"{name}.py"
     return f"batchkern.ops.{name}.{name}" if module == "batchkern" and own.exists() else f"{module}.{name}"
 

@@ -1,7 +1,7 @@
-"""What the documentation site makes of docstrings and formulas: an extension of griffe, a hook of MkDocs (mkdocs.yml).
+"""How the documentation site shows docstrings and formulas: an extension of griffe and a hook of MkDocs (mkdocs.yml).
 
-Arguments that share a description, ``lr, momentum: ...``, become entries of their own; the roles of Sphinx, such as
-``:func:`` before a name, are left out; formulas become MathML, which browsers show without a script.
+Arguments that share a description, ``lr, momentum: ...``, become separate entries; the roles of Sphinx, such as
+``:func:`` before a name, are removed; formulas become MathML, which browsers show without a script.
 """
 
 from __future__ import annotations

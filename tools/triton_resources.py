@@ -2,10 +2,10 @@
 
     python tools/triton_resources.py [--out tools/TRITON_RESOURCES.md | --check]
 
-The launchers themselves run, on tensors of a host, and whatever they launch is compiled with the specialisation of a
-real launch instead of being run. Exits with 1 where a kernel has a stack or spills, or no load as wide as its rows
-allow: 16, 8 or 4 bytes. ``--check`` writes nothing, says when the table is out of date, and exits with 1 where machine
-code for Hopper (``machine_code.py``) is worse than the table says, if the same Triton made both.
+The launchers run on CPU tensors, and each kernel that they launch is compiled, with the specialisation of a real
+launch, instead of being run. The exit code is 1 if a kernel has a stack or spills, or no load as wide as its rows
+allow: 16, 8 or 4 bytes. ``--check`` writes nothing, reports a table that is out of date, and exits with 1 if the
+machine code for Hopper (``machine_code.py``) is worse than in the table and the same Triton made both.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Case:
     dtype: torch.dtype
     basis: str = ""
     shifted: bool = False
-    """Tensors that begin one element behind a multiple of 16 bytes."""
+    """Whether tensors begin one element after a multiple of 16 bytes."""
 
     def __str__(self) -> str:
         facts = (self.width, str(self.dtype).removeprefix("torch."), self.basis, "shifted" * self.shifted)
@@ -63,8 +63,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel takes: registers of a thread; shared memory, stack and spills in bytes; bytes of its widest
-    load, and of one that its launcher allows."""
+    """The resources of a kernel: registers per thread; shared memory, and stack and spills, in bytes; and the bytes of
+    its widest load, and of the widest that its launcher allows."""
 
     name: str
     architecture: int
@@ -75,7 +75,7 @@ class Kernel:
     load: int
     allowed: int
     speed: machine_code.Speed | None
-    """For Hopper."""
+    """Only for Hopper."""
 
     def complaint(self) -> str:
         if self.stack:
@@ -84,7 +84,8 @@ class Kernel:
 
 
 def cases() -> list[Case]:
-    """Shapes that reach every configuration: rows that begin at multiples of 16 bytes, rows and tensors that do not."""
+    """Shapes that reach every configuration: with rows that begin at multiples of 16 bytes, and rows or tensors that do
+    not."""
     tiles = [16, 64, 256, 1024]
     widths = {
         "soft_label_kl": [*WHOLE, 2**13 + 16, 2**15 + 16],
@@ -96,7 +97,7 @@ def cases() -> list[Case]:
     every = []
     for what, aligned in widths.items():
         op, _, basis = what.partition(" ")
-        # Of rows that are one element shorter loads take one; two shorter, 8 and 4 bytes; four shorter, 16 and 8.
+        # If rows are one element shorter, a load takes one element; two shorter, 8 or 4 bytes; four shorter, 8 bytes.
         for less, dtypes in ((0, DTYPES), (1, DTYPES), (2, DTYPES[:2]), (4, DTYPES[1:2])):
             every += [Case(op, width - less, dtype, basis) for width, dtype in product(aligned, dtypes)]
         every += [Case(op, aligned[-1] + 1, dtype, basis) for dtype in DTYPES]
@@ -116,7 +117,7 @@ def call(case: Case) -> None:
             out = gradient if gradient.dtype == case.dtype else torch.empty_like(gradient, dtype=case.dtype)
             soft_label_kl.scale_gradient_(out, gradient, torch.ones(()))
     elif case.op == "augment_latent":
-        # A basis of the right shape without the memory of one.
+        # A basis of the right shape that takes no memory.
         shape = {"none": None, "dense": (case.width, case.width), "hadamard": (case.width,)}[case.basis]
         basis = None if shape is None else torch.zeros(1).expand(shape)
         augment_latent.augment_latent(tensor(2), seed, sigma=1.0, tau=1.0, basis=basis, **copies)
@@ -125,13 +126,13 @@ def call(case: Case) -> None:
 
 
 class HostDriver:
-    """What a launch asks of a driver before it compiles."""
+    """The functions of a driver that Triton calls before it compiles."""
 
     def __init__(self, architecture: int) -> None:
         self.target = GPUTarget("cuda", architecture, 32)
 
     def get_current_device(self) -> int:
-        return self.target.arch  # Triton keeps what it compiled by device
+        return self.target.arch  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
