@@ -23,12 +23,12 @@ from batchkern.basis import Hadamard
 LOGITS = [
     (128, 10),  # a tile; a selection by counting
     (300, 19),  # two lanes per row in float32, and one in bfloat16
-    (3000, 64),  # four lanes per row, rows of whole vectors; the last block selects
+    (3000, 64),  # four lanes per row in float32, rows of whole vectors; a selection launch of one block
     (300, 151),  # eight lanes per row, rows of every alignment
     (100, 1001),  # a warp per row
     (20, 5003),  # a block of 256 threads per row
     (3, 100_001),  # several blocks per row
-    (17_000, 12),  # a selection in a launch of its own, by several blocks
+    (17_000, 12),  # a selection launch of several blocks
 ]
 WIDTHS = [10, 300, 1024, 16_384]
 CLASSES = [10, 300, 4096, 8200, 20_003]
@@ -145,9 +145,7 @@ def divergences(device: str, dtype: torch.dtype) -> Iterator[Pair]:
         q = p.repeat(2, 1) + torch.randn(10, classes, device=device)
         p, q = (x.to(dtype).requires_grad_() for x in (p, q))
         wide = [x.detach().double().requires_grad_() for x in (p, q)]
-        mean = 3 * batchkern.soft_label_kl(
-            p, q, scale=0.5, reference_grad=True
-        )  # an upstream gradient other than 1, and a scale
+        mean = 3 * batchkern.soft_label_kl(p, q, scale=0.5, reference_grad=True)  # an upstream gradient of 3
         exact = 1.5 * reference.soft_label_kl(*wide).mean()
         yield f"soft_label_kl {classes}", mean, exact
         for ours, theirs in zip(torch.autograd.grad(mean, [p, q]), torch.autograd.grad(exact, wide)):

@@ -1,5 +1,6 @@
-// Toy kernels for test_runner.py: `kernels CASE...` launches each and prints, in a line, its cudaError_t and
-// then what it wrote. What is refused goes to stderr, the next case still runs, and the exit code is 3.
+// Small kernels for test_runner.py. `kernels CASE...` launches each case and prints a line with its
+// cudaError_t and its output. The reason for a refusal is printed to stderr; then the next case still runs,
+// and the exit code is 3.
 #include <cstdio>
 #include <exception>
 #include <vector>
@@ -15,8 +16,7 @@ struct Words {
     uint32_t v[256];
 };
 
-// --- what a runner must get right, and with a barrier missing must not
-// ---------------------------------------------------------------------------------------------------------
+// --- kernels that must be right, and wrong if a barrier is missing ---------------------------------------
 
 enum Missing { kNothing, kFirst, kSecond };
 
@@ -37,7 +37,8 @@ __device__ void of_block_elsewhere() { __syncthreads(); }
 __device__ void of_grid() { cooperative_groups::this_grid().sync(); }
 __device__ void of_grid_elsewhere() { cooperative_groups::this_grid().sync(); }
 
-// Each thread adds its neighbour's value to its own: one barrier before it reads, one before the next write.
+// Each thread adds its neighbour's value to its own, with one barrier before the read and one before the next
+// write.
 template <void (*barrier)(), Missing missing>
 __global__ void rounds(uint32_t* out) {
     BATCHKERN_SHARED(Words, shared);
@@ -74,7 +75,8 @@ __global__ void dynamic_reverse(uint32_t* out) {
     out[t] = shared[blockDim.x - 1 - t];
 }
 
-// The block that takes the last ticket adds what all have left. Without tickets: the last by its index.
+// The block that takes the last ticket adds the parts of all blocks. With kFirst missing, the block with the
+// highest index does so instead.
 template <Missing missing>
 __global__ void last_block(uint32_t* out) {
     BATCHKERN_SHARED(bool, last);
@@ -113,8 +115,8 @@ __global__ void groups(uint32_t* out) {
     out[t] = value + 1000 * __all_sync(mask, t % 16 < 8);
 }
 
-// Each lane takes the sum so far from the lane before it, and hands on its own to the lane after it: it waits
-// for one that is with another first.
+// Each lane takes the sum so far from the lane before it and passes its own to the lane after it. So a lane
+// waits for one that takes part in another operation first.
 __global__ void chain(uint32_t* out) {
     const uint32_t t = threadIdx.x;
     uint32_t value = t;
@@ -125,7 +127,7 @@ __global__ void chain(uint32_t* out) {
     out[t] = value;
 }
 
-// Only even threads of the first two warps come to the barrier.
+// Only the even threads of the first two warps reach the barrier.
 __global__ void some_return(uint32_t* out) {
     BATCHKERN_SHARED(Words, shared);
     const uint32_t t = threadIdx.x;
@@ -135,7 +137,7 @@ __global__ void some_return(uint32_t* out) {
     out[t] = shared.v[(t + 2) % 64];
 }
 
-// With 8 KiB of dynamic memory: all that a block can have.
+// With 8 KiB of dynamic memory, this is all the shared memory that a block can have.
 struct Large {
     uint32_t v[10 * 1024];
 };
@@ -158,14 +160,13 @@ __global__ void locals(uint32_t* out) {
     out[threadIdx.x] = p[threadIdx.x];
 }
 
-// --- what a runner must refuse
-// ---------------------------------------------------------------------------------------------------------
+// --- kernels that must be refused ------------------------------------------------------------------------
 
 __global__ void not_in_own_mask(uint32_t* out) {
     if (threadIdx.x == 3) out[0] = __shfl_sync(0xfff7u, 1u, 0);
 }
 
-// The barrier is there so that the lane has surely ended, and the array for what it leaves on a stack.
+// The barrier makes sure that the lane has ended. The array leaves data on the lane's stack.
 __global__ void ended_lane(uint32_t* out) {
     uint32_t value[3] = {};
     uint32_t* volatile hidden = value;
@@ -212,8 +213,7 @@ __global__ void some_blocks_end(uint32_t* out) {
     out[0] = 1;
 }
 
-// --- faults that a runner must show
-// ---------------------------------------------------------------------------------------------------------
+// --- faults that must become visible ---------------------------------------------------------------------
 
 __global__ void blocks_in_order(uint32_t* out) {
     if (threadIdx.x == 0) out[blockIdx.x] = 1 + (blockIdx.x > 0 ? out[blockIdx.x - 1] : 0);
@@ -226,7 +226,7 @@ __global__ void same_order_again(uint32_t* out) {
     if (threadIdx.x == 0) atomicAdd(&out[1], atomicAdd(&out[2], 1u) == ticket);
 }
 
-// Reads, and then leaves something for whoever is next.
+// Reads its shared memory, and then writes values that the next block must not find.
 __global__ void unwritten(uint32_t* out) {
     BATCHKERN_SHARED(Words, shared);
     BATCHKERN_DYNAMIC_SHARED(uint32_t, dynamic);
@@ -236,7 +236,8 @@ __global__ void unwritten(uint32_t* out) {
     shared.v[threadIdx.x] = dynamic[threadIdx.x] = 7;
 }
 
-// The byte past the end. A pointer hides the array's bounds: it is AddressSanitizer that must know them.
+// Reads the byte past the end. The pointer hides the bounds of the array, so that only AddressSanitizer can
+// find it.
 template <int bytes>
 __global__ void past_shared(uint32_t* out) {
     struct Bytes {
@@ -258,8 +259,7 @@ __global__ void past_global(uint32_t* out) { out[threadIdx.x] = threadIdx.x; }
 
 __global__ void misaligned(uint32_t* out) { out[0] = __ldcg(reinterpret_cast<const uint4*>(out + 1)).x; }
 
-// --- cases
-// ---------------------------------------------------------------------------------------------------------
+// --- cases -----------------------------------------------------------------------------------------------
 
 __global__ void mark(uint32_t* out) { out[0] = 1; }
 

@@ -30,14 +30,13 @@
 namespace cuda_on_host {
 namespace {
 
-// --- stacks and switches between them
-// ---------------------------------------------------------------------------
+// --- stacks and switches between them --------------------------------------------------------------------
 
-constexpr size_t kStackBytes = 256 * 1024;  // touched only as far as it is used
+constexpr size_t kStackBytes = 256 * 1024;  // pages are allocated only when they are used
 
 #ifdef __x86_64__
 
-// Saves what a call must preserve and the stack pointer, and goes on where the other stack was left.
+// Saves the registers that a call must preserve and the stack pointer, and continues on the other stack.
 extern "C" void cuda_on_host_switch(void** from, void* to);
 asm(R"(
 .pushsection .text
@@ -67,7 +66,7 @@ cuda_on_host_switch:
 class Context {
 public:
     void start(char* stack, void (*entry)()) {
-        // The address that `ret` takes lies 8 bytes off a multiple of 16, as after a call.
+        // The stack pointer after `ret` is 8 bytes off a multiple of 16, as after a call.
         auto** top = reinterpret_cast<void**>(stack + kStackBytes - 64);
         *--top = nullptr;
         *--top = reinterpret_cast<void*>(entry);
@@ -112,8 +111,7 @@ std::vector<char*>& free_stacks() {
     return stacks;
 }
 
-// --- threads, blocks
-// --------------------------------------------------------------------------------------------
+// --- threads, blocks -------------------------------------------------------------------------------------
 
 enum class State { kReady, kAtBarrier, kAtGrid, kInWarp, kEnded };
 
@@ -135,7 +133,7 @@ struct Memory {
     size_t size = 0;
 };
 
-// At the end of a malloc of its own, where AddressSanitizer watches.
+// A separate allocation, so that AddressSanitizer detects accesses past its end.
 Memory fresh_memory(size_t bytes) {
     const size_t taken = bytes / 16 * 16 + 16;
     Memory memory{{static_cast<char*>(std::aligned_alloc(16, taken)), &std::free}, bytes};
@@ -235,8 +233,7 @@ void make_ready(Block& block, Thread& t) {
     block.ready[t.index.x / 32].push_back(static_cast<int>(t.index.x));
 }
 
-// --- warp operations
-// ---------------------------------------------------------------------------------------------
+// --- warp operations -------------------------------------------------------------------------------------
 
 uint64_t result_of(const Block& block, const Thread& t, Thread* const lanes[32]) {
     const int self = static_cast<int>(t.index.x % 32);
@@ -280,7 +277,7 @@ uint64_t result_of(const Block& block, const Thread& t, Thread* const lanes[32])
     return lanes[source]->value;
 }
 
-// Where all lanes that the mask names have come: their results.
+// If all lanes of the mask have reached the operation, computes their results and makes them ready.
 void try_warp(Block& block, Thread& t) {
     const size_t first = t.index.x / 32 * 32;
     Thread* lanes[32] = {};
@@ -298,7 +295,7 @@ void try_warp(Block& block, Thread& t) {
         if (other.state == State::kInWarp && other.op == t.op && other.mask == t.mask &&
             same(other.site, t.site))
             continue;
-        complete = false;  // it does something else first, unless that waits for this thread
+        complete = false;  // it may do something else first, unless that waits for this thread
         if (other.state == State::kInWarp && other.mask >> (t.index.x % 32) & 1)
             refuse(here() + ", which waits for it at " + name(other.site) +
                    " with another mask or operation");
@@ -311,10 +308,9 @@ void try_warp(Block& block, Thread& t) {
         if (lanes[i]) lanes[i]->value = results[i], make_ready(block, *lanes[i]);
 }
 
-// --- the scheduler
-// -----------------------------------------------------------------------------------------------
+// --- the scheduler ---------------------------------------------------------------------------------------
 
-// All threads wait in the same way, and go on if they do at the same place.
+// All threads wait for a barrier: makes them ready if it is the same one.
 void release(Block& block, const char* what) {
     const Thread* first = nullptr;
     for (Thread& t : block.threads) {
@@ -332,8 +328,8 @@ size_t count(const Block& block, State state) {
                          [&](const Thread& t) { return t.state == state; });
 }
 
-// The thread that runs next, or null. In some blocks all warps advance alike; in others one goes as far as it
-// can before the next one moves, which shows what a barrier is missing for.
+// The thread that runs next, or null. In some blocks all warps advance at about the same rate; in others one
+// warp runs as far as it can before the next one starts, which makes a missing barrier visible.
 Thread* next_thread(Block& block) {
     const size_t warps = block.ready.size(), start = block.in_order ? 0 : run_->random() % warps;
     for (size_t i = 0; i < warps; ++i) {
@@ -361,7 +357,7 @@ void run_block(Block& block) {
         if (count(block, State::kAtBarrier) != block.alive) {
             for (Thread& t : block.threads) {
                 if (t.state != State::kInWarp) continue;
-                try_warp(block, t);  // says what it waits for, where a lane has ended since
+                try_warp(block, t);  // refuses with a better sentence if a lane has ended since
                 refuse(name(block, t) + " waits at " + name(t.site) + " for lanes that never come");
             }
             refuse("some threads of a block wait for the grid, and others have ended or wait for the block");

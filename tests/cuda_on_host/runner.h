@@ -1,16 +1,17 @@
-// Runs a CUDA kernel on a host: every thread of a block is a fiber, and one fiber runs at a time, until it
-// comes to a barrier or a warp operation. Which one is next is random (in half of the blocks, within a warp
-// that runs until it must wait), and so is the order of blocks: a kernel that needs an order without asking
-// for it fails in some runs (the seed is in the message; CUDA_ON_HOST_SEED repeats it).
+// Runs a CUDA kernel on the host. Every thread of a block is a fiber, and one fiber runs at a time, until it
+// reaches a barrier or a warp operation. The next fiber is chosen at random (in half of the blocks, from the
+// same warp until the whole warp waits), and so is the order of the blocks. So a kernel that relies on an
+// order without a barrier fails in some runs (the message has the seed, with which CUDA_ON_HOST_SEED repeats
+// the run).
 //
-// What a device would leave undefined is refused with a sentence: barriers that not all threads of a block
-// reach, warp operations whose mask names a lane that has ended, waits elsewhere, or was not meant; launches
-// over a device's limits. Shared memory is fresh for each block, holds no zeros, and ends at what
-// AddressSanitizer watches.
+// Behaviour that is undefined on a device is refused with a sentence: barriers that not all threads of a
+// block reach; warp operations whose mask names a lane that has ended or waits elsewhere, or that read from a
+// lane outside the mask; and launches over a device's limits. Shared memory is allocated for each block, is
+// not initialised to zeros, and is followed by memory that AddressSanitizer watches.
 //
-// Not modelled: weak memory order (a missing __threadfence does not show), blocks of one launch at the same
-// time unless it is cooperative, more than one launch at a time, and what a kernel of this project has not
-// used yet.
+// Not modelled: weak memory order (a missing __threadfence is not found), blocks that run at the same time in
+// a launch that is not cooperative, more than one launch at a time, and features that no kernel of this
+// project uses.
 #pragma once
 
 #include <cstddef>
@@ -25,10 +26,10 @@ struct Dim {
     unsigned x = 1, y = 1, z = 1;
 };
 
-// Of the thread that runs.
+// The indices of the thread that runs.
 inline Dim thread_index, block_index, block_size, grid_size;
 
-constexpr int kMultiprocessors = 4;  // few, so that small problems take every path
+constexpr int kMultiprocessors = 4;  // few, so that small problems reach every path
 constexpr size_t kSharedLimit = 48 * 1024;
 
 struct Launch {
@@ -38,10 +39,10 @@ struct Launch {
     bool cooperative;
 };
 
-// Throws std::runtime_error where a kernel is refused.
+// Throws std::runtime_error if a kernel is refused.
 void run(const Launch& launch, const std::function<void()>& thread);
 
-// Where in the kernel a thread waits.
+// The place in the kernel at which a thread waits.
 struct Site {
     const char* file = __builtin_FILE();
     int line = __builtin_LINE();
@@ -52,7 +53,7 @@ void wait_for_grid(Site site);
 
 enum class WarpOp { kSync, kShuffle, kUp, kDown, kXor, kBallot, kAdd, kMin, kMax };
 
-// The result of a warp operation for this lane, once all lanes of the mask have come.
+// The result of a warp operation for this lane, when all lanes of the mask have reached it.
 uint64_t warp(WarpOp op, uint32_t mask, uint64_t value, int argument, Site site);
 
 template <class T>
@@ -65,7 +66,7 @@ T shuffle(WarpOp op, uint32_t mask, T value, int argument, Site site) {
     return value;
 }
 
-// This block's memory for a __shared__ variable, which `variable` stands for.
+// This block's memory for a __shared__ variable, which the address `variable` identifies.
 void* shared_memory(const void* variable, size_t bytes);
 void* dynamic_shared_memory();
 

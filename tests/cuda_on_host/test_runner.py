@@ -1,4 +1,5 @@
-"""The runner that the CUDA kernels are tested with: what it computes, what it refuses, which faults it shows."""
+"""The runner that runs the CUDA kernels in tests: what it computes, what it refuses, and which faults it makes
+visible."""
 
 from __future__ import annotations
 
@@ -19,14 +20,14 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs cases of kernels.cpp in a process of their own. It is compiled in seconds: by each worker of xdist."""
+    """Runs cases of kernels.cpp in a process of their own. Each worker of xdist compiles it, in seconds."""
     program = tmp_path_factory.mktemp("runner") / "kernels"
     compiler = os.environ.get("CXX", "c++").split()
     sources = [HERE / "runner.cpp", HERE / "kernels.cpp"]
     subprocess.run([*compiler, *FLAGS, *SANITIZE, "-I", HERE / "include", *sources, "-o", program], check=True)
 
     def run(*cases: str, seed: int | None = None, asan: str = "") -> subprocess.CompletedProcess[str]:
-        # Leaks are not looked for: it does not work in every container.
+        # The leak detector is off: it does not work in every container.
         env = {**os.environ, "ASAN_OPTIONS": f"detect_leaks=0:{asan}", "UBSAN_OPTIONS": ""}
         env.pop("CUDA_ON_HOST_SEED", None)
         if seed is not None:
@@ -37,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def written(process: subprocess.CompletedProcess[str]) -> list[int]:
-    """What the one kernel of a process wrote."""
+    """The output of a process that ran one kernel."""
     assert process.returncode == 0, process.stderr
     error, *numbers = map(int, process.stdout.split())
     assert error == 0
@@ -93,7 +94,7 @@ RIGHT = {
     "large": [2 * t for t in range(32)],
     "largest": [1],
 }
-# What their authors expect.
+# The results that their authors would expect.
 IN_ORDER = {"blocks in order": [*range(1, 17)], "same order again": [4, 4, 4]}
 
 
@@ -167,13 +168,13 @@ def test_what_a_device_leaves_undefined_is_refused_with_a_sentence(run: Run, cas
 
 
 def test_the_seed_in_a_refusal_is_the_one_that_was_drawn(run: Run) -> None:
-    # Which thread it is that waits depends on the order.
+    # The thread in the message depends on the order.
     refusal = run("another operation").stderr
     (seed,) = re.findall(r"CUDA_ON_HOST_SEED=(\d+)", refusal)
     assert run("another operation", seed=int(seed)).stderr == refusal
 
 
-# Of a fake stack AddressSanitizer must know which fiber it belongs to, also where a fiber never ends.
+# AddressSanitizer must know to which fiber a fake stack belongs, even if the fiber never ends.
 @pytest.mark.parametrize("fake_stacks", [0, 1])
 def test_after_a_refusal_the_next_launch_works(run: Run, fake_stacks: int) -> None:
     after = ["sums", "grid rounds", "locals"]

@@ -1,7 +1,7 @@
-"""The memory that launches of a stream share: made once, not by PyTorch's allocator, and all zeros between launches.
+"""The memory that the launches of a stream share: allocated once, not by PyTorch, and all zeros between launches.
 
-Run by ``pytest --kernels host``: the host's device counts allocations, fills them with what are no zeros, and lets a
-test choose the stream.
+Run by ``pytest --kernels host``: the device on the host counts allocations, fills them with bytes other than zero, and
+lets a test choose the stream.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Device(ctypes.Structure):
     )
 
 
-STREAMS = iter(range(100, 1000))  # of which none has launched before
+STREAMS = iter(range(100, 1000))  # streams without launches so far
 
 
 @pytest.fixture
 def device() -> Iterator[Device]:
-    """On a stream of its own, before its first launch."""
+    """The device, with a new stream that has had no launches."""
     library = ctypes.CDLL(str(kernel_backend.host_library))
     library.cuda_on_host_device.restype = ctypes.POINTER(Device)
     device = library.cuda_on_host_device().contents
@@ -51,7 +51,7 @@ def device() -> Iterator[Device]:
 
 
 def check_all() -> None:
-    """An operation for each part of a workspace that is used: selections by several blocks, tickets of rows."""
+    """Runs operations that use each part of a workspace: selections by several blocks, and the tickets of rows."""
     losses = torch.randn(20_000).mul(50).round()
     kept, _ = reference.select(losses, torch.ones_like(losses, dtype=torch.bool), 0.3)
     torch.testing.assert_close(batchkern.trimmed_mean(losses, 0.3), losses[kept].mean())
@@ -87,7 +87,7 @@ def test_memory_that_pytorch_holds_is_asked_for_once(device: Device) -> None:
     emptied, device.refusals = device.emptied, 1
     check_all()
     assert device.emptied == emptied + 1
-    assert device.error == 0  # nobody else finds it
+    assert device.error == 0  # no later call finds it
     device.stream, device.refusals = next(STREAMS), 2
     with pytest.raises(RuntimeError, match="CUDA error 2"):
         check_all()

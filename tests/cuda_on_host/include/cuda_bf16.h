@@ -1,4 +1,4 @@
-// In place of CUDA's own header.
+// Replaces CUDA's header.
 #pragma once
 
 #include "cuda_runtime.h"

@@ -1,4 +1,4 @@
-// In place of CUDA's own header: what the kernels and launchers of this project use, and nothing else.
+// Replaces CUDA's header with only those parts that the kernels and launchers of this project use.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +9,7 @@
 #include "../runner.h"
 #include "cuda_runtime_api.h"
 
-// --- the language
-// ------------------------------------------------------------------------------------------------
+// --- the language ----------------------------------------------------------------------------------------
 
 #define __global__
 #define __device__
@@ -37,8 +36,7 @@ struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
 
-// --- arithmetic
-// --------------------------------------------------------------------------------------------------
+// --- arithmetic ------------------------------------------------------------------------------------------
 
 template <class T>
 T min(T a, T b) {
@@ -65,8 +63,7 @@ inline uint32_t __float_as_uint(float x) {
     return bits;
 }
 
-// --- memory
-// ------------------------------------------------------------------------------------------------------
+// --- memory ----------------------------------------------------------------------------------------------
 
 template <class T>
 T __ldcg(const T* p) {
@@ -88,8 +85,7 @@ inline uint32_t atomicMax(uint32_t* p, uint32_t value) {
 }
 inline void __threadfence() {}
 
-// --- threads together
-// --------------------------------------------------------------------------------------------
+// --- threads together ------------------------------------------------------------------------------------
 
 using CudaSite = ::cuda_on_host::Site;
 using CudaWarpOp = ::cuda_on_host::WarpOp;
@@ -133,13 +129,12 @@ inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value, CudaSite site =
     return static_cast<uint32_t>(::cuda_on_host::warp(CudaWarpOp::kMax, mask, value, 0, site));
 }
 
-// Not modelled.
+// Not modelled: these would be signed.
 int __reduce_add_sync(uint32_t, int, CudaSite = {}) = delete;
 int __reduce_min_sync(uint32_t, int, CudaSite = {}) = delete;
 int __reduce_max_sync(uint32_t, int, CudaSite = {}) = delete;
 
-// --- the runtime
-// -------------------------------------------------------------------------------------------------
+// --- the runtime -----------------------------------------------------------------------------------------
 
 struct dim3 {
     unsigned x, y, z;
@@ -172,7 +167,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments... arguments) {
     const dim3 blocks = config->gridDim, threads = config->blockDim;
     const bool cooperative = config->numAttrs > 0 && config->attrs[0].val.cooperative;
-    // Limits of every device that there is; and whole warps, one dimension of threads, two of blocks.
+    // The limits that all devices share; and whole warps, one dimension of threads, and two of blocks.
     if (blocks.x - 1 >= 0x7fffffffu || blocks.y - 1 >= 65535u || blocks.z != 1 || threads.x - 1 >= 1024u ||
         threads.x % 32 != 0 || threads.y != 1 || threads.z != 1 ||
         config->dynamicSmemBytes > ::cuda_on_host::kSharedLimit)

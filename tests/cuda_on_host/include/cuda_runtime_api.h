@@ -1,4 +1,4 @@
-// In place of CUDA's own header: what the bindings and launchers name.
+// Replaces CUDA's header with the names that the bindings and launchers use.
 #pragma once
 
 #include <cstddef>
@@ -19,17 +19,17 @@ enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeR
 
 namespace cuda_on_host {
 
-// What a test sees of the device, and changes (test_workspace.py has the same fields).
+// The state of the device, which tests read and change (test_workspace.py has the same fields).
 struct Device {
-    int64_t stream = 0;   // the number of the current one
-    int capturing = 0;    // a graph, on that stream
-    int refusals = 0;     // so many allocations fail from now on
-    int allocations = 0;  // that succeeded
-    int emptied = 0;      // how often PyTorch's cache was
-    int error = 0;        // of the last call that failed, until somebody asks for it
+    int64_t stream = 0;   // the number of the current stream
+    int capturing = 0;    // whether a graph is captured on that stream
+    int refusals = 0;     // the number of allocations that will fail
+    int allocations = 0;  // the number that succeeded
+    int emptied = 0;      // how often PyTorch's cache was emptied
+    int error = 0;        // that of the last call that failed, until it is read
     int mode = cudaStreamCaptureModeGlobal;
-    void* newest = nullptr;  // what was allocated last
-    size_t bytes = 0;        // of it
+    void* newest = nullptr;  // the latest allocation
+    size_t bytes = 0;        // its size
 };
 inline Device device;
 
@@ -37,7 +37,7 @@ inline cudaError_t failed(cudaError_t error) { return device.error = error, erro
 
 }  // namespace cuda_on_host
 
-// As if another thread captured a graph all the time.
+// Behaves as if another thread captured a graph all the time.
 inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
     auto& device = cuda_on_host::device;
     if (device.mode != cudaStreamCaptureModeRelaxed)

@@ -1,4 +1,4 @@
-// In place of torch's own header.
+// Replaces torch's header.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -6,6 +6,6 @@
 
 #define C10_CUDA_CHECK(call)                                                             \
     do {                                                                                 \
-        const cudaError_t checked_ = call; /* which may hold any other name */           \
+        const cudaError_t checked_ = call; /* the expression may use any other name */   \
         TORCH_CHECK(checked_ == cudaSuccess, "CUDA error ", static_cast<int>(checked_)); \
     } while (false)

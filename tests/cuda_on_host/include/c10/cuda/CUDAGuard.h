@@ -1,4 +1,4 @@
-// In place of torch's own header.
+// Replaces torch's header.
 #pragma once
 
 #include <c10/core/Device.h>

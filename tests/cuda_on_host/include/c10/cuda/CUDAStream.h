@@ -1,4 +1,4 @@
-// In place of torch's own header: a machine with one device, whose streams differ in their numbers alone.
+// Replaces torch's header: a machine with one device, whose streams differ only in their numbers.
 #pragma once
 
 #include <c10/core/Device.h>
