@@ -1,4 +1,4 @@
-"""Every operation beside its peers, at each of its cases."""
+"""Measures every operation and its peers, at each of its cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""End to end: each strategy in the trainer beside the same model in a bare PyTorch loop. Three minutes on two cores.
+"""Measures each strategy end to end in the trainer, and the same model in a bare PyTorch loop. Takes three minutes on
+two cores.
 
 ``BATCHKERN_BENCH_DATA=cifar10-train.parquet`` trains on images of that file.
 """

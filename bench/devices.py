@@ -48,7 +48,7 @@ class Cpu:
         return seconds
 
     def calls_a_round(self, once: float) -> int:
-        """How many calls of so many seconds fill a round."""
+        """The number of calls in a round if a call takes ``once`` seconds."""
         return max(1, min(self.most_calls, math.ceil(self.least_seconds / max(once, 1e-7))))
 
     def peak_bytes(self, run: Run) -> int:

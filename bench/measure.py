@@ -125,12 +125,12 @@ class Timed:
 def interleaved(
     device: Cpu, runs: dict[str, Any], calls: dict[str, int], budget: float, rounds: tuple[int, int]
 ) -> Timed:
-    """``runs[name](calls)`` prepares a run of so many calls."""
+    """``runs[name](calls)`` prepares a run of this many calls."""
     timed = Timed({name: [] for name in runs}, calls, {name: [] for name in runs})
     order, shuffle = list(runs), random.Random(0).shuffle
     least, most = rounds
     gc.collect()
-    gc.freeze()  # so that collecting what a round left, between rounds, is cheap
+    gc.freeze()  # so that the collections between rounds are cheap
     gc.disable()
     try:
         deadline = time.monotonic() + budget

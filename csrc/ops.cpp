@@ -222,7 +222,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #ifdef BATCHKERN_WITH_CUDA
     m.def("cuda_problem", torch::wrap_pybind_function_no_gil([](c10::DeviceIndex device) {
               const c10::cuda::CUDAGuard guard(device);
-              // A first call may lie within the capture of a graph, where loading is refused otherwise.
+              // The first call may be made during the capture of a graph, in which loading would be refused
+              // otherwise.
               c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
               return batchkern::cuda_problem();
           }),

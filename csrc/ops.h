@@ -9,7 +9,7 @@ namespace batchkern {
 
 struct CudaFacts {
     std::string version;                     // "13.0"
-    std::vector<std::string> architectures;  // "8.0", or "9.0+PTX" where PTX was kept as well
+    std::vector<std::string> architectures;  // "8.0", or "9.0+PTX" if PTX was kept too
 };
 
 // Both are defined in cuda/build_facts.cu, so only if BATCHKERN_WITH_CUDA is defined.

@@ -1,1 +1,1 @@
-"""Scripts for those who work on batchkern: ``make gpu``, ``make resources``, ``make triton-resources``."""
+"""Scripts for developers of batchkern: ``make gpu``, ``make resources``, ``make triton-resources``."""

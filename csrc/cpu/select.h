@@ -7,7 +7,7 @@
 
 namespace batchkern {
 
-// k = clamp(round_half_even(keep * n), 1, n); 0 where n is 0.
+// k = clamp(round_half_even(keep * n), 1, n); 0 if n is 0.
 int64_t kept_count(int64_t n, double keep);
 
 // The k-th highest of n keys (1 <= k <= n), how many keys equal it, and how many of these are among the k

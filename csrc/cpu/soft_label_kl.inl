@@ -67,7 +67,7 @@ double near_divergence(const T* reference, const float* p, const T* row, int64_t
     *shift_of_t = shift;
     return sum_of(n, [=](int64_t j) __attribute__((always_inline)) {
         const float q = weights[j] * inverse;
-        // |t| <= 1. Where P is 0 so is Q, and t may be the difference of two infinities.
+        // |t| <= 1. If P is 0, Q is 0 too, and t may be the difference of two infinities.
         const float t = p[j] == 0 ? 0.0f : (load(reference + j) - load(row + j)) * scale + shift;
         const float tail = expm1_tail(t), square = t * t;
         if (kGrad) grad[j] = -q * (t + square * tail) * grad_scale;

@@ -1,4 +1,4 @@
-// What the forward and the backward pass of a cross entropy share. Each row is computed by a group of
+// Helpers that the forward and the backward pass of a cross entropy share. Each row is computed by a group of
 // threads: 8 lanes, a warp or a block; or by several blocks if rows are few and long.
 #pragma once
 

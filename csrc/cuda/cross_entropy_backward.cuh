@@ -134,8 +134,8 @@ __device__ __forceinline__ void write_row(const RowGradient& g, const T* row, T*
         [&](int column, float element) { grad[column] = from_float<T>(g.at<kSmooth>(column, element)); });
 }
 
-// Blocks are small, so that a kept row, which takes longer, keeps the threads of only a few dropped rows from
-// being replaced.
+// Blocks are small. A block holds its resources until its slowest row, a kept one, is finished, so that few
+// dropped rows should share a block with a kept one.
 template <int kGroup>
 constexpr int kBackwardThreads = kGroup <= kWarp ? 64 : kGroup;
 

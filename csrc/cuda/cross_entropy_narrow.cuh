@@ -152,6 +152,8 @@ __global__ void __launch_bounds__(kNarrowThreads, kNarrowResident)
     select_in_last_block<kNarrowThreads, kHeldOf64>(a.selection, select);
 }
 
+// The gradient of RowGradient. A row without one is set to zero, and its vectors are not loaded unless they
+// also hold a part of a row that has one.
 template <class T, bool kSmooth, int kLanes>
 __global__ void __launch_bounds__(kNarrowThreads, kNarrowResident)
     cross_entropy_narrow_backward(const BackwardCall a) {

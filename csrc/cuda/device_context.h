@@ -1,5 +1,5 @@
-// Where a binding launches its kernels: the device of its tensors and PyTorch's current stream on it; and
-// memory for the kernels.
+// The context of a binding's launches: the device of its tensors, PyTorch's current stream on it, and memory
+// for the kernels.
 #pragma once
 
 #include <ATen/ops/zeros.h>

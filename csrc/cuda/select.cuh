@@ -412,7 +412,8 @@ __device__ __forceinline__ void take(const Rows& rows, Index first, Index end, c
     }
 }
 
-// Selects the rows whose place in the order is in [first, first + k).
+// Selects the rows whose place in the order is in [first, first + k), and later ones whose keys are above
+// `above`.
 template <int kThreads, class Rows>
 __device__ __forceinline__ Chosen choose_by_counting(const Rows& rows, int64_t n, const KeepFraction& keep,
                                                      bool* kept, SelectStorage& shared) {
