@@ -13,46 +13,47 @@ from batchkern.saved_state import saved_number
 from batchkern.seeding import generator
 
 AHEAD = 16
-"""Batches."""
+"""The largest number of batches that are read ahead."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One update's worth of rows."""
+    """The rows of one update, and how to train on them."""
 
     indices: Tensor
-    """``(b,)`` int64 rows of the training set (of the strategy's own set where ``inject`` is given)."""
+    """``(b,)`` int64 rows of the training set, or of the strategy's own set if ``inject`` is given."""
     epoch: int
     progress: float
-    """Share of the training done before this batch, in [0, 1)."""
+    """Fraction of the training that is done before this batch, in [0, 1)."""
     ends_epoch: bool
-    """Nothing more of this epoch follows."""
+    """Whether this is the last batch of its epoch."""
     rate: float | None = None
-    """Factor on the base learning rate; ``None``: the trainer's schedule at ``progress``."""
+    """Factor on the base learning rate; ``None`` means the trainer's schedule at ``progress``."""
     number: int | None = None
-    """Which of a fixed set of batches this is, where there is one."""
+    """The number of this batch in a fixed set of batches, if there is one."""
     reset_optimizer: bool = False
-    """Forget the optimizer's state (momentum) before this update."""
+    """Clear the optimizer's state (momentum) before this update."""
     weights: Mapping[str, Tensor] | None = None
-    """Load these, a state of the model, before this update."""
+    """A ``state_dict`` of the model to load before this update."""
     inject: Callable[[Any], Tensor] | None = None
-    """Computes this batch's loss in place of the trainer, for a batch that is not of the training set: of the
-    :class:`batchkern.strategies.Step` whose batch this is."""
+    """Computes the loss of a batch that is not from the training set, in place of the trainer. Its argument is the
+    :class:`batchkern.strategies.Step` of this batch."""
     beside: Batch | None = None
-    """One with ``inject``, whose loss is added to this batch's: one update for both."""
+    """A batch with ``inject`` whose loss is added to the loss of this batch: one update for both."""
     only: Literal["score", "update"] | None = None
-    """``"score"``: a pass for the losses alone, which strategies observe, and no update. ``"update"``: one of rows that
-    were scored before, whose losses the figures of the epoch have already."""
+    """``"score"``: only a forward pass, whose losses strategies observe, and no update. ``"update"``: an update from
+    rows that were scored before, whose losses are already in the figures of the epoch."""
     ahead: tuple[Tensor, ...] = ()
-    """Rows of the next batches of the same data, as far as the plan knows them already and at most :data:`AHEAD`. A
-    hint: rows are read ahead by it, and nothing depends on it."""
+    """Rows of the next batches of the same data, as far as they are already decided, at most :data:`AHEAD` batches.
+    This is only a hint for reading ahead; no result depends on it."""
 
 
 @dataclass
 class Window:
-    """Which batches make an update together: ``size`` one after the other, their gradients weighed by their rows.
+    """Gradient accumulation: ``size`` successive batches make one update, their gradients weighted by their rows.
 
-    It is cut short where an epoch ends, and before a batch that is an update of its own or begins with other weights.
+    It is cut short at the end of an epoch, and before a batch that is an update of its own, loads weights or resets the
+    optimizer.
     """
 
     size: int = 1
@@ -74,8 +75,8 @@ class Window:
 
 
 def cut(order: Tensor, size: int, least: int = 1, drop_last: bool = False) -> tuple[Tensor, ...]:
-    """``order`` in batches of ``size``. The last one may be smaller: with fewer than ``least`` rows (at most ``size``)
-    it is joined to the one before, or with ``drop_last`` left out, if it is not the only one."""
+    """``order`` in batches of ``size``. The last one may be smaller. Unless it is the only one, it is merged with the
+    one before if it has fewer than ``least`` rows (at most ``size``), or left out with ``drop_last``."""
     batches = order.split(size)
     if drop_last and len(batches) > 1 and len(batches[-1]) < size:
         return batches[:-1]
@@ -85,14 +86,14 @@ def cut(order: Tensor, size: int, least: int = 1, drop_last: bool = False) -> tu
 
 
 def count_batches(rows: int, size: int, least: int = 1, drop_last: bool = False) -> int:
-    """How many :func:`cut` makes."""
+    """The number of batches that :func:`cut` makes."""
     return max(1, rows // size) if drop_last else max(1, -(-rows // size) - (0 < rows % size < least))
 
 
 class EpochBatches:
     """Every epoch a fresh permutation of all rows, cut into batches by :func:`cut`.
 
-    A pure function of (seed, epoch), so its only state is how many batches were taken.
+    The order is a pure function of (seed, epoch), so the only state is the number of batches taken.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class EpochBatches:
             yield Batch(indices, epoch, progress, ends_epoch=place + 1 == self.per_epoch, ahead=ahead)
 
     def indices(self, number: int) -> Tensor:
-        """Of the batch of this number, counted from 0 over all epochs."""
+        """The rows of the batch with this number, counted from 0 over all epochs."""
         epoch, place = divmod(number, self.per_epoch)
         return self.epoch(epoch)[place]
 
@@ -142,14 +143,14 @@ class EpochBatches:
 
 
 class Passes:
-    """Epochs whose batches are cut when they begin."""
+    """A plan of epochs, each of which is cut into batches when it begins."""
 
     def __init__(self) -> None:
         self.epoch = self.place = 0
 
     def plan(self, epochs: int, cut_epoch: Callable[[int], Sequence[Tensor]]) -> Iterator[Batch]:
-        """``cut_epoch(epoch)`` gives the index batches, at least one; a second time where a training goes on within the
-        epoch."""
+        """``cut_epoch(epoch)`` returns the index batches of an epoch, at least one. It is called again for the same
+        epoch if the training is resumed within it."""
         while self.epoch < epochs:
             index_batches = cut_epoch(self.epoch)
             while self.place < len(index_batches):
@@ -200,14 +201,14 @@ class Replay:
             yield Batch(fixed[number], epoch, progress, ends_epoch, number=number, ahead=ahead)
 
     def _known(self, batches: int) -> Sequence[int]:
-        """The numbers of the next batches, up to where a round must be chosen."""
+        """The numbers of the next batches, up to the next choice of a round."""
         return range(self.updates, batches) if self.updates < batches else self.order[self.place :]
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self), order=list(self.order))
 
     def load_state_dict(self, state: dict[str, Any], batches: int, epochs: int) -> None:
-        """``batches``: N."""
+        """``batches`` is the number N of fixed batches."""
         order = list(state["order"])
         if not all(type(number) is int and 0 <= number < batches for number in order):
             raise ValueError(f"order is {order!r:.40}, which must be numbers of {batches} batches")

@@ -56,57 +56,65 @@ __all__ = ["Counts", "Interrupted", "Trainer"]
 
 
 class Trainer:
-    """One training run, in one process or in all that torchrun started (docs/distributed.md).
+    """One training run, in a single process or in all the processes that torchrun started (docs/distributed.md).
 
     Args:
         model: a module that maps a batch of inputs, such as images ``(B, C, H, W)``, to logits ``(B, classes)``, or for
             masks ``(B, classes, *places)``; or a name for ``batchkern.models.build``, which is then initialised from
             ``seed``.
-        train, test: the data; same shape and classes. What :func:`batchkern.data.load_pair` gives, a map-style dataset
-            (:func:`batchkern.data.from_dataset`), or a pair of tensors (:func:`batchkern.data.from_tensors`).
-        weights: to begin with: a file of safetensors or the directory of a run that has ended, as
-            :func:`batchkern.initial_weights.load_weights` takes them, or ``"pretrained"``, for what timm has for a
-            model of its own. The classifier begins with random weights where it has another number of classes.
-        strategies: any combination in which no two decide the same thing; none is the plain baseline.
-        epochs, batch_size: those of the plain baseline; strategies may change what an epoch visits. A batch is that of
-            all processes together.
-        drop_last: leave out the last batch of an epoch where it is smaller; by default no image is left out.
+        train, test: the data; same shape and classes. The result of :func:`batchkern.data.load_pair`, a map-style
+            dataset (:func:`batchkern.data.from_dataset`), or a pair of tensors (:func:`batchkern.data.from_tensors`).
+        weights: initial weights: a safetensors file or the directory of a finished run, as accepted by
+            :func:`batchkern.initial_weights.load_weights`, or ``"pretrained"`` for the pretrained weights of a timm
+            model. The classifier starts from random weights if its number of classes differs.
+        strategies: any combination in which no two decide the same thing; an empty list is the plain baseline.
+        epochs, batch_size: the values of the plain baseline; strategies may change which samples an epoch visits. The
+            batch size is the total over all processes.
+        drop_last: leave out the last batch of an epoch if it is smaller than the others; by default no sample is left
+            out.
         optimizer: ``"sgd"``, ``"adam"``, ``"adamw"``, or a function of the parameter list.
-        lr, momentum, weight_decay: settings of the named optimizers; a function sets its own, and ``lr`` is taken from
-            it.
-        schedule: ``"constant"``, ``"cosine"``, ``"step"``, with numbers of its own as in ``"step(milestones=(0.3, 0.6),
-            gamma=0.1)"``, or ``f(progress) -> factor`` on the learning rate.
-        warmup_epochs: over so many epochs the schedule is multiplied by a line from all but 0 to 1.
-        max_grad_norm: shorten the gradient of an update to this norm, that of all parameters together.
-        gradient_accumulation_steps: the gradients of so many batches make an update, each weighed by its rows; fewer
-            at the end of an epoch. Strategies choose within each batch.
-        ema_decay: evaluate and save an average of the weights, as :class:`batchkern.averaging.WeightAverage` has it.
-        compile: a backend of ``torch.compile``, such as ``"inductor"``, for passes over whole batches. Virtual samples,
-            passive batches and chosen rows pass through the model as it is.
-        channels_last: lay out the weights of 2-d convolutions channels last, and with them what passes between them,
-            which is faster on CPUs and GPUs; by default where ``model`` is a name. A module of your own may not bear
-            it: ``view`` of such tensors raises.
+        lr, momentum, weight_decay: settings of the named optimizers; an optimizer function uses its own settings, and
+            the base learning rate is read from the optimizer it returns.
+        schedule: ``"constant"``, ``"cosine"``, ``"step"``, optionally with arguments, as in
+            ``"step(milestones=(0.3, 0.6), gamma=0.1)"``, or ``f(progress) -> factor`` on the learning rate.
+        warmup_epochs: over this many epochs the schedule is multiplied by a factor that rises linearly from almost 0 to
+            1.
+        max_grad_norm: clip the gradient of each update to this norm, computed over all parameters together.
+        gradient_accumulation_steps: number of batches whose gradients are combined into one update, each weighted by
+            its number of rows; the last update of an epoch may combine fewer. Strategies choose samples within each
+            batch.
+        ema_decay: evaluate and save an exponential moving average of the weights; see
+            :class:`batchkern.averaging.WeightAverage`.
+        compile: a backend of ``torch.compile``, such as ``"inductor"``, used for passes over whole batches. Virtual
+            samples, passive batches and selected rows use the model without compilation.
+        channels_last: use the channels-last memory format for the weights of 2-d convolutions, and so for the
+            activations between them, which is faster on CPUs and GPUs. It is the default if ``model`` is a name. A
+            module of your own may fail with it: ``view`` raises for such tensors.
         amp: autocast to ``"bf16"`` or ``"fp16"`` (with loss scaling), or ``"none"``.
         augment: ``"none"``, ``"flip"``, ``"crop"``, ``"crop+flip"``, ``"resized-crop"``, ``"resized-crop+flip"``, as
             :class:`batchkern.data.Feed` takes them.
         label_smoothing: in [0, 1], of the training loss.
-        workers: processes that fetch rows of datasets ahead of their update; 0: this one does, when they are due.
-            Images of files are decoded by threads, and what is in memory needs neither.
-        classifier: name of the model's last linear layer, where the last one registered is not it.
+        workers: number of worker processes that fetch rows of datasets ahead of their update. With 0, the training
+            process fetches them when they are needed. Image files are decoded by threads, and data in memory needs
+            neither.
+        classifier: name of the model's last linear layer, needed only if it is not the one registered last.
         seed: seed of the weights, the order, the augmentation and every choice. :meth:`fit` seeds torch's generators.
-        device: default: CUDA where torch sees it, else CPU; of several processes, each takes a GPU of its own.
+        device: by default, CUDA if it is available, else the CPU. With several processes, each uses its own GPU.
         out: the run's directory; ``None`` writes nothing.
-        overwrite: replace the files of a run that is there.
-        resume: go on from its checkpoint, to the end or for more epochs: the schedule then reaches over all of them,
-            and a warning says which learning rate follows the last one.
-        checkpoint_every: also save after every so many updates; a checkpoint is always saved after an epoch.
-        keep_best: also keep the weights of the epoch of the highest test accuracy, the first of equal ones, in
-            best.safetensors. An accuracy that chose its epoch is too high for other data: test on some held out.
-        callbacks: called after each epoch, as :class:`batchkern.callbacks.Callback` says.
+        overwrite: replace the files of an existing run.
+        resume: continue from the checkpoint of the run, to its end or for more epochs. With more epochs the schedule
+            covers all of them, and a warning states the learning rate with which the training continues.
+        checkpoint_every: also save a checkpoint each time this many updates are done; one is always saved after an
+            epoch.
+        keep_best: also keep, in best.safetensors, the weights of the epoch with the highest test accuracy (the first
+            of equal ones). An accuracy that was used to choose the epoch is too optimistic: measure the final accuracy
+            on other held-out data.
+        callbacks: called at the begin and end of the training and after each epoch; see
+            :class:`batchkern.callbacks.Callback`.
         progress: show a progress bar on a terminal.
 
     Raises:
-        UserError: whatever can be known to be wrong before training.
+        UserError: an argument is invalid; everything that can be checked before training is checked here.
 
     Examples:
         >>> import torch
@@ -205,7 +213,7 @@ class Trainer:
             "momentum": momentum,
             "weight_decay": weight_decay,
             "schedule": describe_choice(schedule),
-            # None as of runs from before there were such things.
+            # None when unused, so that the settings of older runs, which lack these entries, still match.
             "warmup_epochs": warmup_epochs or None,
             "max_grad_norm": max_grad_norm,
             "gradient_accumulation_steps": accumulate if accumulate > 1 else None,
@@ -258,14 +266,14 @@ class Trainer:
         least = least_rows(model, inputs, classes, places, ranks.device, ranks.world, batch_size)
         self.classes = train.classes or tuple(map(str, range(classes)))
         if isinstance(feed, DatasetFeed):
-            feed.classes = classes  # which a dataset need not know
+            feed.classes = classes  # a dataset may not have declared them
         self.preprocessing = preprocessing_of(
             train, self.statistics, classes=self.classes, model=named, classifier=classifier
         )
-        """What the model is given inputs by."""
+        """How inputs are prepared for the model; saved with the weights."""
         self.test_feed = self._feed(test, ranks.device, classes=classes)
         rate = pick_schedule(schedule)
-        if warmup_epochs:  # of the first batch as large a part of the rate as it is one of the warm-up
+        if warmup_epochs:  # the first factor is the share of the warm-up that one batch makes up
             start = min(1.0, batch_size / (warmup_epochs * len(train)))
             rate = schedules.warm_up(rate, warmup_epochs / epochs, start)
         clean = train.clean_labels
@@ -311,14 +319,14 @@ class Trainer:
         self.samples = self.updater.samples
         self.batches = EpochBatches(len(train), batch_size, epochs, derived_seed(seed, "order"), least, drop_last)
         self.history: list[dict[str, Any]] = []
-        """One row an epoch, as in metrics.jsonl."""
+        """One row per epoch, as in metrics.jsonl."""
         self._rng: tuple[Tensor, Tensor | None] | None = None
-        """States of torch's generators where this run goes on, once it has begun."""
+        """States of torch's random generators from which this run continues; None before it has begun."""
         self.directory = self._open(out, overwrite=overwrite, resume=resume)
 
     @property
     def counts(self) -> Counts:
-        """What the training has cost so far."""
+        """Counts of updates and samples, and the seconds spent, so far."""
         return self.updater.counts
 
     def _feed(self, data: Labelled, device: torch.device, **options: Any) -> Feed | DatasetFeed:
@@ -359,7 +367,11 @@ class Trainer:
         return directory
 
     def _check_extended(self, path: Path, before: int) -> None:
-        """Says what becomes of a run that goes on for more epochs than it was begun with."""
+        """Warns how a run changes that is resumed for more epochs than it was started with, or rejects it.
+
+        Raises:
+            UserError: a strategy divides its epochs into steps.
+        """
         now, done = self.run.epochs, len(self.history)
         divided = next((s for s in self.strategies if s.divides_epochs), None)
         if divided is not None:
@@ -376,7 +388,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        """What a later process needs to go on to the same weights."""
+        """Saves a checkpoint with all that a later process needs to reach the same weights."""
         directory = self.directory
         if directory is None:
             return
@@ -385,7 +397,7 @@ class Trainer:
         self.ranks.first(lambda: directory.save_checkpoint(self._state(generators)))
 
     def _state(self, generators: list[tuple[Tensor, Tensor | None]]) -> dict[str, Any]:
-        """``generators``: the states of torch's, of each rank."""
+        """The contents of a checkpoint. ``generators``: the states of torch's random generators of each rank."""
         (rng, cuda_rng), *others = generators
         return {
             "epochs_done": len(self.history),
@@ -409,7 +421,7 @@ class Trainer:
         try:
             records.check(state, records.Checkpoint)
             self._take(state)
-        # Of a checkpoint that is whole: another model, optimizer or strategy of the user's than the one that was saved.
+        # The checkpoint is intact, but the user's own model, optimizer or strategy is not the one that was saved.
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"{CHECKPOINT} does not fit this training: {reason}") from error
@@ -420,16 +432,17 @@ class Trainer:
         self.updater.load_state_dict(state)
         self.batches.load_state_dict(state["batches"])
         self._rng = [(state["rng"], state["cuda_rng"]), *state["rng_of_other_ranks"]][self.ranks.rank]
-        torch.Generator().set_state(self._rng[0])  # says now if it cannot be
+        torch.Generator().set_state(self._rng[0])  # raises here if the state is invalid
 
     # --- the training ------------------------------------------------------------------------------------------
 
     def fit(self) -> dict[str, Any]:
-        """Trains to the end, from wherever it stands; the last row of :attr:`history`.
+        """Trains to the end, from the current state; returns the last row of :attr:`history`.
 
         Raises:
             UserError: the loss is not finite, or a file cannot be written.
-            Interrupted: Ctrl-C, after the update under way and a checkpoint. A second Ctrl-C stops at once.
+            Interrupted: Ctrl-C was pressed. The current update is completed and a checkpoint saved first; a second
+                Ctrl-C stops at once.
         """
         self.model.train()
         label = "+".join(s.name for s in self.strategies) or "baseline"
@@ -445,17 +458,17 @@ class Trainer:
                     started = time.perf_counter()
                     self.updater.update(batch)
                     if batch.ends_epoch and self.device.type == "cuda":
-                        torch.cuda.synchronize(self.device)  # the time of queued work is the training's
+                        torch.cuda.synchronize(self.device)  # queued work counts as training time
                     self.counts.seconds += time.perf_counter() - started
                     if self.updater.window.batches:
-                        continue  # a checkpoint has no gradients that wait for an update
+                        continue  # a checkpoint does not hold accumulated gradients
                     if batch.ends_epoch:
                         self._end_epoch(batch.epoch)
                         if self._stopped_by_callback():
                             break
                     elif self.checkpoint_every and self.counts.updates % self.checkpoint_every == 0:
                         self._save()
-                    if bar.due() and not batch.ends_epoch:  # after it the sums begin anew
+                    if bar.due() and not batch.ends_epoch:  # the sums were just reset
                         self._show(bar, batch.progress)
                     if self.ranks.agree(stop.made):
                         stop.made = False  # a further Ctrl-C does not end the saving
@@ -474,7 +487,7 @@ class Trainer:
         return self.ranks.first(lambda: True in self._call_back("on_epoch_end", self.history[-1]))
 
     def _prepare(self) -> None:
-        """What strategies do before the first update; where something was done, it is saved."""
+        """Runs the preparation of the strategies before the first update, and saves a checkpoint if there was any."""
         if self.counts.samples_forward:
             return
         started = time.perf_counter()
@@ -501,9 +514,9 @@ class Trainer:
 
     @contextlib.contextmanager
     def _own_rng(self) -> Iterator[None]:
-        """Torch's generators as this run left them, whatever was drawn in between, by another trainer say."""
+        """Restores torch's random generators to the states of this run, in case other code has used them since."""
         if self._rng is None:
-            # Each rank drops out other units of its rows.
+            # Each rank uses its own dropout masks.
             place = (self.ranks.rank,) if self.ranks.rank else ()
             torch.manual_seed(derived_seed(self.seed, "fit", *place))
         else:
@@ -585,7 +598,8 @@ class Trainer:
         return self.history[-1]
 
     def _write_results(self, directory: RunDirectory) -> None:
-        directory.save_preprocessing(encoded(self.preprocessing))  # first: a run that has weights has ended
+        # The weights come last: they mark the run as finished.
+        directory.save_preprocessing(encoded(self.preprocessing))
         directory.save_tensors(WEIGHTS, self.model.state_dict())
         directory.save_tensors(SAMPLES, self.samples.samples())
         from batchkern.plots import plot_run
@@ -596,11 +610,11 @@ class Trainer:
     # --- evaluation ---------------------------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, float]:
-        """Accuracy and mean cross entropy on the test set; of masks, over all places that count.
+        """Accuracy and mean cross entropy on the test set; for masks, over all places that are not ignored.
 
-        ``test_accuracy`` is that of :meth:`predict`; ``test_accuracy_plain`` and ``test_loss`` are those of the
-        model's own logits, whatever the strategies do at inference. With more than five classes there is
-        ``test_top5_accuracy`` too: how often the label is among the five classes of the highest scores.
+        ``test_accuracy`` is the accuracy of :meth:`predict`. ``test_accuracy_plain`` and ``test_loss`` are computed
+        from the model's own logits, whatever the strategies do at inference. With more than five classes there is also
+        ``test_top5_accuracy``: how often the label is among the five classes with the highest scores.
         """
         voted = top = plain = loss = 0.0
         places, several = 0, self.run.classes > 5
@@ -617,7 +631,7 @@ class Trainer:
         return found | ({"test_top5_accuracy": top} if several else {})
 
     def _accuracy(self, feed: Feed | DatasetFeed) -> float:
-        """Of the predictions that :meth:`predict` makes."""
+        """The accuracy of the predictions that :meth:`predict` makes."""
         correct = places = 0
         for _, target, _, scores in self._inference(feed):
             correct += int((scores.argmax(1) == target).sum())
@@ -626,8 +640,8 @@ class Trainer:
         return correct / max(places, 1)
 
     def predict(self, data: Labelled | Data) -> Tensor:
-        """Predicted classes ``(N,)`` int64 on the CPU, or of masks ``(N, *places)``, as the strategies decide at
-        inference (majority vote, say)."""
+        """Predicted classes ``(N,)`` int64 on the CPU, or ``(N, *places)`` for masks. A strategy may change the
+        inference, for example to a majority vote."""
         data = as_labelled("data", data, self.classes)
         check_same_kind("data", data, self.feed.data)
         if data.shape != self.run.shape:
@@ -639,8 +653,8 @@ class Trainer:
 
     @torch.no_grad()
     def _inference(self, feed: Feed | DatasetFeed) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """Number, labels, logits and class scores of each batch; whole batches go to the ranks in turn, so that the
-        noise of a vote is that of one process."""
+        """Number, labels, logits and class scores of each batch. Whole batches are dealt to the ranks in turn, so that
+        the noise of a vote is the same as in a single process."""
         training = self.model.training
         with contextlib.ExitStack() as ending:
             ending.enter_context(self._averaged())

@@ -1,4 +1,4 @@
-"""One update: from a batch of the plan to a step of the optimizer, through the seams of the strategies."""
+"""One update: from a batch of the plan to a step of the optimizer, with the hooks of the strategies."""
 
 from __future__ import annotations
 
@@ -29,33 +29,35 @@ EVALUATION_BATCH = 512
 
 @dataclass
 class Counts:
-    """What a training has cost so far. Samples are rows, each time they enter a pass."""
+    """The cost of a training so far. A sample is counted each time it enters a pass."""
 
     updates: int = 0
-    """Of active batches; passive ones are counted by their strategy."""
+    """Updates from active batches; updates from passive batches are counted by their strategy."""
     samples_seen: int = 0
     """Rows of active batches."""
     samples_forward: int = 0
-    """Rows of active and passive batches, in each pass."""
+    """Rows of active and passive batches, counted in each forward pass."""
     samples_backward: int = 0
     samples_kept: int = 0
     seconds: float = 0.0
-    """Of training: without evaluation and checkpoints."""
+    """Time spent on training, without evaluation and checkpoints."""
 
 
 class Outcome(NamedTuple):
-    """Of an objective."""
+    """The result of an objective."""
 
     loss: Tensor
-    """``()``, this rank's, which is differentiated."""
+    """``()``, the loss of this rank, which is differentiated."""
     value: Tensor
     """``()``, its mean over the ranks, detached."""
     figures: Tensor | None = None
-    """``(3, rows)`` of the whole batch: see ``Updater._figures``. None for a batch that is not of the training set."""
+    """``(3, rows)`` of the whole batch: see ``Updater._figures``. None for a batch that is not from the training
+    set."""
 
 
 class _Objective(nn.Module):
-    """All that trains, as one module for the averaging of gradients; it computes whatever it is given."""
+    """All trained parameters in one module, for the averaging of gradients over ranks. ``forward`` calls the given
+    objective."""
 
     def __init__(self, model: nn.Module, extras: nn.ModuleDict) -> None:
         super().__init__()
@@ -67,19 +69,19 @@ class _Objective(nn.Module):
 
 
 class Updater:
-    """Makes updates, and holds what changes with them: weights, optimizer, counts, the sums of the epoch.
+    """Makes updates, and holds the state that they change: weights, optimizer, counts, the sums of the epoch.
 
     Args:
-        run: with the model, on its device.
-        strategies: set up here, before there is an optimizer.
-        feed: of the training set.
+        run: the run, whose model is on its device.
+        strategies: they are set up here, before the optimizer is built.
+        feed: the feed of the training set.
         optimizer: a function of the parameter list.
-        accumulate: the gradients of so many active batches make an update.
-        max_grad_norm: gradients are shortened to this norm, that of all parameters together.
-        ema_decay: of a :class:`batchkern.averaging.WeightAverage`.
-        compile: with this backend of ``torch.compile``, passes over whole batches.
-        samples: what is kept of each sample of the training set.
-        last_checkpoint: what to say of files where the training ends because it diverged.
+        accumulate: number of active batches whose gradients are combined into one update.
+        max_grad_norm: gradients are clipped to this norm, computed over all parameters together.
+        ema_decay: decay of a :class:`batchkern.averaging.WeightAverage`.
+        compile: backend of ``torch.compile`` for passes over whole batches.
+        samples: the per-sample statistics of the training set.
+        last_checkpoint: returns the end of the error message for a diverged training, which names the last checkpoint.
     """
 
     def __init__(
@@ -111,11 +113,12 @@ class Updater:
             strategy.setup(run)
         self.average = None if ema_decay is None else WeightAverage(run.model, ema_decay)
         self.compiled = run.model if compile is None else models.Compiled(run.model, compile)
-        """The model in passes over whole batches. Hooks, which virtual samples and passive batches need, are no part of
-        a compiled graph, and each number of chosen rows would be one more graph: such passes run the plain model."""
+        """The model for passes over whole batches. Virtual samples and passive batches need hooks, which a compiled
+        graph does not run, and each new number of chosen rows would compile another graph; such passes use the plain
+        model."""
         self.parallel = self.ranks.parallel(
             _Objective(run.model, run.extras),
-            # A head that idles in this update has no gradient to wait for.
+            # A head that an update does not use gets no gradient.
             find_unused=lambda: len(run.extras) > 0 or not uses_all_parameters(run.model, run.example(2)),
         )
         self.optimizer = optimizer([*run.model.parameters(), *run.extras.parameters()])
@@ -123,9 +126,10 @@ class Updater:
         self.scaler = torch.amp.grad_scaler.GradScaler(self.device.type, enabled=amp == torch.float16)
         self.counts = Counts()
         self.active = 0
-        """Active batches so far: without accumulation, the updates."""
+        """Number of active batches so far. Without accumulation, it equals the number of updates."""
         self.sums = torch.zeros(5, dtype=torch.float64, device=self.device)
-        """Of the epoch so far: untrimmed losses, right predictions, their number; objective, its samples."""
+        """Sums over the epoch so far: untrimmed losses, correct predictions, samples of these two; objective, samples
+        of the objective."""
         self._finite = FiniteCheck(self.device, last_checkpoint)
 
     def owner(self, thing: str) -> Strategy:
@@ -133,13 +137,14 @@ class Updater:
         return next((s for s in self.strategies if thing in s.owns), Strategy())
 
     def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
-        """Positions in the batch of the rows worth a full pass; ``None``: all, also where these are too few for batch
-        norm. The loss then counts the same rows in a pass over all."""
+        """Positions in the batch of the rows that get a full pass. ``None`` means all rows; this is also the result if
+        the chosen rows are too few for batch norm, and the loss then counts the same rows in a pass over all."""
         rows = self.owner("the loss").narrow(step, score)
         return None if rows is not None and len(rows) < self.run.least_rows else rows
 
     def beside(self, model: nn.Module, batches: Iterable[Batch], rows: Tensor) -> Iterator[Tensor]:
-        """``Beside`` of the strategies."""
+        """Trains another model on ``batches``; yields its losses of ``rows`` after each epoch. Implements
+        ``batchkern.strategies.base.Beside``."""
         other = Updater(
             replace(self.run, model=model.to(self.device), extras=nn.ModuleDict()),
             (),
@@ -161,7 +166,7 @@ class Updater:
 
     @torch.no_grad()
     def _losses_of(self, rows: Tensor) -> Tensor:
-        """As the first rank has them."""
+        """Losses of ``rows`` in evaluation mode, computed by the first rank."""
         self.ranks.copy_first(self.model.buffers())
         self.model.eval()
         losses = []
@@ -174,7 +179,8 @@ class Updater:
         return self.ranks.first(lambda: torch.cat(losses))
 
     def update(self, batch: Batch) -> None:
-        """Of one batch of the plan: a step of the optimizer, or less where batches wait for each other."""
+        """Processes one batch of the plan: makes a step of the optimizer, or only accumulates gradients or computes
+        losses."""
         if self.window.cut_by(batch):
             self._step()
         step = Step(self.run, batch, self.active)
@@ -203,14 +209,15 @@ class Updater:
         return images, step.share.ignore_filling(target)
 
     def _transformed(self, step: Step, positions: Tensor, strategies: Sequence[Strategy]) -> tuple[Tensor, Tensor]:
-        """Rows of the batch as ``strategies`` make them, one after the other."""
+        """Rows of the batch, transformed by each of ``strategies`` in turn."""
         if not strategies:
             return self.feed.batch(step.batch.indices, step.update, positions)
         *before, last = strategies
         images, target = self._transformed(step, positions, before)
 
         def fetch(others: Tensor) -> tuple[Tensor, Tensor]:
-            """From the rows at hand, if they have all of ``others``."""
+            """Rows at the positions ``others``. They are read again only if some are not among the rows already
+            read."""
             places = torch.full((len(step.batch.indices),), -1).index_put((positions,), torch.arange(len(positions)))
             at = places[others]
             if bool((at < 0).any()):
@@ -220,16 +227,16 @@ class Updater:
         return last.transform(step, positions, images, target, fetch)
 
     def _whole(self, step: Step) -> tuple[Tensor, Tensor]:
-        """All of this rank's rows of the batch; those of the next ones are read in the meantime. Where rows are chosen
-        without losses nobody asks for the whole, and nothing is read ahead."""
+        """All rows of the batch that belong to this rank; the rows of the next batches are read in the background. If
+        rows are chosen without losses, this is not called, and nothing is read ahead."""
         self.feed.prepare(step.batch.indices, step.update, step.share.positions)
         for later, rows in enumerate(step.batch.ahead[: self.feed.depth], start=step.update + 1):
             self.feed.prepare(rows, later, self.ranks.share(len(rows)).positions)
         return self._rows(step, step.share.positions)
 
     def _scored(self, step: Step, images: Tensor, target: Tensor) -> Tensor:
-        """Figures of the whole batch, from a pass for the losses alone. It leaves batch norm's running statistics to
-        the full pass."""
+        """Figures of the whole batch, from a pass that only computes losses. The running statistics of batch norm are
+        updated only by the full pass."""
         with torch.no_grad(), self.autocast(), models.frozen_statistics(self.model):
             logits = self.compiled(images)
             loss, losses = Strategy().loss(step, logits, target)
@@ -248,7 +255,7 @@ class Updater:
             self._step()
 
     def _active_batch(self, step: Step) -> None:
-        """From this rank's rows; what strategies see and what is counted is of the whole batch."""
+        """Trains on this rank's rows. Strategies and counts get the figures of the whole batch."""
         batch = _WholeBatch(self, step)
         rows = self.narrow(step, lambda: batch.figures[2])
         if rows is None:
@@ -272,7 +279,7 @@ class Updater:
         losses, correct, step.scores = figures
         for strategy in self.strategies:
             strategy.observe(step, losses)
-        # A choice without losses leaves those that it did not choose without one.
+        # If rows were chosen without computing losses, only the chosen rows have a loss.
         known = step.batch.indices if rows is None or batch.is_scored else step.batch.indices[rows.cpu()]
         self.samples.observe(known, losses, self.owner("the loss").kept(step, losses))
         self._add_to_epoch(step, losses, correct, outcome.value)
@@ -286,7 +293,8 @@ class Updater:
         target: Tensor,
         perturbation: Perturbation | None,
     ) -> Outcome:
-        """The loss of these rows, the penalties of the strategies and, beside it, the loss of an injected batch."""
+        """The sum of the loss of these rows, the penalties of the strategies and the loss of an injected batch, if
+        any."""
         penalty: Tensor | None = None
         if perturbation is None or perturbation.own_update:
             logits = model(images)
@@ -303,7 +311,7 @@ class Updater:
         return Outcome(loss, value, figures)
 
     def _add_to_epoch(self, step: Step, losses: Tensor, correct: Tensor, value: Tensor) -> None:
-        """Rows that were scored before are in the first three sums already."""
+        """Adds the batch to the sums of the epoch. Rows that were scored before are already in the first three sums."""
         seen = torch.full_like(value, len(losses))
         sums = torch.stack([x.double() for x in (losses.sum(), correct.sum(), seen, value * len(losses), seen)])
         first = 3 if step.batch.only == "update" else 0
@@ -318,7 +326,7 @@ class Updater:
         self.counts.samples_kept += full if step.kept is None else step.kept
 
     def _narrowed(self, step: Step, rows: Tensor, whole: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The rows worth a full pass, dealt out evenly: they may all have been one rank's."""
+        """The rows that get a full pass, divided evenly among the ranks, since one rank may have held them all."""
         step.narrowed, step.share = True, self.ranks.share(len(rows))
         if whole is not None and self.ranks.world == 1:
             return rows_of(whole, rows)
@@ -329,8 +337,9 @@ class Updater:
         return raw, perturbation.penalty(raw, virtual, target)
 
     def _figures(self, step: Step, logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
-        """``(3, rows)``: the loss; whether the prediction is right, of mixed images the class of the most weight, of
-        masks at which share of the places that count; and the score."""
+        """``(3, rows)``: the loss, the correctness and the score of each row. For mixed images a prediction is correct
+        if it is the class of the largest weight; for masks the correctness is the share of correct places among those
+        not ignored."""
         labels = target.argmax(1) if target.is_floating_point() else target
         right = (logits.detach().argmax(1) == labels).to(losses.dtype)
         if right.dim() > 1:
@@ -339,7 +348,7 @@ class Updater:
         return torch.stack([losses, right, score.to(losses.dtype)])
 
     def _outcome(self, loss: Tensor) -> Outcome:
-        """Of a loss whose rows have no figures."""
+        """The outcome of a loss that has no per-row figures."""
         return Outcome(loss, self.ranks.mean(loss.detach()))
 
     def _descend(self, objective: Callable[[], Outcome]) -> None:
@@ -348,14 +357,14 @@ class Updater:
         self._step()
 
     def _accumulate(self, objective: Callable[[], Outcome], rows: int = 0) -> Outcome:
-        """Adds the gradient of ``objective`` to those that wait for the update, and weighs it by ``rows`` where there
-        may be several."""
+        """Adds the gradient of ``objective`` to the accumulated gradients, weighted by ``rows`` if several batches are
+        accumulated."""
         if self.window.batches == 0:
-            # Gradients become None, not zero: the optimizer then leaves alone what this update does not use.
+            # Gradients become None, not zero: the optimizer then skips parameters that this update does not use.
             self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
             outcome: Outcome = self.parallel(objective)
-        # Every rank sees the same value and ends here together with the others, none of which waits for a gradient.
+        # All ranks have the same value, so on divergence they all stop here, and none is left waiting for a gradient.
         self._finite.watch(outcome.value, self.counts.updates)
         loss = outcome.loss
         if rows and self.window.size > 1:
@@ -364,7 +373,7 @@ class Updater:
         return outcome
 
     def _step(self) -> None:
-        """One update along the gradients that wait for it."""
+        """One update from the accumulated gradients."""
         trained = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.window.size > 1 and self.window.rows:
             torch._foreach_mul_([p.grad for p in trained], self.run.batch_size / self.window.rows)
@@ -382,9 +391,10 @@ class Updater:
         return torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None)
 
     def check_finite(self) -> None:
-        """
+        """Checks the losses since the last check, and the weights.
+
         Raises:
-            UserError: a loss since the last check, or a weight, is not finite.
+            UserError: a loss or a weight is not finite.
         """
         self._finite.losses()
         self._finite.weights([*self.model.parameters(), *self.run.extras.parameters()], self.counts.updates)
@@ -404,9 +414,10 @@ class Updater:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
+        """Restores the state of :meth:`state_dict`.
+
         Raises:
-            ValueError, or what torch raises: the state is that of another model, optimizer or strategy.
+            ValueError, or an error of torch: the state belongs to another model, optimizer or strategy.
         """
         if state["sums"].shape != self.sums.shape:
             raise ValueError(f"sums are of shape {tuple(state['sums'].shape)}")
@@ -428,8 +439,8 @@ class Updater:
 
 
 class _WholeBatch:
-    """All of a batch's rows that this rank has, and their figures: read, and scored by a forward pass, when they are
-    first asked for."""
+    """The rows of a batch that belong to this rank, read at first use, and the figures of the whole batch, computed by
+    a forward pass at first use."""
 
     def __init__(self, updater: Updater, step: Step) -> None:
         self._updater, self._step = updater, step

@@ -1,7 +1,7 @@
-"""Published ways of training with mini-batches, methods of the same kind, what they are compared with, and the control;
+"""Published strategies for training with mini-batches, related methods, methods for comparison, and a random control;
 one module each.
 
-``parse("trimming(end=0.3)+passive(every=20)")`` reads the notation of the command line.
+``parse("trimming(end=0.3)+passive(every=20)")`` parses the notation of the command line.
 """
 
 from __future__ import annotations
@@ -82,17 +82,17 @@ STRATEGIES: dict[str, type[Strategy]] = {
 }
 
 LONGEST = 10_000
-"""Characters of the options of one strategy."""
+"""The largest number of characters in the options of one strategy."""
 
 
 def check_combination(strategies: Sequence[Strategy]) -> None:
-    """Refuses strategies of one run that decide the same thing.
+    """Rejects strategies of one run that decide the same thing.
 
     Args:
         strategies: objects such as ``Trimming()``.
 
     Raises:
-        UserError: two of them decide the same thing, or one is no strategy.
+        UserError: two of them decide the same thing, or one is not a strategy.
 
     Examples:
         >>> from batchkern.strategies import CutMix, Cutout, Mixup, check_combination
@@ -119,11 +119,11 @@ def check_combination(strategies: Sequence[Strategy]) -> None:
 
 
 def parse(text: str, *, passive: Any = None) -> list[Strategy]:
-    """Strategies from text such as ``"trimming(end=0.3)+augmentation"``; ``"baseline"`` and ``""`` are none.
+    """Strategies from text such as ``"trimming(end=0.3)+augmentation"``; ``"baseline"`` and ``""`` give an empty list.
 
     Args:
         text: names with optional keyword options, joined by ``+``; option words need no quotes.
-        passive: the passive set of a PassiveInjection that names none.
+        passive: the passive set of a PassiveInjection whose text does not name one.
 
     Raises:
         UserError: unknown name or option, bad value, impossible combination.
@@ -149,7 +149,7 @@ def wants_passive(strategy: str) -> bool:
 
 
 def check_passive(strategies: Sequence[str], passive: str | None) -> None:
-    """Refuses a passive set that is missing, or that nothing uses; and strategies that cannot be read."""
+    """Rejects a passive set that is missing or not used, and strategies that cannot be parsed."""
     wanting = [strategy for strategy in strategies if wants_passive(strategy)]
     if wanting and passive is None:
         raise UserError(f"{wanting[0]} needs a data set to inject: --passive SOURCE, such as --passive photo-patches")
@@ -158,7 +158,7 @@ def check_passive(strategies: Sequence[str], passive: str | None) -> None:
 
 
 def split_terms(text: str, separator: str) -> list[str]:
-    """``text``, cut at each ``separator`` that no parentheses enclose; the parts are stripped.
+    """``text``, split at each ``separator`` outside of parentheses; the parts are stripped.
 
     Args:
         text: such as ``"stepwise(fractions=(0.5, 1))+cutout"``.
@@ -192,7 +192,7 @@ def _build(term: str, passive: Any) -> Strategy:
         if option not in known:
             raise UserError(f"strategy {name} has no option {_quoted(option)}; it has {', '.join(known)}")
         if isinstance(options[option], bool) != (known[option].type == "bool"):
-            allowed = "True or False" if known[option].type == "bool" else "another value than True or False"
+            allowed = "True or False" if known[option].type == "bool" else "something other than True or False"
             raise UserError(f"strategy {name}: {option} must be {allowed}, got {_quoted(options[option])}")
         if not _fits(options[option], str(known[option].type)):
             allowed = "a number" if str(known[option].type).startswith("float") else "a list, such as (a, b)"
@@ -206,17 +206,17 @@ def _build(term: str, passive: Any) -> Strategy:
         return cls(**{option: _of_64_bits(value) for option, value in options.items()})
     except OverflowError:
         raise UserError(f"strategy {_quoted(term)} has a number that is too large") from None
-    except TypeError as error:  # a comparison of a word with a number, say
+    except TypeError as error:  # for example from comparing a word with a number
         raise UserError(f"strategy {_quoted(term)} has an option of a wrong type ({error})") from None
 
 
 def _of_64_bits(value: Any) -> Any:
-    """A whole number that torch does not take as one becomes the nearest float."""
+    """Converts an integer that does not fit into 64 bits to the nearest float."""
     return float(value) if type(value) is int and abs(value) >= 2**63 else value
 
 
 def _fits(value: Any, kind: str) -> bool:
-    """As far as numbers and lists go; strategies look at the rest themselves."""
+    """Whether a value fits an option that is a number or a list; strategies check other options themselves."""
     if kind.startswith("float"):
         return isinstance(value, int | float) or (value is None and "None" in kind)
     if kind.startswith("tuple"):
@@ -229,7 +229,7 @@ def _options(term: str, text: str) -> dict[str, Any]:
         if len(text) > LONGEST:
             raise SyntaxError("Python's parser might run out of its stack")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd spellings, such as "\\q"
+            warnings.simplefilter("ignore")  # about invalid escapes, such as "\\q"
             call = ast.parse(f"f({text})", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise SyntaxError("options are name=value")
@@ -242,16 +242,16 @@ def _options(term: str, text: str) -> dict[str, Any]:
 
 
 def _quoted(value: Any) -> str:
-    """As in Python's source; of a long one the beginning."""
+    """``repr(value)``; a long one is truncated."""
     text = repr(value)
     return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _value(node: ast.expr) -> Any:
-    """A Python literal; a bare word stands for itself.
+    """The value of a Python literal; a bare word is taken as a string.
 
     Raises:
-        ValueError: it is none, or has a number of so many digits that no message could show it.
+        ValueError: it is not a literal, or has a number with too many digits to be shown in a message.
     """
     value = node.id if isinstance(node, ast.Name) else ast.literal_eval(node)
     repr(value)

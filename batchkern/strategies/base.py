@@ -1,4 +1,4 @@
-"""The seams between the trainer and a training strategy. A strategy overrides only what it needs."""
+"""The hooks by which a training strategy changes the trainer. A strategy overrides only those that it needs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from batchkern.validation import check_flags, check_number, count
 
 @dataclass
 class Run:
-    """What a strategy may know of the training it is part of."""
+    """The properties of a training run that its strategies may use."""
 
     model: nn.Module
     shape: tuple[int, ...] | None
-    """Of one input, (C, H, W) of an image; ``None``: it is more than one tensor."""
+    """Shape of one input, (C, H, W) for an image; ``None`` if an input is more than one tensor."""
     classes: int
     rows: int
     """Size of the training set."""
@@ -37,39 +37,41 @@ class Run:
     seed: int
     label_smoothing: float = 0.0
     classifier: str | None = None
-    """Name of the model's last linear layer, where the user gave one."""
+    """Name of the model's last linear layer, if the user gave one."""
     extras: nn.ModuleDict = field(default_factory=nn.ModuleDict)
-    """Modules that train beside the model and are no part of it."""
+    """Additional modules that are trained together with the model, but do not belong to it."""
     least_rows: int = 1
-    """Fewest rows of a batch in training: batch norm may need two on each rank."""
+    """The smallest number of rows of a training batch; batch norm may need two on each rank."""
     drop_last: bool = False
-    """The last, smaller batch of an epoch is left out."""
+    """Whether the last batch of an epoch is left out if it is smaller."""
     inputs: Any = None
-    """Of two rows, for :meth:`example`."""
+    """The inputs of two rows, for :meth:`example`."""
     masks: bool = False
-    """Targets are masks, with a class at each place of an input."""
+    """Whether targets are masks, with a class at each place of an input."""
     accumulate: int = 1
-    """So many batches make an update together."""
+    """Number of batches whose gradients make up one update."""
     ranks: Ranks = field(default_factory=Ranks)
     """The processes of the training; a loss takes ``group=run.ranks.group``."""
     fresh: Callable[[int], nn.Module] | None = None
-    """The network with random weights from a seed (a module of the user's is copied as he gave it), whatever file the
-    training's own weights are of."""
+    """Builds the network with random weights from a seed, even if the training starts from a weights file. A module
+    given by the user is copied with its weights."""
     images_vary: bool = True
-    """A row that stands in a batch twice gives two images: by the trainer's augmentation or a strategy's transform."""
+    """Whether a row that is in a batch twice may give two different images, by augmentation or a strategy's
+    transform."""
 
     def example(self, rows: int) -> Any:
-        """What the model can be tried with: so many rows as a batch has them, images of zeros."""
+        """A batch of ``rows`` inputs to try the model with; images are all zeros."""
         if self.inputs is None:
             assert self.shape is not None
             return torch.zeros(rows, *self.shape, device=self.device, dtype=torch.float32)
         return rows_of(self.inputs, torch.arange(rows) % 2)
 
     def require(self, who: str, *, images: bool = False, labels: bool = True) -> None:
-        """
+        """Checks that the data fit a strategy; the error message names ``who`` needs it.
+
         Raises:
-            UserError: inputs are no floating-point tensor, or with ``images`` none of images; or, with ``labels``,
-                there is more than one label a row. The sentence says that ``who`` needs it.
+            UserError: inputs are not a floating-point tensor, or with ``images`` they are not images; or, with
+                ``labels``, there is more than one label per row.
         """
         shape = self.shape
         if shape is None or not self.example(1).is_floating_point() or (images and len(shape) != 3):
@@ -95,20 +97,21 @@ class Run:
 
 @dataclass
 class Step:
-    """One update, as the seams see it."""
+    """One batch of the plan and its state, as passed to the hooks of strategies."""
 
     run: Run
     batch: Batch
     update: int
-    """Active batches before this one, over the whole training: updates, where gradients are not accumulated."""
+    """Number of active batches before this one in the whole training; without accumulation, the number of updates."""
     narrowed: bool = False
-    """The batch was already cut to the rows worth a full pass."""
+    """Whether the batch was already reduced to the rows that get a full pass."""
     kept: int | None = None
-    """Rows that the loss counts; ``None``: all."""
+    """Number of rows that the loss counts; ``None`` means all."""
     scores: Tensor | None = None
     """``(B,)``: :meth:`Strategy.score` of the whole batch, for ``observe``."""
     share: Share = field(init=False)
-    """Which rows of the batch, of the narrowed one after that, are this rank's: those of its images and logits."""
+    """Which rows of the batch belong to this rank, and so to its images and logits. After narrowing, of the reduced
+    batch."""
 
     def __post_init__(self) -> None:
         self.share = self.run.ranks.share(len(self.batch.indices))
@@ -116,22 +119,22 @@ class Step:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """Virtual samples at the input of one module, and what their outputs cost."""
+    """Virtual samples at the input of one module, and a penalty on their outputs."""
 
     layer: nn.Module
     virtual: Callable[[Tensor], Tensor]
-    """Hidden ``(B, ...)`` -> ``((1 + M) * B, ...)``, the batch itself first."""
+    """Maps hidden inputs ``(B, ...)`` to ``((1 + M) * B, ...)``, the batch itself first."""
     penalty: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """Raw logits ``(B, C)``, virtual logits ``(M * B, C)`` and the batch's targets -> 0-dim; averaged over ranks, the
-    whole batch's."""
+    """Maps raw logits ``(B, C)``, virtual logits ``(M * B, C)`` and the targets to a 0-dim penalty. Its average over
+    ranks must be the penalty of the whole batch."""
     own_update: bool = False
-    """Apply the penalty in a second update of its own, after that of the loss."""
+    """Whether the penalty gets a second update of its own, after the update for the loss."""
 
 
 def run_with_virtual(
     model: nn.Module, layer: nn.Module, virtual: Callable[[Tensor], Tensor], images: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Runs ``model`` with the input of ``layer`` replaced by ``virtual(input)``; raw and virtual logits."""
+    """Runs ``model`` with the input of ``layer`` replaced by ``virtual(input)``; returns raw and virtual logits."""
     with stacked(layer, model, virtual) as stack:
         model(images)
     assert stack.logits is not None
@@ -139,27 +142,27 @@ def run_with_virtual(
 
 
 Beside = Callable[[nn.Module, Iterable[Batch], Tensor], Iterator[Tensor]]
-"""Trains another model on the batches, plainly, with the data and the settings of this training; after each epoch gives
-the losses ``(n,)`` float32 on the CPU of rows ``(n,)`` of the training set, of images that are not augmented."""
+"""Trains another model on the batches, without strategies, with the data and the settings of this training. After each
+epoch it yields the losses ``(n,)``, float32 on the CPU, of rows ``(n,)`` of the training set without augmentation."""
 
 
 def row_losses(logits: Tensor, target: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor | None]:
-    """The loss of each row ``(B,)``, and where targets are masks, how many places of each row count ``(B,)``: its loss
-    is their mean, and these weigh it."""
+    """The loss of each row ``(B,)`` and, if targets are masks, the number of places of each row that are not ignored
+    ``(B,)``. The loss of a row is then the mean over these places, and their number is its weight."""
     losses = cross_entropy(logits, target, label_smoothing=label_smoothing, reduction="none")
     if losses.dim() == 1:
         return losses, None
     places = (target != IGNORED).flatten(1).sum(1).float()
-    # A row without a place that counts has no loss and no gradient; alone in a batch, it must not divide by 0.
+    # A row whose places are all ignored has no loss and no gradient; alone in a batch, it must not divide by 0.
     return losses.flatten(1).sum(1) / places.clamp(min=1), places.clamp(min=1e-12)
 
 
 Fetch = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Positions ``(q,)`` in the whole batch -> the images and targets there."""
+"""Maps positions ``(q,)`` in the whole batch to the images and targets there."""
 
 
 def as_probabilities(target: Tensor, classes: int) -> Tensor:
-    """Targets as probabilities ``(B, classes)`` float32, whether they are labels ``(B,)`` or probabilities already."""
+    """Targets as probabilities ``(B, classes)`` float32, from labels ``(B,)`` or from probabilities."""
     return target if target.is_floating_point() else one_hot(target, classes).float()
 
 
@@ -167,7 +170,7 @@ def selected_mean(
     step: Step, logits: Tensor, target: Tensor, keep: float, *, among: Tensor | None = None, **band: Any
 ) -> tuple[Tensor, Tensor]:
     """The mean loss of the rows that ``trimmed_mean`` keeps, and the losses ``(B,)`` detached, as :meth:`Strategy.loss`
-    returns them; ``among``: ``(B,)`` bool, the rows that may be kept."""
+    returns them. ``among`` ``(B,)`` bool marks the rows that may be kept."""
     losses, places = row_losses(logits, target, step.run.label_smoothing)
     mask = step.share.counts(target)
     mask = mask if among is None else mask & among.to(mask.device)
@@ -175,16 +178,16 @@ def selected_mean(
 
 
 def weighted_mean(step: Step, logits: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean over the rows of each loss times its weight, which is divided by their number and not by the sum of the
-    weights ``(rows,)``, those of the batch of all ranks; and the losses, as :meth:`Strategy.loss` returns them. The
-    weights are constants. Those that are to be differentiated multiply ``row_losses`` before ``trimmed_mean``."""
+    """The sum of each loss times its weight, divided by the number of rows (not by the sum of the weights); and the
+    losses, as :meth:`Strategy.loss` returns them. ``weights`` ``(rows,)`` are those of the whole batch of all ranks, and
+    constants: weights that are to be differentiated multiply ``row_losses`` before ``trimmed_mean``."""
     losses, places = row_losses(logits, target, step.run.label_smoothing)
     weighted, mask = losses * step.share.take(weights).to(losses), step.share.counts(target)
     return trimmed_mean(weighted, 1.0, mask=mask, weight=places, group=step.run.ranks.group), losses.detach()
 
 
 class Strategy:
-    """A way of choosing samples, batches and what each counts. Subclasses are dataclasses: their fields are options.
+    """A way to choose samples and batches and to weight them. Subclasses are dataclasses whose fields are options.
 
     Examples:
         >>> import torch
@@ -203,18 +206,19 @@ class Strategy:
 
     name: ClassVar[str]
     owns: frozenset[str] = frozenset()
-    """What at most one strategy of a run may decide: ``"the batch plan"``, ``"the loss"``, ..."""
+    """The things that this strategy decides, each of which only one strategy of a run may decide: ``"the batch plan"``,
+    ``"the loss"``, ..."""
     divides_epochs: ClassVar[bool] = False
-    """Its plan is laid out for the number of epochs, so that a run cannot get more of them later."""
+    """Whether the plan depends on the number of epochs, so that a run cannot be resumed for more epochs."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
-            f"{type(self).__name__} is no function: it is given to batchkern.trainer.Trainer as one of its strategies; "
-            "what it is made of, for a loop of your own, is in batchkern.parts"
+            f"{type(self).__name__} is not a function: give it to batchkern.trainer.Trainer as one of its strategies; "
+            "for your own training loop, its parts are in batchkern.parts"
         )
 
     def __post_init__(self) -> None:
-        """Numbers and flags are of the kind that their annotation says; those of NumPy become Python's."""
+        """Checks that numbers and flags have the annotated type; NumPy numbers are converted to Python numbers."""
         for option in fields(self):  # type: ignore[arg-type]
             kind = str(option.type)
             value: Any = getattr(self, option.name) if option.init else None
@@ -230,42 +234,45 @@ class Strategy:
                 raise UserError(f"{option.name} must be a tuple, such as (a, b), got {value!r:.60}")
 
     def setup(self, run: Run) -> None:
-        """Called once, before the optimizer exists: check against the run, add heads to ``run.extras``."""
+        """Called once, before the optimizer is built: check the options against the run, add heads to
+        ``run.extras``."""
 
     def prepare(self, beside: Beside) -> None:
-        """Called once before the first update, but not where a training goes on after it."""
+        """Called once before the first update, and not again when a training is resumed."""
 
     def preparation(self) -> tuple[int, int]:
-        """Samples that :meth:`prepare` passes forward and backward."""
+        """The numbers of samples that :meth:`prepare` passes forward and backward."""
         return 0, 0
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
-        """The stream of batches: ``upstream``, changed. Continues from loaded state."""
+        """The stream of batches, made from ``upstream``. After ``load_state_dict`` it continues from the loaded
+        state."""
         return upstream
 
     def transform(
         self, step: Step, positions: Tensor, images: Tensor, target: Tensor, fetch: Fetch
     ) -> tuple[Tensor, Tensor]:
-        """Images ``(p, C, H, W)`` and targets, changed: what the model is given of a batch of the training set.
+        """Changes the images ``(p, C, H, W)`` and targets of a training batch before the model gets them.
 
-        Strategies transform in the order in which the trainer was given them. Which rows are at hand differs: the whole
-        batch, one rank's, or those worth a full pass. So this is a pure function of the seed, the update and the places
-        of the rows in the whole batch.
+        Strategies transform in the order in which the trainer was given them. The rows may be the whole batch, the rows
+        of one rank, or those chosen for a full pass. So this must be a pure function of the seed, the update and the
+        positions of the rows in the whole batch.
 
         Args:
-            positions: ``(p,)`` int64 on the CPU, the places of the rows at hand in ``step.batch.indices``.
+            positions: ``(p,)`` int64 on the CPU, the positions of these rows in ``step.batch.indices``.
             target: labels ``(p,)`` int64, or probabilities ``(p, classes)``; either may be returned.
-            fetch: other rows of the batch, as this strategy would be given them.
+            fetch: returns other rows of the batch, as this strategy would get them.
         """
         return images, target
 
     def narrow(self, step: Step, score: Callable[[], Tensor]) -> Tensor | None:
-        """Positions in the batch worth a full pass, or ``None`` for all; ``score()`` gives the scores ``(B,)`` of all:
-        their losses, unless :meth:`score` says otherwise."""
+        """Positions in the batch of the rows that get a full pass, or ``None`` for all. ``score()`` returns the scores
+        ``(B,)`` of all rows, which are their losses unless :meth:`score` is overridden."""
         return None
 
     def score(self, step: Step, logits: Tensor, target: Tensor, losses: Tensor) -> Tensor:
-        """What the one that decides the loss chooses rows by, ``(B,)`` of this rank's rows, ``losses`` detached."""
+        """The scores ``(B,)`` of this rank's rows, by which the strategy that decides the loss chooses rows; ``losses``
+        are detached."""
         return losses
 
     def perturb(self, step: Step) -> Perturbation | None:
@@ -281,10 +288,10 @@ class Strategy:
         The first is ``train_objective`` in the metrics. The second are what ``train_loss``, the log of samples and
         everything that ranks by losses use. Both take ``step.run.label_smoothing``, or :meth:`setup` rejects any but 0.
 
-        Averaged over ranks, the gradient of the loss is to be that of the whole batch, as ``group`` makes it. Targets
-        are labels ``(B,)``, masks of them ``(B, *places)`` for logits ``(B, classes, *places)`` or, where a strategy
-        mixes images, probabilities ``(B, classes)``. Rows that fill up a share count nowhere:
-        ``step.share.counts(target)`` has the others.
+        The average over ranks of the gradient of the loss must be the gradient of the whole batch, which ``group`` of
+        the operations ensures. Targets are labels ``(B,)``, masks ``(B, *places)`` for logits ``(B, classes, *places)``
+        or, if a strategy mixes images, probabilities ``(B, classes)``. Rows that only pad a share must not count:
+        ``step.share.counts(target)`` marks the others.
         """
         if target.dim() > 1 and not (target.is_floating_point() and step.share.world == 1):
             return selected_mean(step, logits, target, 1.0)
@@ -292,9 +299,9 @@ class Strategy:
         return trimmed_cross_entropy(logits, target, 1.0, label_smoothing=smoothing, per_sample=True, group=group)
 
     def observe(self, step: Step, losses: Tensor) -> None:
-        """Sees the detached losses ``(B,)`` of every row of an active batch, before the next batch is planned.
+        """Called with the detached losses ``(B,)`` of every row of an active batch, before the next batch is planned.
 
-        They are those of the whole batch, in its order, and the same on every rank.
+        They are the losses of the whole batch, in its order, and the same on every rank.
         """
 
     def infer(self, run: Run, images: Tensor) -> Tensor | None:
@@ -302,11 +309,13 @@ class Strategy:
         return None
 
     def kept(self, step: Step, losses: Tensor) -> Tensor | None:
-        """Positions in the batch of the rows that the loss counted, or ``None`` for all; ``losses (B,)`` of all."""
+        """Positions in the batch of the rows that the loss counted, or ``None`` for all. ``losses`` ``(B,)`` are those
+        of all rows."""
         return None
 
     def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """Figures of the epoch, for the metrics; called once at its end. ``row``: what the metrics say already."""
+        """Figures of the epoch for the metrics; called once at its end. ``row`` holds the other metrics of the
+        epoch."""
         return {}
 
     def finish(self, run: Run) -> None:
@@ -326,7 +335,7 @@ class Strategy:
 
 
 def _plain(value: Any) -> Any:
-    """``value`` as JSON can hold it."""
+    """``value`` in a form that JSON can represent."""
     if isinstance(value, Labelled):
         return value.name
     if isinstance(value, os.PathLike):

@@ -17,11 +17,11 @@ from batchkern.strategies.base import Fetch, Run, Step, Strategy, as_probabiliti
 from batchkern.strategies.mixup import MIXING, check_alpha, mix
 
 Box = tuple[int, int, int, int]
-"""(y1, x1, y2, x2), the second corner outside."""
+"""(y1, x1, y2, x2); the second corner is exclusive."""
 
 
 def box_of(height: int, width: int, weight: float, y: float, x: float) -> Box:
-    """The box around (y, x) with 1 - ``weight`` of the area, rounded to pixels and cut off by the image."""
+    """The box around (y, x) with 1 - ``weight`` of the area, rounded to pixels and clipped to the image."""
     ratio = math.sqrt(1 - weight)
     half_y, half_x = height * ratio / 2, width * ratio / 2
     return (
@@ -33,7 +33,7 @@ def box_of(height: int, width: int, weight: float, y: float, x: float) -> Box:
 
 
 def paste(images: Tensor, others: Tensor, box: Box) -> tuple[Tensor, float]:
-    """``images (B, C, H, W)`` with the ``box`` of ``others``, and the share of the area that is their own."""
+    """``images (B, C, H, W)`` with the ``box`` of ``others``, and the fraction of the area that is not replaced."""
     y1, x1, y2, x2 = box
     pasted = images.clone()
     pasted[:, :, y1:y2, x1:x2] = others[:, :, y1:y2, x1:x2]
@@ -42,16 +42,16 @@ def paste(images: Tensor, others: Tensor, box: Box) -> tuple[Tensor, float]:
 
 @dataclass
 class CutMix(Strategy):
-    """A box of each image of a batch is replaced by that of another one of it; targets are mixed by the area.
+    """A box of each image is replaced by the same box of another image of the batch; targets are mixed by the area.
 
-    lambda ~ Beta(alpha, alpha), the box of 1 - lambda of the area and its uniform centre are one for the batch, the
-    other image comes from a random permutation of the batch. The box is rounded to pixels and may be cut
-    off by the border, and so lambda becomes the share of the area that is left. The authors' code differs in that the
-    centre is a whole pixel and half the box's side is rounded down.
+    lambda ~ Beta(alpha, alpha), the box with 1 - lambda of the area and its uniformly drawn centre are shared by the
+    whole batch; the other image comes from a random permutation of the batch. The box is rounded to pixels and clipped
+    at the border, and lambda is then set to the fraction of the area that remains. In the authors' code, the centre is
+    a whole pixel and half the side of the box is rounded down.
 
     Args:
-        alpha: above 0; at 1, the paper's, lambda is uniform.
-        probability: probability that a batch is mixed at all, in (0, 1]; the paper's code takes 0.5 on CIFAR and 1 on
+        alpha: above 0; at 1, the value of the paper, lambda is uniform.
+        probability: probability that a batch is mixed at all, in (0, 1]; the paper's code uses 0.5 on CIFAR and 1 on
             ImageNet.
 
     Examples:
@@ -90,7 +90,7 @@ class CutMix(Strategy):
         return images, mix(own, theirs, weight)
 
     def _box(self, step: Step) -> Box | None:
-        """``None``: this batch is not mixed."""
+        """The box of this batch; ``None`` if it is not mixed."""
         numbers = random.Random(derived_seed(step.run.seed, "cutmix box", step.update))
         if numbers.random() >= self.probability:
             return None

@@ -18,7 +18,7 @@ from batchkern.validation import check_counts
 def cut_out(images: Tensor, centres: Tensor, size: int) -> Tensor:
     """``images (B, C, H, W)`` with zeros in a square of ``size`` pixels around each of ``centres (B, 2)``, (y, x).
 
-    The square goes from ``size // 2`` pixels before its centre on; what lies outside of the image is cut off.
+    The square starts ``size // 2`` pixels before its centre and is clipped to the image.
     """
     height, width = images.shape[2:]
 
@@ -34,12 +34,12 @@ def cut_out(images: Tensor, centres: Tensor, size: int) -> Tensor:
 class Cutout(Strategy):
     """A square of each training image, at a random place, is filled with the mean of the training set.
 
-    The centre is any pixel of the image with the same probability, so that part of the square may lie outside. Images
-    are normalised before, so the mean of each channel is zero.
+    All pixels of the image are equally likely to be the centre, so part of the square may lie outside. Images are
+    already normalised, so the mean of each channel is zero.
 
     Args:
-        size: side of the square in pixels, at most the image's shorter side; default: half of that, which is the
-            paper's 16 on CIFAR-10 (it takes 8 on CIFAR-100, 20 on SVHN).
+        size: side of the square in pixels, at most the image's shorter side; default: half of that, which on CIFAR-10
+            is 16 as in the paper (it uses 8 on CIFAR-100, 20 on SVHN).
 
     Examples:
         >>> from batchkern.strategies import Cutout, parse

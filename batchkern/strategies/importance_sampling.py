@@ -17,7 +17,7 @@ from batchkern.strategies.base import Run, Step, Strategy, as_probabilities, wei
 from batchkern.validation import count
 
 SMOOTHING = 0.9
-"""a_tau: share of the earlier tau in its moving average, which begins at 0."""
+"""a_tau: weight of the earlier value in the moving average of tau, which starts at 0."""
 
 
 def gradient_norms(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -25,7 +25,8 @@ def gradient_norms(logits: Tensor, target: Tensor, label_smoothing: float = 0.0)
 
     Args:
         logits: ``(B, C)``.
-        target: labels ``(B,)`` int64, of which those below 0 give any number, or probabilities ``(B, C)``.
+        target: labels ``(B,)`` int64, or probabilities ``(B, C)``. The norm of a row with a label below 0 is
+            meaningless.
     """
     classes = logits.shape[1]
     wanted = as_probabilities(target if target.is_floating_point() else target.clamp(min=0), classes)
@@ -35,22 +36,23 @@ def gradient_norms(logits: Tensor, target: Tensor, label_smoothing: float = 0.0)
 
 @dataclass
 class ImportanceSampling(Strategy):
-    """A batch is drawn from a larger one in proportion to a bound of its samples' gradient norms, where that pays.
+    """A batch is drawn from a larger one in proportion to a bound on the gradient norms, while this is worth its cost.
 
     B = ratio * b samples are passed forward and scored by the gradient norm at the logits; b of them are drawn with
-    replacement, sample i with the probability g_i in proportion, and its loss counts 1 / (B g_i) times: the expected
-    gradient is that of the B. That is done while a moving average of tau = sqrt(B sum g_i^2), which the paper counts as
-    how many times larger a batch it is worth, is above a threshold. Until then batches are the baseline's, whose scores
-    cost nothing more. An epoch has as many updates as the baseline's.
+    replacement, sample i with probability g_i, proportional to its score, and its loss gets the weight 1 / (B g_i), so
+    that the expected gradient is the gradient of all B samples. This is done while a moving average of
+    tau = sqrt(B sum g_i^2), which the paper reads as an equivalent increase of the batch size, is above a threshold.
+    Otherwise batches are those of the baseline, whose scores cost no extra pass. An epoch has as many updates as for
+    the baseline.
 
     The B samples are drawn uniformly from the training set, with replacement, as in the authors' program. With batch
-    norm the scores are those of a pass over the B, and the b that were drawn are normalised among themselves.
+    norm, the scores come from a pass over all B samples, and the b drawn samples are normalised among themselves.
 
     Args:
-        ratio: B / b, a whole number of at least 2; the authors' program takes 3.
-        threshold: tau_th, at least 0; default: (B + 3 b) / (3 b), above which a speed-up is certain where a backward
-            pass costs two forward passes. At 0 all updates but the first sample by importance.
-        at_random: draw as many with equal probabilities, while tau is above the threshold: the control.
+        ratio: B / b, a whole number of at least 2; the authors' program uses 3.
+        threshold: tau_th, at least 0; default: (B + 3 b) / (3 b), above which a speed-up is guaranteed if a backward
+            pass costs two forward passes. With 0, all updates but the first sample by importance.
+        at_random: the control: draw the same number with equal probabilities, while tau is above the threshold.
 
     Examples:
         >>> import torch
@@ -80,7 +82,7 @@ class ImportanceSampling(Strategy):
         run.require_labels(self.name)
         self.tau = 0.0
         self.drawn = torch.zeros(0, dtype=torch.int64)
-        """Positions in the batch under way."""
+        """Positions of the drawn rows in the current batch."""
 
     @property
     def active(self) -> bool:
@@ -126,7 +128,7 @@ class ImportanceSampling(Strategy):
         self.tau = SMOOTHING * self.tau + (1 - SMOOTHING) * tau
 
     def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """``tau``: its moving average at the end of the epoch."""
+        """``tau``: the moving average of tau at the end of the epoch."""
         return {"tau": self.tau}
 
     def state_dict(self) -> dict[str, Any]:

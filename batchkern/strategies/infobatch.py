@@ -20,19 +20,20 @@ from batchkern.strategies.base import Run, Step, Strategy, weighted_mean
 
 @dataclass
 class InfoBatch(Strategy):
-    """Of the samples that lose less than the mean, some are left out of an epoch, and the others count for them.
+    """Each epoch leaves out some samples with a loss below the mean; the others of these get a larger weight.
 
-    Before each epoch but the first, a sample whose last known loss is below the mean of all is pruned with probability
-    r; where it stays, its loss counts 1 / (1 - r) times in the mean over its batch, so that the expected sum of an
-    epoch's gradients is that of all samples. Of an epoch with fewer updates each is larger for it, N / kept times on
-    average. The last epochs train on all. The authors' program prunes exactly the share r of those below the mean.
+    Before each epoch but the first, a sample whose last known loss is below the mean of all samples is pruned with
+    probability r. If it is kept, its loss gets the weight 1 / (1 - r) in the mean over its batch, so that the expected
+    sum of the gradients of an epoch is the one for all samples. Such an epoch has fewer updates, each of which is
+    larger, N / kept times on average. The last epochs train on all samples. The authors' program prunes exactly the
+    fraction r of the samples below the mean.
 
     Args:
         prune: r, in [0, 1).
-        until: share of the epochs, delta, in [0, 1]: from epoch floor(until * E) on, counted from 0, nothing is pruned.
-            That is what the authors' program does.
-        at_random: prune as many, but at random among all samples, and let each of the others count N / kept times: the
-            control, whose updates are as large.
+        until: delta, a fraction of the epochs in [0, 1]: from epoch floor(until * E) on, counted from 0, nothing is
+            pruned, as in the authors' program.
+        at_random: the control: prune the same number, but at random among all samples, and give each of the others
+            the weight N / kept, so that updates are equally large.
 
     Examples:
         >>> import torch
@@ -63,9 +64,9 @@ class InfoBatch(Strategy):
         self.whole_from = math.floor(self.until * run.epochs + 1e-9)
         self.passes = Passes()
         self.losses = torch.full((run.rows,), torch.nan, dtype=torch.float32, device=run.device)
-        """The last known of each sample; NaN: none."""
+        """The last known loss of each sample; NaN if there is none yet."""
         self.weights = torch.ones(run.rows, dtype=torch.float32)
-        """Of each sample, in the epoch under way; 0: it is pruned."""
+        """The weight of each sample in the current epoch; 0 if it is pruned."""
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
         def kept(epoch: int) -> tuple[Tensor, ...]:
@@ -77,12 +78,12 @@ class InfoBatch(Strategy):
         return self.passes.plan(batches.epochs, kept)
 
     def _drawn(self, seed: int, epoch: int) -> Tensor:
-        """The weights of an epoch that begins."""
+        """Draws the sample weights of an epoch."""
         weights = torch.ones_like(self.weights)
         if epoch >= self.whole_from:
             return weights
         losses = self.losses.cpu().double()
-        low = losses < losses.nanmean()  # not where no loss is known
+        low = losses < losses.nanmean()  # False for a sample without a known loss
         numbers = generator(seed, "pruned", epoch)
         pruned = low & (torch.rand(len(low), generator=numbers) < self.prune)
         if self.at_random:
@@ -103,7 +104,7 @@ class InfoBatch(Strategy):
         self.losses.scatter_reduce_(0, rows, losses.float(), "amax", include_self=False)
 
     def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """``pruned``: the share of the samples that was left out of the epoch."""
+        """``pruned``: the fraction of the samples left out of the epoch."""
         return {"pruned": float((self.weights == 0).double().mean())}
 
     def state_dict(self) -> dict[str, Any]:

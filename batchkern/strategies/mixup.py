@@ -15,11 +15,12 @@ from batchkern.strategies.base import Fetch, Run, Step, Strategy, as_probabiliti
 from batchkern.validation import check_range
 
 MIXING = frozenset({"whether images are mixed"})
-"""What mixup and cutmix both decide, and rho, which needs whole ones."""
+"""Owned by mixup and cutmix, which mix images, and by rho, which needs unmixed images; a run has at most one of
+them."""
 
 
 MOST = 1e6
-"""Of alpha: far above it numbers of that distribution can no longer be drawn."""
+"""The largest alpha; far above it, the Beta distribution can no longer be sampled."""
 
 
 def check_alpha(alpha: float) -> None:
@@ -27,21 +28,21 @@ def check_alpha(alpha: float) -> None:
 
 
 def mix(own: Tensor, others: Tensor, weight: float) -> Tensor:
-    """``weight`` of ``own``, the rest of ``others``."""
+    """``own`` with ``weight`` and ``others`` with the rest."""
     return weight * own + (1 - weight) * others
 
 
 @dataclass
 class Mixup(Strategy):
-    """Each image of a batch is mixed with another one of it, and so are the two targets, as probabilities.
+    """Each image of a batch is mixed with another image of the batch, and their targets are mixed as probabilities.
 
-    x = lambda x_i + (1 - lambda) x_j and y = lambda y_i + (1 - lambda) y_j, with lambda ~ Beta(alpha, alpha), one for
-    the batch, and j from a random permutation of the batch: the authors' way of drawing pairs. The cross entropy with
-    y is lambda times that with y_i plus 1 - lambda times that with y_j, which the authors' code has.
+    x = lambda x_i + (1 - lambda) x_j and y = lambda y_i + (1 - lambda) y_j, with one lambda ~ Beta(alpha, alpha) for
+    the whole batch, and j from a random permutation of the batch, as the authors draw pairs. The cross entropy with y
+    is lambda times that with y_i plus 1 - lambda times that with y_j, which is the form in the authors' code.
 
     Args:
-        alpha: above 0; near 0 hardly anything is mixed, at 1 lambda is uniform. The paper takes 0.2 on ImageNet and
-            1 on CIFAR.
+        alpha: above 0. Near 0, images are hardly mixed; at 1, lambda is uniform. The paper uses 0.2 on ImageNet and 1
+            on CIFAR.
 
     Examples:
         >>> from batchkern.strategies import CutMix, Mixup

@@ -30,22 +30,22 @@ HEAD = "passive_head"
 
 @dataclass
 class PassiveInjection(Strategy):
-    """After every g-th batch of the training set, one of another data set, through the shared trunk and its own head.
+    """After every g-th training batch, a batch of another data set passes through the shared trunk and its own head.
 
     Active batches are counted over the whole training, so a small data set gets its passive batches too:
-    floor(active updates / g) of them. The head has the layers that are not shared once more, beside the model, and is
-    gone at the end. In an update that does not use it, a head has no gradient, so the optimizer gives it no momentum
-    and no weight decay either.
+    floor(active updates / g) of them. The head is a second copy of the layers that are not shared; it is kept
+    beside the model and removed at the end. In an update that does not use a head, the head has no gradient, so the
+    optimizer does not change it, neither by momentum nor by weight decay.
 
     Args:
-        passive: the passive set, or what ``batchkern.data.load`` takes; resized to the shape of the training images and
-            normalised by its own statistics.
+        passive: the passive set, or the name of a source for ``batchkern.data.load``. It is resized to the shape of the
+            training images and normalised by its own statistics.
         every: g, the number of active batches for each passive one; or ``f(active batches so far)`` -> bool.
         batch_size: number of rows of a passive batch; default: the run's batch size.
-        freeze_bn: passive batches leave the running statistics of batch norm alone. By default they are shared.
-        summed: one update of the two losses' sum (eq. 4), in place of two updates, one after the other (Algorithm 1).
+        freeze_bn: passive batches do not change the running statistics of batch norm. By default both sets change them.
+        summed: make one update for the sum of the two losses (eq. 4), instead of two successive updates (Algorithm 1).
         shared: which layers both sets share, as in :func:`batchkern.second_head.second_head`: ``"convolutions"``, as
-            the paper (section IV), ``"all but the classifier"``, or the name of the last module that is shared.
+            in the paper (section IV), ``"all but the classifier"``, or the name of the last module that is shared.
 
     Examples:
         >>> import torch
@@ -97,9 +97,9 @@ class PassiveInjection(Strategy):
             )
         self.batches = EpochBatches(len(data), size, 1, derived_seed(run.seed, "passive"), run.least_rows)
         self.active, self.injected, self.pending = 0, 0, None
-        self.seen, self.correct = 0, torch.zeros((), dtype=torch.int64, device=run.device)  # in the epoch
+        self.seen, self.correct = 0, torch.zeros((), dtype=torch.int64, device=run.device)  # during the epoch
         example = run.example(2)
-        with torch.random.fork_rng(devices=[]):  # arms of a comparison go on to draw the same numbers
+        with torch.random.fork_rng(devices=[]):  # all arms of a comparison draw the same numbers later
             torch.manual_seed(derived_seed(run.seed, "passive head"))
             classes = len(data.classes)
             head = second_head(run.model, classes, example, shared=self.shared, classifier=run.classifier)
@@ -113,7 +113,7 @@ class PassiveInjection(Strategy):
             active = next(upstream, None)
             if active is None:
                 return
-            scored = active.only == "score"  # and no update
+            scored = active.only == "score"  # without an update
             self.active += not scored
             if not scored and self._due(self.active):
                 of_active = active.epoch, active.progress, active.ends_epoch, active.rate
@@ -147,11 +147,11 @@ class PassiveInjection(Strategy):
 
     def finish(self, run: Run) -> None:
         self.feed.forget()
-        if HEAD in run.extras:  # not where a finished training is asked to go on
+        if HEAD in run.extras:  # absent if fit() is called again after the training has ended
             del run.extras[HEAD]
 
     def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """``passive_accuracy`` is that of the epoch's passive batches, each before its update."""
+        """``passive_accuracy``: accuracy on the passive batches of the epoch, each measured before its update."""
         figures: dict[str, float] = {"passive_updates": self.injected}
         if self.seen:
             figures["passive_accuracy"] = float(self.correct) / self.seen
@@ -174,7 +174,7 @@ class PassiveInjection(Strategy):
 
 
 def _fitting(data: Labelled, run: Run) -> Labelled:
-    """``data`` as inputs of the model."""
+    """``data`` with the input shape of the model."""
     run.require("passive")
     shape = run.shape
     if isinstance(data, ImageData) and shape is not None and len(shape) == 3:

@@ -1,4 +1,4 @@
-"""The control arm: select as many as a strategy would, but at random."""
+"""The control: select the same amount as a strategy would, but at random."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class RandomSelection(Strategy):
             rounds of floor(delta * N) random batches.
         start, end: fractions of rows, as in :class:`Trimming`.
         delta: fraction of batches, as in :class:`HardBatches`.
-        backward: of rows. ``"masked"``: a pass over the whole batch, with zero gradients at dropped rows.
-            ``"compact"``: a pass over the chosen rows alone, since no loss is needed to choose them; the losses of the
-            others stay unknown.
+        backward: how rows are trained on. ``"masked"``: a pass over the whole batch, with zero gradients at dropped
+            rows. ``"compact"``: a pass over the chosen rows alone, since no loss is needed to choose them; the losses
+            of the other rows are not computed.
 
     Examples:
         >>> import torch
@@ -87,7 +87,7 @@ class RandomSelection(Strategy):
         return selected_mean(step, logits, target, 1.0, among=counts)
 
     def _choose(self, step: Step, rows: int) -> Tensor:
-        """Positions in a batch of ``rows``."""
+        """Random positions in a batch of ``rows``."""
         step.kept = kept_rows(linear(self.start, self.end)(step.batch.epoch, step.run.epochs), rows)
         return random_rows(step, rows, step.kept)
 

@@ -28,24 +28,25 @@ from batchkern.validation import check_kind, count
 
 @dataclass
 class RHO(Strategy):
-    """Of a large batch, only the samples whose loss is furthest above their irreducible loss are trained on.
+    """From each large batch, only the samples whose loss is furthest above their irreducible loss are trained on.
 
-    An update takes the next batch_size / fraction samples, passes them forward, and trains on the share ``fraction`` of
-    them for which loss less irreducible loss is highest. An epoch passes each sample forward once, and so has
-    1 / fraction times fewer updates than the baseline's.
+    An update takes the next batch_size / fraction samples, passes them forward, and trains on the ``fraction`` of
+    them with the highest loss minus irreducible loss. An epoch passes each sample forward once, and so has 1 / fraction
+    times fewer updates than the baseline.
 
-    The irreducible loss of a sample is that of a reference model which has not seen it. Two are trained before the
-    first update, each on a half of the training set, with this training's optimizer, batch size, schedule and
-    augmentation; each scores the other half after each of its epochs, without augmentation, and the scores of the epoch
-    in which their mean was lowest are kept: the paper's way where there are no holdout data. The halves are those of a
-    random permutation. All passes of the two count among the samples forward and backward, as if of the network itself.
+    The irreducible loss of a sample is its loss under a reference model that was not trained on it. Two reference
+    models are trained before the first update, each on one half of the training set, with the optimizer, batch size,
+    schedule and augmentation of this training. After each of its epochs, each scores the other half without
+    augmentation, and the scores of the epoch with the lowest mean are kept; this is the paper's method when there are
+    no holdout data. The halves come from a random permutation. All passes of the two models are included in the counts
+    of samples forward and backward.
 
     Args:
-        fraction: share of the samples that is trained on, in (0, 1].
+        fraction: fraction of the samples that is trained on, in (0, 1].
         reference: name of the reference models for :func:`batchkern.models.build`, such as ``"cnn"``; default: the
-            network itself, with other random weights. Where it is a module, with the weights it was given with.
+            network itself, with other random weights; if the model is a module, a copy with its initial weights.
         reference_epochs: number of epochs of each reference model on its half.
-        at_random: train on as many samples, but on random ones, after all the same passes: the control.
+        at_random: the control: after the same passes, train on the same number of samples, chosen at random.
 
     Examples:
         >>> import torch
@@ -98,10 +99,10 @@ class RHO(Strategy):
             return models.build(self.reference, shape=self.run.shape or (), classes=self.run.classes)
 
     def _halves(self) -> list[tuple[Tensor, EpochBatches]]:
-        """Rows of each half, and the batches of its places."""
+        """The rows of each half, and its batches, which index into these rows."""
         run = self.run
         halves = torch.randperm(run.rows, generator=generator(run.seed, "halves")).chunk(2)
-        # A reference model may have batch norm where the network has none.
+        # A reference model may have batch norm even if the network has none.
         least = min(max(run.least_rows, 2 * run.ranks.world), run.batch_size)
         seeds = [derived_seed(run.seed, "reference", number) for number in range(2)]
         return [

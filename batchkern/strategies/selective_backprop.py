@@ -22,20 +22,21 @@ from batchkern.validation import check_range, count
 class SelectiveBackprop(Strategy):
     """Each sample gets a forward pass, and is trained on with a probability that grows with the rank of its loss.
 
-    That is CDF(loss)^beta, with the cumulative distribution of the last R losses, those of the sample's own batch among
-    them; on average 1 / (1 + beta) of the samples. Selected ones wait until there are as many as a batch has, and only
-    then is there an update, from a forward pass of its own. Samples that wait at the end of an epoch wait on; those
-    that wait at the end of the training are not trained on. An epoch is one forward pass of each sample.
+    The probability is CDF(loss)^beta, where CDF is the cumulative distribution of the last R losses, including those of
+    the sample's own batch; on average 1 / (1 + beta) of the samples are selected. Selected samples are collected until
+    they fill a batch, which is then trained on with a new forward pass. Samples left over at the end of an epoch are
+    kept for the next one; those left over at the end of the training are not trained on. An epoch is one forward pass
+    of each sample.
 
-    Two readings. The losses of a batch enter the distribution before its ranks are taken, as in the authors' program;
-    that program also trains on every sample of the first epoch, and on the samples that wait at the end of each epoch,
-    of which the paper's algorithm has nothing. And the random crop of a sample in the update is not the one that was
-    scored.
+    Two interpretations. The losses of a batch enter the distribution before its ranks are taken, as in the authors'
+    program. That program also trains on every sample of the first epoch, and on the samples left over at the end of
+    each epoch; the algorithm of the paper does neither, and nor does this class. The random crop of a sample in the
+    update differs from the one that was scored.
 
     Args:
         beta: at least 0; 0 selects all, 1 half of them, 2 a third.
         history: R, the number of losses in the distribution.
-        at_random: select as many samples of each batch, but at random: the control.
+        at_random: the control: select the same number of samples of each batch, but at random.
 
     Examples:
         >>> import torch
@@ -63,9 +64,9 @@ class SelectiveBackprop(Strategy):
     def setup(self, run: Run) -> None:
         self.scored = 0
         self.losses = torch.zeros(0, dtype=torch.float32)
-        """The last R, oldest first."""
+        """The last R losses, oldest first."""
         self.waiting = torch.zeros(0, dtype=torch.int64)
-        """Rows of the training set that were selected and not trained on yet."""
+        """Rows of the training set that were selected but not trained on yet."""
         self.rows, self.batches = run.rows, run.epochs * run.batches_per_epoch
 
     def plan(self, batches: EpochBatches, upstream: Iterator[Batch]) -> Iterator[Batch]:
@@ -104,4 +105,4 @@ class SelectiveBackprop(Strategy):
         self.losses = saved_tensor(state, "losses", self.losses.new_zeros(len(losses)))
         self.waiting = saved_tensor(state, "waiting", self.waiting.new_zeros(len(waiting)))
         if len(waiting) and not 0 <= int(waiting.min()) <= int(waiting.max()) < self.rows:
-            raise ValueError(f"waiting has rows that are not of the {self.rows} of the training set")
+            raise ValueError(f"waiting has rows that are not among the {self.rows} rows of the training set")

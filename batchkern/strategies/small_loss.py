@@ -21,16 +21,17 @@ from batchkern.validation import count
 
 @dataclass
 class SmallLoss(Strategy):
-    """The loss is the mean over the samples of each batch that lose least: wrong labels are learned last.
+    """The loss is the mean over the samples of each batch with the smallest losses: wrong labels are learned last.
 
-    R(T) = 1 - noise * min(T / warm_up, 1) of a batch is kept, with T the epochs that are done: the first epoch keeps
-    all, as Algorithm 1 does, which updates R(T) at the end of an epoch. The authors' program is one step ahead. This is
-    one network, which selects for itself; Co-teaching trains two, each on what the other one selects.
+    The fraction R(T) = 1 - noise * min(T / warm_up, 1) of a batch is kept, where T is the number of finished epochs.
+    The first epoch keeps all samples, as in Algorithm 1, which updates R(T) at the end of an epoch; the authors'
+    program is one step ahead. Here a single network selects its own samples; Co-teaching trains two networks, each on
+    the samples that the other one selects.
 
     Args:
-        noise: share of wrong labels, tau, in [0, 1), as it is known or estimated.
-        warm_up: T_k, the number of epochs until the share ``noise`` is left out, at least 1.
-        at_random: keep as many samples, but random ones: the control.
+        noise: tau, the known or estimated fraction of wrong labels, in [0, 1).
+        warm_up: T_k, the number of epochs until the fraction ``noise`` is left out, at least 1.
+        at_random: the control: keep the same number of samples, but random ones.
 
     Examples:
         >>> from batchkern.strategies import SmallLoss

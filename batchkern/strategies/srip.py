@@ -17,14 +17,15 @@ from batchkern.seeding import generator
 from batchkern.strategies.base import Run, Step, Strategy
 
 SCHEDULE = ((0.6, 0.0), (0.35, 1e-6), (0.25, 1e-4), (0.1, 1e-3), (0.0, 1e-1))
-"""From which part of the training on lambda has which value: epochs 120, 70, 50, 20 and 0 of the paper's 200."""
+"""Pairs of a fraction of the training and lambda from there on: epochs 120, 70, 50, 20 and 0 of the paper's 200."""
 
 
 def spectral_deviation(weight: Tensor, start: Tensor) -> Tensor:
     """sigma(W^T W - I), 0-dim float32, by two power iterations: with A = W^T W - I, ||A A v|| / ||A v||.
 
     Args:
-        weight: of a convolution or a linear layer, M outputs first; as a matrix, W is its transpose, ``(S H C, M)``.
+        weight: the weight of a convolution or a linear layer, with the M outputs first. W is its transpose as a matrix,
+            ``(S H C, M)``.
         start: v, ``(M,)``, not zero.
     """
     transposed = weight.flatten(1).float()
@@ -33,24 +34,24 @@ def spectral_deviation(weight: Tensor, start: Tensor) -> Tensor:
         return transposed @ (transposed.T @ v) - v
 
     once = times(start)
-    # Weights that are orthogonal already have a deviation of 0, and no gradient.
+    # Orthogonal weights have a deviation of 0, and no gradient.
     return times(once / once.norm().clamp(min=torch.finfo(once.dtype).tiny)).norm()
 
 
 @dataclass
 class SRIP(Strategy):
-    """lambda times the sum over layers of sigma(W^T W - I), the largest deviation of a filter bank from an isometry, is
-    added to the loss of every active update.
+    """A penalty in the loss of every active update: lambda times the sum over layers of sigma(W^T W - I), the largest
+    deviation of a filter bank from an isometry.
 
     Layers are the convolutions and linear layers of the model; W of a convolution is ``(S H C, M)``, a column for each
     of its M filters, and W^T W is M x M, as in the paper's equation and in the authors' program for ResNets. Their
-    program for Wide ResNets differs: it takes the smaller one of W^T W and W W^T, and squares sigma. The power
-    iterations start at a normal random vector, which each update draws anew, and the gradient goes through them.
+    program for Wide ResNets uses the smaller one of W^T W and W W^T, and squares sigma. The power iterations start at a
+    normal random vector, drawn anew in each update, and the gradient goes through them.
 
     Args:
-        coefficient: lambda, constant, at least 0; default: the paper's schedule, 0.1, then 1e-3, 1e-4, 1e-6 and 0 from
-            epochs 20, 50, 70 and 120 of 200 on, at the same parts of any other length. The authors' programs start at
-            0.01 in place of 0.1, and multiply it by the later values.
+        coefficient: a constant lambda, at least 0. By default it follows the paper's schedule: 0.1, then 1e-3, 1e-4,
+            1e-6 and 0 from epochs 20, 50, 70 and 120 of 200 on, scaled to any other number of epochs. The authors'
+            programs start at 0.01 instead of 0.1, and multiply it by the later values.
 
     Examples:
         >>> from batchkern.strategies import SRIP
@@ -64,7 +65,7 @@ class SRIP(Strategy):
 
     coefficient: float | None = None
     added: int = field(default=0, init=False, repr=False)
-    """Updates of the epoch with a penalty."""
+    """Number of updates of the epoch that had a penalty."""
     sigma_sum: float | Tensor = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,7 +81,7 @@ class SRIP(Strategy):
             raise UserError("srip needs a model with convolutions or linear layers; this one has none")
 
     def factor(self, progress: float) -> float:
-        """lambda at this part of the training."""
+        """lambda after the fraction ``progress`` of the training."""
         if self.coefficient is not None:
             return self.coefficient
         return next(value for begin, value in SCHEDULE if progress >= begin)
@@ -100,7 +101,8 @@ class SRIP(Strategy):
         return factor * total
 
     def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """``srip_sigma``: the sum over layers before lambda, averaged over the updates of the epoch that had one."""
+        """``srip_sigma``: the sum over layers before lambda, averaged over the updates of the epoch that had a
+        penalty."""
         mean, added = float(self.sigma_sum) / max(self.added, 1), self.added
         self.added, self.sigma_sum = 0, 0.0
         return {"srip_sigma": mean} if added else {}

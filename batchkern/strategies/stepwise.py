@@ -22,11 +22,11 @@ class Stepwise(Strategy):
     Args:
         fractions: sizes of the subsets, increasing, in (0, 1]; each subset contains the one before it.
         batch_multiples: batch size of each step, in units of the run's batch size.
-        gamma, decay_every, gradients, divisor, rates: the rate of each step, as :class:`batchkern.parts.subsets.Rates`
-            has them.
-        reset_optimizer: forget the optimizer's state (momentum) at the start of each step.
-        share_weights: carry weights over. Without, each step starts from the initial weights (Tables I and IV); heads
-            that other strategies train beside the model go on.
+        gamma, decay_every, gradients, divisor, rates: the learning rate of each step; see
+            :class:`batchkern.parts.subsets.Rates`.
+        reset_optimizer: clear the optimizer's state (momentum) at the start of each step.
+        share_weights: carry the weights over from step to step. If False, each step starts from the initial weights
+            (Tables I and IV); heads that other strategies train beside the model are kept.
 
     Examples:
         >>> import torch
@@ -66,7 +66,8 @@ class Stepwise(Strategy):
         self.initial = None if self.share_weights else {k: v.clone() for k, v in run.model.state_dict().items()}
 
     def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """Eq. 10's noise scale, rate * M_i / b_i, of the step that the epoch belongs to, at the rate of its end."""
+        """The noise scale of eq. 10, rate * M_i / b_i, of the step of this epoch, with the rate at the end of the
+        epoch."""
         step = self.subsets.step(row["epoch"])
         return {"noise_scale": row["lr"] * self.subsets.sizes[step] / self.subsets.batch_sizes[step]}
 

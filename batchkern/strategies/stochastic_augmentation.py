@@ -24,29 +24,31 @@ from batchkern.strategies.base import Perturbation, Run, Step, Strategy, run_wit
 
 @dataclass
 class StochasticAugmentation(Strategy):
-    """At random iterations, virtual samples around the batch in latent space, and a penalty for predicting them
-    differently from it.
+    """At random iterations, virtual samples are made around the batch in latent space, with a penalty if their
+    predictions differ from those of the batch.
 
     With probability cos(omega) per iteration, the input of a random eligible layer is stacked with Gaussian and dropout
     copies (eqs. 5-8); the rest of the network runs on the stack, and eta * soft_label_kl (eqs. 10-11) is added to the
     loss. The raw rows' outputs are the soft labels and are constants of the penalty. Logarithms are natural; in bits,
-    as in eq. 13, the penalty would be 1 / ln 2 = 1.44 times as large. The basis is drawn anew with each coin that falls
-    on augmenting. At inference, the majority vote over a sample and its virtual samples decides (section 3.4).
+    as in eq. 13, the penalty would be 1 / ln 2 = 1.44 times as large. The basis is drawn anew each time the random
+    decision is to augment. At inference, the prediction is the majority vote over a sample and its virtual samples
+    (section 3.4).
 
     Args:
         omega: in [0, pi / 2]; pi / 3 augments every second iteration on average.
-        omega_end: omega of the last epoch, linear in between; default: it stays (section 3.2 names a changing
-            probability as the more delicate case).
+        omega_end: omega of the last epoch, linear in between; by default omega is constant (section 3.2 calls a
+            changing probability the more delicate case).
         eta: weight of the penalty, at least 0; the paper's search found 0.01 and 0.1.
-        gaussian, dropout, sigma, tau, drop_prob, basis: settings of the virtual samples, as
-            :class:`batchkern.parts.virtual_samples.LatentNoise` takes them.
+        gaussian, dropout, sigma, tau, drop_prob, basis: settings of the virtual samples; see
+            :class:`batchkern.parts.virtual_samples.LatentNoise`.
         layers: names of eligible modules; default: the model's classifier, its last linear layer.
-        two_step: Algorithm 1: one update for the loss, then one for the penalty, in place of the one update of eq. 11.
+        two_step: as in Algorithm 1, one update for the loss, then one for the penalty, instead of the one update of eq.
+            11.
         per: decide, and draw the basis, once per ``"iteration"`` (eq. 4 and Algorithm 1) or once per ``"epoch"``
             (section 3's opening).
-        labels: of virtual samples. ``"soft"``: the raw rows' outputs, as constants (eq. 10); ``"trained"``: the same,
-            with a gradient into them (eq. 11 as it is written); ``"hard"``: the rows' own labels, by the cross
-            entropy of the loss (eq. 9, which the paper sets its own against).
+        labels: the labels of virtual samples. ``"soft"``: the raw rows' outputs, as constants (eq. 10); ``"trained"``:
+            the same, with a gradient into them (eq. 11 as it is written); ``"hard"``: the rows' own labels, with the
+            cross entropy of the loss (eq. 9, with which the paper compares its method).
         vote: decide by majority at inference; ties go to the raw prediction, then to the lower class.
         vote_layer: the module at whose input the virtual samples of the vote are made; default: the first of
             ``layers``.
@@ -124,7 +126,7 @@ class StochasticAugmentation(Strategy):
         self.voting = modules[chosen[-1][1]] if self.vote_layer is not None else self.modules[0]
 
     def _try(self, run: Run, option: str, name: str, module: nn.Module) -> None:
-        """Layers that cannot hold virtual samples should say so now, not at the first augmented iteration."""
+        """Rejects layers that cannot hold virtual samples before the training, not at the first augmented iteration."""
         training = run.model.training
         run.model.eval()
         try:
@@ -162,10 +164,10 @@ class StochasticAugmentation(Strategy):
 
     def _penalty(self, step: Step, raw: Tensor, virtual: Tensor, target: Tensor) -> Tensor:
         share = step.share
-        if share.real < share.each:  # the filling of a share is no sample
+        if share.real < share.each:  # padding rows are not samples
             virtual = virtual.view(-1, *raw.shape)[:, : share.real].flatten(0, 1)
             raw, target = raw[: share.real], target[: share.real]
-        weight = share.real * share.world / share.rows  # averaged over ranks, the mean over the whole batch
+        weight = share.real * share.world / share.rows  # the average over ranks is the batch mean
         if share.real and self.labels != "hard":
             result = soft_label_kl(
                 raw, virtual, scale=self.eta * weight, reference_grad=self.labels == "trained", per_sample=True
@@ -189,7 +191,8 @@ class StochasticAugmentation(Strategy):
         return majority(raw, virtual)
 
     def diagnostics(self, row: Mapping[str, Any]) -> dict[str, float]:
-        """The mean divergence, or with hard labels the mean loss, of virtual samples in the epoch, before eta."""
+        """The mean divergence (with hard labels the mean loss) of the virtual samples of the epoch, not multiplied by
+        eta."""
         kl, self.kl_sum = float(self.kl_sum) / max(self.fired_in_epoch, 1), 0.0
         self.fired_in_epoch = 0
         return {"augmented_updates": self.fired, "virtual_loss" if self.labels == "hard" else "virtual_kl": kl}

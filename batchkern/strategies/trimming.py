@@ -20,16 +20,17 @@ from batchkern.schedules import EpochSchedule, linear
 from batchkern.strategies.base import Run, Step, Strategy, selected_mean
 
 PLAIN = {"order": "highest", "skip": 0.0, "above": None}
-"""The selection that the operation makes in the pass of the losses."""
+"""The selection that ``trimmed_cross_entropy`` can make itself."""
 
 
 def kept_rows(keep: float, rows: int) -> int:
-    """k of the operations, for a batch without ignored rows."""
+    """The number of rows, k, that the operations keep of a batch without ignored rows."""
     return min(rows, max(round(keep * rows), 1))
 
 
 def positions(chosen: Tensor, k: int | None) -> Tensor:
-    """Of the k rows of ``chosen (B,)`` bool, in index order, without a look at them by the host."""
+    """Positions of the k rows marked in ``chosen (B,)`` bool, in index order, without a synchronisation with the
+    GPU."""
     return chosen.byte().argsort(descending=True, stable=True)[:k]
 
 
@@ -45,17 +46,17 @@ class Trimming(Strategy):
 
     Args:
         start, end: fraction kept in the first and the last epoch, in (0, 1]; linear in between. A training of one epoch
-            keeps ``start`` (the official code divides by zero there).
+            keeps ``start`` (the official code divides by zero in this case).
         backward: ``"masked"``: one forward and one backward pass over the whole batch, with zero gradients at dropped
-            rows. ``"compact"``: a forward pass for the losses alone, then forward and backward of the kept rows:
-            the run-time gain that the paper has in mind. The same gradient for a network without batch norm; with
-            batch norm, the kept rows are normalised among themselves. ``"auto"``: compact in the epochs where it is
-            the cheaper one, as timed once before the training; always masked with batch norm.
-        schedule: replaces the line: ``f(epoch, epochs)`` -> fraction.
+            rows. ``"compact"``: a forward pass for the losses alone, then a forward and backward pass of the kept
+            rows; this is the speed-up that the paper intends. The gradient is the same for a network without batch
+            norm; with batch norm, the kept rows are normalised among themselves. ``"auto"``: compact in the epochs in
+            which it is cheaper, as timed once before the training; always masked with batch norm.
+        schedule: replaces the linear schedule: ``f(epoch, epochs)`` -> fraction.
         order: ``"lowest"`` keeps the easiest fraction instead: small-loss selection, against wrong labels.
-        skip: leaves out this fraction at the top of the order first: the hardest, among which wrong labels are. It and
-            the fraction kept are at most 1 together.
-        above: keeps every row of a loss above it too, however many; the fraction is then the least that is kept.
+        skip: first leaves out this fraction at the top of the order: the hardest rows, which often have wrong labels.
+            ``skip`` and the fraction kept must add up to at most 1.
+        above: also keeps every row with a loss above this value; the fraction is then the minimum that is kept.
 
     Examples:
         >>> from batchkern.strategies import Trimming
@@ -75,7 +76,7 @@ class Trimming(Strategy):
     skip: float = 0.0
     above: float | None = None
     compact_below: float = field(default=0.0, init=False, repr=False)
-    """Fractions under this are trained compact."""
+    """Fractions below this value use the compact backward pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -87,14 +88,14 @@ class Trimming(Strategy):
         if not 0 <= self.skip < 1:
             raise UserError(f"skip must be in [0, 1), got {self.skip}")
         if self.above is not None and self.order == "lowest":
-            raise UserError("above must be left out where order is lowest: it adds rows to the highest")
+            raise UserError("above must be left out if order is lowest: it adds rows with high losses")
         if self.schedule is not None and not callable(self.schedule):
             raise UserError(f"schedule must be a function of (epoch, epochs), got {self.schedule!r}")
 
     def setup(self, run: Run) -> None:
         self.compact_below = 0.0
         for epoch in range(run.epochs):
-            self.keep(epoch, run.epochs)  # a schedule that leaves its range should say so before the training
+            self.keep(epoch, run.epochs)  # rejects a schedule that leaves its range before the training
         normalised = has_batch_norm(run.model)
         if self.backward == "compact":
             self.compact_below = 1.0
@@ -142,8 +143,8 @@ class Trimming(Strategy):
         return {"order": self.order, "skip": self.skip, "above": self.above}
 
     def _chosen(self, step: Step, losses: Tensor) -> Tensor:
-        """Positions of the kept rows, in index order, as the rows stand in the batch: the order of summation is then
-        that of the masked pass. How many is known without a look at them but where ``above`` adds some."""
+        """Positions of the kept rows, in the order of the batch, so that sums have the same order as in the masked
+        pass. Their number is known without a synchronisation with the GPU, unless ``above`` adds some."""
         chosen = select_rows(losses, self.keep(step.batch.epoch, step.run.epochs), **self._band)
         if self.above is not None:
             step.kept = int(chosen.sum())
@@ -166,7 +167,7 @@ def _break_even(run: Run) -> float:
                 forward_times.append(_seconds(lambda: run.model(images), run.device))
             full_times.append(_seconds(lambda: run.model(images).sum().backward(), run.device))
     run.model.zero_grad(set_to_none=True)
-    # The first round warms up. The minimum is the least disturbed by whatever else the machine does.
+    # The first round is a warm-up. The minimum is the time least disturbed by other load on the machine.
     return max(0.0, 1 - min(forward_times[1:]) / min(full_times[1:]))
 
 

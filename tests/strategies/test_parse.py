@@ -237,5 +237,7 @@ def test_options_survive_the_way_through_text():
 
 
 def test_a_strategy_is_no_loss_function():
-    with pytest.raises(TypeError, match=r"Trimming is no function: .* for a loop of your own, is in batchkern\.parts"):
+    with pytest.raises(
+        TypeError, match=r"Trimming is not a function: .* for your own training loop, its parts are in batchkern\.parts"
+    ):
         STRATEGIES["trimming"]()("logits", "target")
