@@ -1,4 +1,4 @@
-"""The boundary between an operation and the graph that it is used in."""
+"""Rules for the backward passes of operations: no second derivatives, batches of gradients, overwritten storage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from batchkern import _backend
 
 
 class _Refuse(torch.autograd.Function):
-    """The identity in ``x``; a gradient that reaches it, on its way to any of ``sources``, raises."""
+    """The identity of ``x``; a gradient that passes through it to any of ``sources`` raises."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *sources: Tensor) -> Tensor:
@@ -26,22 +26,22 @@ class _Refuse(torch.autograd.Function):
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """For the backward of a Function: a gradient of its result raises.
+    """Decorates the backward of a Function: differentiating its result raises.
 
-    torch's decorator of this name lets it pass, as a constant, where the upstream gradient is one: ``loss.backward(
-    create_graph=True)`` followed by a penalty on the gradient would be silently wrong.
+    torch's decorator of the same name does not raise if the upstream gradient is a constant:
+    ``loss.backward(create_graph=True)`` followed by a penalty on the gradient would be silently wrong.
     """
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # there is no second derivative to trace
             return backward(ctx, *grads)
-        if is_batched(*grads):  # what comes of it could not refuse
+        if is_batched(*grads):  # _Refuse does not work within vmap
             raise RuntimeError(
-                "create_graph must be False where a backward pass takes a batch of gradients (is_grads_batched=True, "
+                "create_graph must be False if a backward pass takes a batch of gradients (is_grads_batched=True, "
                 "vectorize=True, vmap): batchkern operations cannot be differentiated twice"
             )
-        # What the first derivative depends on, so that a search for the second one comes by here.
+        # The inputs of the first derivative, so that a second derivative with respect to any of them passes here.
         sources = [x for x in (*grads, *ctx.saved_tensors) if isinstance(x, Tensor) and x.requires_grad]
         with torch.no_grad():
             results = backward(ctx, *grads)
@@ -53,8 +53,8 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_batched(*grads: Tensor | None) -> bool:
-    """Whether these upstream gradients are a batch of them: ``torch.autograd.grad(..., is_grads_batched=True)``, which
-    has batches of its own, or ``torch.func.vmap`` around it."""
+    """Whether these upstream gradients are a batch of gradients, from ``torch.func.vmap`` or from
+    ``torch.autograd.grad(..., is_grads_batched=True)``, which has its own kind of batched tensors."""
     if torch.compiler.is_compiling():
         return False
     return any(
@@ -63,13 +63,13 @@ def is_batched(*grads: Tensor | None) -> bool:
 
 
 def one_by_one(function: Callable[..., list[Tensor]], *grads: Tensor | None) -> list[Tensor]:
-    """``function(*grads)``, and of a batch of upstream gradients that of each, as a batch again."""
+    """``function(*grads)``; for a batch of upstream gradients, the batch of the results for each of them."""
     if not is_batched(*grads):
         return function(*grads)
     level = max(_functorch.maybe_get_level(x) for x in grads if x is not None)
     take: Callable[..., Tensor] = _functorch._remove_batch_dim
     give: Callable[..., Tensor] = _functorch._add_batch_dim
-    if level < 0:  # those of is_grads_batched, whose level is the first
+    if level < 0:  # of is_grads_batched, whose level is the first
         level, take, give = 1, torch._remove_batch_dim, torch._add_batch_dim
     size = max(len(take(x, level, 1, 0)) for x in grads if is_batched(x))
     parts = [[None] * size if x is None else take(x, level, size, 0).unbind() for x in grads]
@@ -78,11 +78,11 @@ def one_by_one(function: Callable[..., list[Tensor]], *grads: Tensor | None) -> 
 
 
 def check_one_gradient(grad: Tensor) -> None:
-    """For ``inplace_backward``."""
+    """Rejects a batch of gradients with ``inplace_backward``."""
     if is_batched(grad):
         raise RuntimeError(
-            "inplace_backward must be False where a backward pass takes a batch of gradients (is_grads_batched=True, "
-            "vectorize=True, vmap): the storage of the logits has room for one"
+            "inplace_backward must be False if a backward pass takes a batch of gradients (is_grads_batched=True, "
+            "vectorize=True, vmap): the storage of the logits has room for only one"
         )
 
 
@@ -106,9 +106,9 @@ class _Boundary(torch.autograd.Function):
 def boundary(x: Tensor, *, into_storage: bool = False) -> Tensor:
     """``x``, with a gradient that cannot be differentiated again.
 
-    For the reference, which must have no second derivative because kernels have none: code that runs on one backend
-    would fail on another. With ``into_storage`` the gradient is written over the storage of ``x``. Within a transform
-    of ``torch.func``, where no kernel runs, it is ``x``.
+    For the reference, which must have no second derivative because kernels have none; otherwise code that runs on one
+    backend would fail on another. With ``into_storage``, the gradient is written over the storage of ``x``. Within a
+    transform of ``torch.func``, where no kernel runs, ``x`` itself is returned.
     """
     if _backend.within_transform():
         return x
@@ -116,24 +116,26 @@ def boundary(x: Tensor, *, into_storage: bool = False) -> Tensor:
 
 
 def check_inplace_backward(logits: Tensor) -> None:
-    """Raises where autograd, or whoever else sees this storage, would notice that it was overwritten."""
+    """Raises if overwriting the storage of ``logits`` would give wrong gradients or change other tensors."""
     base: Tensor | None = logits._base
     owner = logits if base is None else base
     if owner.requires_grad and owner.is_leaf:
-        raise ValueError("inplace_backward must be False where logits is a leaf or its view: its values would be lost")
+        raise ValueError(
+            "inplace_backward must be False if logits is a leaf or a view of one: its values would be lost"
+        )
     if logits.is_neg():
-        raise ValueError("inplace_backward must be False where logits is a lazily negated view")
+        raise ValueError("inplace_backward must be False if logits is a lazily negated view")
     extent = 1
     for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
         overlaps = size > 1 and stride < extent
         extent += (size - 1) * stride
         if not overlaps:
             continue
-        raise ValueError(f"inplace_backward must be False where logits overlaps itself, got strides {logits.stride()}")
+        raise ValueError(f"inplace_backward must be False if logits overlaps itself, got strides {logits.stride()}")
 
 
 def check_unchanged(logits: Tensor, version: int) -> None:
-    """Raises where ``logits`` is not what it was at the forward pass of an ``inplace_backward``."""
+    """Raises if ``logits`` has changed since the forward pass of an ``inplace_backward``."""
     if logits._version != version:
         raise RuntimeError(
             "inplace_backward=True: the logits were changed after the forward pass "

@@ -1,7 +1,8 @@
-"""Argument checks shared by the operations: each raises one sentence with the argument, what it was, what it must be.
+"""Argument checks shared by the operations. Each raises an error that names the argument, its value and what is
+allowed.
 
-Checks read shapes, types and Python numbers, never a GPU tensor's values, so none of them synchronises. Values of CPU
-tensors are read only outside ``torch.compile``.
+Checks read shapes, types and Python numbers, but never the values of a GPU tensor, so none of them synchronises. Values
+of CPU tensors are read only outside ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -20,22 +21,23 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torc
 
 PLAIN = (Tensor, torch.nn.Parameter)
 UNSERVED = {
-    "DTensor": "call the operation on its to_local() where each rank holds whole rows, or on its full_tensor()",
+    "DTensor": "call the operation on its to_local() if each rank holds whole rows, or on its full_tensor()",
     "MaskedTensor": "give its get_data(), and leave rows out by ignore_index or mask",
     "NestedTensor": "give its values(), or pad it and leave the padding out by ignore_index or mask",
 }
-"""Subclasses of Tensor that kernels cannot read, and what to do instead."""
+"""Subclasses of Tensor that kernels cannot read, with the advice in the error message."""
 
 
 def readable(x: Tensor) -> bool:
-    """Whether looking at the values of ``x`` costs nothing: on the CPU, and not while a graph is being traced."""
+    """Whether the values of ``x`` can be read without a synchronisation: on the CPU, and not while a graph is
+    traced."""
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or _backend.within_transform():
         return False
     return x.device.type == "cpu"
 
 
 def tensor(name: str, x: Tensor, *, dims: int | None = None, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
-    """``dims`` is how many dimensions it must have; None: any number."""
+    """Checks that ``x`` is a dense tensor of one of ``dtypes`` with ``dims`` dimensions (None: any number)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     ordinary(name, x)
@@ -49,7 +51,7 @@ def tensor(name: str, x: Tensor, *, dims: int | None = None, dtypes: tuple[torch
 
 
 def ordinary(name: str, x: Tensor) -> None:
-    """Raises for the subclasses that are ``UNSERVED``, and those of them."""
+    """Raises for the subclasses of Tensor in ``UNSERVED``, and for their subclasses."""
     if type(x) not in PLAIN:
         for kind in type(x).__mro__:
             if kind.__name__ in UNSERVED:
@@ -59,7 +61,7 @@ def ordinary(name: str, x: Tensor) -> None:
 
 
 def vector(name: str, x: Tensor, *, rows: int, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """A 1-d companion of ``like``: ``rows`` elements on the same device."""
+    """Checks for a 1-d tensor of ``rows`` elements on the device of ``like``."""
     tensor(name, x, dims=1, dtypes=dtypes)
     if x.shape[0] != rows:
         raise ValueError(f"{name} must have shape ({rows},), got {tuple(x.shape)}")
@@ -67,7 +69,7 @@ def vector(name: str, x: Tensor, *, rows: int, like: Tensor, dtypes: tuple[torch
 
 
 def companion(name: str, x: Tensor, like: Tensor, like_name: str, *, dtypes: tuple[torch.dtype, ...]) -> None:
-    """A tensor of the shape and device of ``like``."""
+    """Checks for a tensor with the shape and device of ``like``."""
     tensor(name, x, dtypes=dtypes)
     if x.shape != like.shape:
         raise ValueError(f"{name} must have the shape of {like_name}, {tuple(like.shape)}, got {tuple(x.shape)}")
@@ -88,7 +90,7 @@ def cross_entropy(
     label_smoothing: float,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """What every cross entropy takes: the arguments of ``F.cross_entropy``."""
+    """Checks the arguments that all cross entropies share, those of ``F.cross_entropy``."""
     tensor("logits", logits)
     if logits.dim() == 0:
         raise ValueError("logits must have shape (C,), (B, C) or (B, C, d1, ...), got no dimension")
@@ -115,7 +117,8 @@ def cross_entropy(
 
 
 def target_values(x: Tensor, *, classes: int, ignore_index: int) -> None:
-    """For the reference: a kernel looks at each target itself. On a GPU the gather trips a device-side assert."""
+    """Checks the class indices for the reference; kernels check each target themselves. On a GPU, a wrong one causes a
+    device-side assert in the gather."""
     if x.is_floating_point() or not readable(x):
         return
     x = x.long()
@@ -129,7 +132,7 @@ def target_values(x: Tensor, *, classes: int, ignore_index: int) -> None:
 
 
 def fraction(name: str, x: float | Tensor, like: Tensor) -> float | Tensor:
-    """A float in (0, 1], or a 0-dim float tensor on the device of ``like``, which becomes float64. Returns it."""
+    """Checks and returns a float in (0, 1], or a 0-dim float tensor on the device of ``like``, converted to float64."""
     if isinstance(x, Tensor):
         ordinary(name, x)
         if x.dtype not in FLOATS or x.dim() != 0:
@@ -148,7 +151,7 @@ def fraction(name: str, x: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def _is_number(x: object) -> bool:
-    return isinstance(x, int | float | numbers.Real) and not isinstance(x, bool)  # numpy.float32 is no float
+    return isinstance(x, int | float | numbers.Real) and not isinstance(x, bool)  # numpy.float32 is not a float
 
 
 def one_of(name: str, x: str, allowed: tuple[str, ...]) -> None:
@@ -162,7 +165,7 @@ def constant(name: str, x: Tensor) -> None:
 
 
 def ignored(x: int, group: dist.ProcessGroup | None) -> None:
-    """The arguments ``ignore_index`` and ``group``."""
+    """Checks the arguments ``ignore_index`` and ``group``."""
     if isinstance(x, bool) or not isinstance(x, int):
         raise TypeError(f"ignore_index must be an int, got {type(x).__name__}")
     if not -(2**63) <= x < 2**63:
@@ -176,10 +179,10 @@ def process_group(group: dist.ProcessGroup | None, name: str = "group") -> None:
 
 
 def split_keep(x: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
-    """A checked fraction as the two arguments of a kernel: a number, or the tensor that replaces it."""
+    """A checked fraction as two arguments of a kernel: a number, and the tensor that replaces it or None."""
     if isinstance(x, Tensor):
         return 1.0, x
-    if torch.compiler.is_compiling():  # as a number it would be a constant of the graph: a schedule would recompile
+    if torch.compiler.is_compiling():  # a number would be a constant of the graph, and a schedule would recompile
         return 1.0, torch.ones((), dtype=torch.float64, device=like.device) * x
     return x, None
 
@@ -193,7 +196,7 @@ def number(
     open_low: bool = False,
     open_high: bool = False,
 ) -> None:
-    """A number, not NaN, in [low, high]; without low with ``open_low``, without high with ``open_high``."""
+    """Checks for a number, not NaN, in [low, high]; ``open_low`` excludes low, ``open_high`` excludes high."""
     if not _is_number(x):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
     if not low <= x <= high or (open_low and x == low) or (open_high and x == high):

@@ -1,17 +1,19 @@
-"""The work of linear_cross_entropy: matmuls by PyTorch, rows by the kernels, never all logits at once.
+"""The computation of linear_cross_entropy: matmuls by PyTorch, row operations by the kernels, never all logits at once.
 
-With F = 2 N H V flops a forward pass costs F, over chunks of rows, and leaves losses and log-sum-exps. ``gradients``
-makes the gradient of the rows that one reaches: it gathers the rows and goes over slices of the vocabulary, so that
-each slice of the weight's gradient is one product, summed in float32 by the matmul and written once. A row costs three
-times what it cost before: logits, the gradient of hidden, that of weight.
+With F = 2 N H V flops, a forward pass over chunks of rows costs F; it stores losses and log-sum-exps. ``gradients``
+computes the gradient for the rows with a nonzero upstream gradient: it gathers these rows and loops over slices of the
+vocabulary, so that each slice of the weight's gradient is one product, summed in float32 by the matmul and written
+once. In the backward pass, a row costs three times as much as in the forward pass: for the logits, the gradient of
+hidden and the gradient of weight.
 
-Three ways lead to the gradient of a share of the rows, and ``choose`` takes the cheapest that memory allows. All logits
-fit into a chunk: they are kept for the backward pass, (1 + 2 share) F. Nearly all rows count, and equally: the forward
-pass makes the gradient of all, chunk by chunk, and takes that of the dropped rows off again, (3 + 2 (1 - share)) F.
-Otherwise the logits of the rows are computed again, (1 + 3 share) F.
+There are three ways to compute the gradient of a fraction of the rows, and ``choose`` takes the cheapest one that
+memory allows. If all logits fit into one chunk, they are kept for the backward pass: (1 + 2 share) F. If nearly all
+rows count, with equal weights, the forward pass computes the gradient of all rows, chunk by chunk, and then subtracts
+that
+of the dropped rows: (3 + 2 (1 - share)) F. Otherwise the logits of the rows are computed again: (1 + 3 share) F.
 
-A softcap c and a scale s make s c tanh(y / c) of the product y. The matmul divides by c as it writes u = y / c; the
-derivative is s / cosh(u)^2, which keeps its digits where 1 - tanh(u)^2 has lost them.
+With a softcap c and a scale s, the logits are s c tanh(y / c) of the product y. The matmul divides by c when it writes
+u = y / c; the derivative is s / cosh(u)^2, which stays accurate where 1 - tanh(u)^2 does not.
 """
 
 from __future__ import annotations
@@ -32,20 +34,20 @@ from batchkern.ops.trimmed_mean import trimmed_mean_op
 from batchkern.reference import kept_count
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-"""Of the logits of a chunk, where the caller did not say how many rows it has."""
+"""Size of the logits of a chunk, if the caller did not give its number of rows."""
 LEAST_CHUNK = 128
-"""Rows: with fewer, matmuls would read the weight too often."""
+"""The smallest number of rows of a chunk; with fewer, matmuls would read the weight too often."""
 SLICE_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-"""Of the logits of a slice of the vocabulary: on a CPU they stay in the cache from one product to the next."""
+"""Size of the logits of a slice of the vocabulary; on a CPU they stay in the cache between two products."""
 ALIGNMENT = 64
-"""Elements: rows of logits begin at multiples of it."""
+"""Rows of logits start at multiples of this number of elements."""
 
 
 class Options(NamedTuple):
-    """What all operators of this module take, in their order."""
+    """The options that all operators of this module share, in their order."""
 
     dtype: torch.dtype
-    """Of the products."""
+    """Type of the products."""
     ignore_index: int
     label_smoothing: float
     softcap: float | None
@@ -57,13 +59,13 @@ BackwardPlan = Literal["keep logits", "gradient of all", "logits again"]
 
 
 def _most_rows(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> int:
-    """Of a chunk, within ``CHUNK_BYTES``."""
-    size = 4 if hidden.is_cpu else dtype.itemsize  # on a CPU torch may make narrower products in float32 first
+    """The largest number of rows of a chunk within ``CHUNK_BYTES``."""
+    size = 4 if hidden.is_cpu else dtype.itemsize  # on a CPU, torch may first compute 16-bit products in float32
     return max(LEAST_CHUNK, CHUNK_BYTES[hidden.device.type] // max(1, weight.shape[0] * size))
 
 
 def _chunk_rows(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: int | None) -> int:
-    """Rows of a chunk: as many as were wanted, or else those of equal chunks."""
+    """The number of rows of a chunk: ``wanted``, or by default that of equally large chunks."""
     rows = hidden.shape[0]
     if wanted is None:
         wanted = _divide(rows, _divide(rows, _most_rows(hidden, weight, dtype)))
@@ -71,18 +73,18 @@ def _chunk_rows(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: int 
 
 
 def all_in_a_chunk(hidden: Tensor, weight: Tensor, dtype: torch.dtype, wanted: int | None) -> bool:
-    """One comparison of the number of rows with a constant: the compiler makes two graphs of it at most."""
+    """Whether one chunk has all rows. It is a comparison with a constant, so the compiler makes at most two graphs."""
     return hidden.shape[0] <= (_most_rows(hidden, weight, dtype) if wanted is None else wanted)
 
 
 def choose(keep: float | None, needs: Sequence[bool], *, may_keep_logits: bool, dtype: torch.dtype) -> BackwardPlan:
-    """The way to the gradients of (hidden, weight, bias) that takes the fewest flops. ``keep`` is None where the host
-    does not know it, or where other processes have a say in which rows are kept."""
+    """The way to compute the gradients of (hidden, weight, bias) with the fewest flops. ``keep`` is None if its value
+    is not known on the host, or if the kept rows depend on other processes."""
     if not any(needs):
-        return "logits again"  # never, that is
+        return "logits again"  # which is never run
     if may_keep_logits:
         return "keep logits"
-    # Without the upstream gradient, which scales the loss, a gradient in float16 would underflow.
+    # A float16 gradient would underflow without the loss scale, which comes with the upstream gradient.
     if keep is None or dtype == torch.float16:
         return "logits again"
     products = needs[0] + needs[1]
@@ -92,7 +94,7 @@ def choose(keep: float | None, needs: Sequence[bool], *, may_keep_logits: bool, 
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Types were chosen before; autocast would narrow what is summed in float32."""
+    """Disables autocast within ``function``: types are already chosen, and autocast would narrow sums in float32."""
 
     @functools.wraps(function)
     def wrapper(hidden: Tensor, *args: Any) -> Any:
@@ -106,7 +108,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _divide(size: int, part: int) -> int:
-    """Rounded up."""
+    """``size / part``, rounded up."""
     return -(-size // max(1, part))
 
 
@@ -115,13 +117,13 @@ def _parts(size: int, part: int) -> Iterator[slice]:
 
 
 def _buffer(rows: int, columns: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(rows, columns)`` whose rows begin at aligned places: odd strides would slow down matmuls and kernels."""
+    """An empty ``(rows, columns)`` tensor with aligned rows; odd strides would slow down matmuls and kernels."""
     stride = _divide(columns, ALIGNMENT) * ALIGNMENT
     return _backend.large_empty(rows, stride, dtype, like)[:, :columns]
 
 
 class _Layer:
-    """The last layer: its product, and what is made of that."""
+    """The last linear layer with its softcap and scale."""
 
     def __init__(
         self,
@@ -135,7 +137,8 @@ class _Layer:
         self.softcap, self.scale = softcap, logit_scale
 
     def write_logits(self, out: Tensor, hidden: Tensor, capped: Tensor, words: slice = slice(None)) -> Tensor:
-        """Logits of some words: ``out``; with a softcap ``capped``, which may be the same, and ``out`` is u."""
+        """Computes the logits of some words. Without a softcap they are in ``out``; with one they are in ``capped``,
+        and ``out`` holds u, unless both are the same tensor."""
         weight = self.weight[words].to(self.dtype)
         factor = self.scale if self.softcap is None else 1 / self.softcap
         if self.bias is None:
@@ -144,20 +147,20 @@ class _Layer:
             torch.addmm(self.bias[words].to(self.dtype), hidden, weight.t(), beta=factor, alpha=factor, out=out)
         if self.softcap is None:
             return out
-        masked = None if self.bias is None else self.bias[words] == -math.inf  # as vocabularies are padded
+        masked = None if self.bias is None else self.bias[words] == -math.inf  # padding of the vocabulary
         torch.tanh(out, out=capped).mul_(self.softcap * self.scale)
         return capped if masked is None else capped.masked_fill_(masked, -math.inf)
 
     def through_cap(self, gradient: Tensor, u: Tensor) -> None:
-        """The gradient by capped logits -> that by the product; but for the scale, which the upstream gradient holds.
-        Overwrites u."""
+        """Turns the gradient with respect to capped logits into that with respect to the product, in place, except for
+        the scale, which the upstream gradient includes. Overwrites u."""
         if self.softcap is not None:
             gradient.mul_(u.cosh_().reciprocal_().square_())
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """``out += a @ b``, or ``out = a @ b``; ``out`` may have another type than its factors. Only CUDA has products of
-    16-bit factors in float32: elsewhere they are rounded once before they are added."""
+    """``out += a @ b``, or ``out = a @ b`` if ``first``; ``out`` may have another type than its factors. Only CUDA has
+    float32 products of 16-bit factors; elsewhere the product is rounded once before it is added."""
     beta = 0 if first else 1
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
@@ -170,7 +173,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 
 class _Sums:
-    """The gradients of weight and bias: in float32 where several terms are added, else in their own type."""
+    """The gradients of weight and bias: in float32 if several terms are added, otherwise in their own type."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, needs: Sequence[bool], *, terms: int):
         def empty(x: Tensor | None, needed: bool) -> Tensor | None:
@@ -182,7 +185,7 @@ class _Sums:
         self.dtypes = weight.dtype, None if bias is None else bias.dtype
 
     def add(self, gradient: Tensor, hidden: Tensor, *, words: slice = slice(None), first: bool) -> None:
-        """The terms of ``gradient (rows, words)``, that of the loss by logits."""
+        """Adds the terms of ``gradient (rows, words)``, the gradient of the loss with respect to the logits."""
         if self.weight is not None:
             _add_product(self.weight[words], gradient.t(), hidden, first=first)
         if self.bias is not None:
@@ -197,8 +200,7 @@ class _Sums:
 
 
 class ForwardChunks:
-    """One pass over all rows, by chunks: writes losses and log-sum-exps, and yields each chunk with its logits, and
-    with u."""
+    """One pass over all rows in chunks: writes losses and log-sum-exps, and yields each chunk with its logits and u."""
 
     def __init__(
         self,
@@ -243,8 +245,9 @@ class ForwardChunks:
 
 @without_autocast
 def losses(hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Losses ``(N,)``, lse ``(N, 2)``, entropy and correct ``(N,)`` (empty unless ``stats``) and, if asked for, the
-    logits ``(N, V)`` of the only chunk. The arguments are those of ``ForwardChunks``, ``stats`` and ``keep_logits``."""
+    """Losses ``(N,)``, lse ``(N, 2)``, entropy and correct ``(N,)`` (empty unless ``stats``) and, with ``keep_logits``,
+    the logits ``(N, V)`` of the only chunk. The arguments are those of ``ForwardChunks``, ``stats`` and
+    ``keep_logits``."""
     *options, stats, keep_logits = args
     chunks = ForwardChunks(hidden, *options, stats=stats)
     for _ in chunks:
@@ -269,8 +272,8 @@ def losses_and_gradients(
     needs: Sequence[bool],
     keep: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """Loss, losses, lse, kept, and the gradients of the loss by those of (hidden, weight, bias) that need one: of all
-    rows first."""
+    """Loss, losses, lse, kept, and the gradients of the loss with respect to those of (hidden, weight, bias) that need
+    one. The gradient of all rows is computed first; that of the dropped rows is then removed."""
     keep = float(keep)
     valid = target != ignore_index
     normalizer = kept_count(valid.sum(), keep).float()
@@ -286,7 +289,7 @@ def losses_and_gradients(
         ignored = ~valid[part, None]
         if softcap is not None:
             logits.masked_fill_(ignored, 0)
-        # An ignored row may hold NaN, as padding does after some attentions: times zero it would spread.
+        # An ignored row may hold NaN, as padding does after some attentions; multiplied by zero, it would spread.
         sums.add(logits, narrow.masked_fill(ignored, 0), first=part.start == 0)
         if to_hidden is not None:
             _add_product(to_hidden[part], logits, chunks.layer.weight, first=True)
@@ -309,21 +312,22 @@ def losses_and_gradients(
 
 
 class Shard(NamedTuple):
-    """The words of one process, of those of a group whose processes all have the same rows."""
+    """The part of the vocabulary of one process in a group whose processes all have the same rows."""
 
     group: dist.ProcessGroup
     first: int
     words: int
-    """Of the whole vocabulary."""
+    """Size of the whole vocabulary."""
 
 
 Limits = tuple[int | None, float | None]
-"""The most rows that have a gradient: what the caller promised, and a share of all that is known to be enough."""
+"""Limits on the rows with a gradient: a number promised by the caller, and a fraction of all rows known to be
+enough."""
 
 
 def _count(mask: Tensor, limits: Limits) -> int:
-    """How many rows a mask has, or on a GPU the most that it can have. Where that is not known the GPU is asked, unless
-    a graph is being captured."""
+    """The number of rows in a mask, or on a GPU an upper limit. If no limit is known, the number is read from the GPU,
+    unless a graph is being captured."""
     promised, share = limits
     if mask.is_cpu:
         count = int(mask.sum())
@@ -339,7 +343,7 @@ def _count(mask: Tensor, limits: Limits) -> int:
 
 
 class _Rows:
-    """The rows that a gradient reaches, gathered."""
+    """The gathered rows with a nonzero upstream gradient."""
 
     def __init__(
         self,
@@ -354,7 +358,7 @@ class _Rows:
     ):
         upstream = grad, grad_lse
         live = torch.stack([x != 0 for x in upstream if x is not None]).any(0) & (target != ignore_index)
-        # Its own rows come first, in order. Those behind them make up the number, and have a gradient of zeros.
+        # Rows with a gradient come first, in order. The rows after them fill up the number; their gradient is zero.
         self.index = torch.sort(live.byte(), descending=True, stable=True).indices[: _count(live, limits)]
         others = ~live[self.index]
         self.layer, self.ignore_index = layer, ignore_index
@@ -365,8 +369,8 @@ class _Rows:
     def gradients(
         self, label_smoothing: float, chunk: int, logits: Tensor | None = None, shard: Shard | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """For each slice of the vocabulary the gradient ``(rows, words)`` by its products, whose logits are taken from
-        ``logits (N, V)`` or computed again. The next one uses the same memory, a chunk at most."""
+        """For each slice of the vocabulary, the gradient ``(rows, words)`` with respect to its products. The logits are
+        taken from ``logits (N, V)`` or computed again. Each slice reuses the same memory, at most a chunk."""
         first, every = (0, len(self.layer.weight)) if shard is None else shard[1:]
         weight, dtype = self.layer.weight, self.layer.dtype
         rows, words = len(self.index), len(weight)
@@ -409,8 +413,9 @@ def gradients(
     keep: float | Tensor | None,
     shard: Shard | None = None,
 ) -> list[Tensor]:
-    """The gradients by those of (hidden, weight, bias) that need one, of the rows that the upstream gradients, ``grad``
-    and ``grad_lse (N,)``, reach: ``backward_rows`` at most, and no more than ``keep`` of all."""
+    """The gradients with respect to those of (hidden, weight, bias) that need one, from the rows with a nonzero
+    upstream gradient ``grad`` or ``grad_lse (N,)``: at most ``backward_rows``, and at most the fraction ``keep`` of
+    all."""
     layer = _Layer(weight, bias, dtype, softcap, logit_scale)
     limits = backward_rows, None if keep is None else float(keep)
     rows = _Rows(hidden, target, lse, grad, grad_lse, ignore_index, layer, limits)
@@ -432,9 +437,9 @@ def gradients(
 
 
 def _operator(function: Callable[..., Any], arguments: str, results: str) -> Any:
-    """The operator ``batchkern::linear_<function>`` with these arguments behind those that all have in common."""
+    """The operator ``batchkern::linear_<function>`` with these arguments after the common ones."""
     schema = f"(Tensor hidden, Tensor weight, Tensor? bias, {arguments}) -> {results}"
-    # The host reads keep: what the compiler replays as a CUDA graph would have the value of the capture for ever.
+    # The host reads keep: a CUDA graph of the compiler would always use the value at capture.
     tags = [torch.Tag.cudagraph_unsafe] if arguments.endswith(" keep") else []
     return torch.library.custom_op(
         f"batchkern::linear_{function.__name__}", function, mutates_args=(), schema=schema, tags=tags
@@ -466,8 +471,8 @@ _operators = {
 
 
 def run(function: Callable[..., Any], *args: Any) -> Any:
-    """``function``, or its operator where a graph is being traced. The last argument, if a float, is ``keep``: as a
-    number it would be a constant of the graph, and a schedule would compile again and again."""
+    """Runs ``function``, or its operator while a graph is being traced. If the last argument is a float, it is
+    ``keep``: a number would be a constant of the graph, and a schedule would recompile at each change."""
     if not torch.compiler.is_compiling() and not isinstance(args[0], FakeTensor):
         return function(*args)
     *rest, keep = args

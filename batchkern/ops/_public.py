@@ -1,4 +1,4 @@
-"""What comes before every operation: ``__torch_function__`` may take the call; no tensor may have lost its memory."""
+"""A wrapper of every operation: it supports ``__torch_function__`` and rejects tensors whose memory was freed."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ Result = TypeVar("Result")
 
 
 def public(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Subclasses of Tensor and modes see a call, as of PyTorch's own functions. A tensor that was freed raises."""
+    """Lets subclasses of Tensor and modes override a call, as for PyTorch's functions. A tensor without memory
+    raises."""
 
     @functools.wraps(function)
     def operation(*args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():  # there it is PyTorch's functions that are overridden
+        if is_dynamo_compiling():  # there, the PyTorch functions inside are overridden
             return function(*args, **kwargs)
         if _backend.are_plain(args, kwargs):  # nearly always
             return function(*args, **kwargs)
@@ -41,12 +42,12 @@ def _is_freed(x: object) -> bool:
 
 
 def _refuse(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Names the first tensor whose storage is too small for it. Whoever reads one ends the process."""
+    """Raises an error that names the first tensor whose storage is too small; reading it would crash the process."""
     check_memory(**inspect.signature(function).bind(*args, **kwargs).arguments)
 
 
 def check_memory(**arguments: Any) -> None:
-    """Also for a backward pass: much may have happened since the forward pass."""
+    """Raises if the memory of a tensor was freed; also used in a backward pass, before which it may have been freed."""
     if is_compiling():
         return
     for name, x in arguments.items():

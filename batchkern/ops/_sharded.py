@@ -1,5 +1,5 @@
-"""The last layer on several processes: gathered, as FSDP2's ``fully_shard`` needs it, or with a part of the vocabulary
-on each, as tensor parallelism has it."""
+"""The last layer on several processes: gathered, as needed for FSDP2's ``fully_shard``, or with a part of the
+vocabulary on each process, as in tensor parallelism."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from batchkern.reference import lengths
 
 
 def whole(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x`` itself, or a DTensor gathered from its mesh in ``dtype``, that of the computation.
+    """``x`` itself, or a DTensor gathered from its mesh in ``dtype``, the type of the computation.
 
-    The processes of the mesh hold parts of a batch, or all of them the same one: the gradient is the mean of theirs,
-    reduced once, in float32 at least.
+    The processes of the mesh hold parts of a batch, or all hold the same batch: the gradient is the mean over the
+    processes, reduced once, in float32 at least.
     """
     return x if type(x).__name__ != "DTensor" else _Whole.apply(x, dtype)
 
@@ -36,7 +36,7 @@ class _Whole(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         from torch.distributed.tensor import DTensor, Partial
 
-        # Before the sum, which must not overflow either; gloo has no mean.
+        # Divided before the sum, so that the sum cannot overflow; gloo has no mean.
         share = grad.to(torch.promote_types(ctx.dtype, torch.float32)) / ctx.mesh.size()
         parts = DTensor.from_local(share, ctx.mesh, [Partial()] * ctx.mesh.ndim, run_check=False)
         return parts.redistribute(placements=ctx.placements).to(ctx.dtype), None
@@ -51,7 +51,7 @@ def local(name: str, x: Any, group: dist.ProcessGroup) -> Tensor:
         return x
     if x.device_mesh.ndim != 1 or not x.placements[0].is_shard(0):
         raise ValueError(
-            f"{name} must be sharded by words over one dimension of a mesh, Shard(0), where vocab_group is given, got "
+            f"{name} must be sharded by words over one dimension of a mesh, Shard(0), if vocab_group is given, got "
             f"{x.placements} over {x.device_mesh.ndim} dimension(s)"
         )
     ranks, of_mesh = (dist.get_process_group_ranks(g) for g in (group, x.device_mesh.get_group()))
@@ -62,7 +62,7 @@ def local(name: str, x: Any, group: dist.ProcessGroup) -> Tensor:
 
 
 def shard_of(weight: Tensor, group: dist.ProcessGroup) -> Shard:
-    """Parts follow one another in the order of the ranks. The host learns how long they are."""
+    """The shard of this process. Parts are in the order of the ranks; their lengths are read by the host."""
     sizes = lengths(weight, group)
     return Shard(group, sum(sizes[: dist.get_rank(group)]), sum(sizes))
 
@@ -82,8 +82,8 @@ def losses_of_shard(
     stats: bool,
     shard: Shard,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, lse, entropy and correct over the whole vocabulary: each process looks at its words, and what it found
-    is reduced, the maxima first."""
+    """Losses, lse, entropy and correct over the whole vocabulary: each process computes them for its words, and the
+    results are reduced, the maxima first."""
     target = target.long()
     valid = target != ignore_index
     check.target_values(target, classes=shard.words, ignore_index=ignore_index)
@@ -95,7 +95,7 @@ def losses_of_shard(
     at_target = total = moment = torch.zeros_like(highest)
     correct = mine
     if len(weight) > 0:
-        # The loss of any word tells that word's logit.
+        # The loss for a word gives the logit of that word.
         inner = torch.where(valid, torch.where(mine, place, 0), -100)
         options = dtype, -100, 0.0, softcap, logit_scale, chunk_rows
         chunks = ForwardChunks(hidden, weight, bias, inner, *options, stats=stats)
@@ -110,7 +110,7 @@ def losses_of_shard(
 
     whole = highest.clone()
     dist.all_reduce(whole, dist.ReduceOp.MAX, group=shard.group)
-    # A part that is masked has neither a sum nor a moment.
+    # A part whose words are all masked has neither a sum nor a moment.
     empty = highest == -math.inf
     part = torch.where(empty, 0, torch.exp(highest - whole + part))
     sums = [part, at_target, total, torch.where(empty, 0, part * moment)]
@@ -124,7 +124,7 @@ def losses_of_shard(
     losses = losses.float().masked_fill_(~valid, 0)
     if not stats:
         return losses, state, losses.new_empty(0), mine.new_empty(0)
-    # Of equal highest logits the first one is the prediction.
+    # If several logits are highest, the first one is the prediction.
     first = torch.where(highest == whole, shard.first, shard.words)
     dist.all_reduce(first, dist.ReduceOp.MIN, group=shard.group)
     right = (correct & (highest == whole) & (first == shard.first) & ~lse.isnan()).byte()
@@ -134,8 +134,8 @@ def losses_of_shard(
 
 
 def check_equal(group: dist.ProcessGroup, upstream: Sequence[Tensor | None]) -> None:
-    """Raises where the processes have different upstream gradients: those of different rows would be added up. Sums
-    that tell places apart stand for them."""
+    """Raises if the processes have different upstream gradients, since gradients of different rows would be added up.
+    They are compared by weighted sums in which each row has its own weight."""
     sums = []
     for x in upstream:
         found = torch.zeros(1) if x is None else x.double().nan_to_num()

@@ -40,12 +40,13 @@ def augment_latent(
         tau: the noise is clipped to [-tau, tau]; above 0, in the units of ``x``.
         drop_prob: in [0, 1].
         basis: from :func:`batchkern.random_basis`; a dense one may be any float ``(Q, Q)``, and gets no gradient.
-            ``None`` adds the clipped noise as it is. On a GPU the product with a dense one takes the type of ``x``, and
-            for float32 PyTorch's switch for matmuls (``torch.backends.cuda.matmul``) decides whether TF32 will do.
+            ``None`` adds the clipped noise without a basis. On a GPU the product with a dense basis uses the type of
+            ``x``; for float32, PyTorch's setting for matmuls (``torch.backends.cuda.matmul``) decides whether TF32 is
+            used.
         rescale_dropout: multiply dropout copies by 1 / (1 - drop_prob); the paper does not.
         seed: an int or 0-dim int64 tensor fixes the numbers: Philox4x32-10, the same integers on every device. ``None``
             draws one from torch's default generator of the device, so that ``torch.manual_seed`` governs it. While a
-            CUDA graph is captured an int is refused: each replay would draw its numbers again.
+            CUDA graph is captured an int is rejected, because each replay would draw the same numbers.
 
     Returns:
         ``((1 + gaussian + dropout) * B, Q)`` in the dtype of ``x``. Its gradient is the sum over copies.
@@ -99,7 +100,7 @@ def augment_latent(
 
 
 class _AugmentLatent(torch.autograd.Function):
-    """Saves the seed alone: the backward pass draws the masks again."""
+    """Saves only the seed: the backward pass draws the masks again."""
 
     @staticmethod
     def forward(
@@ -184,7 +185,8 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
 
 
 def _captures() -> bool:
-    """Whether a CUDA graph is being captured. The compiler may capture a number: another one is another graph to it."""
+    """Whether a CUDA graph is being captured. Under ``torch.compile`` a number is safe: another number compiles another
+    graph."""
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():  # fake tensors need no GPU
         return False
     return torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""The cross entropy of each row, differentiable: what selections and weightings of rows begin with."""
+"""The differentiable cross entropy of each row, the basis for selecting and weighting rows."""
 
 from __future__ import annotations
 
@@ -69,18 +69,17 @@ def cross_entropy(
     ``torch.func`` PyTorch's own functions serve.
 
     Args:
-        logits: ``(C,)``, ``(B, C)`` or ``(B, C, d1, ..., dK)``, float32, bfloat16, float16 or float64. Read where they
-            lie, whatever their memory format, which the gradient shares; copied only where the strides of d1, ..., dK
-            do not merge into one dimension.
+        logits: ``(C,)``, ``(B, C)`` or ``(B, C, d1, ..., dK)``, float32, bfloat16, float16 or float64. They
+            are read without a copy in any memory format, which the gradient shares; they are copied only if the strides
+            of d1, ..., dK do not merge into one dimension.
         target: class indices in [0, C) of any integer type and of the rows' shape, ``()``, ``(B,)`` or ``(B, d1, ...,
-            dK)``; or probabilities of the logits' shape. What probabilities hold is not checked, as in PyTorch: those
-            that are negative or NaN make losses that are. Probabilities that require a gradient get one, from plain
-            PyTorch.
-        weight: of each class, ``(C,)`` of any of these types; it must not require a gradient.
+            dK)``; or probabilities of the logits' shape. As in PyTorch, the values of probabilities are not checked:
+            negative values or NaN give such losses. Probabilities that require a gradient get one, from plain PyTorch.
+        weight: the weight of each class, ``(C,)`` of any of these types; it must not require a gradient.
         ignore_index: any int; rows with this target have neither loss nor gradient. Not for probabilities.
         label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
-        reduction: ``"none"``, ``"mean"`` (over the rows' weights where there are class indices) or ``"sum"``.
-        stats: return :class:`Rows` in place of the losses, whatever the reduction.
+        reduction: ``"none"``, ``"mean"`` (divided by the sum of the rows' weights for class indices) or ``"sum"``.
+        stats: return :class:`Rows` instead of the losses, whatever the reduction.
 
     Returns:
         The losses of the rows' shape, or 0-dim. With ``stats`` it is ``Rows(loss, lse, entropy, correct)``, all of the
@@ -104,7 +103,7 @@ def cross_entropy(
     check.cross_entropy(logits, target, weight, "weight", ignore_index, label_smoothing)
     check.one_of("reduction", reduction, ("none", "mean", "sum"))
     label_smoothing = float(label_smoothing)
-    if reduction == "mean" and not stats:  # in one pass over the logits: an option must be given to both paths
+    if reduction == "mean" and not stats:  # one pass over the logits; new options must be passed here, too
         return trimmed_loss(
             logits, target, 1.0, ignore_index=ignore_index, label_smoothing=label_smoothing, class_weight=weight
         )[0]
@@ -132,29 +131,29 @@ def cross_entropy(
 
 
 class _Forward(NamedTuple):
-    """What a forward pass of the kernel leaves to the backward pass."""
+    """The results of a forward pass of the kernel that the backward pass needs."""
 
     losses: Tensor
-    """Of the rows' shape."""
+    """The losses, of the rows' shape."""
     lse: Tensor | None
-    """Of the rows' shape, with a gradient, where ``stats`` were asked for."""
+    """The log-sum-exps, of the rows' shape and with a gradient; None without ``stats``."""
     target: Tensor
     state: Tensor
-    """``(rows, 2)``, ``(rows, 3)`` where the target holds probabilities: lse in parts, see csrc/ops.cpp."""
+    """``(rows, 2)``, or ``(rows, 3)`` if the target holds probabilities: lse in parts, see csrc/ops.cpp."""
     weight: Tensor | None
     ignore_index: int
     label_smoothing: float
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Gives losses and log-sum-exps of a forward pass that has run their gradient.
+    """Adds the gradient to the losses and log-sum-exps of a forward pass that has already run.
 
     With p = softmax(z) of a row's logits z, q its smoothed and weighted target, and g and h the upstream gradients of
     its loss and its log-sum-exp:
 
-    1. the loss is sum_c q_c (lse(z) - z_c), so its derivative by z_c is p_c sum(q) - q_c;
-    2. the derivative of lse(z) by z_c is p_c;
-    3. so the gradient is (g sum(q) + h) p - g q. A row where g and h are zero is not read.
+    1. the loss is sum_c q_c (lse(z) - z_c), so its derivative with respect to z_c is p_c sum(q) - q_c;
+    2. the derivative of lse(z) with respect to z_c is p_c;
+    3. so the gradient is (g sum(q) + h) p - g q. A row with zero g and h is not read.
     """
 
     @staticmethod

@@ -92,38 +92,38 @@ def linear_cross_entropy(
     backward pass.
 
     With F = 2 N H V flops for N tokens the forward pass costs F. With ``reduction="none"`` or ``stats`` any code may
-    select, mask or weigh the losses of the tokens, and the backward pass costs 3 F times the share of the tokens that
-    its gradient reaches: the logits of these are computed again, or taken from the forward pass where those of all
-    tokens fit into one chunk. ``"mean"`` and ``"sum"`` cost 3 F in all (in float16 4 F). Memory is that of
+    select, mask or weigh the losses of the tokens, and the backward pass costs 3 F times the fraction of the tokens
+    with a
+    nonzero upstream gradient: their logits are computed again, or taken from the forward pass if the logits of all
+    tokens fit into one chunk. ``"mean"`` and ``"sum"`` cost 3 F in all (in float16 4 F). The memory is the same as for
     :func:`linear_trimmed_cross_entropy`.
 
     Args:
-        hidden: ``(..., H)`` float32, bfloat16, float16 or float64 (for which there is no kernel, and all logits are
-            held).
-        weight: ``(V, H)``, same dtype; may be that of the embedding. Under autocast types may differ, as ``F.linear``
-            would cast both, and the gradient of a float32 weight is made in float32. A DTensor (FSDP2's
-            ``fully_shard``) is gathered once a call, in the type of ``hidden``, and its gradient, the mean over the
-            processes of its mesh, is reduced once.
+        hidden: ``(..., H)`` float32, bfloat16, float16 or float64 (without a kernel, and with all logits in memory).
+        weight: ``(V, H)``, same dtype; may be the weight of the embedding. Under autocast types may differ, since
+            ``F.linear`` would cast both, and the gradient of a float32 weight is computed in float32. A DTensor
+            (FSDP2's ``fully_shard``) is gathered once per call, in the type of ``hidden``, and its gradient, the mean
+            over the processes of its mesh, is reduced once.
         target: ``(...)``, of any integer type, in [0, V), or ``ignore_index``.
         bias: ``(V,)``, of the type of weight.
         ignore_index: any int; tokens with this target have neither loss nor gradient.
         label_smoothing: in [0, 1], as in ``torch.nn.functional.cross_entropy``.
-        softcap: from 1e-30 to 1e30: the logits are ``softcap * tanh(x / softcap)`` of the product x, as in Gemma 2;
-            -inf, by which a bias masks words, stays -inf.
-        logit_scale: from 1e-30 to 1e30: logits are multiplied by it, last: the ``logit_scale`` of Cohere, 1 /
-            ``logits_scaling`` of Granite.
+        softcap: from 1e-30 to 1e30: the logits are ``softcap * tanh(x / softcap)`` of the product x, as in Gemma 2. A
+            logit of -inf, from a bias that masks words, stays -inf.
+        logit_scale: from 1e-30 to 1e30: the final factor on the logits, such as the ``logit_scale`` of Cohere or
+            1 / ``logits_scaling`` of Granite.
         reduction: ``"none"``, ``"mean"`` (over the tokens that are not ignored) or ``"sum"``.
-        stats: return :class:`Rows` in place of the losses, whatever the reduction.
+        stats: return :class:`Rows` instead of the losses, whatever the reduction.
         chunk_rows: rows of a chunk, at least 1. None: equal chunks of at most 64 MiB of logits, on a GPU 512 MiB, but
             of at least 128 rows.
-        backward_rows: at least 0: the most tokens that a gradient will reach, where losses are returned for each. The
-            backward pass then does not wait for a GPU, and can be captured in a CUDA graph; a graph that is captured
-            without it does the work of all tokens. Not looked at in float64.
-        vocab_group: the vocabulary is sharded over the processes of this group: weight (and bias) are this one's words,
-            in the order of the ranks, any number of them, or DTensors of ``Shard(0)``, of which the local part is
-            taken. Hidden, target and what is done with the losses are the same on all; the target counts words of the
-            whole vocabulary. The gradient of hidden is summed over the group. Reductions cost 4 F; not within
-            ``torch.compile``.
+        backward_rows: at least 0: an upper limit on the tokens with a nonzero upstream gradient, if losses are returned
+            for each token. The backward pass then does not synchronise with the GPU, and can be captured in a CUDA
+            graph; a graph captured without it does the work for all tokens. Ignored in float64.
+        vocab_group: the vocabulary is sharded over the processes of this group: weight (and bias) are the words of this
+            process, in the order of the ranks, any number of them, or DTensors of ``Shard(0)``, whose local part is
+            used. Hidden, target and the use of the losses must be the same on all processes; targets are indices into
+            the whole vocabulary. The gradient of hidden is summed over the group. Reductions cost 4 F. Not supported
+            within ``torch.compile``.
 
     Returns:
         The losses ``(...)``, or 0-dim. With ``stats`` it is ``Rows(loss, lse, entropy, correct)``, all ``(...)``, of
@@ -131,8 +131,8 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
-        ValueError: in the backward pass, where a gradient reaches more than ``backward_rows`` tokens, or the processes
-            of ``vocab_group`` have different ones; on a GPU that is a device-side assert.
+        ValueError: in the backward pass, if more than ``backward_rows`` tokens have a nonzero upstream gradient, or if
+            the processes of ``vocab_group`` have different upstream gradients; on a GPU it is a device-side assert.
         RuntimeError: in the backward pass, when it is differentiated again.
 
     Examples:
@@ -183,7 +183,7 @@ def checked(
     vocab_group: dist.ProcessGroup | None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None, Options]:
-    """Raises where an argument is wrong. Returns weight and bias, gathered where they were sharded, and the options."""
+    """Checks all arguments. Returns weight and bias, gathered if they were sharded, and the options."""
     check.tensor("hidden", hidden)
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"hidden must have shape (..., H) with H > 0, got {tuple(hidden.shape)}")
@@ -198,7 +198,7 @@ def checked(
             raise RuntimeError("vocab_group must be None within torch.compile: its collectives are not traced")
         if hidden.dtype == torch.float64 or not _backend.has_kernel("linear_cross_entropy", hidden):
             raise TypeError(
-                "hidden must be float32, bfloat16 or float16, and not within a transform of torch.func, where "
+                "hidden must be float32, bfloat16 or float16, and not within a transform of torch.func, if "
                 f"vocab_group is given, got {str(hidden.dtype).removeprefix('torch.')}"
             )
     _check_parameter("weight", weight, 2, hidden)
@@ -221,7 +221,7 @@ def checked(
 
 
 def check_options(label_smoothing: float, softcap: float | None, logit_scale: float, chunk_rows: int | None) -> None:
-    """What needs no tensor to be looked at."""
+    """Checks the options that are numbers."""
     check.number("label_smoothing", label_smoothing, 0, 1)
     if softcap is not None:
         check.number("softcap", softcap, 1e-30, 1e30)
@@ -260,8 +260,8 @@ def each_row(
     share: float | None = None,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> Any:
-    """The losses, or with ``stats`` ``Rows``, of arguments that have been checked. ``share``: a gradient reaches no
-    larger share of the rows, as the caller knows."""
+    """The losses, or with ``stats`` the ``Rows``, for checked arguments. ``share`` is an upper limit on the fraction of
+    the rows with a nonzero upstream gradient, known to the caller."""
     if not _backend.has_kernel("linear_cross_entropy", hidden):
         check.target_values(target, classes=len(weight), ignore_index=options.ignore_index)
         layer = boundary(hidden), boundary(weight), target
@@ -290,14 +290,14 @@ def each_row(
 
 
 def _needs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[bool, bool, bool]:
-    """Which of them get a gradient."""
+    """Whether each of hidden, weight and bias needs a gradient."""
     if not torch.is_grad_enabled():
         return False, False, False
     return hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
 
 
 def _reference_options(bias: Tensor | None, options: Options) -> dict[str, Any]:
-    """Those of the reference, which knows neither types of a computation nor chunks."""
+    """The options of the reference, which has no compute type and no chunks."""
     own = {name: value for name, value in options._asdict().items() if name not in ("dtype", "chunk_rows")}
     return {**own, "bias": None if bias is None else boundary(bias)}
 
@@ -312,7 +312,7 @@ def trimmed_linear_loss(
     group: dist.ProcessGroup | None = None,
     vocab_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The mean of the kept rows and the losses of all, of arguments that have been checked."""
+    """The mean loss of the kept rows and the losses of all rows, for checked arguments."""
     if isinstance(keep, Tensor) and check.readable(keep):
         keep = float(keep)
     if not _backend.has_kernel("linear_trimmed_cross_entropy", hidden):
@@ -332,7 +332,7 @@ def trimmed_linear_loss(
                 )
             forward = _Mean(loss, labels, lse, kept, tuple(grads), options, needs, known)
             return _MeanWithGradient.apply(rows, weight, bias, forward), losses.view(target.shape)
-    # A tensor on a GPU, which the host does not look at, may keep all rows.
+    # A keep tensor on a GPU is not read by the host, so it may keep all rows.
     share = None if group is not None else 1.0 if known is None else known
     losses = each_row(hidden, weight, bias, target, options, share=share, vocab_group=vocab_group)
     valid = reference.valid_rows(target, options.ignore_index)
@@ -340,23 +340,23 @@ def trimmed_linear_loss(
 
 
 def _may_keep_logits(hidden: Tensor, weight: Tensor, options: Options) -> bool:
-    # With a softcap that would be two for each.
+    # With a softcap, two tensors of the logits' size would have to be kept.
     return options.softcap is None and _chunked_linear.all_in_a_chunk(hidden, weight, options.dtype, options.chunk_rows)
 
 
 class _Losses(NamedTuple):
-    """What a forward pass of ``_chunked_linear.losses`` leaves to the backward pass, for N rows."""
+    """The results of ``_chunked_linear.losses`` for N rows that the backward pass needs."""
 
     losses: Tensor
     """``(N,)``."""
     lse: Tensor | None
-    """``(N,)``, with a gradient, where ``stats`` were asked for."""
+    """``(N,)``, with a gradient; None without ``stats``."""
     target: Tensor
     """``(N,)``."""
     state: Tensor
     """``(N, 2)``: lse in two parts."""
     logits: Tensor | None
-    """``(N, V)``, where they are kept."""
+    """``(N, V)``; None if they are not kept."""
     options: Options
     needs: tuple[bool, bool, bool]
     limits: _chunked_linear.Limits
@@ -364,16 +364,16 @@ class _Losses(NamedTuple):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gives losses and log-sum-exps of a forward pass that has run their gradient.
+    """Adds the gradient to the losses and log-sum-exps of a forward pass that has already run.
 
-    With h the row of hidden, z = W h + b its logits, and d the gradient by z that ``cross_entropy`` derives (through
-    the softcap and the scale, see ``_chunked_linear.py``), summed over the rows:
+    With h the row of hidden, z = W h + b its logits, and d the gradient with respect to z that ``cross_entropy``
+    derives (through the softcap and the scale, see ``_chunked_linear.py``), the gradient is:
 
-    1. by h it is d W;
-    2. by W it is the outer product of d and h;
-    3. by b it is d.
+    1. with respect to h: d W;
+    2. with respect to W: the outer product of d and h, summed over the rows;
+    3. with respect to b: d, summed over the rows.
 
-    d is zero in a row that no upstream gradient reaches: it has no part in any of these.
+    d is zero in a row without an upstream gradient, so such a row contributes nothing.
     """
 
     @staticmethod
@@ -389,7 +389,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         if grad is None and grad_lse is None:
             return None, None, None, None
-        hidden, weight, bias, *saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        hidden, weight, bias, *saved = ctx.saved_tensors  # read only once, as activation checkpointing requires
         check_memory(hidden=hidden, weight=weight, bias=bias, target=saved[0], grad=grad)
 
         def gradients(grad: Tensor | None, grad_lse: Tensor | None) -> list[Tensor]:
@@ -405,10 +405,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Mean(NamedTuple):
-    """What a forward pass of ``_chunked_linear.losses_and_gradients`` leaves to the backward pass, for N rows."""
+    """The results of ``_chunked_linear.losses_and_gradients`` for N rows that the backward pass needs."""
 
     loss: Tensor
-    """``()``, the one result with a gradient."""
+    """``()``, the only result with a gradient."""
     target: Tensor
     """``(N,)``."""
     lse: Tensor
@@ -416,14 +416,14 @@ class _Mean(NamedTuple):
     kept: Tensor
     """``(N,)`` bool."""
     grads: tuple[Tensor, ...]
-    """Of those of (hidden, weight, bias) that need one."""
+    """The gradients of those of (hidden, weight, bias) that need one."""
     options: Options
     needs: tuple[bool, bool, bool]
     keep: float
 
 
 class _MeanWithGradient(torch.autograd.Function):
-    """Gives the mean of the kept rows the gradient that the forward pass has made of it: see
+    """Adds to the mean of the kept rows the gradient that the forward pass has computed, see
     ``_chunked_linear.losses_and_gradients``. The backward pass multiplies it by the upstream gradient, in place."""
 
     @staticmethod
@@ -451,10 +451,10 @@ class _MeanWithGradient(torch.autograd.Function):
             grads = one_by_one(again, grad)
         else:
             if is_batched(grad):
-                grads = [grad * x for x in grads]  # where they lie there is room for one
+                grads = [grad * x for x in grads]  # in place, there is room for only one
             else:
                 ctx.used = True  # another backward pass computes them again
-                # Through .data, since autograd would take the scaling for a mistake of the caller.
+                # .data hides the scaling from autograd, which would raise an error about a modified tensor.
                 grads = [x.data.mul_(grad) for x in grads]
             if ctx.needs[0]:
                 grads[0].masked_fill_(~kept[:, None], 0)  # even where the upstream gradient is infinite

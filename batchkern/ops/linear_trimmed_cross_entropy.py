@@ -83,22 +83,23 @@ def linear_trimmed_cross_entropy(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``trimmed_cross_entropy(F.linear(hidden, weight, bias), target, keep, ...)`` without all logits.
 
-    It is the common composition of :func:`linear_cross_entropy` and :func:`trimmed_mean`: what else decides which
-    tokens count is an argument of the latter. Since it knows ``keep`` it takes the cheapest way to the gradient. With
-    F = 2 N H V flops for N tokens a step costs (1 + 3 keep) F, near ``keep=1`` (3 + 2 (1 - keep)) F: tokens that are
-    dropped, and ignored ones, cost their forward pass alone. Beyond inputs and gradients it holds the logits of one
-    chunk; a second one for a moment, where those of the first are kept for the backward pass or capped; and near
-    ``keep=1`` the gradient of a 16-bit weight in float32; under autocast, a copy of the weight. Products are PyTorch's,
-    with its settings (TF32, reductions in bfloat16).
+    It is the common composition of :func:`linear_cross_entropy` and :func:`trimmed_mean`; other ways to choose tokens
+    are arguments of the latter. Because ``keep`` is known in the forward pass, the cheapest way to the gradient is
+    chosen. With F = 2 N H V flops for N tokens a step costs (1 + 3 keep) F, near ``keep=1`` (3 + 2 (1 - keep)) F:
+    dropped and ignored tokens cost only their forward pass. Beyond inputs and gradients, memory is needed for the
+    logits of one chunk; for a short time for a second chunk, if logits are kept for the backward pass or capped; near
+    ``keep=1`` for the gradient of a 16-bit weight in float32; and under autocast for a copy of the weight. Matrix
+    products are computed by PyTorch, with its settings (TF32, reductions in bfloat16).
 
     Args:
         hidden, weight, target, bias, softcap, logit_scale, chunk_rows, vocab_group: as in
-            :func:`linear_cross_entropy`. Where the logits of all tokens fit into a chunk they are kept for the backward
-            pass, but for capped ones.
+            :func:`linear_cross_entropy`. If the logits of all tokens fit into one chunk and there is no softcap, they
+            are kept for the backward pass.
         keep: fraction of the tokens kept, in (0, 1]; or a 0-dim float tensor on the same device, read when the
-            operation runs. A GPU's tensor is not looked at by the host, and saves nothing: the step then costs 4 F.
-        ignore_index, label_smoothing, group: as in :func:`batchkern.trimmed_cross_entropy`. With a group on a GPU the
-            backward pass waits for the number of rows that this process keeps, unless a graph is being captured.
+            operation runs. A tensor on a GPU is not read by the host, and saves no time: the step then costs 4 F.
+        ignore_index, label_smoothing, group: as in :func:`batchkern.trimmed_cross_entropy`. With a group on a GPU, the
+            backward pass synchronises to read the number of rows kept on this process, unless a graph is being
+            captured.
         per_sample: also return the losses ``(...)``, detached, 0 at ignored tokens.
 
     Returns:
@@ -137,7 +138,7 @@ def linear_trimmed_cross_entropy(
 class LinearTrimmedCrossEntropyLoss(nn.Module):
     """:func:`linear_trimmed_cross_entropy` as a module; ``keep`` may be reassigned between steps.
 
-    It has no parameters: the last layer's weight is given in each call, so that it may be tied to the embedding.
+    It has no parameters: the last layer's weight is passed in each call, so that it may be tied to the embedding.
 
     Args:
         keep, ignore_index, label_smoothing, softcap, logit_scale, per_sample, group, chunk_rows,

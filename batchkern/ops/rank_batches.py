@@ -1,4 +1,4 @@
-"""Loss-keyed batch ranking: which mini-batches are hard (Sahayam et al., 2023, Algorithm 2)."""
+"""Ranking of mini-batches by loss, to find the hard ones (Sahayam et al., 2023, Algorithm 2)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def rank_batches(losses: Tensor, fraction: float) -> Tensor:
         fraction: delta in (0, 1]; a Python float, since it decides the shape of the result.
 
     Returns:
-        ``(max(1, floor(fraction * N)),)`` int64; ties by lower index, NaN first. Empty when N is 0.
+        ``(max(1, floor(fraction * N)),)`` int64; equal losses are ordered by lower index, NaN comes first. Empty when N
+            is 0.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype or range.
@@ -33,7 +34,7 @@ def rank_batches(losses: Tensor, fraction: float) -> Tensor:
         [3, 1]
     """
     check.tensor("losses", losses, dims=1)
-    if type(fraction) is not float or not 0 < fraction <= 1:  # most calls end their checks here
+    if type(fraction) is not float or not 0 < fraction <= 1:  # a fast path for most calls
         if isinstance(fraction, Tensor):
             raise TypeError("fraction must be a float, got a tensor: it decides the shape of the result")
         check.fraction("fraction", fraction, losses)
@@ -57,13 +58,13 @@ if _backend.extension is not None:
 class BatchLedger(nn.Module):
     """The last known loss of each of N batches, kept on the device.
 
-    A module whose one buffer, ``losses``, goes where the module goes and is saved with it.
+    It is a module with one buffer, ``losses``, which moves between devices and is saved with the module.
 
     Args:
         size: N, at least 1.
         device: where the losses are held, float32; default: torch's default device.
 
-    A batch that has never been seen ranks above every finite loss.
+    A batch without a recorded loss ranks above every finite loss.
 
     Examples:
         >>> from batchkern import BatchLedger

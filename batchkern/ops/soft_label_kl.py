@@ -56,16 +56,16 @@ def soft_label_kl(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``scale`` times the mean over virtual rows of KL(softmax(reference_i / T) || softmax(virtual_ij / T)).
 
-    No divergence is negative, and it is accurate where a virtual row sits next to its reference. A class at -inf in
-    both rows adds nothing; at -inf in the virtual row alone the divergence is +inf.
+    Divergences are never negative, and are accurate even if a virtual row is close to its reference. A class at -inf in
+    both rows adds nothing; with -inf only in the virtual row, the divergence is +inf.
 
     Args:
         reference_logits: ``(B, C)`` float32, bfloat16, float16 or float64: their softmax is the soft labels.
         virtual_logits: ``(M * B, C)``, copy-major as :func:`batchkern.augment_latent` stacks them; same dtype.
         temperature: T, a normal number of float32: from 1.2e-38 to 3.4e38.
         scale: a factor of the mean that is known beforehand, such as eta of eq. 11; finite in float32. The gradient,
-            which the forward pass makes, is stored with it: where the upstream gradient is then 1, the backward pass
-            has nothing to do, but to round a gradient that is kept in a wider type.
+            computed in the forward pass, includes it: if the upstream gradient is then 1, the backward pass only rounds
+            a gradient that is stored in a wider type.
         reference_grad: let the gradient flow into the soft labels too. By default they are constants.
         per_sample: also return the divergences ``(M * B,)``, detached, and without ``scale``.
 
@@ -73,8 +73,8 @@ def soft_label_kl(
         The 0-dim scaled mean (float32, or float64 for float64 logits), or ``(mean, divergences)``. NaN when B is 0.
 
     Raises:
-        ValueError, TypeError: an argument has a wrong shape, dtype, device or range; M is 0, as where a hook that makes
-            virtual samples did not run.
+        ValueError, TypeError: an argument has a wrong shape, dtype, device or range; M is 0, for example because a hook
+            that makes virtual samples did not run.
 
     Examples:
         >>> import torch
@@ -120,29 +120,29 @@ def soft_label_kl(
 
 
 class _Forward(NamedTuple):
-    """What the forward pass, which makes the gradients too, leaves to the backward pass."""
+    """The results of the forward pass, which also computes the gradients, that the backward pass needs."""
 
     mean: Tensor
-    """``()``, scaled: the one result with a gradient."""
+    """``()``, scaled; the only result with a gradient."""
     to_virtual: Tensor
-    """``(M * B, C)``: the gradient of ``mean`` by the virtual logits. No rows where it needs none."""
+    """``(M * B, C)``: the gradient of ``mean`` with respect to the virtual logits; no rows if they need no gradient."""
     to_reference: Tensor
-    """``(B, C)``, likewise."""
+    """``(B, C)``: the same for the reference logits."""
     options: dict[str, Any]
-    """Of the operator."""
+    """Options of the operator."""
 
 
 class _SoftLabelKL(torch.autograd.Function):
-    """Gives the mean of a forward pass that has run its gradient.
+    """Adds the gradient to the mean of a forward pass that has already run.
 
     With p = softmax(r / T) of a reference row r and q = softmax(v / T) of a virtual row v, the divergence of the pair
     is D = sum_c p_c (log p_c - log q_c), and the mean has the factor s = scale / (M B) in front of each:
 
     1. dD/dv_c = (q_c - p_c) / T;
     2. dD/dr_c = p_c (log p_c - log q_c - D) / T, added up over the M copies of the row;
-    3. both times s, made by the forward pass; the backward pass multiplies them by the upstream gradient, in place.
+    3. the forward pass multiplies both by s; the backward pass multiplies them by the upstream gradient, in place.
 
-    A second backward pass (``retain_graph=True``) finds them used up and runs the kernel again.
+    A second backward pass (``retain_graph=True``) runs the kernel again, because the gradients were overwritten.
     """
 
     @staticmethod
@@ -158,7 +158,9 @@ class _SoftLabelKL(torch.autograd.Function):
         reference, virtual, *grads = ctx.saved_tensors
         if ctx.used:
             _, _, *grads = torch.ops.batchkern.soft_label_kl.default(reference, virtual, **ctx.options)
-        in_place = not (torch.compiler.is_compiling() or is_batched(grad))  # of a batch there is room for one
+        in_place = not (
+            torch.compiler.is_compiling() or is_batched(grad)
+        )  # in place, there is room for only one gradient
         if in_place:
             ctx.used = True
 
@@ -174,8 +176,8 @@ class _SoftLabelKL(torch.autograd.Function):
 
 
 def _multiplied(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``gradient * factor`` in this type: where it lies if it has it already."""
-    gradient = gradient.data  # or autograd would take the multiplication for a mistake of the caller
+    """``gradient * factor`` as ``dtype``; in place if ``gradient`` already has that type."""
+    gradient = gradient.data  # otherwise autograd would raise an error about a modified tensor
     out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     torch.ops.batchkern.scale_gradient_.default(out, gradient, factor)
     return out
@@ -198,7 +200,7 @@ if _backend.extension is not None:
     ) -> Any:
         rows, classes = virtual_logits.shape
         divergences = virtual_logits.new_empty(rows, dtype=torch.float32)
-        # The Triton kernel keeps bfloat16: its gradient needs less memory, and is rounded once more.
+        # The Triton kernel stores the gradient in bfloat16, which needs less memory but rounds once more.
         narrow = virtual_logits.is_cuda and virtual_logits.dtype == torch.bfloat16
         to_virtual = divergences.new_empty(
             rows if virtual_grad else 0, classes, dtype=torch.bfloat16 if narrow else torch.float32

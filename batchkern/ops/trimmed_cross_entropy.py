@@ -73,14 +73,14 @@ def trimmed_cross_entropy(
     group: dist.ProcessGroup | None = None,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mean cross entropy of the k rows of highest loss.
+    """Mean cross entropy of the k rows with the highest losses.
 
-    k = max(round(keep * n), 1) where n counts the rows that are not ignored: samples, pixels or tokens. Equal losses:
-    the lower row index is kept; NaN ranks highest. Dropped rows get a gradient of exact zeros. Losses and sums are
-    float32 whatever the logits are (float64 for float64 logits).
+    k = max(round(keep * n), 1), where n is the number of rows (samples, pixels or tokens) that are not ignored. Of
+    equal losses, the one with the lower row index is kept; NaN ranks highest. Dropped rows get a gradient of exact
+    zeros. Losses and sums are float32 whatever the logits are (float64 for float64 logits).
 
-    It is the common composition of :func:`cross_entropy` and :func:`trimmed_mean` in one pass: what else decides which
-    rows count is an argument of the latter.
+    It is the common composition of :func:`cross_entropy` and :func:`trimmed_mean` in one pass; other ways to choose
+    rows are arguments of the latter.
 
     Args:
         logits: ``(C,)``, ``(B, C)`` or ``(B, C, d1, ..., dK)``, float32, bfloat16, float16 or float64, any strides.
@@ -94,11 +94,11 @@ def trimmed_cross_entropy(
             their sum is divided by the kept rows' weights; with probabilities by the number of kept rows, as PyTorch
             does.
         per_sample: also return the losses, of the rows' shape, detached, 0 at ignored rows.
-        group: rank over the batches of all processes of this group, which may have different numbers of rows, but not
-            within ``torch.compile`` and captured graphs (ties: lower rank first). The loss is scaled so that the
-            average of gradients over ranks is the gradient of the concatenated batch.
+        group: rank over the batches of all processes of this group. They may have different numbers of rows, except
+            within ``torch.compile`` and captured graphs. Of equal losses, the lower rank comes first. The loss is
+            scaled so that the average of gradients over ranks is the gradient of the concatenated batch.
         inplace_backward: write the gradient over the logits' storage, which must not overlap itself; no effect under
-            ``torch.compile`` or where no gradient is wanted.
+            ``torch.compile`` or if no gradient is needed.
 
     Returns:
         The 0-dim loss, or ``(loss, losses)``. NaN when every row is ignored, as ``F.cross_entropy`` gives. With
@@ -151,7 +151,7 @@ def trimmed_loss(
     group: dist.ProcessGroup | None = None,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The loss ``()`` and the losses of all rows, of arguments that have been checked."""
+    """The loss ``()`` and the losses of all rows, for checked arguments."""
     kernel = kernel_target("trimmed_cross_entropy", logits, target)
     if kernel is None:
         check.target_values(target, classes=logits.shape[reference.class_dim(logits)], ignore_index=ignore_index)
@@ -185,7 +185,7 @@ def _over_group(
     keep: float | Tensor,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, kept rows and normalizer where the batches of all processes of the group are ranked together."""
+    """Loss, kept rows and normalizer, with the batches of all processes of the group ranked together."""
     valid = reference.valid_rows(target, ignore_index).flatten()
     weight = None
     if class_weight is not None and not target.is_floating_point():
@@ -196,8 +196,8 @@ def _over_group(
 
 
 def kernel_target(op: str, logits: Tensor, target: Tensor) -> Tensor | None:
-    """The target as the kernels take it; None where the reference serves: it alone has a gradient for probabilities,
-    and float64."""
+    """The target in the form that the kernels take; None if the reference must be used, which alone supports float64
+    and a gradient for probabilities."""
     if not _backend.has_kernel(op, logits):
         return None
     if not target.is_floating_point():
@@ -208,33 +208,33 @@ def kernel_target(op: str, logits: Tensor, target: Tensor) -> Tensor | None:
 
 
 class _Forward(NamedTuple):
-    """What a forward pass of the kernel leaves to the backward pass; the rows' shape is that of the losses."""
+    """The results of a forward pass of the kernel that the backward pass needs. "Rows" is the shape of the losses."""
 
     loss: Tensor
-    """``()``, the one result with a gradient."""
+    """``()``, the only result with a gradient."""
     target: Tensor
     lse: Tensor
-    """``(rows, 2)``, ``(rows, 3)`` where the target holds probabilities: see csrc/ops.cpp."""
+    """``(rows, 2)``, or ``(rows, 3)`` if the target holds probabilities: see csrc/ops.cpp."""
     kept: Tensor
     normalizer: Tensor
-    """``()``: what the sum of the kept losses was divided by."""
+    """``()``: the divisor of the sum of the kept losses."""
     class_weight: Tensor | None
     label_smoothing: float
     inplace_backward: bool
 
 
 class _TrimmedCrossEntropy(torch.autograd.Function):
-    """Gives the loss of a forward pass that has run its gradient.
+    """Adds the gradient to the loss of a forward pass that has already run.
 
     With p = softmax(z) of a row's logits z and q its target (one-hot, or probabilities; smoothed, and times the class
     weights w):
 
-    1. the loss of the row is sum_c q_c (lse(z) - z_c), so its derivative by z_c is p_c sum(q) - q_c;
-    2. the result is the sum over the kept rows divided by the normalizer, and dropped rows have no part in it;
+    1. the loss of the row is sum_c q_c (lse(z) - z_c), so its derivative with respect to z_c is p_c sum(q) - q_c;
+    2. the result is the sum over the kept rows divided by the normalizer, and dropped rows do not contribute;
     3. so the gradient of a kept row is ``grad / normalizer`` times (1), and that of a dropped one is zero. Which rows
        are kept changes only at ties, where the loss has no derivative; there, too, the kept rows are constants.
 
-    p comes from the logits and lse, which the forward pass left: no array of the logits' size is kept beside them.
+    p is computed from the logits and lse, which the forward pass saved: no other array of the logits' size is kept.
     """
 
     @staticmethod
@@ -249,7 +249,7 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
             forward.class_weight,
         )
         ctx.label_smoothing = forward.label_smoothing
-        return forward.loss.detach()  # as it is, the compiler of torch 2.10 would take it for an argument
+        return forward.loss.detach()  # without detach, the compiler of torch 2.10 would treat it as an argument
 
     @staticmethod
     @once_differentiable
@@ -263,7 +263,7 @@ class _TrimmedCrossEntropy(torch.autograd.Function):
         if logits is None:
             raise RuntimeError("inplace_backward=True: the first backward pass has overwritten the logits")
         check_unchanged(logits, version)
-        ctx.inplace = None, version  # the loss may live on; the logits need not
+        ctx.inplace = None, version  # frees the logits even if the loss is kept
         torch.autograd.graph.increment_version(logits)
         torch.ops.batchkern.trimmed_cross_entropy_backward_.default(grad, logits, *saved, ctx.label_smoothing)
         return logits, None
@@ -346,7 +346,7 @@ class TrimmedCrossEntropyLoss(nn.Module):
         self.register_buffer("class_weight", class_weight)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """That of ``nn.CrossEntropyLoss``, too, where the class weights have another name."""
+        """Also loads the state of ``nn.CrossEntropyLoss``, in which the class weights have another name."""
         if f"{prefix}weight" in state_dict:
             state_dict[f"{prefix}class_weight"] = state_dict.pop(f"{prefix}weight")
         super()._load_from_state_dict(state_dict, prefix, *rest)

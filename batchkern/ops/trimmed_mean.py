@@ -1,4 +1,4 @@
-"""Which rows of a batch count, by any score, and the mean of their losses (Fassold, 2021, section 2)."""
+"""Selection of rows of a batch by any score, and the mean of their losses (Fassold, 2021, section 2)."""
 
 from __future__ import annotations
 
@@ -34,28 +34,29 @@ def trimmed_mean(
 ) -> Tensor:
     """Mean of the losses of a selection of rows: by default, of the k highest. Differentiable in ``losses``.
 
-    k = max(round(keep * n), 1) where n counts the rows that ``mask`` leaves. Equal scores: the lower row index comes
-    first; NaN ranks highest. Dropped rows get a gradient of exact zeros. Scores and sums are float32 (float64 for
-    float64 losses).
+    k = max(round(keep * n), 1), where n is the number of rows that ``mask`` does not exclude. Of equal scores, the one
+    with the lower row index comes first; NaN ranks highest. Dropped rows get a gradient of exact zeros. Scores and sums
+    are float32 (float64 for float64 losses).
 
     Args:
         losses: float32, bfloat16, float16 or float64 of any shape; each element is a row.
         keep: fraction kept, in (0, 1], or a 0-dim float tensor on the losses' device, read when the operation runs.
-        score: floats of the losses' shape, which are ranked in place of the losses; no gradient flows to it.
-        order: ``"highest"``; or ``"lowest"``, which keeps the k lowest. A NaN is then among the last.
+        score: floats of the losses' shape, which are ranked instead of the losses; no gradient flows to it.
+        order: ``"highest"``; or ``"lowest"``, which keeps the k lowest. NaN then comes last.
         skip: in [0, 1). This fraction, at the top of the order, is left out first: rows round(skip * n) to
             round(skip * n) + k are kept. skip + keep is at most 1.
-        above: any number. Every row that scores above it is kept too, however many, but for those that ``skip`` leaves
-            out. ``None`` keeps no further rows; with ``order="lowest"`` it must be None.
-        mask: bool of the losses' shape; rows where it is False are as if ignored.
+        above: any number. All rows that score above it are kept too, except those that ``skip`` leaves out. ``None``
+            keeps no further rows; with ``order="lowest"`` it must be None.
+        mask: bool of the losses' shape; rows where it is False are ignored.
         weight: floats of the losses' shape. Each kept loss is multiplied by its weight, and the sum is divided by the
             sum of the kept rows' weights.
-        within: ``"all"``; or ``"sample"``, which ranks each index of the first dimension apart and averages the kept
-            rows of all.
-        group: process group whose batches are ranked together; they may have different numbers of rows. Ties: the lower
-            rank first. The mean is scaled so that the average of gradients over ranks is the gradient of the
-            concatenated batch. Each call waits for the host once, to learn the numbers of rows; not so within
-            ``torch.compile`` and captured graphs, where they must be equal, nor with ``within="sample"``.
+        within: ``"all"``; or ``"sample"``, which ranks each index of the first dimension separately and averages the
+            kept rows of all.
+        group: process group whose batches are ranked together; they may have different numbers of rows. Of equal
+            scores, the lower rank comes first. The mean is scaled so that the average of gradients over ranks is the
+            gradient of the concatenated batch. Each call synchronises with the host once, to exchange the numbers of
+            rows, except with ``within="sample"`` and within ``torch.compile`` and captured graphs, where the numbers
+            must be equal.
 
     Returns:
         0-dim float32 (float64 for float64 losses); NaN when no row is left.
@@ -131,7 +132,7 @@ def select_rows(
         keep, order, skip, above, mask, within, group: as in :func:`trimmed_mean`.
 
     Returns:
-        bool of the score's shape. With ``group``, of this rank's rows.
+        bool of the score's shape. With ``group``, the mask is for the rows of this rank.
 
     Raises:
         ValueError, TypeError: an argument has a wrong shape, dtype, device or range.
@@ -173,7 +174,7 @@ def _check_selection(
     within: str,
     group: dist.ProcessGroup | None,
 ) -> float | Tensor:
-    """``keep`` as the operation takes it."""
+    """Checks the arguments of a selection; returns ``keep`` in the form that the operation takes."""
     keep = check.fraction("keep", keep, rows)
     check.one_of("order", order, ("highest", "lowest"))
     check.one_of("within", within, ("all", "sample"))
@@ -183,17 +184,17 @@ def _check_selection(
     if above is not None:
         check.number("above", above, -math.inf)
         if order == "lowest":
-            raise ValueError("above must be None where order is 'lowest': it adds rows to the highest")
+            raise ValueError("above must be None if order is 'lowest': it adds rows with high scores")
     if mask is not None:
         check.companion("mask", mask, rows, name, dtypes=(torch.bool,))
     if within == "sample" and rows.dim() == 0:
-        raise ValueError(f"within must be 'all' where {name} has no dimension, got 'sample'")
+        raise ValueError(f"within must be 'all' if {name} has no dimension, got 'sample'")
     check.process_group(group)
     return keep
 
 
 def _band(order: str, skip: float, above: float | None) -> tuple[bool, float, float | None]:
-    """As three arguments of the operator."""
+    """Order, skip and above as three arguments of the operator."""
     return order == "lowest", float(skip), None if above is None else float(above)
 
 
@@ -202,25 +203,25 @@ def _flat(x: Any) -> Any:
 
 
 def _samples(rows: Tensor, within: str) -> int:
-    """How many parts of the rows are ranked apart."""
+    """The number of parts of the rows that are ranked separately."""
     return max(rows.shape[0], 1) if within == "sample" else 1
 
 
 class _Forward(NamedTuple):
-    """What a forward pass leaves to the backward pass."""
+    """The results of a forward pass that the backward pass needs."""
 
     mean: Tensor
-    """``()``, the one result with a gradient."""
+    """``()``, the only result with a gradient."""
     kept: Tensor
     """``(B,)`` bool."""
     normalizer: Tensor
-    """``()``: what the sum was divided by."""
+    """``()``: the divisor of the sum."""
     weight: Tensor | None
     """``(B,)``."""
 
 
 class _TrimmedMean(torch.autograd.Function):
-    """Gives the mean of a forward pass that has run its gradient.
+    """Adds the gradient to the mean of a forward pass that has already run.
 
     The mean is the sum of the weighted losses of the kept rows, divided by the normalizer, which does not depend on the
     losses: so the gradient of a kept row is ``grad * weight / normalizer``, and that of a dropped one is zero.
@@ -257,7 +258,7 @@ def trimmed_mean_op(
     above: float | None = None,
     samples: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, kept rows ``(B,)`` bool and what the sum was divided by, by the kernel."""
+    """Mean, kept rows ``(B,)`` bool and the divisor of the sum, computed by the kernel."""
     outputs: tuple[Tensor, Tensor, Tensor] = _backend.operator("trimmed_mean")(
         losses, keep, keep_tensor, mask, score, weight, lowest, skip, above, samples
     )
@@ -272,7 +273,7 @@ def select_over_group(
     group: dist.ProcessGroup,
     band: tuple[bool, float, float | None] = (False, 0.0, None),
 ) -> tuple[Tensor, Tensor]:
-    """``reference.select_and_normalize`` of a group, with the selection by the kernel."""
+    """``reference.select_and_normalize`` for a group, with the selection by the kernel."""
     whole = reference.gather(losses, valid, weight, group)
     keep, keep_tensor = check.split_keep(keep, losses)
     _, kept, _ = trimmed_mean_op(whole.losses, keep, keep_tensor, whole.valid, None, None, *band)

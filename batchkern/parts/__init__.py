@@ -1,6 +1,6 @@
-"""The strategies as parts for anyone's loop, of which those of the trainer are made, too.
+"""The parts of the strategies, for your own training loop; the strategies of the trainer are built from them, too.
 
-Samplers and a loader that keeps a pass an epoch; passive batches and their head; virtual samples; rates.
+Samplers, a loader whose pass is one epoch, passive batches and their head, virtual samples, learning rates.
 """
 
 from batchkern.ops import TrimmedCrossEntropyLoss

@@ -1,4 +1,4 @@
-"""One loss for what strategies ask of it: the hardest rows, the record of a batch, the penalty of virtual samples."""
+"""A loss that combines three strategies: the hardest rows, recorded batch losses, the penalty of virtual samples."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class BatchLoss(TrimmedCrossEntropyLoss):
     """Cross entropy of the hardest rows, plus a penalty, for one batch; the loss of the batch is recorded.
 
     Call it once for each batch of the training set, with logits ``(..., C)`` and a target as ``trimmed_cross_entropy``
-    takes them. In evaluation mode, and without gradients, it is the mean cross entropy of all rows and nothing else.
+    takes them. In evaluation mode, and without gradients, it is only the mean cross entropy of all rows.
 
     Args:
-        keep: fraction of the rows that count, the hardest, in (0, 1]; it may be reassigned between steps.
+        keep: fraction of the rows that count, which are the hardest, in (0, 1]; it may be reassigned between steps.
         sampler: records the mean loss of all rows of each batch.
-        virtual: virtual samples, whose penalty is added to the loss; of sequences, over the positions that count.
+        virtual: virtual samples, whose penalty is added to the loss; for sequences, over the positions that count.
         ignore_index, label_smoothing, class_weight, group: as for ``trimmed_cross_entropy``.
 
     Examples:
@@ -75,6 +75,6 @@ class BatchLoss(TrimmedCrossEntropyLoss):
         return loss if self.virtual is None else loss + self.virtual.penalty(self._positions(counts))
 
     def _positions(self, counts: Tensor | None) -> Tensor | None:
-        """Of sequences, which positions count, whether or not the target was flattened; None of one row a sample."""
+        """For sequences, which positions count, even if the target was flattened; None if each sample has one row."""
         shape = self.virtual.shape if self.virtual is not None else None
         return None if counts is None or shape is None or len(shape) < 2 else counts.view(shape)

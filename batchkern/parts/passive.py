@@ -1,4 +1,4 @@
-"""Passive batches in a loop of one's own: P. Singh, P. Mazumder, V. P. Namboodiri, "Passive Batch Injection Training
+"""Passive batches in your own training loop: P. Singh, P. Mazumder, V. P. Namboodiri, "Passive Batch Injection Training
 Technique", 2020 (arXiv:2006.04406), Algorithm 1."""
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from batchkern.second_head import CONVOLUTIONS, Inputs, in_place, second_classif
 
 NAME = "second_head"
 UNASKED = 3
-"""So many passive batches may be on their way to a trainer that reads ahead."""
+"""The number of passive batches that may be read ahead before :func:`is_passive` is called for one of them."""
 
 
 class Passive:
-    """Marks a batch of the passive set. It is mixed into the batch's own class, since trainers that move a batch to a
+    """Marks a batch of the passive set. It is mixed into the batch's own class, because trainers that move a batch to a
     device keep its class."""
 
 
@@ -33,7 +33,7 @@ def _marked(kind: type) -> type:
 
 
 def mark_passive(batch: Any) -> Any:
-    """``batch``, a mapping, tuple or list of tensors, as one for which :func:`is_passive` is true."""
+    """A copy of ``batch``, a mapping, tuple or list of tensors, for which :func:`is_passive` is true."""
     if not isinstance(batch, Mapping | UserDict | tuple | list):
         raise UserError(f"passive batches must be mappings, tuples or lists, got {type(batch).__name__}")
     kind = _marked(type(batch))
@@ -41,15 +41,15 @@ def mark_passive(batch: Any) -> Any:
 
 
 _recognised = 0
-"""How often a batch was seen to be passive."""
+"""How often :func:`is_passive` has returned True."""
 
 
 def is_passive(batch: Any) -> bool:
-    """Whether :class:`inject` took a batch from the passive set. Ask before the batch is made anew: the list
-    ``[x.to(device) for x in batch]`` is no longer marked.
+    """Whether :class:`inject` took a batch from the passive set. Call it before a new batch is built from this one: the
+    list ``[x.to(device) for x in batch]`` is no longer marked.
 
     Args:
-        batch: as the loader delivered it.
+        batch: the batch, as the loader returned it.
 
     Examples:
         >>> from batchkern.parts import inject, is_passive
@@ -66,7 +66,7 @@ def is_passive(batch: Any) -> bool:
 
 
 def _state(loader: Any) -> Any:
-    """None where it has none, as loaders of accelerate, which only look as if they had."""
+    """The state of a loader; None if it has none. Loaders of accelerate have the method, but it may fail."""
     try:
         return loader.state_dict()
     except AttributeError:
@@ -74,11 +74,11 @@ def _state(loader: Any) -> Any:
 
 
 class inject:
-    """A loader of ``loader``'s batches, and after every g-th of them one of ``passive``, for which :func:`is_passive`
-    is true. A pass is one over ``loader``.
+    """A loader that yields the batches of ``loader`` and, after every g-th of them, a batch of ``passive``, for which
+    :func:`is_passive` is true. One pass over it is one pass over ``loader``.
 
-    Batches of ``loader`` are counted over all passes, so a small data set gets its passive batches, too. Epochs may
-    differ in their number of batches by one, so it has no ``len()``.
+    Batches of ``loader`` are counted over all passes, so a small data set gets its passive batches, too. The number of
+    batches may differ by one between epochs, so it has no ``len()``.
 
         for batch in inject(loader, passive_loader, every=100):
             x, y = batch
@@ -88,15 +88,15 @@ class inject:
 
     Args:
         loader: the loader of the training set.
-        passive: the loader of the passive set, which begins anew whenever it ends.
+        passive: the loader of the passive set, which is restarted whenever it ends.
         every: g, at least 1; or ``f(batches of loader so far)`` -> bool.
 
-    Its state has that of both loaders where they have one, as :class:`batchkern.parts.WholeEpochs` does. A loader
-    without a state begins anew, so a state from within its pass is refused.
+    Its state includes the state of both loaders if they have one, as :class:`batchkern.parts.WholeEpochs` does. A
+    loader without a state starts from its beginning, so a state saved within a pass over it is rejected.
 
     Raises:
         UserError: ``every`` is below 1, or ``passive`` is empty.
-        RuntimeError: passive batches are delivered, and nobody asks :func:`is_passive` for them.
+        RuntimeError: passive batches are delivered, but :func:`is_passive` is never called for them.
 
     Examples:
         >>> from batchkern.parts import inject, is_passive
@@ -109,16 +109,17 @@ class inject:
         self.loader, self.passive = loader, passive
         self.due = every if callable(every) else schedules.every(every)
         self.active = self.injected = 0
-        """Batches of each kind that were delivered."""
+        """The numbers of batches of each kind that were delivered."""
         self.pending = False
-        """A passive batch comes next."""
+        """Whether the next batch is a passive one."""
         self.begun = 0
-        """``active`` as the pass under way, or the next one, begins."""
+        """The value of ``active`` at the beginning of the current pass, or of the next one."""
         self.sized = False
-        """It has a length, that of the pass. Only a trainer that asks each time should see it."""
+        """Whether it has a length, that of the current pass. Set it only for a trainer that reads the length in each
+        epoch."""
         self._stream = _endless(self.passive)
         self._unasked = 0
-        """Passive batches since one was last recognised."""
+        """Number of passive batches since one was last recognised."""
         self._asked = _recognised
 
     def __iter__(self) -> Iterator[Any]:
@@ -133,7 +134,7 @@ class inject:
                 yield self._passive()
 
     def _begin(self) -> int:
-        """``begun`` of a pass that is asked for now: a new one, or the rest of one that was left early."""
+        """``begun`` of the pass that starts now: a new one, or the rest of a pass that was stopped early."""
         over = self.sized and self.active - self.begun >= len(self.loader) and not self.pending
         return self.active if over or _state(self.loader) is None else self.begun
 
@@ -149,7 +150,7 @@ class inject:
         if self._unasked > UNASKED:
             raise RuntimeError(
                 f"{UNASKED} passive batches were delivered and none was recognised: call head.used_by(batch), or "
-                "is_passive(batch), before a batch is made anew, as by [x.to(device) for x in batch]"
+                "is_passive(batch), before a new batch is built from it, as in [x.to(device) for x in batch]"
             )
         self.pending = False
         self.injected += 1
@@ -171,8 +172,8 @@ class inject:
         self.pending, self.begun = bool(state["pending"]), saved_number(state, "begun", self.active)
         if "loader" not in state and (self.pending or 0 < self.active - self.begun < len(self.loader)):
             raise ValueError(
-                f"the state is from within a pass, where a {type(self.loader).__name__} cannot go on: inject into "
-                "WholeEpochs(loader)"
+                f"the state was saved within a pass, and a {type(self.loader).__name__} cannot continue there: inject "
+                "into WholeEpochs(loader)"
             )
         for name in ("loader", "passive"):
             if name in state:
@@ -187,30 +188,30 @@ def _endless(loader: Iterable[Any]) -> Iterator[Any]:
             empty = False
             yield batch
         if empty:
-            raise UserError("passive must have batches whenever it is begun anew, it has none")
+            raise UserError("passive must have batches whenever it is iterated, but it has none")
 
 
 class SecondHead:
-    """The last layers of a model once more, for the classes of another data set.
+    """A second copy of the last layers of a model, for the classes of another data set.
 
-    They are attached to the model, as ``second_head`` of its classifier, until :meth:`detach`: its ``parameters()`` and
-    its ``state_dict()`` have them meanwhile. Attach them before the optimizer is made, and before the model is compiled
-    or given to DistributedDataParallel, which needs ``find_unused_parameters=True``.
+    The head is attached to the model, as ``second_head`` of its classifier, until :meth:`detach`; until then
+    ``parameters()`` and ``state_dict()`` of the model include it. Attach it before the optimizer is built, and before
+    the model is compiled or given to DistributedDataParallel, which needs ``find_unused_parameters=True``.
 
     In a step that does not use it, the head has no gradient (PyTorch's ``zero_grad`` leaves None), so the optimizer
-    gives it no momentum and no weight decay. The same holds for the model's own last layers in a step on a passive
-    batch. Detach it before the model is saved for others: its keys would be in the file.
+    does not change it, neither by momentum nor by weight decay. The same holds for the model's own last layers in a
+    step on a passive batch. Detach the head before the model is saved for other uses, or its keys will be in the file.
 
     Args:
         model: any module with a linear layer as its classifier.
         classes: number of classes of the passive set, at least 1.
-        example: inputs that the model can take: a tensor, or a tuple or dict of arguments. With it the head is what
-            runs behind the last convolution, as in the paper, or behind ``shared``; without it the classifier alone.
+        example: inputs that the model can take: a tensor, or a tuple or dict of arguments. With it, the head has all
+            layers after the last convolution, as in the paper, or after ``shared``; without it, only the classifier.
         shared: the part that both sets share, as in :func:`batchkern.second_head.second_head`.
-        classifier: name of the model's last linear layer, where the last one registered is not it.
+        classifier: name of the model's last linear layer, needed only if it is not the one registered last.
 
     Raises:
-        UserError: no such module, the model cannot be cut there, or has a second head already.
+        UserError: there is no such module, the model cannot be cut there, or it already has a second head.
 
     Examples:
         >>> import torch
@@ -237,9 +238,9 @@ class SecondHead:
             raise UserError(f"classes must be a whole number of at least 1, got {classes!r}")
         name, self._classifier = find_classifier(model, classifier)
         if not name:
-            raise UserError("model must have its classifier within it, but it is that Linear itself")
+            raise UserError("model must contain its classifier, but it is itself the only Linear layer")
         if hasattr(self._classifier, NAME):
-            raise UserError(f"the classifier {name!r} has a {NAME} already; detach() that first")
+            raise UserError(f"the classifier {name!r} already has a {NAME}; detach() it first")
         if example is not None:
             layers = second_head(model, classes, example, shared=shared, classifier=classifier)
         elif shared != CONVOLUTIONS:
@@ -247,13 +248,13 @@ class SecondHead:
         else:
             layers = second_classifier(model, classes, classifier=classifier)
         self.model, self.layers = model, AttachedHead(dict(layers.items()))
-        self._classifier.add_module(NAME, self.layers)  # which calls no children, as an nn.Sequential would
+        self._classifier.add_module(NAME, self.layers)  # a Linear layer does not call its children
 
     def used_by(self, batch: Any) -> AbstractContextManager[None]:
-        """Within it the model runs this head in place of its own last layers, if ``batch`` is passive."""
+        """A context in which the model runs this head instead of its own last layers if ``batch`` is passive."""
         return in_place(self.model, self.layers) if is_passive(batch) else nullcontext()
 
     def detach(self) -> None:
-        """Takes the head away: the model has its own state_dict again."""
+        """Removes the head from the model, and so from its state_dict."""
         if getattr(self._classifier, NAME, None) is self.layers:
             delattr(self._classifier, NAME)

@@ -1,5 +1,5 @@
-"""Rounds over fixed batches: of the hardest (S. Sahayam, J. Zakkam, U. Jayaraman, "Can we learn better with hard
-samples?", 2023, arXiv:2304.03486, Algorithm 2), or of random ones, which those are held against."""
+"""Rounds over fixed batches: over the hardest ones (S. Sahayam, J. Zakkam, U. Jayaraman, "Can we learn better with hard
+samples?", 2023, arXiv:2304.03486, Algorithm 2), or over random ones, for comparison."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class HardRounds:
     Args:
         batches: N.
         delta: fraction of the batches in a round.
-        order: ``"loss"``: descending. ``"index"``: as in the first epoch.
-        device: where the losses live.
+        order: ``"loss"``: by descending loss. ``"index"``: as in the first epoch.
+        device: the device of the losses.
     """
 
     def __init__(self, batches: int, delta: float, order: str, device: torch.device | str | None = None) -> None:
@@ -69,7 +69,7 @@ class HardRounds:
 
 
 class RandomRounds:
-    """The same with rounds of random batches.
+    """One epoch over N fixed batches, then rounds over random ones of them.
 
     Args:
         batches: N.

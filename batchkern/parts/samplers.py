@@ -1,4 +1,4 @@
-"""Batch samplers for ``DataLoader(batch_sampler=...)`` whose pass is an epoch, and a loader that keeps it one."""
+"""Batch samplers for ``DataLoader(batch_sampler=...)`` whose pass is one epoch, and a loader that reads such passes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,23 @@ from batchkern.parts.rounds import HardRounds, RandomRounds
 from batchkern.plan import Batch, EpochBatches
 from batchkern.seeding import derived_seed
 
-ONE_PASS = "another pass over this loader has begun: only the latest one may go on, so look at a batch before the loop"
+ONE_PASS = (
+    "another pass over this loader has begun: only the latest one may continue, so inspect batches before the loop"
+)
 ENDLESS = 2**40
-"""Epochs of a sampler that need not know how many there will be."""
+"""The number of epochs of a sampler for which no number was given."""
 
 
 class PlannedBatches(Sampler[list[int]]):
-    """Batches by a plan, whose pass is an epoch. A pass that is left early goes on in the next one; while one is under
-    way, no other may begin.
+    """A batch sampler that follows a plan; one pass is one epoch. A pass that is stopped early continues in the next
+    one; two passes cannot run at the same time.
 
     Raises:
         UserError: an argument is out of its range.
     """
 
     records = False
-    """A batch is finished when its loss is recorded, not when it is delivered."""
+    """Whether a batch is finished when its loss is recorded, and not when it is delivered."""
 
     def __init__(
         self,
@@ -55,23 +57,24 @@ class PlannedBatches(Sampler[list[int]]):
             )
         self.batches = EpochBatches(rows, batch_size, epochs, derived_seed(seed, "order"), self.world, drop_last)
         self.reader: object | None = None
-        """The pass of a :class:`WholeEpochs` that reads: a pass of the sampler may then stop at the end of a round."""
+        """The pass of a :class:`WholeEpochs` that is reading: a pass of the sampler may then stop at the end of a
+        round."""
         self.in_flight = 0
-        """Batches that a loader was given and has not delivered yet, while :class:`WholeEpochs` reads."""
+        """Number of batches that were given to a loader and not delivered yet, while :class:`WholeEpochs` reads."""
         self.epoch_over = False
-        """What was handed out last ends an epoch."""
+        """Whether the last batch given to a loader ends an epoch."""
         self._passes = 0
         self._drained = False
-        """Nothing more of the pass follows."""
+        """Whether the pass has no more batches."""
         self._unfinished: deque[tuple[Batch, dict[str, Any]]] = deque()
-        """Handed out and not finished, each with the place behind it."""
+        """Batches given to a loader and not finished, each with the position in the plan after it."""
         self._finished: dict[str, Any] = {}
-        """The place behind the last batch that is finished, where others are not."""
+        """The position in the plan after the last finished batch, if some batches are not finished."""
 
     def __iter__(self) -> Iterator[list[int]]:
         if self._drained and not self.in_flight and len(self._unfinished) > 1:
             raise RuntimeError(self.too_early())
-        if self._unfinished:  # a pass was left early: what it did not finish is handed out again
+        if self._unfinished:  # a pass was stopped early: its unfinished batches are repeated
             self._go_to(self._finished)
         self._unfinished.clear()
         self._drained, self.in_flight = False, 0
@@ -87,7 +90,7 @@ class PlannedBatches(Sampler[list[int]]):
             batch = next(stream, None)
             if batch is None:
                 if not count:
-                    raise RuntimeError(f"the training is over: its sampler was made for {self.batches.epochs} epochs")
+                    raise RuntimeError(f"the training is over: its sampler was built for {self.batches.epochs} epochs")
                 return
             if self.reader is not None or self.records:
                 if not self._unfinished:
@@ -103,46 +106,47 @@ class PlannedBatches(Sampler[list[int]]):
 
     @property
     def epoch(self) -> int:
-        """How many epochs are finished."""
+        """The number of finished epochs."""
         return self._epoch_of(self._finished if self._unfinished else self._place())
 
     def batches_of(self, epoch: int) -> int:
-        """How many batches an epoch has."""
+        """The number of batches of an epoch."""
         return self.batches.per_epoch
 
     @property
     def waiting(self) -> int:
-        """How many batches are not finished."""
+        """The number of batches that are not finished."""
         return len(self._unfinished)
 
     def delivered(self) -> None:
-        """The loader has delivered one more batch. For :class:`WholeEpochs`."""
+        """Called by :class:`WholeEpochs` when the loader has delivered one more batch."""
         self.in_flight -= 1
         if not self.records:
             self._finish()
 
     def state_dict(self) -> dict[str, Any]:
-        """The place behind the last batch that was handed out, as torchdata's ``StatefulDataLoader`` asks for it. Where
-        a loader reads ahead it is not in training yet: save the state of :class:`WholeEpochs`, or of that loader."""
+        """The position after the last batch given to a loader, as needed by torchdata's ``StatefulDataLoader``. If a
+        loader reads ahead, that batch has not been trained on yet: save the state of :class:`WholeEpochs`, or of that
+        loader."""
         return self._state(self._place(), len(self._unfinished))
 
     def finished_state(self) -> dict[str, Any]:
-        """The place behind the last batch that is finished."""
+        """The position after the last finished batch."""
         return self._state(self._finished if self._unfinished else self._place(), 0)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a state.
+        """Continues from a state.
 
         Raises:
-            ValueError: it is not of such a sampler, or losses were missing when it was saved.
+            ValueError: it belongs to another sampler, or losses were missing when it was saved.
         """
         own = self._state(self._place(), 0)
         if state.keys() != own.keys() or state["of"] != own["of"]:
-            raise ValueError(f"the state is of another sampler: {state.get('of')}, and this one is {own['of']}")
+            raise ValueError(f"the state belongs to another sampler: {state.get('of')}, and this one is {own['of']}")
         if state["unfinished"]:
             raise ValueError(
                 f"the state was saved before the losses of {state['unfinished']} batches were recorded: save it after "
-                "record(), or where a loader reads ahead save that of WholeEpochs(loader)"
+                "record(), or if a loader reads ahead, save the state of WholeEpochs(loader)"
             )
         self._unfinished.clear()
         self._go_to(state["place"])
@@ -153,21 +157,21 @@ class PlannedBatches(Sampler[list[int]]):
         return {"of": of, "place": place, "unfinished": unfinished}
 
     def _finish(self) -> Batch:
-        """The oldest batch that is not finished is."""
+        """Marks the oldest unfinished batch as finished, and returns it."""
         batch, self._finished = self._unfinished.popleft()
         return batch
 
     def too_early(self) -> str:
-        """What is wrong where the next round is asked for and losses are missing."""
-        missing = f"the next batches were asked for before the losses of {len(self._unfinished)} were recorded: "
+        """The error message for a next round that is requested while losses are missing."""
+        missing = f"the next batches were requested before the losses of {len(self._unfinished)} were recorded: "
         if self.reader is None:
             return missing + (
-                "call record(losses) once for each batch, and where workers or accelerate read ahead, iterate over "
-                "WholeEpochs(loader) in place of the loader"
+                "call record(losses) once for each batch, and if workers or accelerate read ahead, iterate over "
+                "WholeEpochs(loader) instead of the loader"
             )
         return missing + (
-            "call record(losses) once for each batch; a trainer that takes several micro-batches at once needs rounds "
-            "and epochs of a multiple of them"
+            "call record(losses) once for each batch; if a trainer reads several micro-batches at once, the numbers of "
+            "batches of a round and of an epoch must be multiples of that number"
         )
 
     # --- what the samplers differ in ---------------------------------------------------------------------------
@@ -176,7 +180,7 @@ class PlannedBatches(Sampler[list[int]]):
         return iter(self.batches)
 
     def _needs_losses(self) -> bool:
-        """The next batch cannot be chosen before all losses are recorded."""
+        """Whether the next batch can be chosen only after all losses are recorded."""
         return False
 
     def _place(self) -> dict[str, Any]:
@@ -196,9 +200,9 @@ class EpochBatchSampler(PlannedBatches):
         rows: number of rows of the data set, at least 1.
         batch_size: number of rows of a batch, of all ranks together, at least 1.
         seed: seed of the order; a ``Trainer`` with the same seed has the same batches.
-        drop_last: leave out the last batch of an epoch where it is smaller.
-        group: a process group whose ranks share each batch: each is given a contiguous part of it. Where the parts
-            are not equally large (they differ by one row at most), a loss that takes ``group`` weighs them rightly.
+        drop_last: leave out the last batch of an epoch if it is smaller than the others.
+        group: a process group whose ranks share each batch: each rank gets a contiguous part of it. The parts may
+            differ in size by one row; a loss with the argument ``group`` then weights them correctly.
 
     Raises:
         UserError: an argument is out of its range.
@@ -222,7 +226,7 @@ class EpochBatchSampler(PlannedBatches):
         super().__init__(rows, batch_size, seed=seed, drop_last=drop_last, group=group)
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """The number of batches of an epoch."""
         return self.batches.per_epoch
 
 
@@ -279,9 +283,9 @@ class HardBatchSampler(_RoundSampler):
     """N fixed batches: one epoch over all of them, then rounds over those whose last loss is highest.
 
     Call :meth:`record` once for each batch that the loader delivered, in their order. A round of floor(delta * N)
-    batches is chosen when the losses of all batches before it are recorded. A loader that reads ahead asks earlier,
-    which is an error, unless :class:`WholeEpochs` reads it. A pass is N batches, an epoch in the paper's count of
-    updates (eq. 4).
+    batches can be chosen only when the losses of all batches before it are recorded. With a loader that reads ahead
+    this is too early, which is an error, unless the loader is read by :class:`WholeEpochs`. A pass has N batches, which
+    is an epoch in the paper's count of updates (eq. 4).
 
         sampler = HardBatchSampler(len(dataset), 50, delta=0.2)
         for x, y in WholeEpochs(DataLoader(dataset, batch_sampler=sampler, num_workers=2)):
@@ -327,11 +331,11 @@ class HardBatchSampler(_RoundSampler):
         self.rounds = HardRounds(len(self), delta, order)
 
     def record(self, losses: Tensor | float) -> None:
-        """Of the oldest batch that has none yet: a loss for each of this rank's rows ``(b,)``, or their mean.
+        """Records the losses of the oldest batch without one: a loss for each row of this rank ``(b,)``, or their mean.
 
         Raises:
             RuntimeError: no batch is waiting for its loss.
-            ValueError: another number of losses than the batch has rows.
+            ValueError: the number of losses is not the number of rows of the batch.
         """
         if len(self._unfinished) <= self.in_flight:
             raise RuntimeError("record(losses) was called, but no batch that was delivered is waiting for its loss")
@@ -363,18 +367,18 @@ class HardBatchSampler(_RoundSampler):
 
 
 class WholeEpochs:
-    """A loader whose pass is one epoch of its sampler, however far it reads ahead.
+    """A loader whose pass is one epoch of its sampler, however far the loader reads ahead.
 
-    Of a :class:`HardBatchSampler` it takes the batches of a round from the loader, waits until their losses are
-    recorded, and goes on with the next round. Any number of workers, and a loader that ``accelerator.prepare`` made,
-    can be read so; ``persistent_workers=True`` keeps workers from round to round. Its state is the place behind the
-    last batch that it delivered (of a HardBatchSampler: whose loss was recorded), whatever was read ahead.
+    With a :class:`HardBatchSampler` it reads the batches of one round from the loader, and starts the next round when
+    their losses are recorded. This works with any number of workers and with a loader from ``accelerator.prepare``;
+    ``persistent_workers=True`` keeps workers alive between rounds. Its state is the position after the last batch that
+    it delivered (with a HardBatchSampler, the last one whose loss was recorded), whatever was read ahead.
 
     Args:
         loader: a ``DataLoader`` whose ``batch_sampler`` is one of this module.
 
     Raises:
-        UserError: it has another one, or delivers batches out of order.
+        UserError: the loader has another batch sampler, or delivers batches out of order.
 
     Examples:
         >>> import torch
@@ -392,7 +396,7 @@ class WholeEpochs:
         sampler = getattr(loader, "batch_sampler", None)
         if not isinstance(sampler, PlannedBatches):
             if isinstance(getattr(sampler, "batch_sampler", None), PlannedBatches):
-                what = "not one within another: give the sampler the ranks' group and do not prepare the loader"
+                what = "not wrapped in another one: give the sampler the ranks' group and do not prepare the loader"
             else:
                 what = f"such as HardBatchSampler, got {type(sampler).__name__}"
             raise UserError(f"loader must have a batch_sampler of batchkern.parts, {what}")
@@ -401,7 +405,8 @@ class WholeEpochs:
         self.loader = loader
         self.batch_sampler = sampler
         self.sized = hasattr(sampler, "__len__")
-        """It has a length. Where that differs from epoch to epoch, only a trainer that asks each time should see it."""
+        """Whether it has a length. If the length differs between epochs, set it only for a trainer that reads it in
+        each epoch."""
 
     def __iter__(self) -> Iterator[Any]:
         sampler, own = self.batch_sampler, object()

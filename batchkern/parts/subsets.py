@@ -46,7 +46,7 @@ def check_subsets(
 
 
 class Subsets:
-    """The epochs of a training, divided evenly among the steps, and the batches of each."""
+    """The epochs of a training, divided evenly among the steps, and the batches of each epoch."""
 
     def __init__(
         self, fractions: tuple[float, ...], batch_multiples: tuple[int, ...], rows: int, batch_size: int, epochs: int
@@ -63,11 +63,11 @@ class Subsets:
                     "use a smaller batch size or larger fractions"
                 )
         self.bounds = [i * epochs // n for i in range(n + 1)]
-        """The epoch in which each step begins, and the end."""
+        """The first epoch of each step, and the number of epochs."""
         self.epoch = self.place = 0
 
     def step(self, epoch: int) -> int:
-        """Which step an epoch belongs to."""
+        """The step that an epoch belongs to."""
         return bisect.bisect_right(self.bounds, epoch) - 1
 
     def plan(self, batches: EpochBatches) -> Iterator[Batch]:
@@ -102,20 +102,21 @@ class Subsets:
 
 
 class Rates:
-    """The rate of each step, as a factor on lambda for mean gradients: that of eq. 9, or one that was given.
+    """The learning rate of each step, as a factor on lambda for mean gradients: by eq. 9, or as given in ``rates``.
 
     Args:
         steps: n.
         gamma: within a step the rate is multiplied by this every ``decay_every`` of the step's epochs (the paper's
             0.1 at epoch 10 of 20).
-        decay_every: in (0, 1].
+        decay_every: fraction of the step's epochs, in (0, 1].
         gradients: what the rate of eq. 9 multiplies. ``"sum"``: the sum of a batch's gradients, the convention of
-            eq. 7; on mean gradients that is lambda in the first and last step and lambda / (10 n) in between.
-            ``"mean"``: eq. 9 read literally on mean gradients, a further factor of 1 / b. The words "lambda = lambda'
-            for next i" below eq. 9 are read as naming the rate, not as compounding it.
-        divisor: whose batch size the b of eq. 9 is. ``"step"``: the step's, b_i, as in eq. 10. ``"run"``: the run's, in
-            all steps; sums of larger batches are then larger, and the rates in between 2, 3 and 4 times those above.
-        rates: factors on lambda, one for each step, in place of eq. 9.
+            eq. 7; for mean gradients, the rate is then lambda in the first and last step and lambda / (10 n) in
+            between. ``"mean"``: eq. 9 read literally for mean gradients, with a further factor of 1 / b. The words
+            "lambda = lambda' for next i" below eq. 9 are read as naming the rate, not as compounding it.
+        divisor: which batch size the b of eq. 9 is. ``"step"``: that of the step, b_i, as in eq. 10. ``"run"``: that of
+            the run in all steps; sums of larger batches are then larger, and the rates of the steps in between are 2, 3
+            and 4 times as large by default.
+        rates: factors on lambda, one for each step, instead of eq. 9.
     """
 
     def __init__(
@@ -137,9 +138,7 @@ class Rates:
             raise UserError(f"divisor must be step or run, got {divisor!r}")
         for name, choice, default in (("gradients", gradients, "sum"), ("divisor", divisor, "step")):
             if rates is not None and choice != default:
-                raise UserError(
-                    f"{name} is {choice!r}, but rates take the place of eq. 9, which it is of: leave it out"
-                )
+                raise UserError(f"{name} is {choice!r}, but it belongs to eq. 9, which rates replace: leave it out")
         if rates is not None:
             rates = tuple(check_number("rates", x) for x in rates)
             if len(rates) != steps or not all(0 < x < math.inf for x in rates):
@@ -149,14 +148,14 @@ class Rates:
         self.rates: tuple[float, ...] | None = rates
 
     def of(self, step: int, epoch_in_step: int, step_epochs: int, batch_size: int, run_batch_size: int) -> float:
-        """The factor, with the decay within the step."""
+        """The factor, including the decay within the step."""
         if self.rates is None:
             factor = 1.0 if step in (0, self.steps - 1) else 1 / (10 * self.steps)
             divisor = batch_size if self.divisor == "step" else run_batch_size
             factor *= (batch_size if self.gradients == "sum" else 1) / divisor
         else:
             factor = self.rates[step]
-        # A hair more, because 0.28 of 25 epochs is 7.000000000000001 in floating point: epoch 7 decays all the same.
+        # A small tolerance: 0.28 of 25 epochs is 7.000000000000001 in floating point, and epoch 7 must decay.
         decays = int(epoch_in_step / max(1.0, self.decay_every * step_epochs) + 1e-9)
         return factor * self.gamma**decays
 
@@ -167,10 +166,10 @@ class Rates:
 
 
 class SubsetSampler(PlannedBatches):
-    """Batches of a random subset that grows step by step, each containing the one before it. A pass is an epoch.
+    """Batches of random subsets that grow step by step, each containing the one before it. A pass is an epoch.
 
-    Epochs differ in their number of batches, so a sampler and its loader have no ``len()``; :attr:`updates` is that of
-    the whole training.
+    The number of batches differs between epochs, so the sampler and its loader have no ``len()``; :attr:`updates` is
+    the number of batches of the whole training.
 
         sampler = SubsetSampler(len(dataset), 50, epochs=20)
         schedule = StepwiseLR(optimizer, sampler)
@@ -217,7 +216,7 @@ class SubsetSampler(PlannedBatches):
         self.subsets = Subsets(*check_subsets(fractions, batch_multiples), rows, batch_size, epochs)
 
     def batches_of(self, epoch: int) -> int:
-        """How many batches an epoch has; none behind the last."""
+        """The number of batches of an epoch; 0 after the last epoch."""
         if epoch >= self.batches.epochs:
             return 0
         step, plan = self.subsets.step(epoch), self.batches
@@ -225,7 +224,7 @@ class SubsetSampler(PlannedBatches):
 
     @property
     def updates(self) -> int:
-        """Batches of the whole training."""
+        """The number of batches of the whole training."""
         return sum(self.batches_of(epoch) for epoch in range(self.batches.epochs))
 
     def _stream(self) -> Iterator[Batch]:
@@ -245,13 +244,13 @@ class SubsetSampler(PlannedBatches):
 class StepwiseLR(LambdaLR):
     """The learning rates of the steps of a :class:`SubsetSampler` (eq. 9), constant within an epoch.
 
-    ``step()`` sets the rate of the sampler's present epoch, so it may be called after each epoch, each batch or each
-    update. Where a loader reads ahead, let ``WholeEpochs`` read it: the sampler's epoch is then that of the training.
+    ``step()`` sets the rate of the sampler's current epoch, so it may be called after each epoch, each batch or each
+    update. If a loader reads ahead, wrap it in ``WholeEpochs``: the sampler's epoch is then the epoch of the training.
 
     Args:
-        optimizer: its rates are those of the first step, lambda.
+        optimizer: its learning rates are lambda, the rates of the first step.
         sampler: the sampler of the training.
-        gamma, decay_every, gradients, divisor, rates: as :class:`Rates` takes them.
+        gamma, decay_every, gradients, divisor, rates: as for :class:`Rates`.
 
     Raises:
         UserError: an argument is out of its range.

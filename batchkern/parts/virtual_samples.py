@@ -23,7 +23,7 @@ from batchkern.seeding import derived_seed, generator
 from batchkern.validation import check_number
 
 DENSE_LIMIT = 8192
-"""Widest latent space for which a dense Q x Q basis is formed (256 MiB)."""
+"""The largest latent space, Q, for which a dense Q x Q basis is built (256 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class LatentNoise:
     """A batch with Gaussian and dropout copies of itself in the latent space of a layer (eqs. 5-8).
 
     Args:
-        gaussian, dropout: copies of each kind; together M, at least 1.
+        gaussian, dropout: number of copies of each kind; their sum is M, at least 1.
         sigma, tau: standard deviation and clip of the noise, in the units of the layer's input; not in the paper.
-        drop_prob: of the dropout copies, in [0, 1).
+        drop_prob: drop probability of the dropout copies, in [0, 1).
         basis: ``"normalized"`` (the paper's), ``"orthogonal"``, ``"hadamard"`` (no Q x Q matrix) or ``"none"``.
 
     Raises:
@@ -62,18 +62,19 @@ class LatentNoise:
 
     @property
     def copies(self) -> int:
-        """M."""
+        """M, the number of virtual samples of each sample."""
         return self.gaussian + self.dropout
 
     def __call__(self, hidden: Tensor, seed: int, basis_seed: int, share: Share | None = None) -> Tensor:
         """``hidden (B, ...)`` and its virtual samples, ``((1 + M) * B, ...)``, the batch itself first.
 
-        The latent space is all that a sample has, Q numbers; of a sequence ``(B, T, H)`` it is that of a position, H.
+        The latent space is that of a whole sample, Q numbers; for a sequence ``(B, T, H)`` it is that of one position,
+        H.
 
-        Numbers are drawn by the row of the batch. With ``share``, ``hidden`` is a rank's part of a batch. The rank then
-        makes the virtual samples of the whole batch, around zeros where the rows are others', and keeps its own: on W
-        ranks W times the work of this layer's noise, and the memory of ``(1 + M)`` whole batches at this layer, for the
-        numbers of one process.
+        Random numbers depend on the row in the batch. With ``share``, ``hidden`` is one rank's part of a batch. The
+        rank then makes the virtual samples of the whole batch, with zeros in place of the rows of other ranks, and
+        keeps its own rows. So the numbers are the same as in one process, but on W ranks the noise of this layer costs
+        W times the work, and needs the memory of ``(1 + M)`` whole batches at this layer.
         """
         if hidden.dim() < 2:
             raise UserError(f"virtual samples need a layer whose input is (B, ...), got {tuple(hidden.shape)}")
@@ -107,19 +108,20 @@ class LatentNoise:
 
 
 def majority(raw: Tensor, virtual: Tensor) -> Tensor:
-    """Votes ``(B, C)`` for each class, of a sample ``raw (B, C)`` and its virtual samples ``(M * B, C)``; the raw
-    prediction has half a vote more, which decides ties it is part of (section 3.4)."""
+    """The votes ``(B, C)`` for each class by samples ``raw (B, C)`` and their virtual samples ``(M * B, C)``. The raw
+    prediction gets an extra half vote, so that it wins ties (section 3.4)."""
     votes = torch.stack([raw, *virtual.chunk(len(virtual) // len(raw))]).argmax(dim=2)
     counts = nn.functional.one_hot(votes, raw.shape[1]).sum(dim=0).float()
     return counts + 0.5 * nn.functional.one_hot(votes[0], raw.shape[1])
 
 
 class Stack:
-    """Hooks that put a batch and its virtual samples through the layers from ``layer`` on, and take them apart again
-    behind ``end``, which returns the rows of the batch alone.
+    """Hooks that run the layers from ``layer`` on with a batch and its virtual samples stacked, and split them again
+    after ``end``, which returns only the rows of the batch.
 
     Args:
-        virtual: the layer's first argument ``(B, ...)`` -> ``((1 + M) * B, ...)``, or None: this pass has none.
+        virtual: maps the layer's first argument ``(B, ...)`` to ``((1 + M) * B, ...)``, or to None if this pass gets no
+            virtual samples.
     """
 
     def __init__(self, layer: nn.Module, end: nn.Module, virtual: Callable[[Tensor], Tensor | None]) -> None:
@@ -129,13 +131,13 @@ class Stack:
 
     def forget(self) -> None:
         self.calls = 0
-        """Of the layer."""
+        """Number of calls of the layer."""
         self.rows: int | None = None
-        """Of the batch that is stacked."""
+        """Number of rows of the stacked batch, without virtual samples."""
         self.parts = 1
         """1 + M."""
         self.logits: tuple[Tensor, Tensor] | None = None
-        """Of the batch, and of its virtual samples."""
+        """Logits of the batch, and of its virtual samples."""
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -143,14 +145,14 @@ class Stack:
 
     @torch.compiler.disable
     def begin(self, *_: Any) -> None:
-        """A forward pass begins, whatever became of the one before."""
+        """Starts a forward pass, even if the one before was not completed."""
         self.forget()
 
     @torch.compiler.disable
     def _stack(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not args or not isinstance(args[0], Tensor):
             raise UserError("virtual samples need a layer whose first argument, not a keyword, is a tensor")
-        if self.logits is not None:  # of a pass before, where parts of a model are called, not the model
+        if self.logits is not None:  # of an earlier pass: parts of the model are called directly
             self.forget()
         self.rows = None
         stacked = self.virtual(args[0])
@@ -170,10 +172,10 @@ class Stack:
             raise UserError(f"virtual samples need logits that are a tensor, got {type(logits).__name__}")
         if len(logits) == self.rows or len(logits) % self.parts:
             raise UserError(
-                f"virtual samples need a layer that the logits depend on, but of {self.parts} x {self.rows} rows "
-                f"{len(logits)} logits are made"
+                f"virtual samples need a layer that the logits depend on, but {self.parts} x {self.rows} rows gave "
+                f"{len(logits)} rows of logits"
             )
-        own = len(logits) // self.parts  # more than there are rows, where positions of sequences become rows
+        own = len(logits) // self.parts  # more than self.rows if positions of sequences become rows
         self.logits = logits[:own], logits[own:]
         self.rows = None
         return self.logits[0]
@@ -184,7 +186,7 @@ def stacked(layer: nn.Module, end: nn.Module, virtual: Callable[[Tensor], Tensor
     """A :class:`Stack` for one forward pass.
 
     Raises:
-        UserError: at its end, the layer did not run.
+        UserError: raised at its end if the layer did not run.
     """
     stack = Stack(layer, end, virtual)
     try:
@@ -198,29 +200,31 @@ def stacked(layer: nn.Module, end: nn.Module, virtual: Callable[[Tensor], Tensor
 class VirtualSamples(nn.Module):
     """Virtual samples at the input of a layer of any model, in training, and their penalty.
 
-    Once made, every forward pass of the model in training mode, with gradients, runs the layers from ``layer`` on with
-    virtual samples beside the batch, with probability cos(omega). The model still returns what it would for the batch.
+    After construction, each forward pass of the model in training mode with gradients runs the layers from ``layer`` on
+    with additional virtual samples, with probability cos(omega). The model still returns only the outputs of the batch.
 
         virtual = VirtualSamples(model, gaussian=4, dropout=4, eta=0.1)
         for x, y in loader:
             loss = F.cross_entropy(model(x), y) + virtual.penalty()
             ...  # the update
 
-    Make it before the model is compiled; a compiled model takes it with breaks of the graph, so not with
-    ``fullgraph=True``. It has no parameters; its state is the number of passes. The layers from ``layer`` on see
-    1 + M times the rows: they must run once a pass, with the batch as dimension 0, and take nothing else that has its
-    rows, such as a mask of padding or a skip connection around ``layer``. The classifier always fulfils this.
+    Construct it before the model is compiled; it causes graph breaks in a compiled model, so ``fullgraph=True`` does
+    not work. It has no parameters; its state is the number of passes. The layers from ``layer`` on get 1 + M times as
+    many
+    rows: they must run once per pass, with the batch as dimension 0, and have no other input with one entry per row,
+    such as a padding mask or a skip connection around ``layer``. The classifier always fulfils this.
 
     Args:
-        model: any module. Inputs of the layer are ``(B, ...)``; of ``(B, T, H)`` each position is perturbed by itself.
+        model: any module. Inputs of the layer are ``(B, ...)``; with ``(B, T, H)``, each position is perturbed
+            separately.
         layer: name of the module; default: the classifier.
         classifier: name of the model's last linear layer, whose outputs are the logits ``(B, ..., C)``; default: the
             last one registered.
         omega: in [0, pi / 2]; pi / 3 augments every second pass on average.
         eta: weight of the penalty, at least 0.
-        labels: ``"soft"``: outputs of the batch are the labels of its virtual samples, as constants (eq. 10);
+        labels: ``"soft"``: the outputs of the batch are the labels of its virtual samples, as constants (eq. 10);
             ``"trained"``: with a gradient into them (eq. 11 as it is written).
-        seed: seed of the coin and the noise.
+        seed: seed of the random decisions and the noise.
         noise: ``gaussian``, ``dropout``, ``sigma``, ``tau``, ``drop_prob``, ``basis``, as for :class:`LatentNoise`.
 
     Raises:
@@ -264,12 +268,12 @@ class VirtualSamples(nn.Module):
             raise UserError(f"layer: the model has no module {layer!r}; it has {', '.join(filter(None, modules))}")
         chosen = modules[name if layer is None else layer]
         if any(isinstance(getattr(hook, "__self__", None), Stack) for hook in chosen._forward_pre_hooks.values()):
-            raise UserError(f"layer {name if layer is None else layer!r} has virtual samples already; remove() those")
+            raise UserError(f"layer {name if layer is None else layer!r} already has virtual samples; remove() them")
         self.passes = 0
-        """Forward passes in training so far, the iteration that random numbers are drawn for."""
+        """Number of forward passes in training so far; random numbers are drawn for this iteration."""
         self._idle = False
-        """The coin of the latest pass fell on no virtual samples."""
-        self._modules_of_model = (chosen, end)  # a tuple: they are no submodules
+        """Whether the latest pass got no virtual samples by its random decision."""
+        self._modules_of_model = (chosen, end)  # a tuple, so that they do not become submodules
         self._stack = Stack(*self._modules_of_model, self._virtual)
         self._of_model = (
             model.register_forward_pre_hook(self._stack.begin, prepend=True),
@@ -278,7 +282,7 @@ class VirtualSamples(nn.Module):
 
     def _virtual(self, hidden: Tensor) -> Tensor | None:
         layer, _ = self._modules_of_model
-        again = torch._C._current_graph_task_id() != -1  # a checkpointed layer runs once more in the backward pass
+        again = torch._C._current_graph_task_id() != -1  # a checkpointed layer runs again in the backward pass
         if not layer.training or not (torch.is_grad_enabled() or again):
             return None
         if not again:
@@ -294,7 +298,7 @@ class VirtualSamples(nn.Module):
 
     @property
     def shape(self) -> torch.Size | None:
-        """Of the latest pass's rows, ``(B,)`` or ``(B, T)``; None: it had no virtual samples."""
+        """Shape of the rows of the latest pass, ``(B,)`` or ``(B, T)``; None if it had no virtual samples."""
         return None if self._stack.logits is None else self._stack.logits[0].shape[:-1]
 
     @torch.compiler.disable
@@ -302,18 +306,18 @@ class VirtualSamples(nn.Module):
         logits = self._stack.logits
         if logits is not None and isinstance(output, Tensor) and output.shape[-1:] != logits[0].shape[-1:]:
             raise UserError(
-                f"classifier must name the layer that the logits come from: the model gives {tuple(output.shape)}, and "
-                f"the last Linear that is registered {tuple(logits[0].shape)}"
+                f"classifier must name the layer that the logits come from: the model returns {tuple(output.shape)}, "
+                f"but the last registered Linear returns {tuple(logits[0].shape)}"
             )
 
     def penalty(self, mask: Tensor | None = None) -> Tensor:
-        """eta times the divergence of the latest pass, of virtual samples from their batch; 0 where it had none.
+        """eta times the divergence of the virtual samples of the latest pass from their batch; 0 if it had none.
 
         Args:
-            mask: of logits ``(B, T, C)``, ``(B, T)`` bool: the positions that count, such as ``labels != -100``.
+            mask: for logits ``(B, T, C)``, ``(B, T)`` bool: the positions that count, such as ``labels != -100``.
 
         Raises:
-            UserError: the mask is of another shape or type.
+            UserError: the mask has a wrong shape or type.
             RuntimeError: no pass went through the layer in training since the last call.
         """
         if self._idle:
@@ -322,7 +326,7 @@ class VirtualSamples(nn.Module):
         if self._stack.logits is None:
             raise RuntimeError(
                 "no virtual samples went through the model: call penalty() once after each of its forward passes in "
-                "training mode with gradients, and make VirtualSamples before the model is compiled"
+                "training mode with gradients, and construct VirtualSamples before the model is compiled"
             )
         raw, virtual = self._stack.logits
         self._stack.forget()
@@ -342,7 +346,7 @@ class VirtualSamples(nn.Module):
         return penalty
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Removes the hooks from the model."""
         for handle in self._of_model:
             handle.remove()
         self._stack.remove()

@@ -119,7 +119,7 @@ def test_a_vectorised_jacobian() -> None:
 
     expected = one_by_one(DIFFERENTIABLE["linear rows"], (hidden, weight), torch.eye(B))[0]
     torch.testing.assert_close(jacobian(), expected)
-    with pytest.raises(RuntimeError, match=r"create_graph must be False where .* differentiated twice"):
+    with pytest.raises(RuntimeError, match=r"create_graph must be False if .* differentiated twice"):
         jacobian(create_graph=True)
 
 
@@ -136,7 +136,7 @@ def test_vmap_around_a_backward_pass(name: str) -> None:
 def test_inplace_backward_has_no_room_for_a_batch_of_gradients(dtype: torch.dtype) -> None:
     leaf = torch.randn(B, C, dtype=dtype, requires_grad=True)
     loss = batchkern.trimmed_cross_entropy(leaf * 1, TARGET, 0.5, inplace_backward=True)
-    with pytest.raises(RuntimeError, match=r"inplace_backward must be False where .* batch of gradients"):
+    with pytest.raises(RuntimeError, match=r"inplace_backward must be False if .* batch of gradients"):
         batched(loss, (leaf,), torch.ones(3, dtype=dtype), retain_graph=True)
     loss.backward()  # nothing was overwritten
     torch.testing.assert_close(leaf.grad, *torch.autograd.grad(DIFFERENTIABLE["trimmed"](leaf, leaf), leaf))

@@ -380,13 +380,13 @@ def test_inplace_backward_through_a_strided_view() -> None:
 
 def test_inplace_backward_of_a_leaf_raises() -> None:
     logits, target = batch()
-    with pytest.raises(ValueError, match=r"inplace_backward must be False where logits is a leaf"):
+    with pytest.raises(ValueError, match=r"inplace_backward must be False if logits is a leaf"):
         batchkern.trimmed_cross_entropy(logits.requires_grad_(), target, 0.5, inplace_backward=True)
 
 
 def test_inplace_backward_of_overlapping_logits_raises() -> None:
     row = torch.randn(1, 4, requires_grad=True) * 2
-    with pytest.raises(ValueError, match=r"inplace_backward must be False where logits overlaps itself.*\(0, 1\)"):
+    with pytest.raises(ValueError, match=r"inplace_backward must be False if logits overlaps itself.*\(0, 1\)"):
         batchkern.trimmed_cross_entropy(row.expand(5, 4), torch.ones(5).long(), 0.5, inplace_backward=True)
 
 
@@ -682,5 +682,5 @@ def test_group_cases_split_a_tie_between_ranks() -> None:
 
 def test_inplace_backward_refuses_a_view_of_a_leaf() -> None:
     logits = torch.randn(4, 6, requires_grad=True)
-    with pytest.raises(ValueError, match="inplace_backward must be False where logits is a leaf or its view"):
+    with pytest.raises(ValueError, match="inplace_backward must be False if logits is a leaf or a view of one"):
         batchkern.trimmed_cross_entropy(logits.view(6, 4), torch.zeros(6, dtype=torch.long), 0.5, inplace_backward=True)

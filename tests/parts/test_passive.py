@@ -159,7 +159,7 @@ def test_a_compiled_model_runs_the_head_that_is_meant() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(UserError, match="every must be a whole number of at least 1, got 0"):
         inject([], [], every=0)
-    with pytest.raises(UserError, match="passive must have batches whenever it is begun anew, it has none"):
+    with pytest.raises(UserError, match="passive must have batches whenever it is iterated, but it has none"):
         list(inject([(1,)], [], every=1))
     with pytest.raises(UserError, match="passive batches must be mappings, tuples or lists, got Tensor"):
         list(inject([(1,)], [torch.zeros(2)], every=1))
@@ -167,7 +167,7 @@ def test_wrong_arguments() -> None:
         SecondHead(net(), 4, shared="0")
     with pytest.raises(UserError, match="has no classifier that could be found"):
         SecondHead(nn.ReLU(), 4)
-    with pytest.raises(UserError, match="it is that Linear itself"):
+    with pytest.raises(UserError, match="it is itself the only Linear layer"):
         SecondHead(nn.Linear(2, 3), 4)
     with pytest.raises(UserError, match=r"classes must be a whole number of at least 1, got 2\.5"):
         SecondHead(net(), 2.5)  # type: ignore[arg-type]
@@ -215,6 +215,6 @@ def test_a_loader_without_a_state_is_read_from_its_beginning() -> None:
     state = plain.state_dict()
     plain.load_state_dict(whole)
     with pytest.raises(
-        ValueError, match=r"from within a pass, where a DataLoader cannot go on: inject into WholeEpochs"
+        ValueError, match=r"saved within a pass, and a DataLoader cannot continue there: inject into WholeEpochs"
     ):
         plain.load_state_dict(state)

@@ -358,5 +358,7 @@ def test_states_of_other_samplers_are_refused() -> None:
         {},
     ]
     for state in states:
-        with pytest.raises(ValueError, match=r"the state is of another sampler: .* and this one is .*'batch_size': 4"):
+        with pytest.raises(
+            ValueError, match=r"the state belongs to another sampler: .* and this one is .*'batch_size': 4"
+        ):
             hard().load_state_dict(state)

@@ -52,7 +52,7 @@ def test_batches_and_rates_are_those_of_the_trainer(options: dict[str, Any], int
     assert seen == [(batch.indices.tolist(), batch.epoch, batch.rate) for batch in planned(**options)]
     assert sampler.updates == len(seen)
     assert [sampler.batches_of(epoch) for epoch in (0, 5, 10)] == [5, 5, 22]
-    with pytest.raises(RuntimeError, match="the training is over: its sampler was made for 11 epochs"):
+    with pytest.raises(RuntimeError, match="the training is over: its sampler was built for 11 epochs"):
         next(iter(reader))
 
 
@@ -100,7 +100,7 @@ def test_a_state_goes_on_where_training_was(workers: int, stop: int) -> None:
         (lambda: StepwiseLR(torch.optim.SGD([torch.zeros(1)]), 3), "sampler must be a SubsetSampler, got int"),  # type: ignore[arg-type]
         (lambda: lr(gamma=0.0), r"gamma must be in \(0, 1\], got 0.0"),
         (lambda: lr(rates=(1, 2)), "rates must be 5 numbers above 0, one a fraction"),
-        (lambda: lr(rates=(1,) * 5, divisor="run"), "divisor is 'run', but rates take the place of eq. 9"),
+        (lambda: lr(rates=(1,) * 5, divisor="run"), "divisor is 'run', but it belongs to eq. 9, which rates replace"),
     ],
 )
 def test_wrong_arguments(make: Any, says: str) -> None:

@@ -177,7 +177,7 @@ def test_a_compiled_model_has_them_or_says_that_it_has_not() -> None:
     compiled(torch.randn(6, 1, 8, 8))
     virtual = VirtualSamples(late, **ALWAYS)  # type: ignore[arg-type]
     compiled(torch.randn(6, 1, 8, 8))
-    with pytest.raises(RuntimeError, match="make VirtualSamples before the model is compiled"):
+    with pytest.raises(RuntimeError, match="construct VirtualSamples before the model is compiled"):
         virtual.penalty()
 
     torch.compiler.reset()
@@ -305,7 +305,7 @@ def test_models_of_other_shapes() -> None:
     virtual = VirtualSamples(right, classifier="head", **ALWAYS)  # type: ignore[arg-type]
     right(torch.randn(6, 5))
     assert virtual.penalty() > 0
-    with pytest.raises(UserError, match=r"layer 'head' has virtual samples already; remove\(\) those"):
+    with pytest.raises(UserError, match=r"layer 'head' already has virtual samples; remove\(\) them"):
         VirtualSamples(right, classifier="head")
 
 

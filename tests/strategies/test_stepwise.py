@@ -335,5 +335,5 @@ def test_a_strategy_serves_a_second_run():
 
 @pytest.mark.parametrize("options", [{"gradients": "mean"}, {"divisor": "run"}])
 def test_rates_take_the_place_of_what_eq_9_is_read_as(options):
-    with pytest.raises(UserError, match=f"{next(iter(options))} is .*, but rates take the place of eq. 9"):
+    with pytest.raises(UserError, match=f"{next(iter(options))} is .*, but it belongs to eq. 9, which rates replace"):
         Stepwise((0.5, 1.0), (1, 1), rates=(1.0, 1.0), **options)
