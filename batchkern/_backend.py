@@ -1,8 +1,8 @@
-"""Which implementation serves an operation on a device: a kernel, else the plain-PyTorch reference.
+"""The choice of the implementation of an operation on a device: a kernel, or else the plain-PyTorch reference.
 
 ``batchkern._C`` holds the schemas and the kernels in C++ and CUDA C++; ``batchkern.triton`` adds those in Triton.
 Importing batchkern never fails because one of them is missing or was built for another torch: the operations then run
-their references, and ``batchkern info`` says why. On a GPU, where that costs most, a warning says it too.
+their references, and ``batchkern info`` shows the reason. On a GPU, where that costs most, there is a warning, too.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ MADE_OF = {
     "linear_cross_entropy": "cross_entropy_losses",
     "linear_trimmed_cross_entropy": "cross_entropy_losses",
 }
-"""The operator that has the kernel, where it has another name. The linear ones are made of it and torch's matmul."""
+"""The operator with the kernel, if it has another name. The linear operations combine it with torch's matmul."""
 
 
 def _import_extension() -> tuple[ModuleType | None, str]:
-    """``batchkern._C``, or why it cannot be used."""
+    """``batchkern._C`` and an empty text, or None and the reason why it cannot be used."""
     try:
         # Not `from batchkern import _C`, which would report a missing one as a circular import.
         module = importlib.import_module("batchkern._C")
@@ -61,16 +61,16 @@ def _import_extension() -> tuple[ModuleType | None, str]:
 
 extension, extension_error = _import_extension()
 are_plain: Callable[[tuple[Any, ...], dict[str, Any]], bool] = getattr(extension, "are_plain", lambda *_: False)
-"""Whether nothing is to be looked at before a call: see ``ops/_public.py``. False may mean that it is not known."""
+"""Whether a call needs no further checks: see ``ops/_public.py``. False is also the answer if this is not known."""
 
 in_memory: Callable[[Tensor], bool] = getattr(extension, "in_memory", lambda _: True)
-"""Whether the storage of a tensor holds all of its elements. Without the module, which looks, it is said to."""
+"""Whether the storage of a tensor holds all of its elements. Always True without the extension module."""
 
 
 def large_empty(rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-    """``(rows, columns)`` on the device of ``like``, uninitialised; on a CPU in memory that is used again, as
-    csrc/cpu/memory.h says."""
-    if extension is None or not like.is_cpu or type(like) not in (Tensor, torch.nn.Parameter):  # a fake tensor, say
+    """An uninitialised ``(rows, columns)`` tensor on the device of ``like``; on a CPU its memory is reused, see
+    csrc/cpu/memory.h."""
+    if extension is None or not like.is_cpu or type(like) not in (Tensor, torch.nn.Parameter):  # such as a fake tensor
         return torch.empty(rows, columns, dtype=dtype, device=like.device)
     found: Tensor = extension.large_empty(rows, columns, dtype)
     return found
@@ -81,13 +81,13 @@ def _torch_without_cuda() -> str:
 
 
 def _register_triton() -> str:
-    """Adds the Triton kernels to the operators, or says why there are none."""
+    """Registers the Triton kernels; returns an empty text, or the reason why this is not possible."""
     if without_cuda := _torch_without_cuda():
         return without_cuda
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: install it"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
-        return "Triton needs a C compiler when it runs, and found neither CC nor gcc nor clang: install one"
+        return "Triton needs a C compiler when it runs, but found none (CC, gcc or clang): install one"
     triton.register()
     return ""
 
@@ -107,21 +107,21 @@ def _find_kernels() -> set[tuple[str, str]]:
 
 _kernels = _find_kernels()
 _supported: dict[tuple[str, int], bool] = {}
-"""By operation and index of a CUDA device: whether the kernel runs there."""
+"""For each operation and index of a CUDA device, whether the kernel runs there."""
 
 
 def has_kernel(op: str, x: Tensor) -> bool:
-    """Whether ``op`` has a kernel for tensors like ``x``. There are none for float64, nor within the transforms of
-    ``torch.func`` and ``torch.jit.trace``: there the reference serves."""
+    """Whether ``op`` has a kernel for tensors like ``x``. There are none for float64, or within the transforms of
+    ``torch.func`` and ``torch.jit.trace``, which use the reference."""
     if x.dtype == torch.float64 or within_transform():
         return False
-    # x.device.type makes two objects; this is asked in every call.
+    # x.device.type creates two objects, which is slow, and this runs in every call.
     if x.is_cpu:
         return (op, "cpu") in _kernels
     if not x.is_cuda:
         return False
     index = x.device.index or 0
-    if torch.compiler.is_compiling():  # or a new entry in the dictionary would have it trace again
+    if torch.compiler.is_compiling():  # a new entry in the dictionary would cause another trace
         return _find_out(op, index)
     known = _supported.get((op, index))
     return _find_out(op, index) if known is None else known
@@ -131,8 +131,9 @@ _warned = False
 
 
 def _find_out(op: str, index: int) -> bool:
-    """Whether this CUDA device can run the kernel of ``op``. The first time that it cannot, a warning says why."""
-    if torch.compiler.is_compiling() or not torch.cuda.is_available():  # there, tensors are fake
+    """Whether this CUDA device can run the kernel of ``op``. The first time that it cannot, a warning gives the
+    reason."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():  # tensors are then fake
         return (op, "cuda") in _kernels
     status = _status(op, "cuda", index)
     _supported[op, index] = status.backend == "kernel"
@@ -141,19 +142,20 @@ def _find_out(op: str, index: int) -> bool:
         _warned = True
         warnings.warn(
             f"batchkern.{op} has no kernel for cuda:{index} and runs as plain PyTorch, slower and often in more "
-            f"memory. {status.why}. This is said once, for all operations; `batchkern info` lists them.",
-            stacklevel=5,  # whoever called the operation
+            f"memory. {status.why}. This warning is shown once for all operations; `batchkern info` lists them.",
+            stacklevel=5,  # the caller of the operation
         )
     return _supported[op, index]
 
 
-# While the compiler traces it calls this function, as it would one decorated by torch.compiler.assume_constant_result,
-# which takes a second to import. A compiler that does not would trace it, and find is_compiling().
+# The compiler calls this function while tracing, as if it were decorated by torch.compiler.assume_constant_result,
+# which takes a second to import. A compiler without this mark would trace the function, and take the is_compiling()
+# branch.
 _find_out._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _problem(op: str, index: int) -> str:
-    """Why this CUDA device cannot run the kernel, and what would help; empty where it can."""
+    """The reason why this CUDA device cannot run the kernel, and a remedy; empty if it can."""
     major, minor = torch.cuda.get_device_capability(index)
     where = f"{_made_of(op)}, and this device is {major}.{minor}"
     if op in triton.OPS:
@@ -167,18 +169,18 @@ def _problem(op: str, index: int) -> str:
 
 @functools.cache
 def _driver_problem(index: int) -> str:
-    """Why the driver cannot load the CUDA C++ kernels on this device, in its own words; empty where it can.
+    """The driver's error message when it loads the CUDA C++ kernels on this device; empty if it can load them.
 
-    A driver that is older than the nvcc of the build compiles none of its PTX.
+    A driver that is older than the nvcc of the build cannot compile its PTX.
     """
     answer: str = extension.cuda_problem(index) if extension is not None else ""
     return answer.rstrip(".")
 
 
 def built_for(capability: tuple[int, int]) -> bool:
-    """Whether the CUDA C++ kernels run on a device of this compute capability: (9, 0).
+    """Whether the CUDA C++ kernels run on a device of this compute capability, such as (9, 0).
 
-    Machine code serves the minor versions above its own; PTX, which the driver compiles, every version above its own.
+    Machine code also runs on higher minor versions; PTX, which the driver compiles, runs on all higher versions.
     """
     for name in _architectures():
         number, _, ptx = name.partition("+")
@@ -193,10 +195,10 @@ def _architectures() -> list[str]:
 
 
 def operator(op: str) -> Callable[..., Any]:
-    """The operator ``batchkern::op``, with all its arguments by place, for calls of a few microseconds.
+    """The operator ``batchkern::op``, with positional arguments only, for calls of a few microseconds.
 
-    Both ways lead through PyTorch's dispatcher. The bound one takes 1 to 3 us less, of some 10 that a small call
-    takes; the compiler can trace only PyTorch's own.
+    Both variants use PyTorch's dispatcher. The bound one takes 1 to 3 us less, of about 10 us for a small call; the
+    compiler can trace only PyTorch's own.
     """
     if torch.compiler.is_compiling():
         traced: Callable[..., Any] = getattr(torch.ops.batchkern, op).default
@@ -215,7 +217,7 @@ class Status:
 
 
 def status() -> list[Status]:
-    """The backend of every operation on every device type, and why."""
+    """The backend of every operation on every device type, and the reason."""
     return [_status(op, device) for op in OPS for device in DEVICES]
 
 
@@ -229,7 +231,7 @@ def _made_of(op: str) -> str:
 def _triton_version() -> str:
     try:
         return f"Triton {importlib.metadata.version('triton')}"
-    except importlib.metadata.PackageNotFoundError:  # there are distributions of other names
+    except importlib.metadata.PackageNotFoundError:  # the distribution may have another name
         return "Triton"
 
 
@@ -246,6 +248,6 @@ def _status(op: str, device: str, index: int | None = None) -> Status:
     if device == "cuda" and op in triton.OPS and triton_error:
         return Status(op, device, "reference", triton_error)
     if device == "cuda" and op not in triton.OPS and not extension.build_facts()["cuda"]:
-        why = "batchkern._C was built without CUDA: install an nvcc, as README says, and batchkern again"
+        why = "batchkern._C was built without CUDA: install an nvcc (see README), and then batchkern again"
         return Status(op, device, "reference", _torch_without_cuda() or why)
     return Status(op, device, "reference", NO_KERNEL)

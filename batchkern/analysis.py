@@ -1,5 +1,5 @@
-"""Results of trainings made anywhere, judged as ``batchkern compare`` judges its own: pairs by seed, intervals, tests
-that are corrected together.
+"""Analysis of the results of any trainings, with the statistics of ``batchkern compare``: pairs by seed, intervals, and
+tests that are corrected together.
 
     analysis = analyse(read_results(Path("results.csv")))
     for table in analysis.tables:
@@ -46,7 +46,7 @@ LESS_IS_BETTER = {
     ),
     *("wer", "cer", "ece", "brier", "latency", "seconds", "time", "memory"),
 }
-"""Words in the names of metrics."""
+"""Words in the names of metrics for which lower values are better."""
 
 
 @dataclass
@@ -57,18 +57,19 @@ class Table:
     metric: Metric
     entries: list[dict[str, Any]]
     curves: dict[str, list[Curve]]
-    """Of each arm, one a seed."""
+    """The curves of each arm, one per seed."""
     elsewhere: int = 0
-    """Arms that have the runs of an earlier table, and are told there."""
+    """Number of arms whose runs are the same as in an earlier table, where they are shown."""
 
     @property
     def effects(self) -> Rows:
-        """Headings, then a row for each arm: what it reached, and by how much it differs."""
+        """Headings, then a row for each arm: its result, and its differences."""
         return effect_rows(self.entries, self.metric)
 
     @property
     def usage(self) -> Rows:
-        """Headings, then a row for each arm: what it used, and how soon it was as good as the baseline at its best."""
+        """Headings, then a row for each arm: its steps and cost, and when it was as good as the best of the
+        baseline."""
         shown = {
             "reach": lambda entry: shown_reach(entry["reach"], ".2f"),
             "cost": lambda entry: "" if entry["cost"] is None else f"{entry['cost']:.2f}",
@@ -82,10 +83,10 @@ class Table:
 
     @property
     def verdict(self) -> list[str]:
-        """What the paired differences allow to say."""
+        """The conclusions from the paired differences."""
         said = judged(self.entries, self.metric, "its control")
         if not said and len(self.entries) > 1:
-            said.append("Fewer than two pairs of runs: there is no telling chance from effect.")
+            said.append("Fewer than two pairs of runs: an effect cannot be distinguished from chance.")
         if self.elsewhere:
             said.append("All other arms have the same runs at the first budget: see there.")
         return said or ["There is no other arm."]
@@ -93,31 +94,31 @@ class Table:
 
 @dataclass
 class Analysis:
-    """All tables, whose tests are one family."""
+    """All tables; their tests are one family."""
 
     tables: list[Table]
     tests: int
     axis: str
     about: list[str]
-    """What a reader of the tables should know of the file."""
+    """Notes on the file for a reader of the tables."""
 
     @property
     def notes(self) -> list[str]:
         """How to read the tables."""
         entries = [entry for table in self.tables for entry in table.entries]
-        pairing = "they are worth as much as the runs of one seed have in common, such as initial weights."
+        pairing = "pairing helps if the runs of one seed have much in common, such as initial weights."
         notes = about_tests(max(entry["of"] for entry in entries), self.tests, pairing) if self.tests else []
         if any(entry["reach"] for entry in entries):
             notes.append(
-                "Reach: when an arm first was as good as the baseline of its seed at its best, as a share of all the "
-                f"{self.axis} of this baseline (median over the seeds; in brackets how many got there)."
+                "Reach: when an arm was first as good as the best value of the baseline of the same seed, as a "
+                f"fraction of the {self.axis} of this baseline (median over the seeds; in brackets how many seeds reached it)."
             )
         if any(entry["cost"] for entry in entries):
             notes.append("Cost: relative to the baseline, over the seeds that both have.")
         short = dict.fromkeys(entry["arm"] for entry in entries if entry["seeds"] + len(entry["failed"]) < entry["of"])
         if short:
             notes.append(
-                f"Not every seed of the others is there of {', '.join(short)}; pairs are of those that both have."
+                f"{', '.join(short)}: some seeds of the other arms are missing; pairs use the seeds that both have."
             )
         metrics = dict.fromkeys(table.metric for table in self.tables)
         directions = (f"{metric.name} ({'less' if metric.lower else 'more'} is better)" for metric in metrics)
@@ -138,14 +139,14 @@ def analyse(
     """A table for each data set, budget and metric; all their tests are one family (Holm).
 
     Args:
-        results: what :func:`read_results` gives, or runs.
-        baseline: the arm that others are held against.
-        controls: of arms, in place of those that the runs name: what each is held against, too.
-        lower, higher: metrics of which less, or more, is better. By default less of a loss, an error, a perplexity,
-            of seconds, time, memory and the like.
+        results: the result of :func:`read_results`, or a list of runs.
+        baseline: the arm with which the others are compared.
+        controls: a second arm with which an arm is compared, by arm, instead of the controls named by the runs.
+        lower, higher: metrics for which lower, or higher, values are better. By default, lower is better for losses,
+            errors, perplexity, seconds, time, memory and the like.
 
     Raises:
-        UserError: there is no such arm or metric, an arm is its own control, or is in one budget twice.
+        UserError: there is no such arm or metric, an arm is its own control, or an arm is twice in one budget.
 
     Examples:
         >>> from pathlib import Path
@@ -168,9 +169,9 @@ def analyse(
         raise UserError(f"lower and higher: {both[0]!r} is in both")
     shown = {name: _shown(name, runs, name in lower, name in higher) for name in metrics}
     held_against = _held_against(runs, baseline, controls or {})
-    about = [f"No metric, since without a number: {', '.join(results.left_out)}."] if results.left_out else []
+    about = [f"Not metrics, since they have no number: {', '.join(results.left_out)}."] if results.left_out else []
     if results.unused:
-        about.append(f"Not looked at, since not asked for (--metric): {', '.join(results.unused)}.")
+        about.append(f"Not analysed, since not selected (--metric): {', '.join(results.unused)}.")
     values: dict[Any, dict[str, float]] = {}
     tables, pairs = [], []
     for data in dict.fromkeys(run.data for run in runs):
@@ -200,7 +201,7 @@ def analyse(
                 }
                 if uneven := [arm for arm, ends in lengths.items() if len(ends) > 1]:
                     about.append(
-                        f"Courses end at different {results.axis} for the seeds of {', '.join(uneven)}: {where}."
+                        f"Curves end at different {results.axis} for the seeds of {', '.join(uneven)}: {where}."
                     )
                 about += _ended_early(metric, arms, baseline, results.axis, where)
                 kept = [entries[arm] for arm in told]
@@ -215,7 +216,7 @@ def analyse(
 
 
 def _ended_early(metric: str, arms: Mapping[str, list[Run]], baseline: str, axis: str, where: str) -> list[str]:
-    """Says of which arms the last value is of an earlier place than its last line, and the baseline's is not."""
+    """A note on arms whose last value comes before their last line, unlike that of the baseline."""
 
     def shares(own: Sequence[Run]) -> list[float]:
         ended = [(run.curves[metric][0][-1], run.used.get(axis, 0.0)) for run in own if metric in run.curves]
@@ -265,12 +266,14 @@ def _arms(runs: Sequence[Run], data: str, budget: str, baseline: str) -> dict[st
         raise UserError(f"there is no run of the baseline {baseline!r}{where or ' without a budget'}")
     for arm, own in arms.items():
         if len({run.group for run in own}) > 1:
-            raise UserError(f"arm {arm!r} stands twice{where}: in runs of this budget, and of several")
+            raise UserError(
+                f"arm {arm!r} appears twice{where}: in runs of this budget only, and in runs of several budgets"
+            )
     return arms
 
 
 def _told(arms: Mapping[str, list[Run]], first: Mapping[str, frozenset[str]], baseline: str) -> list[str]:
-    """Arms but those that have, as has the baseline, the runs of the first budget: they are told there."""
+    """The arms to show: without those whose runs, like those of the baseline, are the runs of the first budget."""
     again = {arm for arm, own in arms.items() if first.get(arm) == own[0].group}
     return [arm for arm in arms if arm == baseline or arm not in again or baseline not in again]
 
@@ -303,7 +306,7 @@ def _entry(
 
 
 def _reach(curves: Sequence[tuple[Curve, Curve]], lower: bool) -> dict[str, Any] | None:
-    """Of pairs of an arm's course and the baseline's, in shares of what the baseline used."""
+    """The reach, from pairs of an arm's curve and the baseline's, as fractions of what the baseline used."""
     sign, shares = -1 if lower else 1, []
     for (x, y), (base_x, base_y) in curves:
         if base_x[-1] > 0 and (len(x) > 1 or len(base_x) > 1):
@@ -319,16 +322,16 @@ PLOTS = re.compile(r"(differences|curves)-\d+\.png")
 
 
 def write_analysis(analysis: Analysis, out: Path, name: str, *, overwrite: bool = False) -> list[str]:
-    """A page of HTML that needs nothing but itself, its plots, and the tables as JSON, into ``out``; their names.
+    """Writes a self-contained HTML page, its plots, and the tables as JSON into ``out``; returns their names.
 
     Args:
-        analysis: what :func:`analyse` gives.
-        out: its directory, which is made.
-        name: name of what was analysed, for the title.
-        overwrite: replace the files of an analysis that are there.
+        analysis: the result of :func:`analyse`.
+        out: the directory, which is created.
+        name: name of the analysed file, for the title.
+        overwrite: replace the files of an existing analysis.
 
     Raises:
-        UserError: such a file is there, or one cannot be written.
+        UserError: such a file exists, or one cannot be written.
 
     Examples:
         >>> from pathlib import Path
@@ -350,9 +353,9 @@ def write_analysis(analysis: Analysis, out: Path, name: str, *, overwrite: bool 
     make_directory(out)
     there = sorted(file for file in os.listdir(out) if file in (PAGE, JSON) or PLOTS.fullmatch(file))
     if there and not overwrite:
-        raise UserError(f"{out / there[0]} is there; give overwrite (--overwrite) to replace it")
+        raise UserError(f"{out / there[0]} already exists; give overwrite (--overwrite) to replace it")
     for file in there:
-        (out / file).unlink()  # a page of fewer tables has fewer plots
+        (out / file).unlink()  # an analysis with fewer tables has fewer plots
     write_file(out / JSON, text.encode())
     images: list[list[tuple[str, str]]] = []
     for number, table in enumerate(analysis.tables, 1):

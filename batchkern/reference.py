@@ -1,7 +1,7 @@
 """Every operation in plain PyTorch: the specification, the tests' oracle, the fallback for a device without a kernel.
 
 Nothing here loops over rows, synchronises with the host, or has a data-dependent shape, so all of it runs on any
-device, under CUDA graphs and under ``torch.compile``. Arguments are taken as valid: ``batchkern.ops`` checks them.
+device, under CUDA graphs and under ``torch.compile``. Arguments are assumed to be valid: ``batchkern.ops`` checks them.
 Losses, log-sum-exps, ranks and sums are float32 for float32, bfloat16 and float16 inputs, and float64 for float64.
 """
 
@@ -23,9 +23,9 @@ from batchkern.basis import Basis, apply_basis
 
 
 def within_transform() -> bool:
-    """Whether this is called by a transform of ``torch.func``, in a compiled function, too, in forward-mode
-    differentiation, or by ``torch.jit.trace``: these see PyTorch's own functions alone."""
-    # torch.jit.is_tracing, which the compiler would take, costs 0.3 us more.
+    """Whether this runs within a transform of ``torch.func`` (also in a compiled function), forward-mode
+    differentiation or ``torch.jit.trace``, which support only PyTorch's own functions."""
+    # torch.jit.is_tracing, which the compiler supports, costs 0.3 us more.
     return torch._C._are_functorch_transforms_active() or (
         not is_dynamo_compiling() and (torch._C._is_tracing() or forward_ad._current_level >= 0)
     )
@@ -35,7 +35,7 @@ def within_transform() -> bool:
 
 
 def wide(x: Tensor) -> Tensor:
-    """``x`` in the type that losses are computed in: float64 stays, everything narrower becomes float32."""
+    """``x`` in the type in which losses are computed: float64 stays, narrower types become float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -45,7 +45,7 @@ def kept_count(n: Tensor, keep: float | Tensor) -> Tensor:
 
 
 def canonical(x: Tensor) -> Tensor:
-    """``x`` with one zero and one NaN: -0.0 equals 0.0, and every NaN every other, whatever its sign bit."""
+    """``x`` with -0.0 replaced by 0.0, and every NaN by the same NaN, whatever its sign bit."""
     return torch.where(x == 0, 0.0, torch.where(x.isnan(), math.nan, x))
 
 
@@ -53,7 +53,7 @@ def in_order(scores: Tensor, valid: Tensor | None = None, *, lowest: bool = Fals
     """Indices ``(..., B)`` that sort ``scores (..., B)`` along the last dimension: highest first, NaN above all, equal
     values by lower index. With ``lowest``: lowest first, NaN last.
 
-    Rows where ``valid (..., B)`` is False come last, behind a valid -inf or NaN.
+    Rows where ``valid (..., B)`` is False come last, after a valid -inf or NaN.
     """
     order = torch.sort(canonical(scores), descending=not lowest, stable=True).indices
     if valid is not None:
@@ -71,10 +71,10 @@ def select(
     above: float | None = None,
     within: str = "all",
 ) -> tuple[Tensor, Tensor]:
-    """``kept`` bool of the shape of ``scores``, and how many are, as a 0-dim float64 tensor.
+    """``kept`` bool of the shape of ``scores``, and the number of kept rows as a 0-dim float64 tensor.
 
-    Of the n valid rows in order, rows first = min(round(skip * n), n - k) to first + k are kept, and those above
-    ``above``, but for the first ``first``; of each sample apart, where ``within`` is ``"sample"``.
+    Of the n valid rows in order, rows first = min(round(skip * n), n - k) to first + k are kept, and also those that
+    score above ``above``, except the first ``first``. If ``within`` is ``"sample"``, this is done for each sample.
     """
     shape = (len(scores), math.prod(scores.shape[1:])) if within == "sample" else (1, scores.numel())
     score_rows, valid_rows = scores.reshape(shape), valid.reshape(shape)
@@ -97,11 +97,12 @@ def select_and_normalize(
     group: dist.ProcessGroup | None,
     **band: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The kept rows of this rank and what their summed loss is divided by. ``band``: the other arguments of `select`.
+    """The kept rows of this rank and the divisor of their summed loss. ``band``: the other arguments of `select`.
 
-    The divisor is the number of kept rows, or with ``weight`` their summed weight. With ``group`` the rows are ranked
-    over all ranks' batches (ties: lower rank, then lower index) and the divisor is that of the concatenated batch over
-    the world size, so that averaging gradients over ranks, as DDP does, gives the concatenated batch's gradient.
+    The divisor is the number of kept rows, or with ``weight`` their summed weight. With ``group``, the rows are ranked
+    over the batches of all ranks (ties: lower rank, then lower index) and the divisor is that of the concatenated batch
+    divided by the world size, so that averaging gradients over ranks, as DDP does, gives the gradient of the
+    concatenated batch.
     """
     if group is None or band.get("within") == "sample":
         kept, count = select(scores, valid, keep, **band)
@@ -123,12 +124,12 @@ def select_rows(
     """The kept rows, as a mask of the shape of ``scores``. ``band``: the other arguments of `select`."""
     valid = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
     if band.get("within") == "sample":
-        group = None  # no rank need know of another's samples
+        group = None  # samples are independent of other ranks
     return select_and_normalize(wide(scores), valid, None, keep, group, **band)[0]
 
 
 def share_of_sum(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sum of ``x ()`` over the ranks of a group, over their number."""
+    """The sum of ``x ()`` over the ranks of a group, divided by their number."""
     total = x.clone()
     dist.all_reduce(total, group=group)
     return total / dist.get_world_size(group)
@@ -142,23 +143,23 @@ class Gathered:
     valid: Tensor
     weight: Tensor
     rows: list[int]
-    """How many of its rows are of each rank."""
+    """The number of rows of each rank."""
     rank: int
 
     def share(self, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """This rank's rows of ``kept``, and the normalizer of the concatenated batch over the world size."""
+        """This rank's rows of ``kept``, and the normalizer of the concatenated batch divided by the world size."""
         start = sum(self.rows[: self.rank])
         normalizer = torch.where(kept, self.weight, 0).sum() / len(self.rows)
         return kept[start : start + self.rows[self.rank]], normalizer
 
 
 def within_graph(x: Tensor) -> bool:
-    """Whether a graph is being traced or captured, for which the host cannot be asked."""
+    """Whether a graph is being traced or captured, during which values cannot be read by the host."""
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def lengths(x: Tensor, group: dist.ProcessGroup) -> list[int]:
-    """The first dimension of each rank's ``x``; the host waits for it."""
+    """The first dimension of each rank's ``x``; the host synchronises for it."""
     counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(dist.get_world_size(group))]
     dist.all_gather(counts, torch.full_like(counts[0], len(x)), group=group)
     sizes: list[int] = torch.cat(counts).tolist()
@@ -166,7 +167,7 @@ def lengths(x: Tensor, group: dist.ProcessGroup) -> list[int]:
 
 
 def gather(losses: Tensor, valid: Tensor, weight: Tensor | None, group: dist.ProcessGroup) -> Gathered:
-    """Losses, valid and weight ``(B,)`` of all ranks, whose B may differ; in a graph they are taken to be equal."""
+    """Losses, valid and weight ``(B,)`` of all ranks, whose B may differ; in a graph they are assumed to be equal."""
     world = dist.get_world_size(group)
     rows = [len(losses)] * world
     if not within_graph(losses):
@@ -193,7 +194,7 @@ def trimmed_mean(
     group: dist.ProcessGroup | None = None,
     **band: Any,
 ) -> Tensor:
-    """``band``: the other arguments of `select`."""
+    """The mean loss of the selected rows. ``band``: the other arguments of `select`."""
     losses = wide(losses)
     valid = torch.ones_like(losses, dtype=torch.bool) if mask is None else mask
     ranked = losses if score is None else wide(score)
@@ -206,7 +207,7 @@ def trimmed_mean(
 
 
 class Rows(NamedTuple):
-    """What a cross entropy says of each row; all of the rows' shape, and 0 or False where the target is ignored.
+    """The results of a cross entropy for each row; all of the rows' shape, and 0 or False where the target is ignored.
 
     Examples:
         >>> import torch
@@ -222,20 +223,21 @@ class Rows(NamedTuple):
     loss: Tensor
     """float32 (float64 for float64 logits); differentiable."""
     lse: Tensor
-    """The log of the sum of the exponentials of the logits; likewise. NaN where a logit is NaN or +inf."""
+    """The log of the sum of the exponentials of the logits; same type, differentiable. NaN if a logit is NaN or
+    +inf."""
     entropy: Tensor
-    """Of the softmax, in nats; a constant."""
+    """The entropy of the softmax, in nats; a constant."""
     correct: Tensor
-    """bool: whether the highest logit, of equal ones the first, is the target's, or its likeliest class's. False where
-    lse is NaN."""
+    """bool: whether the highest logit (the first of equal ones) is that of the target, or of the most likely class of a
+    target of probabilities. False where lse is NaN."""
 
 
 _of_fields = Rows.__new__
 
 
 def _of_fields_or_iterable(cls: type[Rows], *fields: Any, **named: Any) -> Rows:
-    """Where logits are of a subclass of Tensor, PyTorch makes the result anew from one iterable, and NamedTuple would
-    take that for the first field."""
+    """If logits are a subclass of Tensor, PyTorch builds the result again from one iterable, which NamedTuple would
+    take as the first field."""
     return _of_fields(cls, *(fields[0] if len(fields) == 1 and not named else fields), **named)
 
 
@@ -247,23 +249,24 @@ def class_dim(logits: Tensor) -> int:
 
 
 def valid_rows(target: Tensor, ignore_index: int) -> Tensor:
-    """Which rows have a loss: all where the target holds probabilities."""
+    """Which rows have a loss; all rows if the target holds probabilities."""
     if target.is_floating_point():
         return torch.ones_like(target.select(class_dim(target), 0), dtype=torch.bool)
     return target.long() != ignore_index  # uint8 would wrap a negative index around
 
 
 class LossOptions(NamedTuple):
-    """What a loss of a row depends on beside its logits and its target. The gradient uses each of them, too."""
+    """The options that the loss of a row depends on, besides its logits and its target. The gradient uses all of
+    them."""
 
     weight: Tensor | None = None
-    """``(C,)``, of the classes."""
+    """The weights of the classes, ``(C,)``."""
     ignore_index: int = -100
     label_smoothing: float = 0.0
 
 
 def row_losses(logits: Tensor, target: Tensor, options: LossOptions) -> Tensor:
-    """In the type of the logits, 0 at ignored rows."""
+    """The losses in the type of the logits, 0 at ignored rows."""
     losses = F.cross_entropy(
         logits,
         target.to(logits.dtype) if target.is_floating_point() else target.long(),
@@ -284,12 +287,12 @@ def cross_entropy(
     weight: Tensor | None = None,
     stats: bool = True,
 ) -> Rows:
-    """Of each row, by PyTorch's own functions; loss and lse are differentiable as often as these are."""
+    """The cross entropy of each row by PyTorch's own functions; loss and lse are differentiable any number of times."""
     logits = wide(logits)
     valid = valid_rows(target, ignore_index)
     loss = row_losses(logits, target, LossOptions(weight, ignore_index, label_smoothing))
     lse = torch.logsumexp(logits, class_dim(logits))
-    lse = torch.where(lse == math.inf, math.nan, lse)  # as the loss is
+    lse = torch.where(lse == math.inf, math.nan, lse)  # as for the loss
     constants = entropy_and_correct(logits, target, valid, lse) if stats else (loss, loss)
     return Rows(loss, torch.where(valid, lse, 0), *constants)
 
@@ -305,8 +308,8 @@ def entropy_and_correct(logits: Tensor, target: Tensor, valid: Tensor, lse: Tens
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Gives loss and lse of ``rows`` a gradient that exists once, with exact zeros for rows that it does not reach,
-    whatever they hold. ``batchkern/ops/cross_entropy.py`` derives it."""
+    """Adds the gradient to loss and lse of ``rows``: differentiable once, with exact zeros for rows without an upstream
+    gradient, whatever they hold. ``batchkern/ops/cross_entropy.py`` derives it."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, rows: Rows, options: LossOptions) -> tuple[Tensor, Tensor]:
@@ -352,7 +355,7 @@ def rows_with_gradient(
 
 
 def over_classes(weight: Tensor, logits: Tensor) -> Tensor:
-    """``weight (C,)`` as it broadcasts over logits."""
+    """``weight (C,)`` in a shape that broadcasts over logits."""
     return weight.view(-1, *[1] * (logits.dim() - 1 - class_dim(logits)))
 
 
@@ -366,7 +369,7 @@ def trimmed_cross_entropy(
     class_weight: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Trimmed mean ``()`` and detached losses of the rows, 0 at ignored ones."""
+    """The trimmed mean ``()`` and the detached losses of the rows, 0 at ignored rows."""
     logits = wide(logits)
     weight = None if class_weight is None else class_weight.to(logits.dtype)
 
@@ -399,7 +402,8 @@ def linear_logits(
     logit_scale: float,
     ignore_index: int,
 ) -> Tensor:
-    """``(N, V)``. An ignored row may hold NaN, which would spread; what a bias of -inf masks stays masked."""
+    """The logits ``(N, V)``. Ignored rows are set to 0, since they may hold NaN; words masked by a bias of -inf stay
+    masked."""
     valid = valid_rows(target, ignore_index)[..., None]
     logits = F.linear(torch.where(valid, hidden, 0), weight, bias).reshape(-1, weight.shape[0])
     if softcap is not None:
@@ -527,7 +531,7 @@ def augment_latent(
 ) -> Tensor:
     """Eqs. 5-8: x, x + clip(eps, -tau, tau) @ basis.T, mask * x, stacked copy-major.
 
-    The Philox row of an element is its row in the output, so no two copies share a number.
+    The Philox row of an element is its row in the output, so no two copies share a random number.
     """
     batch, width = x.shape
     value = wide(x)
@@ -545,10 +549,10 @@ def augment_latent(
 
 
 class SoftLabelKL(torch.autograd.Function):
-    """Row divergences ``(M * B,)`` of eq. 10, with the gradient that falls out of the same pass.
+    """Row divergences ``(M * B,)`` of eq. 10, with the gradient computed in the same pass.
 
-    With t = log P - log Q, KL(P || Q) = sum Q (t e^t - e^t + 1): every term is >= 0, and where a virtual row sits next
-    to its reference nothing cancels, while sum P t loses all digits there.
+    With t = log P - log Q, KL(P || Q) = sum Q (t e^t - e^t + 1): every term is >= 0, and nothing cancels when a virtual
+    row is close to its reference, while sum P t loses all digits.
     """
 
     @staticmethod
@@ -558,7 +562,7 @@ class SoftLabelKL(torch.autograd.Function):
         log_q = F.log_softmax(wide(virtual) / temperature, dim=1)
         p, q = log_p.exp(), log_q.exp()
         absent = (log_p == -math.inf) & (log_q == -math.inf)
-        # Next to its reference a row's log P - log Q would hold little but the rounding of two logarithms. There the
+        # Close to the reference, log P - log Q would be little more than the rounding error of two logarithms. But the
         # difference d of two close logits is exact, and lse_Q - lse_P = log sum P e^-d follows from it.
         d = (wide(reference).repeat(copies, 1) - wide(virtual)).masked_fill(absent, 0.0) / temperature
         close = (d.abs() < 0.5).all(dim=1, keepdim=True)
@@ -602,7 +606,8 @@ def soft_label_kl(reference_logits: Tensor, virtual_logits: Tensor, *, temperatu
 
 
 def _plain_soft_label_kl(reference: Tensor, virtual: Tensor, temperature: float) -> Tensor:
-    """For what differentiates this as it is written. In float64: the difference of close logarithms costs digits."""
+    """The divergences for transforms, which differentiate the formula. In float64, since differences of close
+    logarithms lose digits."""
     copies = len(virtual) // max(len(reference), 1)
     log_p = F.log_softmax(reference.double() / temperature, dim=1).repeat(copies, 1)
     log_q = F.log_softmax(virtual.double() / temperature, dim=1)

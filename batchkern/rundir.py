@@ -1,5 +1,5 @@
-"""The directory of a run: what it holds, how it is written so that a kill at any moment loses nothing, and when it may
-be written at all."""
+"""The directory of a run: its files, how they are written so that a kill at any moment loses nothing, and the rules for
+when they may be written."""
 
 from __future__ import annotations
 
@@ -47,41 +47,41 @@ CONFIG, METRICS, CHECKPOINT, PREVIOUS, PREPROCESSING, WEIGHTS, BEST, SAMPLES, CU
 RUN_FILES = (CONFIG, METRICS, CHECKPOINT, PREVIOUS, PREPROCESSING, WEIGHTS, BEST, SAMPLES, CURVES)
 
 FORMAT = 3
-"""Of checkpoints; raised when what they hold is no longer read by what was written before."""
+"""The format of checkpoints; raised when their contents change in an incompatible way."""
 _SEAL = re.compile(rb"batchkern (\S{1,40}) checkpoint ([0-9]{1,9}) blake2b ([0-9a-f]{32})")
 
 
 class RunDirectory:
-    """Opens ``path`` for a new run, or for a run that goes on.
+    """Opens ``path`` for a new run, or for a run that is resumed.
 
     Args:
         path: created with its parents.
-        settings: what decides the result of the training, as JSON.
-        environment: what does not: versions, device.
-        overwrite: replace the files of an earlier run here, and nothing else.
-        resume: go on from the checkpoint here, whose settings must equal these; the epochs may be more.
+        settings: everything that affects the result of the training, as JSON.
+        environment: information that does not affect it: versions, device.
+        overwrite: replace the files of an earlier run here, and no other files.
+        resume: continue from the checkpoint here, whose settings must equal these; there may be more epochs.
 
     Attributes:
-        identifier: another one for each run, the same when it goes on.
-        epochs_before: where a run gets more epochs than it had, how many those were; else ``None``.
+        identifier: a different text for each run, which stays the same when the run is resumed.
+        epochs_before: if a run is resumed for more epochs, the earlier number of epochs; else ``None``.
 
     Raises:
-        UserError: the directory holds a run and neither is asked for, holds something else, cannot be written, or
-            cannot be resumed.
+        UserError: the directory holds a run but neither ``overwrite`` nor ``resume`` is given, holds something else,
+            cannot be written, or cannot be resumed.
     """
 
     def __init__(
         self, path: Path, settings: dict[str, Any], environment: dict[str, Any], *, overwrite: bool, resume: bool
     ) -> None:
         self.path = path
-        lasting = identity(settings | {"epochs": None})  # it may get more of them
+        lasting = identity(settings | {"epochs": None})  # the number of epochs may grow
         self._run = hashlib.blake2b(json.dumps(lasting).encode(), digest_size=16).hexdigest()
         self.identifier = secrets.token_hex(8)
         self.epochs_before: int | None = None
         self._config: dict[str, Any] = {}
         self._lock: int | None = None
         self._left: list[Any] | None = None
-        """What the files were when this process last had the lock."""
+        """The state of the files when this process last held the lock."""
         if overwrite and resume:
             raise UserError("overwrite and resume exclude each other; give one of them")
         for module in ("matplotlib.figure", "msgspec", "safetensors.torch"):
@@ -109,30 +109,30 @@ class RunDirectory:
             self.unlock()
 
     def lock(self) -> None:
-        """Keeps all others from writing here, until :meth:`unlock`. Between a trainer's making and its training the
-        directory is free, since nobody knows whether it will ever train.
+        """Prevents other processes from writing here until :meth:`unlock`. Between the construction of a trainer and
+        its training the directory is not locked, since the training may never start.
 
         Raises:
-            UserError: it is in use, or its files are no longer those that this process left.
+            UserError: the directory is in use, or its files have changed since this process unlocked it.
         """
         self._lock = lock(self.path)
         if self._left is not None and self._left != self._files():
             unlock(self._lock)
             self._lock = None
             raise UserError(
-                f"{self.path} was written by another training since this one was begun; resume it, or give another "
+                f"{self.path} was written by another training since this one was created; resume it, or give another "
                 "directory"
             )
 
     def unlock(self) -> None:
-        """Does nothing on the ranks that write nothing."""
+        """Releases the lock; does nothing on ranks that do not write."""
         if self._lock is not None:
             self._left = self._files()
             unlock(self._lock)
             self._lock = None
 
     def _files(self) -> list[Any]:
-        """What tells that a file was written anew."""
+        """Properties of the files that change when they are written."""
         found: list[Any] = []
         for name in (CONFIG, METRICS, CHECKPOINT):
             with contextlib.suppress(OSError):
@@ -142,12 +142,12 @@ class RunDirectory:
 
     def _claim(self, overwrite: bool) -> None:
         try:
-            # A kill during the first write of all leaves a part of it, which is no more than an empty directory.
+            # A kill during the very first write leaves only a partial file, which counts as an empty directory.
             found = contents(self.path, RUN_FILES)
             if found and not self._is_run():
                 raise UserError(f"{self.path} exists and is not a batchkern run; give another output directory")
             if found and not overwrite:
-                raise UserError(f"{self.path} holds a run already; resume it, overwrite it, or give another directory")
+                raise UserError(f"{self.path} already holds a run; resume it, overwrite it, or give another directory")
             remove_parts(self.path, RUN_FILES)
             for name in RUN_FILES[2:]:
                 (self.path / name).unlink(missing_ok=True)
@@ -155,7 +155,7 @@ class RunDirectory:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
     def _is_run(self) -> bool:
-        """Whether config.json is ours: a model of the Hugging Face hub has a file of that name, beside its weights."""
+        """Whether config.json was written by batchkern; models of the Hugging Face hub have a file of the same name."""
         from batchkern.records import read_json
 
         try:
@@ -205,11 +205,11 @@ class RunDirectory:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         self._check_place()
-        append_line(self.path / METRICS, json.dumps(row))  # before the checkpoint that counts on this row
+        append_line(self.path / METRICS, json.dumps(row))  # before the checkpoint, which needs this row
 
     def metrics(self, rows: int | None = None) -> list[dict[str, Any]]:
-        """All rows, or the first ``rows``: what follows them was written after the checkpoint, and a kill may have cut
-        it short."""
+        """All rows, or the first ``rows``. The rows after them were written after the checkpoint, and may be incomplete
+        after a kill."""
         from batchkern.records import read_metrics
 
         file = self.path / METRICS
@@ -221,18 +221,19 @@ class RunDirectory:
             raise UserError(f"{file} is damaged: {error}") from None
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """The one before it is kept beside it: a disk may lose what it had written whole."""
+        """Saves a checkpoint and keeps the previous one beside it, in case the disk loses the new one."""
         check_readable(state)
         self._check_place()
-        # By way of memory: on a full disk torch's own writer fails with an error that hides the reason.
+        # Written to memory first: on a full disk, torch's own writer fails with an error that hides the reason.
         buffer = io.BytesIO()
         torch.save(state | {"run": self._run}, buffer)
         write_file(self.path / CHECKPOINT, sealed(buffer.getvalue()), previous=self.path / PREVIOUS)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, and the metrics cut back to it; ``None`` where the run was killed before the first."""
+        """The last checkpoint; ``None`` if the run was killed before the first one. Later rows of the metrics are
+        removed."""
         with self.held():
-            if os.path.lexists(self.path / CHECKPOINT):  # or a link to a disk that is not there
+            if os.path.lexists(self.path / CHECKPOINT):  # also true for a link whose target is missing
                 state, rows = self._read(CHECKPOINT)
             elif left := self._whole_one(CHECKPOINT):
                 raise UserError(f"{self.path / CHECKPOINT} is missing{left}")
@@ -243,7 +244,7 @@ class RunDirectory:
             return state
 
     def extend(self, trained: int) -> None:
-        """Writes down that a run goes on for more epochs than it had, after so many."""
+        """Records in config.json that a run gets more epochs, after ``trained`` finished ones."""
         extended = [*self._config.get("extended", []), {"epochs": self.epochs_before, "trained": trained}]
         with self.held():
             self._write_config(self._config | {"extended": extended})
@@ -257,12 +258,12 @@ class RunDirectory:
             if not isinstance(done, int) or done < 0:
                 raise ValueError(f"epochs_done is {done!r}")
             if state.pop("run", None) != self._run:
-                raise ValueError("it is of a run with other settings")
+                raise ValueError("it belongs to a run with other settings")
         except OSError as error:
             raise UserError(f"{file} cannot be read: {error.strerror}{self._whole_one(name)}") from None
         except Exception as error:
-            # torch would say that it should be loaded with its code executed
-            reason = error if type(error) is ValueError else "it is no checkpoint"
+            # torch's own message would suggest to load it with code execution
+            reason = error if type(error) is ValueError else "it is not a checkpoint"
             raise UserError(f"{file} cannot be read: {reason}{self._whole_one(name)}") from None
         try:
             return state, self.metrics(done)
@@ -270,27 +271,27 @@ class RunDirectory:
             raise UserError(f"{error}{self._whole_one(name)}") from None
 
     def _whole_one(self, name: str) -> str:
-        """What to do where the last checkpoint is lost."""
+        """Advice for a lost checkpoint: the end of an error message, empty if the previous one is not intact."""
         if name == PREVIOUS or not (self.path / PREVIOUS).exists():
             return ""
         try:
             state, _ = self._read(PREVIOUS)
         except UserError:
             return ""
-        return f"; {PREVIOUS} beside it, of epoch {state['epochs_done']}, is whole: rename it to go on from there"
+        return f"; {PREVIOUS} beside it, of epoch {state['epochs_done']}, is intact: rename it to continue from there"
 
     def save_preprocessing(self, content: bytes) -> None:
         self._write(PREPROCESSING, content)
 
     def save_tensors(self, file: str, tensors: dict[str, torch.Tensor]) -> None:
         save = require("safetensors.torch", "train").save
-        # Cloned, because safetensors refuses tensors that share memory, as tied weights do.
+        # Cloned, because safetensors rejects tensors that share memory, such as tied weights.
         self._write(file, save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
 
 
 def identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """``settings`` as JSON has them, without the names of data and weights whose contents they tell: a path may be
-    written in many ways."""
+    """``settings`` as read from JSON, without the names of data and weights that have a checksum of their contents: the
+    same file may have different paths."""
     plain: dict[str, Any] = json.loads(json.dumps(settings, sort_keys=True))
     for value in plain.values():
         if isinstance(value, dict) and any(
@@ -301,7 +302,8 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_saved(model: nn.Module) -> None:
-    """
+    """Checks that the weights can be saved.
+
     Raises:
         UserError: the weights could not be saved at the end of the training.
     """
@@ -312,18 +314,19 @@ def check_saved(model: nn.Module) -> None:
         except Exception as error:
             kind = f"{value.layout} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise UserError(
-                f"the model's state holds {name!r} ({kind}), and {WEIGHTS} takes dense tensors alone; keep it out of "
-                "the state, as by persistent=False, or train without an output directory"
+                f"the model's state holds {name!r} ({kind}), but {WEIGHTS} can hold only dense tensors; keep it out of "
+                "the state, for example by persistent=False, or train without an output directory"
             ) from error
         if isinstance(value, torch.Tensor) and 0 in value.stride() and value.numel() > 1:
-            raise UserError(f"the model's state holds {name!r}, whose elements share memory, as of expand: clone it")
+            raise UserError(f"the model's state holds {name!r}, whose elements share memory, as after expand: clone it")
 
 
 def check_readable(state: dict[str, Any]) -> None:
-    """
+    """Checks that a checkpoint of ``state`` can be written and read again.
+
     Raises:
-        UserError: a checkpoint of ``state`` could not be written, or not be read again: the optimizer or the model has
-            something else than plain tensors and Python's values in it.
+        UserError: it cannot, because the optimizer or the model holds something other than plain tensors and Python
+            values.
     """
     plain = (torch.Tensor, torch.nn.Parameter)
     small = tree_map(lambda x: torch.empty(0, dtype=x.dtype) if type(x) in plain else x, state)
@@ -342,29 +345,31 @@ def check_readable(state: dict[str, Any]) -> None:
 
 
 def sealed(checkpoint: bytes) -> bytes:
-    """With its checksum, as the comment of the zip archive that it is: torch reads it as before.
+    """``checkpoint`` with its checksum in the comment of the zip archive, which torch ignores.
 
-    The archive's own checksums, of each tensor, are not looked at by torch.
+    Torch does not verify the checksums of the single tensors in the archive.
     """
     seal = f"batchkern {__version__} checkpoint {FORMAT} blake2b ".encode()
-    content = checkpoint[:-2] + (len(seal) + 32).to_bytes(2, "little") + seal  # the length of the comment, and it
+    content = (
+        checkpoint[:-2] + (len(seal) + 32).to_bytes(2, "little") + seal
+    )  # the length of the comment, then the comment
     return content + _digest(content)
 
 
 def unsealed(checkpoint: bytes) -> bytes:
-    """``checkpoint``, unless it is damaged.
+    """Returns ``checkpoint`` if its checksum is correct.
 
     Raises:
-        ValueError: it has no checksum or another one, or is of a format that is not read here.
+        ValueError: it has no checksum or a wrong one, or a format that this version does not read.
     """
     found = list(_SEAL.finditer(checkpoint, max(0, len(checkpoint) - 200)))
     if not found or found[-1].end() != len(checkpoint):
-        raise ValueError("it ends without its checksum, so it was cut short or is no checkpoint of batchkern")
+        raise ValueError("it ends without its checksum, so it is incomplete or not a checkpoint of batchkern")
     version, format, digest = found[-1][1].decode(), found[-1][2].decode(), found[-1][3]
     if int(format) != FORMAT:
         raise ValueError(f"batchkern {version} wrote it in format {format}, and {__version__} reads format {FORMAT}")
     if digest != _digest(checkpoint[:-32]):
-        raise ValueError("it is damaged, since its checksum is another")
+        raise ValueError("it is damaged: its checksum is wrong")
     return checkpoint
 
 

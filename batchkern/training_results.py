@@ -1,4 +1,4 @@
-"""Results of trainings made anywhere: a file of comma-separated values, checked and read into runs."""
+"""Results of any trainings: a file of comma-separated values, checked and read into runs."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ REQUIRED = ("arm", "seed")
 AXES = ("cost", "steps")
 OTHERS = ("data", "budget", "control", "error")
 RESERVED = (*REQUIRED, *AXES, *OTHERS)
-"""Columns with a meaning; others are metrics."""
+"""Columns with a special meaning; other columns are metrics."""
 USUAL = "test_accuracy"
-"""Where there is a column of this name, and nothing was said, it is the metric."""
+"""The default metric, if there is a column with this name."""
 WIDE = re.compile(r"(.+)\[(\d+(?:\.\d+)?(?:e\d+)?)\]")
-"""A column that has a metric after so many steps."""
+"""The name of a column with a metric after a number of steps, such as ``accuracy[100]``."""
 NOTHING = {"", "none", "null", "false", "nan"}
-"""What a column of words has where nothing is to be said."""
+"""Values of a column of words that count as empty."""
 LARGEST = 1e150
-"""Of numbers; the squares of larger ones are none."""
+"""The largest number; squares of larger ones could overflow."""
 
 Curve = tuple[list[float], list[float]]
 
@@ -44,30 +44,30 @@ class Run:
     arm: str
     seed: str
     metrics: dict[str, float]
-    """The last ones. Without any, the run failed."""
+    """The last value of each metric. A run without any has failed."""
     data: str = ""
     """The data set."""
     budgets: tuple[str, ...] = ("",)
-    """What its arm has in common with others at this length: ``updates``, ``cost``."""
+    """The budgets for which this run is compared with other arms, such as ``updates`` or ``cost``."""
     control: str = ""
-    """The arm that this one is held against beside the baseline."""
+    """The arm with which this one is compared, besides the baseline."""
     used: dict[str, float] = field(default_factory=dict)
-    """``cost``, ``steps``."""
+    """The ``cost`` and the ``steps`` of the run, if known."""
     curves: dict[str, Curve] = field(default_factory=dict)
-    """Of metrics, over one of these; of a metric without one, its last value is all that is known."""
+    """Curves of metrics over ``cost`` or ``steps``; for a metric without a curve, only its last value is known."""
 
     def curve(self, metric: str) -> Curve:
         return self.curves.get(metric) or ([0.0], [self.metrics[metric]])
 
     @property
     def group(self) -> frozenset[str]:
-        """Runs of an arm with the same budgets belong together."""
+        """A key that is equal for runs of an arm that belong together: the set of their budgets."""
         return frozenset(self.budgets)
 
 
 @dataclass
 class Results:
-    """What a file has.
+    """The contents of a file of results.
 
     Examples:
         >>> from pathlib import Path
@@ -80,25 +80,26 @@ class Results:
 
     runs: list[Run]
     axis: str = "steps"
-    """What courses are over: ``cost`` or ``steps``."""
+    """The axis of curves: ``cost`` or ``steps``."""
     left_out: tuple[str, ...] = ()
-    """Columns without a number, that are no metric."""
+    """Columns without a number, which are not metrics."""
     unused: tuple[str, ...] = ()
-    """Metrics that were not asked for."""
+    """Metrics that were not selected."""
 
 
 @dataclass
 class _Line:
-    """Of a file, with its number."""
+    """A line of a file, with its number."""
 
     path: Path
     number: int
     cells: dict[str, str]
 
     def value(self, column: str) -> float | None:
-        """
+        """The number in a column; None if the cell is empty.
+
         Raises:
-            UserError: the cell has something else than a number.
+            UserError: the cell is not empty and not a number.
         """
         cell = self.cells.get(column, "")
         if not cell:
@@ -106,7 +107,7 @@ class _Line:
         value = _number(cell)
         if value is None or abs(value) > LARGEST or (column in AXES and value < 0):
             least = " of at least 0" if column in AXES else f" up to {LARGEST:g}"
-            self.wrong(column, f"must be a number{least}, or empty where a run failed, got {cell!r:.60}")
+            self.wrong(column, f"must be a number{least}, or empty if a run failed, got {cell!r:.60}")
         return value
 
     def wrong(self, column: str, what: str) -> None:
@@ -124,18 +125,19 @@ def _number(cell: str) -> float | None:
 def read_results(path: Path, metrics: Sequence[str] = ()) -> Results:
     """The runs of a file of comma-separated values.
 
-    - ``arm`` and ``seed`` are any names; an arm and a seed are a run, on each data set and at each budget.
-    - ``data``, ``budget`` (several words: one run for all of them), ``control`` (an arm), ``cost``, ``steps`` are
-      optional. ``error``, unless it has numbers: a run with a word there has failed, as has one without a metric.
-    - Any other column that has a number is a metric. Where a run has several lines, they are its course, over ``cost``
-      or ``steps``, and the last line that has the metric counts. A column ``accuracy[100]`` has it after 100 steps.
+    - ``arm`` and ``seed`` are any names; an arm and a seed define a run, on each data set and at each budget.
+    - ``data``, ``budget`` (several words: one run for all of them), ``control`` (an arm), ``cost``, ``steps`` and
+      ``error`` are optional. A run with a word in ``error`` has failed, as has a run without a metric. If ``error`` has
+      numbers, it is a metric.
+    - Any other column with a number is a metric. If a run has several lines, they are its curve, over ``cost`` or
+      ``steps``, and the last line with a value counts. A column ``accuracy[100]`` has the value after 100 steps.
 
     Args:
-        path: of the file.
-        metrics: names of columns; default: ``test_accuracy`` if there is such a column, else all of them.
+        path: path of the file.
+        metrics: names of columns; default: ``test_accuracy`` if there is such a column, else all metrics.
 
     Raises:
-        UserError: the file cannot be read, or is none of this kind; the sentence has the line and the column.
+        UserError: the file cannot be read or has wrong contents; the message names the line and the column.
 
     Examples:
         >>> from pathlib import Path
@@ -152,8 +154,8 @@ def read_results(path: Path, metrics: Sequence[str] = ()) -> Results:
         if wrong.cells["error"].lower() not in NOTHING:
             wrong.wrong(
                 "error",
-                f"{wrong.cells['error']!r:.60} is a word, and other lines have numbers; the column is a metric, or "
-                "says by a word which runs failed",
+                f"{wrong.cells['error']!r:.60} is a word, but other lines have numbers; the column must be a metric, "
+                "or mark failed runs by a word",
             )
     if errors and all(numbers):
         words = [name for name in RESERVED if name != "error"]  # an error is a metric, too
@@ -172,14 +174,16 @@ def read_results(path: Path, metrics: Sequence[str] = ()) -> Results:
             raise UserError(f"{path} has no metric {name!r}; it has {', '.join(known) or 'none'}")
     chosen = list(dict.fromkeys(metrics)) or ([USUAL] if USUAL in known else known)
     if not chosen:
-        raise UserError(f"{path} has no metric: no column has a number, but for {', '.join(words)}")
+        raise UserError(f"{path} has no metric: no column has a number, except {', '.join(words)}")
     courses: dict[tuple[str, ...], list[_Line]] = {}
     for line in lines:
         for name in REQUIRED:
             if not line.cells[name]:
                 line.wrong(name, "must not be empty")
         budgets = sorted(set(line.cells.get("budget", "").split()))
-        whole = re.fullmatch(r"([+-]?\d+)(\.0*)?", line.cells["seed"])  # 1 and 1.0 are one, as of pandas
+        whole = re.fullmatch(
+            r"([+-]?\d+)(\.0*)?", line.cells["seed"]
+        )  # 1 and 1.0 are the same seed; pandas may write either
         name = str(int(whole[1])) if whole and len(whole[1]) < 1000 else line.cells["seed"]
         courses.setdefault((line.cells.get("data", ""), line.cells["arm"], name, *budgets), []).append(line)
     axis = _axis(header, courses.values(), bool(wide))
@@ -189,20 +193,20 @@ def read_results(path: Path, metrics: Sequence[str] = ()) -> Results:
         first = next((line for line in lines if line.cells.get("error", "").lower() not in NOTHING), None)
         if first is not None:
             first.wrong(
-                "error", f"has a word in a line of every run, here {first.cells['error']!r:.60}: all have failed"
+                "error", f"has a word in a line of every run, here {first.cells['error']!r:.60}: all runs have failed"
             )
     left_out = tuple(name for name in columns if name not in with_numbers and name != "directory")
     return Results(runs, axis, left_out, () if metrics else tuple(name for name in known if name not in chosen))
 
 
 def _lines(path: Path) -> tuple[list[_Line], list[str]]:
-    """And the header, without columns that have no name."""
+    """The lines of the file, and its header without columns that have no name."""
     try:
         text = read_file(path).decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(f"{path} is not a text in UTF-8 ({error.reason} at byte {error.start})") from None
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     lines: list[_Line] = []
     header: list[str] = []
@@ -240,13 +244,13 @@ def _check_header(path: Path, header: Sequence[str]) -> None:
 
 
 def _axis(header: Sequence[str], courses: Iterable[list[_Line]], wide: bool) -> str:
-    """The column that tells the lines of every run apart."""
+    """The column that distinguishes the lines of every run: ``cost`` or ``steps``."""
     several = [course for course in courses if len(course) > 1]
     if not several:
         return "steps" if wide or "cost" not in header else "cost"
     if wide:
         several[0][1].wrong(
-            "arm", f"is that of line {several[0][0].number}, too; columns have the courses of this file"
+            "arm", f"is the same run as in line {several[0][0].number}; in this file, columns have the curves"
         )
     apart = [
         axis
@@ -263,10 +267,10 @@ def _axis(header: Sequence[str], courses: Iterable[list[_Line]], wide: bool) -> 
                     first = course[0]
                     line.wrong(
                         "arm",
-                        f"{first.cells['arm']!r}, seed {first.cells['seed']!r} stands in line {first.number} already; "
-                        "lines of one run need another cost, or steps, in each; runs on other data a column data",
+                        f"{first.cells['arm']!r}, seed {first.cells['seed']!r} is already in line {first.number}; "
+                        "lines of one run need different values of cost or steps; runs on other data need a column data",
                     )
-        several[0][0].wrong("steps", "or cost, one of them, must tell the lines of every run apart")
+        several[0][0].wrong("steps", "this column or cost must distinguish the lines of every run")
     return apart[0]
 
 

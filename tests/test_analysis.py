@@ -130,8 +130,8 @@ def test_failed_runs_and_missing_seeds_are_told(tmp_path: Path) -> None:
     assert rows["sam (2 failed)"][:3] == ("70.00", "+20.00", "")
     assert rows["random"][1] == "+7.50 ± 31.77"
     assert found.tables[0].usage[2:] == [("sam (2 failed)", "1", "2.00"), ("random", "2", "0.50")]
-    assert any(note.startswith("Not every seed of the others is there of random;") for note in found.notes)
-    assert "No metric, since without a number: note." in found.notes
+    assert any(note.startswith("random: some seeds of the other arms are missing;") for note in found.notes)
+    assert "Not metrics, since they have no number: note." in found.notes
 
 
 BAD = [
@@ -142,7 +142,7 @@ BAD = [
     ("arm,seed,x,x\na,0,1,1\n", "has two columns 'x'"),
     ("arm,seed,x[1],x[1.0]\na,0,1,1\n", "has two columns of x after 1.0 steps"),
     ("arm,seed,x\na,0,1\nb,0\n", "line 3: must have 3 cells, as the first line, got 2"),
-    ("arm,seed,x\na,0,1\n\nb,0,abc\n", "line 4, column x: must be a number .*, or empty where a run failed, got 'abc'"),
+    ("arm,seed,x\na,0,1\n\nb,0,abc\n", "line 4, column x: must be a number .*, or empty if a run failed, got 'abc'"),
     ("arm,seed,x\na,0,diverged\nb,0,1\n", "line 2, column x: must be a number .* got 'diverged'"),
     ("arm,seed,x\na,0,1\na,1,nan\n", "line 3, column x: must be a number .* got 'nan'"),
     ("arm,seed,x\na,0,1\na,1,1e300\n", r"line 3, column x: must be a number up to 1e\+150"),
@@ -151,11 +151,11 @@ BAD = [
     ("arm,seed,x\na,,1\n", "line 2, column seed: must not be empty"),
     (
         "arm,seed,x\nb,0,1\na,0,1\na,0,2\n",
-        "line 4, column arm: 'a', seed '0' stands in line 3 already; lines of one run",
+        "line 4, column arm: 'a', seed '0' is already in line 3; lines of one run",
     ),
-    ("arm,seed,x,steps\na,0,1,5\na,0,2,5\n", "line 3, column arm: 'a', seed '0' stands in line 2 already"),
-    ("arm,seed,x,steps\na,0,1,5\na,0,2,\n", "line 3, column arm: 'a', seed '0' stands in line 2 already"),
-    ("arm,seed,x[1],x[2]\na,0,1,5\na,0,2,6\n", "line 3, column arm: is that of line 2, too; columns have the courses"),
+    ("arm,seed,x,steps\na,0,1,5\na,0,2,5\n", "line 3, column arm: 'a', seed '0' is already in line 2"),
+    ("arm,seed,x,steps\na,0,1,5\na,0,2,\n", "line 3, column arm: 'a', seed '0' is already in line 2"),
+    ("arm,seed,x[1],x[2]\na,0,1,5\na,0,2,6\n", "line 3, column arm: is the same run as in line 2; in this file"),
     ("arm,seed,word\na,0,hello\n", "has no metric: no column has a number"),
     ('arm,seed,x\na,0,"1\n', "line 2: unexpected end of data"),
     ("arm,seed,x\na,0,1\n", "baseline: there is no arm 'baseline'; there are a"),
@@ -164,10 +164,10 @@ BAD = [
     ("arm,seed,x,control\nbaseline,0,1,\na,0,1,baseline\na,1,1,r\nr,0,1,\n", "arm 'a' has two, 'baseline' and 'r'"),
     (
         "arm,seed,x,error\nbaseline,0,1,killed\n",
-        "line 2, column error: has a word in a line of every run, here 'killed': all have failed",
+        "line 2, column error: has a word in a line of every run, here 'killed': all runs have failed",
     ),
     ("arm,seed,x,data\nbaseline,0,1,c\nsam,0,1,d\n", "there is no run of the baseline 'baseline' on 'd'"),
-    ("arm,seed,x,budget\nbaseline,0,1,u c\nbaseline,1,1,u\n", "arm 'baseline' stands twice at the budget 'u'"),
+    ("arm,seed,x,budget\nbaseline,0,1,u c\nbaseline,1,1,u\n", "arm 'baseline' appears twice at the budget 'u'"),
 ]
 
 
@@ -180,7 +180,7 @@ def test_bad_files_are_named_with_line_and_column(tmp_path: Path, text: str, say
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
     path.write_bytes(b"arm,seed\n\xff\xfe,0\n")
-    with pytest.raises(UserError, match=r"results\.csv is no text in UTF-8 \(invalid start byte at byte 9\)"):
+    with pytest.raises(UserError, match=r"results\.csv is not a text in UTF-8 \(invalid start byte at byte 9\)"):
         read_results(path)
     with pytest.raises(UserError, match="has no metric 'top9'; it has x"):
         of(tmp_path, "arm,seed,x\na,0,1\n", ("top9",))
@@ -201,7 +201,7 @@ def test_a_page_with_plots_and_json_is_written_once(tmp_path: Path) -> None:
     assert all(note in page.replace("&#39;", "'") for note in found.notes)
     kept = json.loads((tmp_path / "out" / JSON).read_text())
     assert kept["tables"][0]["arms"][1]["reached"] == found.tables[0].entries[1]["reached"]
-    with pytest.raises(UserError, match=r"analysis\.html is there; give overwrite"):
+    with pytest.raises(UserError, match=r"analysis\.html already exists; give overwrite"):
         write_analysis(found, tmp_path / "out", "results.csv")
     assert write_analysis(found, tmp_path / "out", "results.csv", overwrite=True) == names
 
@@ -339,12 +339,12 @@ def test_what_is_not_looked_at_or_ends_early_is_told(tmp_path: Path) -> None:
         for step in (10, 20, 30)
     ]
     found = of(tmp_path, "arm,seed,steps,test_accuracy,f1\n" + "\n".join(lines))
-    assert "Not looked at, since not asked for (--metric): f1." in found.about
+    assert "Not analysed, since not selected (--metric): f1." in found.about
     assert "The last lines of sam have no value; an earlier one counts: test accuracy." in found.about
 
 
 def test_an_error_that_is_a_number_and_a_word_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="line 3, column error: 'OOM' is a word, and other lines have numbers"):
+    with pytest.raises(UserError, match="line 3, column error: 'OOM' is a word, but other lines have numbers"):
         of(tmp_path, "arm,seed,x,error\nbaseline,0,1,0\nbaseline,1,2,OOM\n")
 
 

@@ -66,7 +66,7 @@ def test_every_operation_is_covered() -> None:
 
 
 NO_KERNEL = "this release has no kernel for it"
-WITHOUT_CUDA = "batchkern._C was built without CUDA: install an nvcc, as README says, and batchkern again"
+WITHOUT_CUDA = "batchkern._C was built without CUDA: install an nvcc (see README), and then batchkern again"
 
 
 def extension_built_for(*architectures: str, problem: str = "") -> types.ModuleType:
@@ -313,7 +313,7 @@ def test_the_compiler_asks_the_device_as_well(monkeypatch: pytest.MonkeyPatch, c
             "13.0",
             object(),
             None,
-            "Triton needs a C compiler when it runs, and found neither CC nor gcc nor clang: install one",
+            "Triton needs a C compiler when it runs, but found none (CC, gcc or clang): install one",
         ),
         ("13.0", object(), "/gcc", ""),
     ],

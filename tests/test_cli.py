@@ -416,7 +416,7 @@ def test_a_name_on_the_hub_without_a_network():
 def test_a_run_is_not_overwritten_unless_asked(batchkern, trained):
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
     words = ["train", *QUICK, "--seed", 1, "--out", "run"]
-    refused(batchkern, words, "run holds a run already; resume it, overwrite it")
+    refused(batchkern, words, "run already holds a run; resume it, overwrite it")
     assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
     (trained / "notes.txt").write_text("mine")
     status, _, err = batchkern(*words, "--overwrite")

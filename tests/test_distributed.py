@@ -264,7 +264,7 @@ def test_all_ranks_stop_at_the_same_update_and_go_on_from_there(pair, folder):
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("holds a run", "one holds a run already; resume it, overwrite it, or give another directory"),
+        ("holds a run", "one already holds a run; resume it, overwrite it, or give another directory"),
         ("not writable", f"{METRICS} cannot be written: Is a directory"),
         ("diverged", "the loss is not finite at update 4; the last finite checkpoint is kept in .*; a lower learning"),
     ],

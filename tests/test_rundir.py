@@ -57,7 +57,7 @@ def test_an_empty_directory_will_do(tmp_path):
 
 def test_a_run_is_not_written_over_unasked(tmp_path):
     opened(tmp_path).append_metrics(row(0))
-    with pytest.raises(UserError, match="holds a run already; resume it, overwrite it, or give another directory"):
+    with pytest.raises(UserError, match="already holds a run; resume it, overwrite it, or give another directory"):
         opened(tmp_path)
     assert opened(tmp_path, resume=True).metrics() == [row(0)]
 
@@ -155,7 +155,7 @@ def test_metrics_that_lost_rows_of_the_checkpoint(tmp_path):
     directory.append_metrics(row(1))
     directory.save_checkpoint(state(3))
     with pytest.raises(
-        UserError, match=r"it has 2 rows, not 3; checkpoint.previous.pt beside it, of epoch 2, is whole"
+        UserError, match=r"it has 2 rows, not 3; checkpoint.previous.pt beside it, of epoch 2, is intact"
     ):
         opened(tmp_path, resume=True).load_checkpoint()
 
@@ -249,9 +249,9 @@ def with_a_checkpoint(path, epochs=1):
         (lambda c: c[:-1], "it ends without its checksum"),
         (lambda c: c + b"x", "it ends without its checksum"),
         (lambda c: c[: len(c) // 2], "it ends without its checksum"),
-        (lambda c: c[1:], "its checksum is another"),
+        (lambda c: c[1:], "its checksum is wrong"),
         (lambda c: c.replace(b"checkpoint 3 ", b"checkpoint 2 "), "wrote it in format 2, and .* reads format 3"),
-        *((lambda c, at=at: flipped(c, at), "its checksum is another") for at in (0, 0.2, 0.4, 0.6, 0.8)),
+        *((lambda c, at=at: flipped(c, at), "its checksum is wrong") for at in (0, 0.2, 0.4, 0.6, 0.8)),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_metrics_stay(tmp_path, damage, reason):
@@ -297,7 +297,7 @@ def test_the_checkpoint_before_is_kept_and_named_where_it_helps(tmp_path):
     file, previous = tmp_path / CHECKPOINT, tmp_path / PREVIOUS
     file.write_bytes(flipped(file.read_bytes(), 0.5))
     with pytest.raises(
-        UserError, match=r"checksum is another; checkpoint.previous.pt beside it, of epoch 2, is whole: rename it"
+        UserError, match=r"checksum is wrong; checkpoint.previous.pt beside it, of epoch 2, is intact: rename it"
     ):
         opened(tmp_path, resume=True).load_checkpoint()
     file.unlink()
@@ -330,7 +330,7 @@ def test_a_directory_in_use_is_left_alone(tmp_path, options):
 def test_who_was_written_over_before_it_began_does_not_train(tmp_path):
     first = opened(tmp_path)
     second = opened(tmp_path, overwrite=True)
-    with pytest.raises(UserError, match="was written by another training since this one was begun"):
+    with pytest.raises(UserError, match="was written by another training since this one was created"):
         first.lock()
     with second.held():
         second.append_metrics(row(0))
@@ -431,7 +431,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         opened(tmp_path / str(seed), settings={"seed": seed}).save_checkpoint({"epochs_done": 0, "seed": seed})
     assert opened(tmp_path / "0", settings={"seed": 0}, resume=True).load_checkpoint()["seed"] == 0
     os.replace(tmp_path / "1" / CHECKPOINT, tmp_path / "0" / CHECKPOINT)
-    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read: it is of a run with other settings"):
+    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read: it belongs to a run with other settings"):
         opened(tmp_path / "0", settings={"seed": 0}, resume=True).load_checkpoint()
 
 

@@ -770,7 +770,7 @@ class Extra(nn.Module):
     [(torch.eye(3).to_sparse(), r"'buffer' \(torch.sparse_coo"), ({"a": 1}, r"'_extra_state' \(dict\)")],
 )
 def test_a_state_that_cannot_be_saved_is_told_before_the_training(tmp_path, thing, named):
-    with pytest.raises(UserError, match=f"the model's state holds {named}.*dense tensors alone"):
+    with pytest.raises(UserError, match=f"the model's state holds {named}.*can hold only dense tensors"):
         trainer(model=Extra(thing), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     trainer(model=Extra(thing))
@@ -840,7 +840,7 @@ def test_two_trainings_do_not_write_to_one_directory(tmp_path):
     assert len(refused) == 2 * first.counts.updates
     overtaken = trainer(epochs=1, out=tmp_path, overwrite=True)
     trainer(epochs=1, out=tmp_path, overwrite=True).fit()
-    with pytest.raises(UserError, match="was written by another training since this one was begun"):
+    with pytest.raises(UserError, match="was written by another training since this one was created"):
         overtaken.fit()
     assert overtaken.counts.updates == 0
 

@@ -124,7 +124,7 @@ def check_out(out: Path | None, overwrite: bool, what: str, is_ours: Callable[[b
     if not os.path.lexists(out):
         return
     if not overwrite:
-        raise UserError(f"{out} is there; give overwrite (--overwrite) to replace it, or another file")
+        raise UserError(f"{out} already exists; give overwrite (--overwrite) to replace it, or another file")
     try:
         ours = is_ours(read_file(out))
     except OSError:

@@ -1,7 +1,7 @@
-"""Whether a strategy helps: arms x seeds at equal budgets, against the baseline and against random selection.
+"""A comparison of strategies: arms x seeds at equal budgets, against the baseline and against random selection.
 
-A seed stands for the same initial weights and the same order of the data in every arm, so arms differ in nothing but
-their strategies.
+For each seed, all arms have the same initial weights and the same order of the data, so arms differ only in their
+strategies.
 """
 
 from batchkern.compare.arms import ARMS, BUDGETS
@@ -12,5 +12,5 @@ from batchkern.compare.comparison import Comparison
 from batchkern.compare.running import RESULTS as RESULTS
 from batchkern.compare.running import run
 
-# What is imported ``as`` itself is for other modules of the package, and is no part of the API.
+# Names imported ``as`` themselves are for other modules of the package, and are not part of the API.
 __all__ = ["ARMS", "BUDGETS", "Comparison", "run"]

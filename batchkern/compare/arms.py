@@ -1,4 +1,4 @@
-"""What is compared: arms, the random controls that match them, and how long each trains for a budget."""
+"""The arms of a comparison, the random controls that match them, and the number of epochs of each for a budget."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ ARMS = (
     "hard-batches",
     "stepwise",
     "augmentation",
-    # The paper's 100 is for sets of 50,000 images: on digits it would fire 9 times in the whole training.
+    # The paper's 100 is for sets of 50,000 images: on digits it would give 9 passive batches in the whole training.
     "passive(every=10)",
 )
 """The plain baseline and the five strategies."""
 BUDGETS = {
-    "epochs": "equal epochs, however little of the data a strategy visits in one",
+    "epochs": "equal epochs, even if a strategy visits only a part of the data in an epoch",
     "updates": "equal updates of the model, to the nearest epoch",
     "cost": "equal cost to the nearest epoch: samples forward and backward, a backward pass counted twice",
 }
 
 
 def split_arms(text: str) -> list[str]:
-    """The arms of a text that joins them by commas; the word ``all`` stands for :data:`ARMS`.
+    """The arms in a text, separated by commas; the word ``all`` stands for :data:`ARMS`.
 
     Args:
         text: arms in the notation of :func:`batchkern.strategies.parse`.
 
     Raises:
-        UserError: there are commas and no arm.
+        UserError: the text has commas but no arm.
 
     Examples:
         >>> from batchkern.compare import split_arms
@@ -64,7 +64,7 @@ def split_arms(text: str) -> list[str]:
 
 
 def control_of(arm: str) -> str | None:
-    """The arm that selects as much as ``arm`` does, at random; ``None`` where nothing is selected by loss.
+    """The arm that selects the same amount as ``arm``, but at random; ``None`` if ``arm`` does not select by loss.
 
     Args:
         arm: in the notation of :func:`batchkern.strategies.parse`.
@@ -98,19 +98,19 @@ def _control_of_term(term: str) -> str | None:
 
 
 def _written(default: Strategy, options: Mapping[str, Any], *first: str) -> str:
-    """As on the command line: the name, and the options that are not the default's."""
+    """A strategy as on the command line: its name, and the options that differ from the default."""
     own = default.describe()
     changed = [f"{name}={value}" for name, value in options.items() if value != own[name]]
     return f"{default.name}({','.join([*first, *changed])})"
 
 
 def described(arm: str) -> str:
-    """The same text for arms that are the same training, however they are written."""
+    """A description of an arm that is the same for all ways to write it."""
     return json.dumps([strategy.describe() for strategy in parse(arm, passive="")])
 
 
 def with_controls(arms: Sequence[str]) -> tuple[str, ...]:
-    """The arms, the baseline first, and behind them the controls that they need.
+    """The baseline, the arms, and then their controls, each training once.
 
     Args:
         arms: in the notation of :func:`batchkern.strategies.parse`.
@@ -130,20 +130,21 @@ def with_controls(arms: Sequence[str]) -> tuple[str, ...]:
 
 
 def cost(samples_forward: float, samples_backward: float) -> float:
-    """In passes of one sample: backward is twice the flops of forward."""
+    """The cost in forward passes of one sample; a backward pass has twice the flops of a forward pass."""
     return samples_forward + 2 * samples_backward
 
 
 def spent(budget: str, row: Mapping[str, float]) -> float:
-    """What a row of the metrics has used of a budget of updates or cost."""
+    """The updates or the cost that were used until a row of the metrics."""
     return row["updates"] if budget == "updates" else cost(row["samples_forward"], row["samples_backward"])
 
 
 def forecast(trainer: Trainer) -> Counts:
-    """What a training is going to cost, by walking through its plan without a model. Spoils the trainer.
+    """The future cost of a training, from its plan without running the model. The trainer cannot be used afterwards.
 
-    Samples that are augmented at a layer are counted once: their virtual copies pass through what follows alone. Where
-    the cost depends on losses (which samples are below the mean, say), it is that of made-up ones, and so an estimate.
+    Samples that are augmented at a layer are counted once, since their virtual copies pass only through the layers
+    after it. If the cost depends on losses (for example on which samples are below the mean), simulated losses are
+    used, so the cost is an estimate.
     """
     counts = Counts()
     for strategy in trainer.strategies:
@@ -195,8 +196,8 @@ def forecast(trainer: Trainer) -> Counts:
 
 
 def _made_up_logits(step: Step, mislabelled: Tensor | None) -> Tensor:
-    """Of two classes, ``(B, 2)``: that of the first, the label, is ahead by normal numbers, further and further; where
-    labels are known to be wrong, it is as far behind."""
+    """Simulated logits of two classes, ``(B, 2)``. The first class is the label; its logit is higher by a random normal
+    number whose mean grows during the training. For labels known to be wrong, it is lower by the same amount."""
     numbers = generator(step.run.seed, "forecast", step.update)
     noise = torch.randn(len(step.batch.indices), generator=numbers, dtype=torch.float32)
     ahead = 6 * math.sqrt(step.batch.progress) + 3 * noise
@@ -206,12 +207,12 @@ def _made_up_logits(step: Step, mislabelled: Tensor | None) -> Tensor:
 
 
 def matched_epochs(build: Callable[[int], Trainer], epochs: int, budget: str, target: float) -> int:
-    """The number of epochs for which an arm uses a budget of updates or cost up, to the nearest epoch.
+    """The number of epochs, to the nearest one, in which an arm uses the same updates or cost as the baseline.
 
     Args:
-        build: a trainer of the arm for so many epochs.
-        epochs: of the baseline, from which the search starts.
-        target: what the baseline uses.
+        build: returns a trainer of the arm for a number of epochs.
+        epochs: the epochs of the baseline, from which the search starts.
+        target: the updates or cost that the baseline uses.
     """
     known: dict[int, float] = {}
 
@@ -230,7 +231,7 @@ def matched_epochs(build: Callable[[int], Trainer], epochs: int, budget: str, ta
         return known[count]
 
     guess = epochs
-    for _ in range(4):  # what is used grows all but evenly with the epochs
+    for _ in range(4):  # the usage is nearly proportional to the epochs
         guess = max(1, round(guess * target / uses(guess)))
         if guess in known:
             break

@@ -1,4 +1,4 @@
-"""What a comparison is of, and the single trainings that it consists of."""
+"""The definition of a comparison, and the single trainings that it consists of."""
 
 from __future__ import annotations
 
@@ -39,25 +39,26 @@ TRAINING = frozenset(inspect.signature(Trainer.__init__).parameters) - _OF_A_RUN
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The definition of a comparison.
 
     Args:
-        data, label, test, image_size, center_crop: as :func:`batchkern.data.load_pair` takes them.
+        data, label, test, image_size, center_crop: as for :func:`batchkern.data.load_pair`.
         model: a name for :func:`batchkern.models.build`.
-        out: its directory, with a directory ``<arm>/<epochs>-epochs/seed-<s>`` for each run.
-        passive: the passive set, where an arm injects one.
-        arms: in the notation of :func:`batchkern.strategies.parse`; the baseline is added where it is missing.
+        out: the directory of the comparison, with a directory ``<arm>/<epochs>-epochs/seed-<s>`` for each run.
+        passive: the passive set, if an arm injects one.
+        arms: in the notation of :func:`batchkern.strategies.parse`; the baseline is added if it is missing.
         controls: add the random control of each arm that selects by loss.
         seeds: number of seeds, which are 0, 1, ...
-        budgets: names in :data:`BUDGETS`. An arm trains for as many epochs as use up what the baseline uses in its own,
-            and its learning rate decays over these. An arm with the same epochs in both budgets trains once.
-        validation: hold out this fraction of the training set, and test on it in place of the test set.
+        budgets: names in :data:`BUDGETS`. An arm trains for the number of epochs in which it uses the same budget as
+            the baseline, and its learning rate decays over these epochs. An arm with the same number of epochs in two
+            budgets trains once.
+        validation: hold out this fraction of the training set, and test on it instead of the test set.
         train_rows, test_rows: use a stratified part of this size, the same in all runs.
         noise: fraction of the training labels that are replaced by wrong ones, drawn anew for each seed.
-        clean_labels: a column of the data that says what noisy labels ought to be.
+        clean_labels: a column of the data with the correct labels, if its labels are noisy.
         training: further keyword arguments of :class:`Trainer`, the same in all runs.
-        overwrite: replace the files of a comparison that is there.
-        resume: go on with the comparison that is there, if there is one; it may get more arms, seeds and budgets.
+        overwrite: replace the files of an existing comparison.
+        resume: continue an existing comparison, if there is one; arms, seeds and budgets may be added.
 
     Examples:
         >>> from pathlib import Path
@@ -118,18 +119,18 @@ class Comparison:
         for arm in self.arms:
             for name in (slug(arm), described(arm)):
                 if (other := known.setdefault(name, arm)) is not arm:
-                    raise UserError(f"arms {other!r} and {arm!r} are the same, or their directories would be")
+                    raise UserError(f"arms {other!r} and {arm!r} are the same, or would have the same directory")
         for arm in self.arms:
             if any(isinstance(s, Trimming) and s.backward == "auto" for s in parse(arm, passive="")):
                 raise UserError(
-                    f"arm {arm}: backward=auto depends on how busy the machine is, which no comparison can repeat; "
-                    "give masked or compact"
+                    f"arm {arm}: backward=auto depends on the load of the machine, so a comparison cannot be "
+                    "repeated; give masked or compact"
                 )
         arms = with_controls(self.arms) if self.controls else tuple(dict.fromkeys([BASELINE, *self.arms]))
         object.__setattr__(self, "arms", arms)
 
     def trainer(self, run: RunOf, *, write: bool, device: str | None = None) -> Trainer:
-        """The training of one run. Its device changes nothing but where it runs."""
+        """The trainer of one run. The device does not affect its settings."""
         train, test, passive = load_data(
             self.data,
             self.label,
@@ -155,7 +156,7 @@ class Comparison:
             seed=run.seed,
             out=directory if write else None,
             resume=write and begun,
-            overwrite=write and not begun,  # what a kill left there before the first checkpoint
+            overwrite=write and not begun,  # files of a run that was killed before its first checkpoint
             progress=False,
             **self.training | where | {"epochs": run.epochs},
         )
@@ -191,7 +192,7 @@ def load_data(
     train_rows: int | None,
     test_rows: int | None,
 ) -> tuple[Labelled, Labelled, ImageData | None]:
-    """Loaded once in each process."""
+    """Training set, test set and passive set; loaded once in each process."""
     size: dict[str, Any] = {"image_size": image_size, "center_crop": center_crop}
     injected = None if passive is None else load(passive, **size)
     train, held_out = open_pair(data, test, clean_labels=clean_labels, label=label, **size)

@@ -1,4 +1,4 @@
-"""What a comparison shows: tables, a verdict in words, plots, results.csv, and all of it on one page of HTML."""
+"""The report of a comparison: tables, a verdict in words, plots, results.csv, and one HTML page with all of them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Results = Mapping[str, Any]
 
 
 def write_report(out: Path, results: Results) -> None:
-    """All of :data:`REPORT_FILES` that this comparison has; results.json is written already."""
+    """Writes all :data:`REPORT_FILES` of this comparison; results.json must already be written."""
     jinja2 = require("jinja2", "train")
     write_file(out / CSV, _csv(results).encode(errors="backslashreplace"))
     plots = _write_plots(out, results)
@@ -67,7 +67,7 @@ def title(settings: Mapping[str, Any]) -> str:
 
 
 def _strategies(settings: Mapping[str, Any]) -> dict[str, str]:
-    """What each strategy of the arms does, in the first sentence of its class."""
+    """The description of each strategy of the arms: the first paragraph of its docstring."""
     used = {strategy.name: strategy for arm in settings["arms"] for strategy in parse(arm, passive="")}
     return {name: " ".join((strategy.__doc__ or "").split("\n\n")[0].split()) for name, strategy in used.items()}
 
@@ -76,15 +76,15 @@ def _strategies(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def verdict(results: Results, budget: str) -> list[str]:
-    """What the paired differences of one budget allow to say."""
+    """The conclusions from the paired differences of one budget."""
     entries = [entry for entry in _entries(results, budget) if entry["arm"] != BASELINE]
     if not entries:
-        return ["Every arm uses up this budget in the same training as the first one: see there."]
+        return ["For this budget, every arm has the same training as for the first budget: see there."]
     said = judged(entries)
     if len(entries) + 1 < len(results["settings"]["arms"]):
-        said.append("All other arms train for as long as in the first budget: see there.")
+        said.append("All other arms have the same training as for the first budget: see there.")
     elif not said:
-        said.append("Fewer than two pairs of runs have ended: there is no telling chance from effect.")
+        said.append("Fewer than two pairs of runs have ended: an effect cannot be distinguished from chance.")
     return said
 
 
@@ -95,23 +95,23 @@ def notes(results: Results) -> list[str]:
     about = ["Test accuracy after the last epoch."]
     about += about_tests(seeds, _tests(results), "the same seed has the same initial weights and order of the data.")
     about += [
-        "All on one test set, and with settings that were not tuned for any arm: another data set, network or learning "
-        "rate may well decide otherwise.",
-        "Reach: epochs of the baseline, by what is used of the budget, until an arm's test accuracy first reached the "
-        "best that the baseline of its seed ever had after an epoch (median over the seeds; in brackets how many got "
-        "there). Converged: the arm's own epoch in which its training loss, over the samples that it visited, came to "
-        f"its least, but for {CONVERGED:.0%} of its whole fall (median over the seeds). Gap: accuracy on the training "
-        "set less that on the test set. Cost: passes of samples, a backward pass counted as two, relative to the "
-        "baseline.",
+        "All results are on one test set, with settings that were not tuned for any arm: another data set, network or "
+        "learning rate may lead to other conclusions.",
+        "Reach: the budget that an arm used, in epochs of the baseline, until its test accuracy first reached the "
+        "best accuracy that the baseline of the same seed had after any epoch (median over the seeds; in brackets the "
+        "number of seeds that reached it). Converged: the arm's own epoch in which its training loss, over the samples "
+        f"that it visited, first came within {CONVERGED:.0%} of its total decrease of its minimum (median over the "
+        "seeds). Gap: accuracy on the training set minus accuracy on the test set. Cost: passes of samples, a backward "
+        "pass counted as two, relative to the baseline.",
         *_about_noise(settings),
-        f"Seconds are of training alone; {environment['jobs']} at a time, {environment['threads_per_run']} CPU threads "
-        f"each, on {environment['cores']} cores.",
+        f"Seconds are for training without evaluation; {environment['jobs']} runs at a time, "
+        f"{environment['threads_per_run']} CPU threads each, on {environment['cores']} cores.",
     ]
     return about
 
 
 def _tests(results: Results) -> int:
-    """How many p-values were corrected together: a training that serves two budgets is tested once."""
+    """The number of p-values that were corrected together; a training that is used for two budgets is tested once."""
     epochs = results["settings"]["arm_epochs"]
     pairs = set()
     for entry in results["summary"]:
@@ -126,8 +126,8 @@ def _about_noise(settings: Mapping[str, Any]) -> list[str]:
     if not settings["noise"]:
         return []
     return [
-        f"{settings['noise']:.0%} of the training labels are wrong, and no test label is: the gap counts wrong labels "
-        "that were learnt as right, so that a perfect model would have a negative one."
+        f"{settings['noise']:.0%} of the training labels are wrong, but no test labels: in the gap, a wrong label that "
+        "was learnt counts as correct, so a perfect model would have a negative gap."
     ]
 
 
@@ -135,12 +135,12 @@ def _about_noise(settings: Mapping[str, Any]) -> list[str]:
 
 
 def effects(results: Results, budget: str) -> Rows:
-    """Headings, then a row for each arm: its accuracy, and by how much it differs."""
+    """Headings, then a row for each arm: its accuracy, and its differences."""
     return effect_rows(_entries(results, budget), key="test_accuracy")
 
 
 def costs(results: Results, budget: str) -> Rows:
-    """Headings, then a row for each arm: how soon it was as good as the baseline, how it generalises, what it cost."""
+    """Headings, then a row for each arm: when it was as good as the baseline, its generalisation gap, and its cost."""
     shown = {
         "passive": any(entry["passive_updates"] for entry in _entries(results, budget)),
         "converged": any(entry.get("converged") for entry in _entries(results, budget)),
@@ -163,7 +163,8 @@ def costs(results: Results, budget: str) -> Rows:
 
 
 def _entries(results: Results, budget: str) -> list[Mapping[str, Any]]:
-    """The arms of a budget: of a second one the baseline, and those whose training is not that of the first."""
+    """The arms of a budget. For a second budget, the baseline and the arms whose training differs from the first
+    budget."""
     first = results["settings"]["budgets"][0]
     epochs = results["settings"]["arm_epochs"]
     return [
@@ -178,7 +179,7 @@ def _entries(results: Results, budget: str) -> list[Mapping[str, Any]]:
 
 
 def _csv(results: Results) -> str:
-    """A line for each run: what it is, and the single numbers of its last epoch. ``batchkern analyse`` reads it."""
+    """A line for each run: its description, and the numbers of its last epoch. ``batchkern analyse`` can read it."""
     settings, runs = results["settings"], results["runs"]
     own = ("arm", "epochs", "seed", "directory", "error")
     finals = [outcome["final"] or {} for outcome in runs]
@@ -231,7 +232,7 @@ def _write_plots(out: Path, results: Results) -> list[str]:
 
 
 def _rows_of_arms(out: Path, results: Results, budget: str) -> dict[str, list[list[dict[str, Any]]]]:
-    """The metrics of every run that ended, by arm, each row with what it had used of each budget."""
+    """The metrics of every finished run, by arm; each row also has the epochs and the cost used so far."""
     from batchkern.records import read_metrics
 
     arms: dict[str, list[list[dict[str, Any]]]] = {}

@@ -1,4 +1,4 @@
-"""Arms x seeds, each run a run directory of its own, in an order that a kill at any moment does not upset."""
+"""Runs all arms and seeds, each in its own run directory, so that a comparison killed at any moment can be resumed."""
 
 from __future__ import annotations
 
@@ -53,22 +53,24 @@ Report = Callable[[dict[str, Any], int, int], None]
 def run(
     comparison: Comparison, *, jobs: int | None = None, report: Report = lambda outcome, ended, runs: None
 ) -> dict[str, Any]:
-    """Trains all arms, writing results.json as it goes, and at the end the plots, results.csv and report.html.
+    """Trains all arms; writes results.json after each run, and at the end the plots, results.csv and report.html.
 
-    On a CPU each run uses one thread, whatever ``jobs`` is, so that results do not depend on it; for a small model
-    that is also the fastest. A run that fails, or whose process dies, is part of the results and ends no other.
+    On a CPU each run uses one thread, whatever ``jobs`` is, so that results do not depend on it; for a small model this
+    is also the fastest. If a run fails or its process dies, it is marked failed in the results, and other runs
+    continue.
 
     Args:
-        comparison: what is compared, and where results are written.
-        jobs: runs side by side, in processes of their own unless 1; default: usable CPU cores, or one on each GPU.
-        report: called with each run as it ends, an entry of ``runs``; how many have ended; how many there are.
+        comparison: the definition of the comparison, with its directory.
+        jobs: number of parallel runs, each in its own process unless it is 1; default: the usable CPU cores, or one per
+            GPU.
+        report: called when a run ends, with its entry of ``runs``, the number of finished runs and the number of runs.
 
     Returns:
-        What is in results.json: settings, environment, runs, summary.
+        The contents of results.json: settings, environment, runs, summary.
 
     Raises:
-        UserError: whatever can be known to be wrong before training.
-        Interrupted: Ctrl-C. Finished runs are in results.json, the others in their checkpoints.
+        UserError: an argument is invalid; everything that can be checked before training is checked first.
+        Interrupted: Ctrl-C was pressed. Finished runs are in results.json, the others in their checkpoints.
 
     Examples:
         >>> from pathlib import Path
@@ -104,7 +106,7 @@ def run(
                 _conclude(comparison, results)
     except KeyboardInterrupt:
         raise Interrupted(
-            f"interrupted; finished runs are in {comparison.out}; resume it to go on from there"
+            f"interrupted; finished runs are in {comparison.out}; resume it to continue from there"
         ) from None
     finally:
         load_data.cache_clear()
@@ -112,7 +114,7 @@ def run(
 
 
 def _conclude(comparison: Comparison, results: dict[str, Any]) -> None:
-    # In the order of the tasks, however the runs took turns.
+    # In the order of the tasks, whatever the order in which the runs ended.
     order = {task: place for place, task in enumerate(_tasks(results["settings"]))}
     results["runs"].sort(key=lambda outcome: order[RunOf.recorded(outcome)])
     results["summary"] = summarise(results["settings"], results["runs"])
@@ -121,13 +123,14 @@ def _conclude(comparison: Comparison, results: dict[str, Any]) -> None:
 
 
 def usable_cores() -> int:
-    """Those this process may run on, which in a container or batch job may be few."""
+    """The number of cores that this process may use, which in a container or batch job may be few."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _devices(device: torch.device, jobs: int | None, runs: int) -> list[str]:
-    """The device of each process, no more than there are runs: a GPU that was not named is any of them, in turn."""
+    """The device of each process, at most one per run. If no GPU was named, processes are assigned to all GPUs in
+    turn."""
     if device.type == "cpu":
         return ["cpu"] * min(jobs or usable_cores(), runs)
     names = [str(device)] if device.index is not None else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -135,7 +138,7 @@ def _devices(device: torch.device, jobs: int | None, runs: int) -> list[str]:
 
 
 def _check(comparison: Comparison) -> dict[str, Any]:
-    """Builds every trainer once, so that what is wrong is told now and not after an hour; the settings of all runs."""
+    """Builds every trainer once, so that errors are reported before any training; returns the settings of all runs."""
     epochs = count("epochs", comparison.training.get("epochs", 15))
 
     def build(arm: str, epochs: int) -> Trainer:
@@ -170,7 +173,7 @@ def _check(comparison: Comparison) -> dict[str, Any]:
 
 
 def _tasks(settings: dict[str, Any]) -> list[RunOf]:
-    """All runs, every arm of a seed before the next seed."""
+    """All runs, with all arms of a seed before the next seed."""
     return [
         RunOf(arm, epochs, seed)
         for seed in settings["seeds"]
@@ -192,7 +195,7 @@ def _environment(device: torch.device, jobs: int) -> dict[str, Any]:
 
 
 def _outcomes(comparison: Comparison, tasks: Sequence[RunOf], devices: Sequence[str]) -> Generator[dict[str, Any]]:
-    """The runs, as they end."""
+    """The outcomes of the runs, as they end."""
     if len(devices) == 1:
         yield from (_run(comparison, task, devices[0]) for task in tasks)
         return
@@ -213,12 +216,12 @@ def _record(task: RunOf) -> dict[str, Any]:
 
 
 def _died(task: RunOf, how: str) -> dict[str, Any]:
-    hint = ", perhaps for want of memory; fewer --jobs need less" if how.startswith("was killed") else ""
+    hint = ", perhaps because memory ran out; fewer --jobs need less" if how.startswith("was killed") else ""
     return _record(task) | {"error": f"its process {how}{hint}"}
 
 
 def _run(comparison: Comparison, task: RunOf, device: str) -> dict[str, Any]:
-    """One run: what it reached and how, or why it failed."""
+    """The outcome of one run: its results, or the error."""
     outcome = _record(task)
     try:
         with warnings.catch_warnings():
@@ -230,7 +233,7 @@ def _run(comparison: Comparison, task: RunOf, device: str) -> dict[str, Any]:
         outcome["final"] = trainer.history[-1]
     except UserError as error:
         outcome["error"] = str(error)
-    except Exception as error:  # a bug, or a model that fails in training: the other runs should not be lost
+    except Exception as error:  # a bug, or a model that fails in training; the other runs must continue
         short = "out of memory; fewer --jobs or a smaller --batch-size need less"
         outcome["error"] = short if out_of_memory(error) else f"{type(error).__name__}: {error}"
     return outcome
@@ -250,7 +253,8 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:
-    """A line for each run and each entry of the summary: with one for each number the file would be twice as large."""
+    """Writes results.json with one line for each run and each entry of the summary; one line per number would make it
+    twice as large."""
 
     def text(value: Any) -> str:
         if not isinstance(value, list):
@@ -263,10 +267,11 @@ def _write(out: Path, results: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _claimed(comparison: Comparison, settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Callable[[], None]]]:
-    """Makes the directory this comparison's, for as long as it runs; what it holds already, where it goes on; and what
-    raises where another directory has taken its place.
+    """Locks the directory for this comparison while it runs. Yields the earlier results, if it is resumed, and a
+    function that raises if the directory was replaced by another one.
 
-    By the rule of a run's directory: refuse what is there, or go on with it, or replace only what a comparison wrote.
+    The rules are those of a run's directory: existing files are an error unless the comparison is resumed or
+    overwritten, and only files written by a comparison are replaced.
     """
     out = comparison.out
     make_directory(out)
@@ -282,7 +287,7 @@ def _finished(comparison: Comparison, settings: dict[str, Any]) -> dict[str, Any
     out = comparison.out
     _check_no_links(out, _tasks(settings))
     written = (RESULTS, *REPORT_FILES)
-    # A kill during the first write of all leaves a part of it, which is no more than an empty directory.
+    # A kill during the very first write leaves only a partial file, which counts as an empty directory.
     if not contents(out, written):
         remove_parts(out, written)
         return {}
@@ -293,13 +298,13 @@ def _finished(comparison: Comparison, settings: dict[str, Any]) -> dict[str, Any
         found = {}
         _remove(out, earlier, _tasks(settings))
     else:
-        raise UserError(f"{out} holds a comparison already; resume it, overwrite it, or give another directory")
+        raise UserError(f"{out} already holds a comparison; resume it, overwrite it, or give another directory")
     remove_parts(out, written)
     return found
 
 
 def _check_no_links(out: Path, tasks: Iterable[RunOf]) -> None:
-    """A run's files lie below ``out``, not where a link in the place of a directory leads."""
+    """Rejects links in place of directories: the files of all runs must lie below ``out``."""
     for place in {place for task in tasks for place in (task.directory, *task.directory.parents)} - {Path()}:
         if (out / place).is_symlink():
             raise UserError(
@@ -311,8 +316,8 @@ def _earlier(out: Path) -> dict[str, Any]:
     """The results of the comparison in ``out``.
 
     Raises:
-        UserError: there is none, or what they say is not what a comparison writes: its paths are those of files that
-            are removed.
+        UserError: there are none, or they were not written by a comparison. This is checked strictly, because files at
+            their paths may be removed.
     """
     from batchkern import records
 
@@ -345,7 +350,7 @@ def _earlier(out: Path) -> dict[str, Any]:
 
 
 def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The results of an earlier comparison without the runs that failed, if it can go on as this one."""
+    """The results of an earlier comparison without the failed runs, if this comparison can continue it."""
     own = {"arms", "controls", "seeds", "budgets", "arm_epochs"}
     was, now = identity(earlier["settings"]), identity(settings)
     if was["passive"] is None:  # no arm has injected anything so far
@@ -358,13 +363,13 @@ def _same(out: Path, earlier: dict[str, Any], settings: dict[str, Any]) -> dict[
     if changed:
         raise UserError(f"{out} was compared with other settings and cannot be resumed: {'; '.join(changed)}")
     asked = set(_tasks(settings))
-    # A run whose metrics are gone or damaged cannot be shown, and trains again.
+    # A run whose metrics are missing or damaged cannot be shown, and is trained again.
     finished = [o for o in earlier["runs"] if not o["error"] and _is_shown(out, o)]
     for task in map(RunOf.recorded, finished):
         if task not in asked:
             raise UserError(
-                f"{out} has finished arm {task.arm}, {task.epochs} epochs, seed {task.seed}, which is not asked for "
-                "now; resuming may add arms, seeds and budgets, and leave out none"
+                f"{out} has finished arm {task.arm}, {task.epochs} epochs, seed {task.seed}, which is not requested "
+                "now; resuming may add arms, seeds and budgets, but not remove any"
             )
     return earlier | {"runs": finished}
 
@@ -379,11 +384,11 @@ def _is_shown(out: Path, outcome: dict[str, Any]) -> bool:
 
 
 def _remove(out: Path, earlier: dict[str, Any], tasks: Sequence[RunOf]) -> None:
-    """What the comparison wrote; what a user put beside it stays."""
+    """Removes the files that the comparison wrote, but no files of the user."""
     kept = {out / task.directory for task in tasks}
     directories = [out / task.directory for task in _tasks(earlier["settings"])]
     present = [directory for directory in directories if directory.is_dir()]
-    for directory in present:  # no training is at work in any, before the first is touched
+    for directory in present:  # fails if any of them is in use, before the first is changed
         with locked(directory):
             pass
     for name in REPORT_FILES:
@@ -392,10 +397,10 @@ def _remove(out: Path, earlier: dict[str, Any], tasks: Sequence[RunOf]) -> None:
         with locked(directory):
             remove_parts(directory, RUN_FILES)
             for name in RUN_FILES:
-                # Where a run of the new comparison is to be, config.json says that the directory is a run's.
+                # config.json is kept if the new comparison has a run here: it marks the directory as a run's.
                 if name != CONFIG or directory not in kept:
                     (directory / name).unlink(missing_ok=True)
     for directory in directories:
         for emptied in (directory, directory.parent, directory.parent.parent):
-            with contextlib.suppress(OSError):  # holds something of the user's, or is gone
+            with contextlib.suppress(OSError):  # it holds files of the user, or does not exist
                 emptied.rmdir()

@@ -1,4 +1,4 @@
-"""What a comparison may conclude: intervals, paired differences over seeds, and how many of them to believe."""
+"""The statistics of a comparison: intervals, paired differences over seeds, and their correction for multiple tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Seed = TypeVar("Seed", int, str)
 
 LEVEL = 0.05
 CONVERGED = 0.01
-"""Of the whole fall of a training loss: so close to its least, it has converged."""
+"""A training loss has converged when it is within this fraction of its total decrease of its minimum."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
@@ -29,9 +29,10 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 def paired_difference(values: Mapping[Seed, float], reference: Mapping[Seed, float]) -> dict[str, Any] | None:
     """The mean of ``values - reference`` over the seeds that both have, its interval and its p-value.
 
-    The p-value is that of the two-sided paired t-test. Where all differences are equal there is no deviation to judge
-    by (accuracies are multiples of one test image) and no interval: then it is 1 for differences of zero, else that of
-    the sign test. ``None`` without a common seed; a single one has no interval and no p-value.
+    The p-value is that of the two-sided paired t-test. If all differences are equal (accuracies are multiples of one
+    test image), the deviation is zero and there is no interval: the p-value is then 1 for differences of zero, and
+    otherwise that of the sign test. The result is ``None`` without a common seed; a single common seed gives no
+    interval and no p-value.
     """
     seeds = sorted(values.keys() & reference.keys())
     if not seeds:
@@ -48,7 +49,8 @@ def paired_difference(values: Mapping[Seed, float], reference: Mapping[Seed, flo
 
 
 def correct(differences: Sequence[dict[str, Any]]) -> None:
-    """Sets ``p_corrected`` of all by Holm's method: where nothing has an effect, 95 % of comparisons find none."""
+    """Sets ``p_corrected`` of all by Holm's method: if nothing has an effect, 95 % of comparisons find no
+    difference."""
     tested = [difference for difference in differences if difference["p"] is not None]
     if tested:
         adjust = require("statsmodels.stats.multitest", "train").multipletests
@@ -60,8 +62,8 @@ def correct(differences: Sequence[dict[str, Any]]) -> None:
 def differences(
     values: Mapping[K, Mapping[Seed, float]], pairs: Iterable[tuple[K, K]]
 ) -> dict[tuple[K, K], dict[str, Any] | None]:
-    """The :func:`paired_difference` of each pair of keys, all of them one family of tests for :func:`correct`. A pair
-    that is named twice is one test."""
+    """The :func:`paired_difference` of each pair of keys, corrected together as one family of tests by :func:`correct`.
+    A pair that is given twice is one test."""
     none: dict[Seed, float] = {}
     found = {(key, other): paired_difference(values.get(key, none), values.get(other, none)) for key, other in pairs}
     correct([difference for difference in found.values() if difference])
@@ -69,7 +71,8 @@ def differences(
 
 
 def median_reach(reached: Sequence[float | None]) -> dict[str, Any]:
-    """The median over the seeds of what :func:`first_reaching` gave; ``None``: more than half never did."""
+    """The median over the seeds of the results of :func:`first_reaching`; ``None`` if more than half never reached
+    it."""
     median = statistics.median(math.inf if x is None else x for x in reached) if reached else math.inf
     return {
         "median": median if math.isfinite(median) else None,
@@ -80,12 +83,13 @@ def median_reach(reached: Sequence[float | None]) -> dict[str, Any]:
 
 
 def first_reaching(accuracies: Sequence[float], used: Sequence[float], target: float) -> float | None:
-    """What was used of a budget when the accuracy first reached ``target``; ``None``: it never did."""
+    """The budget used when the accuracy first reached ``target``; ``None`` if it never did."""
     return next((x for x, accuracy in zip(used, accuracies, strict=True) if accuracy >= target), None)
 
 
 def converged(losses: Sequence[float]) -> int:
-    """The epoch, counted from 1, in which a training loss came to its least, but for 1 % of its whole fall."""
+    """The epoch, counted from 1, in which a training loss first came within 1 % of its total decrease of its
+    minimum."""
     least = min(losses)
     limit = least + CONVERGED * (losses[0] - least)
     return next(epoch for epoch, loss in enumerate(losses, 1) if loss <= limit)

@@ -1,4 +1,4 @@
-"""The runs of a comparison by budget and arm: what they reached, at which cost, and what may be chance."""
+"""The summary of a comparison by budget and arm: accuracies, costs and tests of their differences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from batchkern.compare.arms import BASELINE, cost, spent
 from batchkern.compare.statistics import converged, differences, first_reaching, interval, median_reach
 
 COUNTS = ("updates", "passive_updates", "samples_forward", "samples_backward", "seconds")
-"""What of a run's last row is averaged over the seeds, beside what it reached."""
+"""Columns of a run's last row that are averaged over the seeds, besides the accuracies."""
 
 Outcome = Mapping[str, Any]
 
@@ -21,11 +21,11 @@ def summarise(settings: Mapping[str, Any], runs: Sequence[Outcome]) -> list[dict
     - ``test_accuracy``: after the last epoch: mean, half of its 95 % interval, a value for each seed;
     - ``difference``: to the ``baseline`` and to the arm's ``control``, paired by seed; p-values are corrected over all
       tests of the comparison (a pair of arms that is the same in two budgets is one test);
-    - ``reach``: epochs of the baseline (in what they use of the budget) until the arm's test accuracy first reached the
-      best that the baseline of its seed ever had: the median over the seeds (``None``: never), and how many got there;
+    - ``reach``: the budget used, in epochs of the baseline, until the arm's test accuracy first reached the best
+      accuracy of the baseline of the same seed: the median over the seeds (``None``: never), and how many reached it;
     - ``converged``: the epoch of the arm in which its training loss converged: the median, and a value for each seed;
-    - ``gap``: accuracy on the training set less that on the test set, after the last epoch;
-    - ``cost``: passes of samples, backward counted twice, in those of the baseline.
+    - ``gap``: accuracy on the training set minus accuracy on the test set, after the last epoch;
+    - ``cost``: passes of samples, backward counted twice, relative to the baseline.
     """
     ended: dict[tuple[str, int], dict[int, Outcome]] = {}
     for outcome in runs:
@@ -79,7 +79,7 @@ def _reached(
     entry["test_accuracy"] = _mean([row["test_accuracy"] for row in last])
     entry["gap"] = _mean([row["train_set_accuracy"] - row["test_accuracy"] for row in last])
     curves = [outcome["curve"] for outcome in ended.values()]
-    if all("train_loss" in curve for curve in curves):  # a comparison begun by an earlier version may have none
+    if all("train_loss" in curve for curve in curves):  # a comparison started with an earlier version may have none
         epochs_to = [converged(curve["train_loss"]) for curve in curves]
         entry["converged"] = {"median": statistics.median(epochs_to), "values": epochs_to}
     for name in COUNTS:

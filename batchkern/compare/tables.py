@@ -1,4 +1,4 @@
-"""What arms reached and by how much they differ, as rows of a table and in words, whatever trained them."""
+"""The results of arms and their differences, as rows of a table and in words; also for trainings made elsewhere."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from batchkern.compare.statistics import LEVEL
 
 FEW_SEEDS = 5
-"""Below this, the notes warn."""
+"""With fewer seeds than this, the notes have a warning."""
 
 Rows = list[tuple[str, ...]]
 Entry = Mapping[str, Any]
-"""Of an arm: its name, what it reached (mean, half_width), its paired differences, which seeds failed."""
+"""The entry of an arm: its name, its result (mean, half_width), its paired differences, its failed seeds."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Metric:
     """How a metric is shown.
 
     Args:
-        name: as in the results.
-        percent: it is a fraction, shown in percent; its differences are in points.
-        lower: less of it is better.
+        name: the name in the results.
+        percent: the metric is a fraction and is shown in percent; its differences are in percentage points.
+        lower: lower values are better.
     """
 
     name: str
@@ -51,7 +51,9 @@ class Metric:
             return f"{100 * mean:{sign}.2f}" + ("" if half is None else f" ± {100 * half:.2f}")
         if not half:
             return f"{mean:{sign}.4g}" + ("" if half is None else " ± 0")
-        digits = max(0, 1 - math.floor(math.log10(half)))  # two of the half width, and as many of the mean
+        digits = max(
+            0, 1 - math.floor(math.log10(half))
+        )  # two digits of the half width, and the same decimals of the mean
         form = "e" if digits > 7 or abs(mean) >= 1e9 else "f"
         digits = 3 if form == "e" else digits
         return f"{mean:{sign}.{digits}{form}} ± {half:.{min(digits, 1) if form == 'e' else digits}{form}}"
@@ -61,7 +63,7 @@ TEST_ACCURACY = Metric("test_accuracy", percent=True)
 
 
 def effect_rows(entries: Sequence[Entry], metric: Metric = TEST_ACCURACY, key: str = "reached") -> Rows:
-    """Headings, then a row for each arm: what it reached, under ``key``, and by how much it differs."""
+    """Headings, then a row for each arm: its result, which is under ``key`` of its entry, and its differences."""
     rows: Rows = [("arm", metric.heading, "- baseline", "p", "- control", "p")]
     for entry in entries:
         reached = entry[key]
@@ -74,7 +76,7 @@ def effect_rows(entries: Sequence[Entry], metric: Metric = TEST_ACCURACY, key: s
 
 
 def judged(entries: Sequence[Entry], metric: Metric = TEST_ACCURACY, control: str = "its random control") -> list[str]:
-    """What the paired differences allow to say."""
+    """The conclusions from the paired differences."""
     said = []
     for name, what in (("baseline", "the baseline"), ("control", control)):
         tests = [(entry["arm"], entry["difference"].get(name)) for entry in entries]
@@ -101,7 +103,7 @@ def shown_p(p: float | None) -> str:
 
 
 def shown_reach(reach: Mapping[str, Any] | None, form: str = ".1f") -> str:
-    """When an arm was as good as the baseline at its best: the median over the seeds, and how many of them were."""
+    """When an arm was as good as the best of the baseline: the median over the seeds, and how many of them were."""
     if reach is None or not reach["seeds"]:
         return ""
     share = f"({reach['reached']}/{reach['seeds']})"
@@ -112,17 +114,22 @@ def about_tests(seeds: int, tests: int, pairing: str) -> list[str]:
     """How to read intervals and p-values.
 
     Args:
-        pairing: what the runs of one seed have in common.
+        pairing: a sentence on what the runs of one seed have in common.
     """
     if seeds < 2:
         return []
     about = [
         f"Means over {seeds} seeds ± half of their 95 % confidence interval (Student's t). Differences are paired: "
+<<<<<<< HEAD
         f"{pairing} p: paired t-test (where all differences are the same, a sign test), corrected by Holm's method for "
         f"{'the one test' if tests == 1 else f'all {tests} tests'} of this comparison; below "
+=======
+        f"{pairing} p: paired t-test (if all differences are the same, a sign test), corrected by Holm's method for "
+        f"all {tests} tests of this comparison; below "
+>>>>>>> 1567986 (Plain sentences in the docstrings and messages of comparisons, analyses, run directories and the reference)
         f"{LEVEL} a difference counts as found. Intervals are of single differences, not corrected.",
-        "The p-values hold for arms and seeds that were fixed beforehand: who looks, adds seeds or arms and looks "
-        "again will find something sooner or later, whether it is there or not.",
+        "The p-values are valid for arms and seeds that were fixed in advance: if you look at results, add seeds or "
+        "arms and look again, you will find a difference sooner or later, even if there is none.",
     ]
     if seeds < FEW_SEEDS:
         about.append(f"{seeds} seeds are few: only differences that are large beside these intervals can be found.")

@@ -1,4 +1,4 @@
-"""Runs side by side in processes of their own, none of which can take another with it."""
+"""Parallel runs in separate processes; if one of them dies, the others continue."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 GRACE = 5.0
-"""Seconds in which a process must end that was asked to; then it is killed."""
+"""Seconds until a process that was told to end is killed."""
 
 
 def in_processes(
     run: Callable[[Any, str], Any], died: Callable[[Any, str], Any], tasks: Sequence[Any], devices: Sequence[str]
 ) -> Generator[Any]:
-    """``run(task, device)`` of all tasks, as they end, in as many processes as there are devices.
+    """The results of ``run(task, device)`` for all tasks, as they end, in as many processes as there are devices.
 
     Args:
-        run: a function of a module, called in a worker; what it raises ends the worker.
-        died: what stands for the outcome where the worker died, given the task and how it ended.
+        run: a module-level function, called in a worker; an exception in it ends the worker.
+        died: returns the outcome of a task whose worker died, given the task and a description of how it ended.
         devices: one for each process; a device may be named several times.
     """
     waiting = list(reversed(tasks))
@@ -48,11 +48,11 @@ def in_processes(
                 task = worker.task
                 try:
                     told, outcome = worker.pipe.recv()
-                except (EOFError, OSError):  # it died: between two messages, or in the midst of one
+                except (EOFError, OSError):  # it died, perhaps while sending a message
                     outcome = died(task, worker.dismiss())
                     worker = _Worker(run, worker.device) if waiting else worker
-                except Exception as error:  # whatever the classes of an outcome do
-                    outcome = died(task, f"gave back what cannot be read ({type(error).__name__}: {error})")
+                except Exception as error:  # raised by the classes of an outcome
+                    outcome = died(task, f"returned a result that cannot be read ({type(error).__name__}: {error})")
                 else:
                     outcome = outcome if told else died(task, outcome)
                 give(worker)
@@ -64,27 +64,27 @@ def in_processes(
 
 
 class _Worker:
-    """A process that takes one task after another through a pipe."""
+    """A process that gets one task after another through a pipe."""
 
     def __init__(self, run: Callable[[Any, str], Any], device: str) -> None:
-        # Not forked: a fork would inherit the state of torch's threads, but not the threads.
+        # Not "fork": the child would inherit the state of torch's threads, but not the threads.
         context = get_context("spawn")
         self.device = device
         self.task: Any = None
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_work, args=(theirs, run, device), daemon=True)
-        with _ignored_sigint():  # by the worker too, which inherits it: Ctrl-C is for this process to deal with
+        with _ignored_sigint():  # the worker inherits this: Ctrl-C is handled by this process
             self.process.start()
-        theirs.close()  # so that reading ends when the worker does
+        theirs.close()  # so that reading fails when the worker has ended
 
     def take(self, task: Any) -> None:
         self.task = task
-        # It died in its first seconds, which reading will tell.
+        # If the worker died in its first seconds, reading from it will fail.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send(task)
 
     def dismiss(self) -> str:
-        """How it ended."""
+        """Ends the worker; returns a description of how it ended."""
         self.pipe.close()
         _end([self.process])
         code = self.process.exitcode or 0
@@ -92,12 +92,12 @@ class _Worker:
 
 
 def _end(processes: Sequence[BaseProcess]) -> None:
-    """Waits for those who were asked to end. One that was stopped does not hear it, and a library may not let go."""
+    """Waits for processes that were told to end, then kills them: a stopped process or a busy library may not react."""
     deadline = time.monotonic() + GRACE
     try:
         for process in processes:
             process.join(max(0.0, deadline - time.monotonic()))
-    finally:  # at once, where a second Ctrl-C says so
+    finally:  # at once after a second Ctrl-C
         for process in processes:
             process.kill()
             process.join()
@@ -109,7 +109,7 @@ def _work(pipe: Connection, run: Callable[[Any, str], Any], device: str) -> None
     assert parent is not None
 
     def follow() -> None:
-        """A worker whose parent was killed would otherwise train to the end, and then wait for ever."""
+        """Ends the worker with its parent. Otherwise it would train to the end, and then wait forever."""
         parent.join()
         os._exit(1)
 
@@ -122,8 +122,8 @@ def _work(pipe: Connection, run: Callable[[Any, str], Any], device: str) -> None
         outcome = run(task, device)
         try:
             pipe.send((True, outcome))
-        except Exception as error:  # whatever the classes of an outcome do, before anything is sent
-            pipe.send((False, f"has what cannot be given back ({type(error).__name__}: {error})"))
+        except Exception as error:  # raised by the classes of an outcome, before anything is sent
+            pipe.send((False, f"has a result that cannot be sent back ({type(error).__name__}: {error})"))
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def test_tables_a_page_and_what_is_refused(tmp_path: Path) -> None:
     assert "loss" not in done.stdout
     assert (tmp_path / "page" / "analysis.html").exists()
     for more, says in (
-        (["--out", "page"], "analysis.html is there; give overwrite (--overwrite)"),
+        (["--out", "page"], "analysis.html already exists; give overwrite (--overwrite)"),
         (["--control", "sam"], "control must be of the form arm=control, both of plain, random, sam(rho=1), got 'sam'"),
         (["--baseline", "none"], "baseline: there is no arm 'none'; there are plain, sam(rho=1), random"),
     ):

@@ -165,14 +165,14 @@ def test_what_is_refused(files):
 def test_nothing_is_replaced_but_what_it_wrote(files):
     words = ("evaluate", "run", "--data", "train.parquet", "--split", "train", "--out")
     Path("mine.json").write_text('{"kind": "mine"}')
-    assert "mine.json is there; give overwrite (--overwrite)" in refused(*words, "mine.json")
+    assert "mine.json already exists; give overwrite (--overwrite)" in refused(*words, "mine.json")
     for name in ("mine.json", "run/metrics.jsonl", "run"):
         assert f"{name} is no evaluation that batchkern wrote" in refused(*words, name, "--overwrite")
     assert Path("mine.json").read_text() == '{"kind": "mine"}'
     assert "mine.json is not a directory" in refused(*words, "mine.json/x.json")
     run(*words, "figures.json")
     before = Path("figures.json").read_text()
-    assert "figures.json is there; give overwrite (--overwrite)" in refused(*words, "figures.json")
+    assert "figures.json already exists; give overwrite (--overwrite)" in refused(*words, "figures.json")
     Path("figures.json").write_text(before.replace(": 120", ": 7"))
     run(*words, "figures.json", "--overwrite")
     assert Path("figures.json").read_text() == before

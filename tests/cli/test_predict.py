@@ -153,7 +153,7 @@ def test_nothing_is_replaced_unasked(trained):
     words = ("predict", trained, "images", "--out", "p.csv")
     for mine in ("mine", "path,predicted\n", ""):
         Path("p.csv").write_text(mine)
-        assert "p.csv is there; give overwrite (--overwrite)" in refused(*words)
+        assert "p.csv already exists; give overwrite (--overwrite)" in refused(*words)
         assert "p.csv is no file of predictions that batchkern wrote" in refused(*words, "--overwrite")
         assert Path("p.csv").read_text() == mine
     os.unlink("p.csv")

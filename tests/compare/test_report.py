@@ -102,11 +102,11 @@ def test_verdicts_are_those_of_corrected_tests():
     # A second budget tells of those alone that train for another time in it.
     assert verdict(results(), "cost") == [
         "No difference found from the baseline: bad.",
-        "All other arms train for as long as in the first budget: see there.",
+        "All other arms have the same training as for the first budget: see there.",
     ]
     alike = results()
     alike["settings"]["arm_epochs"]["bad"]["cost"] = 2
-    assert verdict(alike, "cost")[0].startswith("Every arm uses up this budget in the same training")
+    assert verdict(alike, "cost")[0].startswith("For this budget, every arm has the same training")
 
 
 def test_the_table_of_effects():

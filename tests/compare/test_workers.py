@@ -60,9 +60,9 @@ def test_an_outcome_that_cannot_pass_ends_nothing():
     outcomes = list(in_processes(work, died, tasks, ["cpu"]))
     assert [outcome.partition(" (")[0] for outcome in outcomes] == [
         "first done",
-        "unpicklable has what cannot be given back",
+        "unpicklable has a result that cannot be sent back",
         "second done",
-        "unreadable gave back what cannot be read",
+        "unreadable returned a result that cannot be read",
         "last done",
     ]
     assert "lambda" in outcomes[1]
