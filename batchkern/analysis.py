@@ -111,7 +111,7 @@ class Analysis:
         if any(entry["reach"] for entry in entries):
             notes.append(
                 "Reach: when an arm was first as good as the best value of the baseline of the same seed, as a "
-                f"fraction of the {self.axis} of this baseline (median over the seeds; in brackets how many seeds reached it)."
+                f"fraction of its {self.axis} (median over the seeds; in brackets the seeds that reached it)."
             )
         if any(entry["cost"] for entry in entries):
             notes.append("Cost: relative to the baseline, over the seeds that both have.")

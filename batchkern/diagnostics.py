@@ -1,4 +1,4 @@
-"""Which samples a training counts and what they lose: figures for each epoch, and a count for each sample."""
+"""Which samples the loss counts, and their losses: figures for each epoch, and values for each sample."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ TIMES = (0.0, 0.1, 0.5, 0.9, 1.0)
 
 
 class SampleLog:
-    """Keeps, on the device, how often each sample was kept and the last loss it was seen to have.
+    """Stores, on the device, how often each sample was kept and its last known loss.
 
-    A sample is kept when it is in a batch and the loss counts it: not where trimming drops it, and not where its batch
-    is not replayed.
+    A sample is kept when it is in a batch and the loss counts it; it is not if trimming drops it or if its batch is not
+    replayed.
 
     Args:
         rows: size of the training set.
-        device: where losses come from.
-        mislabelled: ``(rows,)`` bool, where it is known which labels are wrong.
+        device: the device of the losses.
+        mislabelled: ``(rows,)`` bool, which labels are wrong; None if this is not known.
     """
 
     def __init__(self, rows: int, device: torch.device, mislabelled: Tensor | None) -> None:
@@ -28,15 +28,16 @@ class SampleLog:
         self.last_loss = torch.full((rows,), torch.nan, dtype=torch.float32, device=device)
         self.mislabelled = None if mislabelled is None else mislabelled.to(device)
         self._times_before = self.times_kept.clone()
-        """``times_kept`` when the epoch began."""
+        """``times_kept`` at the beginning of the epoch."""
         self._kept_before: Tensor | None = None
-        """``(rows,)`` bool: kept in the epoch before."""
+        """``(rows,)`` bool: whether a sample was kept in the previous epoch."""
 
     def observe(self, indices: Tensor, losses: Tensor, kept: Tensor | None) -> None:
-        """Rows ``(b,)`` of a batch, their losses, and the positions in it of those kept; ``None``: all.
+        """Records rows ``(b,)`` of a batch, their losses, and the positions in the batch of the kept rows (``None``:
+        all).
 
-        The loss of a row that is there several times is the highest of them: the same whatever the order is in which a
-        GPU comes to them.
+        If a row is in the batch several times, its highest loss is recorded, which does not depend on the order in
+        which a GPU processes them.
         """
         rows = indices.to(self.last_loss.device)
         self.last_loss.scatter_reduce_(0, rows, losses.float(), "amax", include_self=False)
@@ -46,13 +47,15 @@ class SampleLog:
     def end_epoch(self) -> dict[str, Any]:
         """Figures of the epoch:
 
-        - ``times_kept``: how often samples were kept since the training began: least, 10 %, median, 90 %, most;
-        - ``never_kept``: share of samples never kept so far;
+        - ``times_kept``: how often samples were kept since the training began: minimum, 10 %, median, 90 %, maximum;
+        - ``never_kept``: fraction of the samples that were never kept so far;
         - ``kept_loss``, ``dropped_loss``: 10 %, 50 % and 90 % quantiles of the last losses of the samples kept in this
           epoch and of all others (``None`` where there is none);
-        - ``kept_overlap``: share of the samples kept in this epoch that were kept in the one before as well, and
-          ``kept_overlap_by_chance``: what it would be for a random choice as large (both from the second epoch on);
-        - ``kept_mislabelled``: share of what was kept, each time it was, that is mislabelled (where that is known).
+        - ``kept_overlap``: fraction of the samples kept in this epoch that were also kept in the previous one, and
+          ``kept_overlap_by_chance``: its expected value for a random selection of the same size (both from the second
+          epoch on);
+        - ``kept_mislabelled``: fraction of mislabelled samples among the kept ones, counted each time they were kept
+          (if wrong labels are known).
         """
         visits = self.times_kept - self._times_before
         kept = visits > 0
@@ -91,7 +94,7 @@ class SampleLog:
             if value is None and name == "kept_before":
                 continue
             if not isinstance(value, Tensor) or value.shape != like.shape or value.layout != like.layout:
-                raise ValueError(f"{name} is not of the {len(like)} samples of the training set")
+                raise ValueError(f"{name} does not belong to the {len(like)} samples of the training set")
             if value.dtype != types.get(name, torch.bool):
                 raise ValueError(f"{name} is of type {value.dtype}, not of {types.get(name, torch.bool)}")
         self.times_kept, self.last_loss = state["times_kept"].to(device), state["last_loss"].to(device)
@@ -101,7 +104,8 @@ class SampleLog:
 
 
 def quantiles(values: Tensor, at: tuple[float, ...]) -> list[float] | None:
-    """Values of the nearest rank (``torch.quantile`` takes no more than 16 million); ``None`` of nothing."""
+    """Quantiles by nearest rank (``torch.quantile`` takes at most 16 million values); ``None`` if there are no
+    values."""
     if len(values) == 0:
         return None
     ordered = values.sort().values

@@ -1,8 +1,8 @@
-"""One training in several processes: which rows are whose, and what all of them must know or decide together.
+"""One training in several processes: how rows are divided among ranks, and what ranks exchange or decide together.
 
-A batch is cut into contiguous slices, one a rank, so that the slices one after another are the batch of one process:
-ties and sums then stand in the same order. In one process everything here hands back what it was given; the trainer and
-the strategies need no second way of doing things.
+A batch is cut into contiguous slices, one per rank, in the order of the batch of a single process, so that ties and
+sums have the same order. In a single process, all functions here return their input, so the trainer and the strategies
+have the same code for both cases.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from batchkern.errors import UserError
 from batchkern.validation import pick_device
 
 ASK_EVERY = 4
-"""Updates between two questions whether some rank was told to stop; each question waits for the slowest rank."""
+"""The ranks check every so many updates whether one of them was told to stop; a check waits for the slowest rank."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Share:
-    """One rank's rows of a batch. Each rank has equally many: the last are filled up with rows that count nowhere."""
+    """One rank's rows of a batch. All ranks have the same number: the last ranks are padded with rows that do not
+    count."""
 
     rows: int
-    """Of the whole batch."""
+    """Number of rows of the whole batch."""
     rank: int = 0
     world: int = 1
 
     @property
     def each(self) -> int:
-        """Rows of a rank, filling included."""
+        """Number of rows of each rank, including padding."""
         return -(-self.rows // self.world)
 
     @property
@@ -49,42 +50,44 @@ class Share:
 
     @property
     def real(self) -> int:
-        """Rows that are not filling; 0 on a rank to which a small batch does not reach."""
+        """Number of rows that are not padding; 0 if a small batch has no rows for this rank."""
         return min(self.each, self.rows - self.start)
 
     @property
     def positions(self) -> Tensor:
-        """``(each,)`` places in the batch; the filling repeats its first rows."""
+        """``(each,)`` positions in the batch; padding repeats the first rows of the batch."""
         return (self.rank * self.each + torch.arange(self.each)) % self.rows
 
     def take(self, x: Tensor, dim: int = 0) -> Tensor:
-        """This rank's rows of ``x``, which has those of the whole batch along ``dim``."""
+        """This rank's rows of ``x``, which has the rows of the whole batch along ``dim``."""
         return x if self.world == 1 else x.index_select(dim, self.positions.to(x.device))
 
     def spread(self, x: Tensor) -> Tensor:
-        """The whole batch with this rank's rows ``x (each, Q)`` at their places, and zeros at those of others."""
+        """The whole batch with this rank's rows ``x (each, Q)`` at their positions, and zeros in the rows of other
+        ranks."""
         return x if self.world == 1 else F.pad(x[: self.real], (0, 0, self.start, self.rows - self.start - self.real))
 
     def ignore_filling(self, target: Tensor) -> Tensor:
-        """``target (each, ...)`` with :data:`IGNORED` at the filling; probabilities ``(each, C)`` stay as they are."""
+        """``target (each, ...)`` with :data:`IGNORED` in padding rows; probabilities ``(each, C)`` are returned
+        unchanged."""
         if self.real == self.each or target.is_floating_point():
             return target
         return torch.cat([target[: self.real], torch.full_like(target[self.real :], IGNORED)])
 
     def counts(self, target: Tensor) -> Tensor:
-        """``(each,)`` bool, on the device of ``target``: which rows are not filling."""
+        """``(each,)`` bool, on the device of ``target``: which rows are not padding."""
         if target.dim() > 1:
             return torch.arange(self.each, device=target.device) < self.real
         return target != IGNORED
 
 
 class Ranks:
-    """The processes of a training, as one of them sees them. ``Ranks()`` is a training in one process.
+    """The processes of a training, with the rank of this one. ``Ranks()`` is a training in a single process.
 
     Args:
-        device: this rank's.
-        group: of all ranks, for what the device computes.
-        control: of all ranks, for objects and flags on the CPU.
+        device: the device of this rank.
+        group: the group of all ranks for tensors on the device.
+        control: the group of all ranks for objects and flags on the CPU.
     """
 
     def __init__(
@@ -102,10 +105,10 @@ class Ranks:
 
     @classmethod
     def join(cls, device: torch.device | str | None) -> Ranks:
-        """The ranks that torchrun started, or those of a default process group that is there already.
+        """The ranks that torchrun started, or those of an existing default process group.
 
         Raises:
-            UserError: a wrong device, or the others cannot be joined.
+            UserError: the device is wrong, or the other processes cannot be joined.
         """
         joined = dist.is_available() and dist.is_initialized()
         if not joined and os.environ.get("WORLD_SIZE", "1") == "1":
@@ -115,7 +118,7 @@ class Ranks:
         picked = _own_device(device)
         if not joined:
             _init(picked)
-        # NCCL carries nothing but tensors of its GPU, and in the order of that GPU's stream.
+        # NCCL can send only tensors of its GPU, in the order of the stream of that GPU.
         control = dist.group.WORLD if picked.type == "cpu" else dist.new_group(backend="gloo")
         return cls(picked, dist.group.WORLD, control)
 
@@ -125,8 +128,8 @@ class Ranks:
         return Share(rows, self.rank, self.world)
 
     def gather(self, share: Share, columns: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """In one all-gather: figures of the whole batch ``(K, rows)`` from ``columns (K, each)``, and the mean of the
-        ranks' 0-dim ``value``. The same bits on every rank."""
+        """With one all-gather, the figures of the whole batch ``(K, rows)`` from ``columns (K, each)``, and the mean
+        over ranks of the 0-dim ``value``. The results are bitwise equal on all ranks."""
         if self.world == 1:
             return columns, value
         parts = self._all(torch.cat([columns.flatten(), value.reshape(1).to(columns.dtype)]))
@@ -134,7 +137,7 @@ class Ranks:
         return whole[:, : share.rows], parts[:, -1].mean()
 
     def mean(self, value: Tensor) -> Tensor:
-        """Mean over the ranks of a 0-dim tensor; the same bits on every rank."""
+        """Mean over the ranks of a 0-dim tensor; bitwise equal on all ranks."""
         return value if self.world == 1 else self._all(value).mean()
 
     def _all(self, x: Tensor) -> Tensor:
@@ -158,10 +161,10 @@ class Ranks:
         for tensor in tensors if self.world > 1 else ():
             dist.broadcast(tensor, 0, group=self.group)
 
-    # --- what all know or decide --------------------------------------------------------------------------------
+    # --- objects and decisions of all ranks ----------------------------------------------------------------------
 
     def first(self, action: Callable[[], T]) -> T:
-        """What ``action`` returns on rank 0, the only one that runs it; its UserError is raised on every rank."""
+        """The result of ``action`` on rank 0, which alone runs it; if it raises a UserError, all ranks raise it."""
         if self.world == 1:
             return action()
         outcome: list[Any] = [None, None]
@@ -185,7 +188,8 @@ class Ranks:
         return things
 
     def agree(self, flag: bool) -> bool:
-        """Whether some rank's ``flag`` is set, to be asked between updates: every few times, the ranks do ask."""
+        """Whether the ``flag`` of any rank is set. Called after each update; only every few calls do the ranks
+        communicate."""
         if self.world == 1:
             return flag
         self._questions += 1
@@ -234,10 +238,10 @@ def _init(device: torch.device) -> None:
 
 
 def says(sentence: str) -> bool:
-    """Whether this process should print ``sentence``: the first one that torchrun started and that has it to say.
+    """Whether this process should print ``sentence``: only the first process with the same sentence should.
 
-    What is wrong with the arguments is wrong on every rank, what is wrong with one machine's files on one of them; and
-    both can be found before the ranks have joined. So it is the launcher's store that knows what has been said.
+    Wrong arguments cause the same error on every rank, but a problem with the files of one machine only on some; and
+    both may be found before the ranks have joined. So the store of the launcher records what was printed.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
@@ -246,5 +250,5 @@ def says(sentence: str) -> bool:
         store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
         key = f"batchkern/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{zlib.crc32(sentence.encode())}"
         return store.add(key, 1) == 1
-    except (KeyError, RuntimeError, TypeError, ValueError):  # better twice than never
+    except (KeyError, RuntimeError, TypeError, ValueError):  # if in doubt, it is printed
         return True

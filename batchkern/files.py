@@ -1,4 +1,4 @@
-"""Files written whole or not at all, read without waiting, and directories that one process at a time writes to."""
+"""Files that are written completely or not at all and read without blocking, and locks of directories."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def slug(text: str) -> str:
 
 
 def write_file(path: Path, content: bytes, *, previous: Path | None = None) -> None:
-    """All of ``content`` or, after a kill, the old file: never a part. A link in its place is replaced, not followed.
+    """Writes all of ``content``, or after a kill leaves the old file. A link at ``path`` is replaced, not followed.
 
     Args:
-        previous: where the old file is kept; what was there before is gone.
+        previous: where the old file is kept; an earlier file there is replaced.
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
-        # Made anew: what lies under this name already, a link or a pipe say, is not opened.
+        # O_EXCL: an existing file, link or pipe of this name is never opened.
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
             file.write(content)
             file.flush()
@@ -56,20 +56,21 @@ def _keep(path: Path, previous: Path) -> None:
 
 
 def read_file(path: Path) -> bytes:
-    """
+    """The contents of a regular file.
+
     Raises:
-        OSError: it cannot be read, or is no regular file: a pipe would be waited for, a device may never end.
+        OSError: it cannot be read, or is not a regular file; reading a pipe or a device may never end.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no regular file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     with open(descriptor, "rb") as file:
         return file.read()
 
 
 def append_line(path: Path, line: str) -> None:
-    """To a file that is not a link; it is on the disk when this returns."""
+    """Appends a line to a file that is not a link, and flushes it to the disk."""
     try:
         with open(
             os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666), "a"
@@ -82,7 +83,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """With those above it; one that is there stays as it is."""
+    """Creates a directory and its parents; an existing one is left as it is."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except ValueError:  # a null character
@@ -94,12 +95,12 @@ def make_directory(path: Path) -> None:
 
 
 def contents(directory: Path, written: Iterable[str]) -> set[str]:
-    """The names in ``directory``, without those that a kill during the writing of ``written`` left there."""
+    """The names in ``directory``, without partial files of ``written`` that a kill left there."""
     return {entry.name for entry in directory.iterdir() if _part_of(entry) not in set(written)}
 
 
 def remove_parts(directory: Path, written: Iterable[str]) -> None:
-    """Removes what a kill during the writing of ``written`` left there."""
+    """Removes partial files of ``written`` that a kill left there."""
     for entry in directory.iterdir():
         if _part_of(entry) in set(written):
             entry.unlink(missing_ok=True)
@@ -111,10 +112,10 @@ def _part_of(entry: Path) -> str | None:
 
 
 def lock(directory: Path) -> int:
-    """A descriptor; until it is closed, no other process can lock ``directory``, and neither can this one again.
+    """Locks ``directory``; returns a descriptor. Until it is closed, neither this process nor others can lock it again.
 
     Raises:
-        UserError: it is locked already, or cannot be opened.
+        UserError: it is already locked, or cannot be opened.
     """
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -136,16 +137,17 @@ def lock(directory: Path) -> int:
 
 
 def unlock(descriptor: int) -> None:
-    """Also where a process that was forked in between still has the descriptor."""
+    """Releases a lock, even if a process that was forked in the meantime still has the descriptor."""
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
 
 
 def check_place(directory: Path, descriptor: int) -> None:
-    """
+    """Checks that ``directory`` is still the one that was locked.
+
     Raises:
-        UserError: ``directory`` is no longer the one that was locked: it was moved, and perhaps another made.
+        UserError: it was moved, or replaced by another one.
     """
     try:
         same = os.path.samestat(os.stat(directory), os.fstat(descriptor))

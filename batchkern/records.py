@@ -1,7 +1,7 @@
-"""What the files of a run and of a comparison hold, and the one way in which they are read: checked against a schema.
+"""The schemas of the files of a run and of a comparison, and functions that read and check them.
 
-A file may be cut short, edited or of another program. What it says is used for paths, sizes and figures, so nothing of
-it is believed before it was checked.
+A file may be incomplete, edited or written by another program. Its contents are used for paths, sizes and figures, so
+nothing is used before it was checked.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Figures(_Row, total=False):
 
 
 class Row(_Figures, total=False):
-    """An epoch, as in metrics.jsonl. Strategies add figures of their own."""
+    """A row of metrics.jsonl, for one epoch. Strategies add their own figures."""
 
     train_set_accuracy: Fraction
 
@@ -86,7 +86,7 @@ class _RunSettings(TypedDict):
 
 
 class Config(TypedDict):
-    """config.json of a run, as far as plots need it."""
+    """The part of a run's config.json that plots need."""
 
     settings: _RunSettings
 
@@ -107,20 +107,20 @@ class _ModelSettings(_Layout):
 
 
 class ModelConfig(TypedDict):
-    """The same, as far as the use of its model needs it."""
+    """The part of a run's config.json that is needed to use its model."""
 
     settings: _ModelSettings
 
 
 class Preprocessing(TypedDict):
-    """preprocessing.json. The rest is a dataclass for each kind."""
+    """The common part of preprocessing.json. The rest is checked by a dataclass for each kind."""
 
     format: Positive
     kind: str
 
 
 class Checkpoint(TypedDict):
-    """checkpoint.pt. What models, optimizers and strategies put into it is for them to check."""
+    """checkpoint.pt. The states of models, optimizers and strategies are checked by their own code."""
 
     epochs_done: Whole
     counts: Counts
@@ -197,30 +197,32 @@ class Results(TypedDict):
 
 
 def check(value: Any, schema: Any) -> None:
-    """
+    """Checks a value against a schema.
+
     Raises:
-        ValueError: what is wrong and where, as in "Expected `int` >= 0 - at `$.runs[3].seed`".
+        ValueError: it does not match; the message names the place, as in "Expected `int` >= 0 - at `$.runs[3].seed`".
     """
     msgspec.convert(value, schema)
 
 
 def made(value: Any, cls: type[T]) -> T:
-    """``value`` as a dataclass, which may check what its types do not say.
+    """``value`` as a dataclass, which may check more than its types.
 
     Raises:
         ValueError: as :func:`check`.
     """
     try:
         return msgspec.convert(value, cls)
-    except OverflowError as error:  # a whole number for a float, with some 300 digits
+    except OverflowError as error:  # an integer with about 300 digits in place of a float
         raise ValueError(str(error)) from None
 
 
 def read_json(path: Path, schema: Any = Json) -> Any:
-    """
+    """The contents of a JSON file, checked against ``schema``.
+
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no JSON, or not as ``schema`` has it.
+        ValueError: it is not JSON, or does not match ``schema``.
     """
     value = _parsed(read_file(path))
     check(value, schema)
@@ -228,10 +230,10 @@ def read_json(path: Path, schema: Any = Json) -> Any:
 
 
 def read_metrics(path: Path, rows: int | None = None) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl, one an epoch; the first ``rows``: what follows them may be cut short.
+    """The rows of metrics.jsonl, one per epoch. With ``rows``, only the first rows; later ones may be incomplete.
 
     Raises:
-        OSError, ValueError: as :func:`read_json`; there is none, or one is of another epoch than its place says.
+        OSError, ValueError: as :func:`read_json`; or rows are missing, or the epoch of a row is wrong.
     """
     lines = read_file(path).removesuffix(b"\n").split(b"\n") if path.stat().st_size else []
     found: list[dict[str, Any]] = []

@@ -268,7 +268,7 @@ def _axis(header: Sequence[str], courses: Iterable[list[_Line]], wide: bool) -> 
                     line.wrong(
                         "arm",
                         f"{first.cells['arm']!r}, seed {first.cells['seed']!r} is already in line {first.number}; "
-                        "lines of one run need different values of cost or steps; runs on other data need a column data",
+                        "lines of one run need different values of cost or steps; other data sets need a column data",
                     )
         several[0][0].wrong("steps", "this column or cost must distinguish the lines of every run")
     return apart[0]

@@ -574,7 +574,7 @@ def test_another_file_of_the_same_name_and_time_is_not_the_old_one(tmp_path):
 def test_names_that_would_read_the_current_folder(tmp_path, monkeypatch, name):
     write_folder(tmp_path / "folder", random_pixels(4), [0, 0, 1, 1], "ab")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="is a reader of files|'folder' is a local file or folder, which has no"):
+    with pytest.raises(UserError, match="is a file reader of|'folder' is a local file or folder, which has no"):
         load(name)
 
 
@@ -730,7 +730,7 @@ def test_known_noisy_labels(tmp_path):
         load_pair(path, clean_labels="wrong")
     with pytest.raises(UserError, match="digits: it has no columns"):
         load_pair("digits", clean_labels="right")
-    with pytest.raises(UserError, match="has clean labels beside noisy ones already"):
+    with pytest.raises(UserError, match="already has clean labels beside noisy ones"):
         with_label_noise(train, 0.1, seed=0)
 
 

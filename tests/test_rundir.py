@@ -288,7 +288,7 @@ def test_a_whole_checkpoint_of_impossible_epochs(tmp_path, done):
 def test_a_checkpoint_that_is_a_pipe_is_not_waited_for(tmp_path):
     opened(tmp_path)
     os.mkfifo(tmp_path / CHECKPOINT)
-    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read: it is no regular file"):
+    with pytest.raises(UserError, match=r"checkpoint.pt cannot be read: it is not a regular file"):
         opened(tmp_path, resume=True).load_checkpoint()
 
 

@@ -856,7 +856,7 @@ def test_two_trainings_do_not_write_to_one_directory(tmp_path):
         (lambda s: s.update(sums=torch.zeros(3)), r"sums are of shape \(3,\)"),
         (lambda s: s.update(rng=torch.zeros(3)), "RNG|dtype|size|Byte"),
         (lambda s: s.update(strategies=[]), "it is of 0 strategies"),
-        (lambda s: s["samples"].update(last_loss=torch.zeros(7)), "last_loss is not of the 44 samples"),
+        (lambda s: s["samples"].update(last_loss=torch.zeros(7)), "last_loss does not belong to the 44 samples"),
         (lambda s: s["model"].pop("fc.weight"), "Missing key"),
         (lambda s: s["model"].update({"fc.weight": torch.zeros(2)}), "size mismatch"),
         (lambda s: s["optimizer"].update(param_groups=[]), "argument"),

@@ -1,7 +1,7 @@
-"""Labelled data: where they come from, how they are held, and how batches of them reach the device.
+"""Labelled data: their sources, how they are stored, and how batches of them reach the device.
 
 `load` and `load_pair` open a source (a built-in name, a parquet file, a folder, a Hugging Face hub name) and
-return `ImageData`, which hands out uint8 rows for any index tensor. `Feed` turns these rows into normalised,
+return `ImageData`, which returns uint8 rows for any index tensor. `Feed` turns these rows into normalised,
 augmented batches on the device. Which rows make up a batch is decided elsewhere, by the index plan.
 """
 
@@ -26,7 +26,7 @@ from batchkern.data.unlabelled import find_images as find_images
 from batchkern.data.unlabelled import images_of as images_of
 from batchkern.data.unlabelled import table_of as table_of
 
-# What is imported ``as`` itself is for other modules of the package, and is no part of the API.
+# Names imported ``as`` themselves are for other modules of the package, and are not part of the API.
 __all__ = [
     "DatasetData",
     "ImageData",

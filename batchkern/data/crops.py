@@ -1,6 +1,5 @@
-"""The part of an image that is shown: its centre for evaluation, a random window for training (C. Szegedy et al.,
-"Going Deeper with Convolutions", CVPR 2015, section 6), by the rules of torchvision's Resize and CenterCrop, and of its
-RandomResizedCrop.
+"""Crops of images: the centre for evaluation, a random window for training (C. Szegedy et al., "Going Deeper with
+Convolutions", CVPR 2015, section 6), by the rules of torchvision's Resize and CenterCrop, and of its RandomResizedCrop.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from batchkern.seeding import generator
 
-_INSIDE = 0.875  # a side of the central square, of the image's shorter side: 224 of 256
-_SCALE = (0.08, 1.0)  # area of a random window, of the image's
+_INSIDE = 0.875  # side of the central square, as a fraction of the image's shorter side: 224 of 256
+_SCALE = (0.08, 1.0)  # area of a random window, as a fraction of the image's area
 _ASPECT = (3 / 4, 4 / 3)  # width / height of a random window
 _TRIES = 10
 
@@ -30,8 +29,8 @@ class Window(NamedTuple):
 
 
 def around_centre(height: int, width: int, size: int) -> tuple[tuple[int, int], Window]:
-    """To which (height, width) an image is resized, so that its shorter side is round(size / 0.875), and the central
-    window of size x size pixels of that."""
+    """The (height, width) to which an image is resized so that its shorter side is round(size / 0.875), and the central
+    window of size x size pixels in the resized image."""
     shorter = round(size / _INSIDE)
     longer = int(shorter * max(height, width) / min(height, width))
     resized = (longer, shorter) if width <= height else (shorter, longer)
@@ -40,17 +39,19 @@ def around_centre(height: int, width: int, size: int) -> tuple[tuple[int, int], 
 
 
 def window_numbers(seed: int, step: int, count: int) -> Tensor:
-    """What :func:`random_window` takes, for each image of a batch: (count, 10, 4) float64 in [0, 1), on the CPU."""
+    """Random numbers for :func:`random_window`, for each image of a batch: (count, 10, 4) float64 in [0, 1), on the
+    CPU."""
     return torch.rand(count, _TRIES, 4, generator=generator(seed, "window", step), dtype=torch.float64)
 
 
 def random_window(numbers: Sequence[Sequence[float]], height: int, width: int) -> Window:
-    """A window of 0.08 to 1 of the image's area, evenly, whose aspect is 3/4 to 4/3, evenly in its logarithm, anywhere
-    in the image; the largest central one of nearest aspect where ten of them would not fit.
+    """A random window of the image: its area is uniform in 0.08 to 1 of the image's, the logarithm of its aspect
+    uniform between those of 3/4 and 4/3. If none of ten windows fits, it is the largest central window with the nearest
+    aspect.
 
     Args:
         numbers: ten tries of four numbers in [0, 1): area, aspect, top, left.
-        height, width: of the image.
+        height, width: size of the image.
     """
     for area, aspect, top, left in numbers:
         pixels = height * width * (_SCALE[0] + area * (_SCALE[1] - _SCALE[0]))
@@ -67,20 +68,21 @@ def random_window(numbers: Sequence[Sequence[float]], height: int, width: int) -
 
 
 def resized_windows(images: Tensor, windows: Sequence[Window]) -> Tensor:
-    """Of each of uint8 (b, C, H, W) its window, enlarged to (H, W): bilinear, as Pillow does it, to within one grey
-    level (Pillow rounds between the two directions)."""
+    """The window of each image of uint8 (b, C, H, W), enlarged to (H, W): bilinear, equal to Pillow's result to within
+    one grey level (Pillow rounds between the two directions)."""
     top, left, high, wide = torch.tensor(windows).view(-1, 4).to(images.device).unbind(1)
     rows = _weights(top, high, images.shape[2])[:, None]
     columns = _weights(left, wide, images.shape[3])[:, None]
-    # In float64 the order of a sum decides nothing, so that a row is the same in any part of its batch.
+    # In float64 the order of a sum does not change the result, so a row is the same in any part of its batch.
     return (rows @ images.double() @ columns.mT).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _weights(start: Tensor, length: Tensor, size: int) -> Tensor:
-    """Of `size` pixels, those `start` to `start + length` become `size` again: float64 (b, to, from), rows of sum 1.
+    """Weights that resize pixels `start` to `start + length` to `size` pixels: float64 (b, to, from), with rows of sum
+    1.
 
-    A triangle around the place of each new pixel, cut off at the window's ends. It is one pixel wide on either side:
-    a window is no larger than what it becomes, so there is nothing to antialias.
+    Each new pixel has a triangle of weights around its place, cut off at the ends of the window. The triangle is one
+    pixel wide on either side: a window is never reduced, so no antialiasing is needed.
     """
     start, length = start.double()[:, None, None], length.double()[:, None, None]
     places = torch.arange(size, device=start.device, dtype=torch.float64) + 0.5

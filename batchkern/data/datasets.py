@@ -1,4 +1,4 @@
-"""Any map-style dataset: what PyTorch's `DataLoader` would read, read by the index plan of the trainer."""
+"""Any map-style dataset for PyTorch's `DataLoader`, read in the order of the trainer's plan."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from batchkern.errors import UserError
 from batchkern.seeding import derived_seed
 
 Inputs = Any
-"""What a model is called with: a tensor, or a dictionary, tuple or list of them, each with the batch's rows first."""
+"""Inputs of a model: a tensor, or a dictionary, tuple or list of tensors, each with the batch's rows in dimension 0."""
 Data = Dataset[Any] | tuple[Tensor, Tensor]
-"""What :func:`as_labelled` takes beside data that are labelled already."""
+"""Data that :func:`as_labelled` converts to `Labelled`."""
 Collate = Callable[[list[Any]], tuple[Inputs, Tensor]]
 
 
 class DatasetData(Labelled):
-    """Rows of a dataset, fetched when their batch is due; see `from_dataset`.
+    """Rows of a dataset, fetched when their batch is needed; see `from_dataset`.
 
     Args:
-        dataset: something with a length that gives the row of a number.
-        collate_fn: makes ``(inputs, labels)`` of a list of rows.
-        classes: their names; ``None``: as many as the model has.
-        name: for messages.
+        dataset: an object with a length and rows by index.
+        collate_fn: makes ``(inputs, labels)`` from a list of rows.
+        classes: the names of the classes; ``None``: as many classes as the model has.
+        name: the name in messages.
 
     Examples:
         >>> import torch
@@ -64,7 +64,7 @@ class DatasetData(Labelled):
             inputs, labels = self.fetch([0], [derived_seed(0, "shape")])
         self.shape = tuple(inputs.shape[1:]) if isinstance(inputs, Tensor) else None
         self.places = tuple(labels.shape[1:])
-        """Of one target: none, or those of a mask."""
+        """Shape of one target: () for a label, or the shape of a mask."""
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -80,12 +80,12 @@ class DatasetData(Labelled):
         """The batch of `rows`, each fetched with the generators of torch, NumPy and Python at its seed.
 
         Raises:
-            UserError: a row cannot be read, or what collate_fn makes of them is no batch.
+            UserError: a row cannot be read, or the result of collate_fn is not a batch.
         """
         samples = []
         for row, seed in zip(rows, seeds, strict=True):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed takes ten times as long
-            np.random.seed(seed % 2**32)  # noqa: NPY002  # the one that transforms use
+            np.random.seed(seed % 2**32)  # noqa: NPY002  # the global generator, which transforms use
             random.seed(seed)
             try:
                 samples.append(self.dataset[row])
@@ -103,7 +103,7 @@ class DatasetData(Labelled):
                 f" with {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else ""
             )
             raise UserError(
-                f"{self.name}: collate_fn must make a pair of inputs and labels of a list of rows, got {kind:.200}: "
+                f"{self.name}: collate_fn must make a pair (inputs, labels) from a list of rows, got {kind:.200}: "
                 "give from_dataset one that does"
             )
         inputs, labels = batch
@@ -135,23 +135,23 @@ def from_dataset(
     collate_fn: Collate | None = None,
     name: str | None = None,
 ) -> DatasetData | TensorData | ImageData:
-    """Data of a map-style dataset: something with a length, that gives the row of a number.
+    """Data from a map-style dataset: an object with a length and rows by index.
 
-    Every row is fetched with the generators of torch, NumPy and Python at a seed that follows from the training's seed,
-    the update and the place in the batch. So random transforms are the same in a run that is resumed, with any number
-    of workers; generators that a dataset keeps for itself are not.
+    Every row is fetched with the generators of torch, NumPy and Python at a seed that is derived from the training's
+    seed, the update and the position in the batch. So random transforms are the same in a resumed run and with any
+    number of workers; this does not hold for generators that a dataset creates itself.
 
     Args:
-        dataset: a `TensorDataset` of two tensors is the same as `from_tensors`.
-        classes: their names; default: ``dataset.classes``, as torchvision's have it, else as many as the model has
-            logits.
-        collate_fn: makes ``(inputs, labels)`` of a list of rows, as that of a `DataLoader`; default: torch's, for rows
-            ``(input, label)``. Each tensor in them has the rows as its dimension 0. The model is called with the
-            inputs, whatever they are. Labels are as those of `from_tensors`.
-        name: for messages; default: the type's.
+        dataset: the dataset. A `TensorDataset` of two tensors is treated as by `from_tensors`.
+        classes: the names of the classes; default: ``dataset.classes``, as in torchvision's datasets, else as many
+            classes as the model has logits.
+        collate_fn: makes ``(inputs, labels)`` from a list of rows, like that of a `DataLoader`; default: torch's, for
+            rows ``(input, label)``. Each tensor in them has the rows in dimension 0. The model is called with the
+            inputs, whatever their type. Labels have the form of those of `from_tensors`.
+        name: the name in messages; default: the name of the type.
 
     Raises:
-        UserError: it is no such dataset, is empty, or its first row is no such row.
+        UserError: it is not a map-style dataset, is empty, or its first row is not of this form.
 
     Examples:
         >>> import torch
@@ -168,7 +168,7 @@ def from_dataset(
     """
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise UserError(
-            "dataset must be map-style, with __len__ and __getitem__, since the trainer says which rows make up a "
+            "dataset must be map-style, with __len__ and __getitem__, since the trainer chooses the rows of each "
             f"batch; got {type(dataset).__name__}"
         )
     name = type(dataset).__name__ if name is None else name
@@ -183,11 +183,11 @@ def from_dataset(
 
 
 def as_labelled(name: str, data: Any, classes: tuple[str, ...] | None = None) -> Labelled:
-    """`data` as the trainer takes it: what it is already, a dataset, or a pair of inputs and labels.
+    """`data` in the form that the trainer takes: `Labelled` data themselves, or made from a dataset or a pair.
 
     Args:
-        name: of the argument, for messages.
-        classes: of the training set, which those of a pair or a dataset are, too.
+        name: name of the argument, for messages.
+        classes: classes of the training set, which are used for a pair or a dataset, too.
         data: `Labelled`, a map-style dataset (`from_dataset`), or a pair of inputs and labels (`from_tensors`).
 
     Examples:
@@ -214,11 +214,11 @@ class DatasetFeed:
     """Batches of a dataset on a device, fetched by `workers` processes ahead of their update.
 
     Args:
-        data: as `from_dataset` gives them.
-        device: where the batches are to be.
-        seed: seed of the rows' own randomness.
-        workers: number of processes; 0: this process fetches a batch when it is due.
-        classes: how many there are, where the dataset does not say; with ``None`` its labels are not checked.
+        data: the result of `from_dataset`.
+        device: the device of the batches.
+        seed: seed of the random transforms of the rows.
+        workers: number of worker processes; 0: this process fetches a batch when it is needed.
+        classes: number of classes, if the dataset does not name them; with ``None`` its labels are not checked.
 
     Examples:
         >>> import torch
@@ -245,12 +245,12 @@ class DatasetFeed:
         self.workers = workers
         self.classes = classes if data.classes is None else len(data.classes)
         self.depth = max(1, workers)
-        """How many batches ahead are fetched."""
+        """The number of batches that are fetched ahead."""
         self._pool: ProcessPoolExecutor | None = None
         self._ahead: list[tuple[_Request, Future[Any]]] = []
 
     def prepare(self, indices: Tensor, step: int | None, positions: Tensor | None = None) -> None:
-        """A hint, as of `Feed.prepare`."""
+        """A hint to fetch a batch ahead, as in `Feed.prepare`."""
         if not self.workers:
             return
         request = self._request(indices, step, positions)
@@ -258,14 +258,14 @@ class DatasetFeed:
             self._ahead.append((request, self._submit(request)))
 
     def forget(self) -> None:
-        """Gives up what was prepared, and ends the workers."""
+        """Discards prepared batches, and ends the workers."""
         self._ahead = []
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
 
     def batch(self, indices: Tensor, step: int | None, positions: Tensor | None = None) -> tuple[Inputs, Tensor]:
-        """Inputs and labels at `indices`, on the device; `step` and `positions` as of `Feed.batch`."""
+        """Inputs and labels at `indices`, on the device; `step` and `positions` as for `Feed.batch`."""
         inputs, labels = self._fetched(self._request(indices, step, positions))
         if self.classes is not None:
             check_labels(self.data.name, labels, self.classes, masks=labels.dim() > 1)
@@ -284,7 +284,7 @@ class DatasetFeed:
             return self.data.fetch(*request)
 
     def _request(self, indices: Tensor, step: int | None, positions: Tensor | None) -> _Request:
-        """Of evaluation, a row has one seed, wherever it stands in a batch."""
+        """Rows and their seeds. In evaluation, the seed of a row does not depend on its position in the batch."""
         places = torch.arange(len(indices)) if positions is None else positions.cpu()
         rows = indices.cpu()[places].tolist()
         seeds = [
@@ -312,8 +312,8 @@ class DatasetFeed:
     def _died(self) -> UserError:
         self._pool = None
         return UserError(
-            f"{self.data.name}: a worker process ended, as by a lack of memory or an error outside Python, or the "
-            "dataset cannot be sent to one: try workers=0, which shows errors where they happen"
+            f"{self.data.name}: a worker process ended (for lack of memory, or by an error outside Python), or "
+            "the dataset cannot be sent to one: try workers=0, which shows errors where they happen"
         )
 
 
@@ -327,15 +327,15 @@ def feed_of(
     workers: int = 0,
     classes: int | None = None,
 ) -> Feed | DatasetFeed:
-    """A feed that hands out batches of `data`.
+    """A feed that returns batches of `data`.
 
     Args:
-        statistics: those of the training set, as `Labelled.statistics` gives them.
-        workers, classes: of a dataset, as for `DatasetFeed`.
+        statistics: the result of `Labelled.statistics` for the training set.
+        workers, classes: as for `DatasetFeed`; used only for a dataset.
         data: images, other inputs in memory, or a dataset.
-        device: where the batches are to be.
-        augment: as of `Feed`; of a dataset ``"none"``.
-        seed: of the augmentation, or of the rows' own randomness.
+        device: the device of the batches.
+        augment: as for `Feed`; must be ``"none"`` for a dataset.
+        seed: seed of the augmentation, or of the random transforms of the rows.
 
     Examples:
         >>> import torch
@@ -362,13 +362,13 @@ _of_worker: DatasetData
 
 def _adopt(data: DatasetData) -> None:
     global _of_worker
-    torch.set_num_threads(1)  # the threads of the process that this one was forked from are not here
+    torch.set_num_threads(1)  # a forked process does not have the threads of its parent
     _of_worker = data
     parent = parent_process()
     assert parent is not None
 
     def end_with_parent() -> None:
-        """A worker whose parent was killed would otherwise wait for ever."""
+        """Ends the worker with its parent; otherwise it would wait forever."""
         parent.join()
         os._exit(1)
 
@@ -381,7 +381,7 @@ def _fetch(rows: list[int], seeds: list[int]) -> tuple[Inputs, Tensor]:
 
 @contextlib.contextmanager
 def _own_generators() -> Iterator[None]:
-    """Afterwards the generators of torch, NumPy and Python, of this process, are where they were."""
+    """Restores the states of the generators of torch, NumPy and Python of this process afterwards."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
         try:

@@ -1,4 +1,4 @@
-"""From the encoded images of a `datasets.Dataset` to uint8 arrays, by a few threads."""
+"""Decoding of the images of a `datasets.Dataset` to uint8 arrays, by a few threads."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from batchkern.data.labelled import CHUNK
 from batchkern.data.wording import printable
 from batchkern.errors import UserError, require
 
-# Encoded images held at a time while only their headers are read.
+# Number of encoded images in memory while only their headers are read.
 _HEADERS = 64
-# Pixels from which on an image is worth a thread. Pillow releases the GIL while it decodes and resizes, not while it
-# opens a file. Two threads took 1.4 to 1.7 times as long as one for JPEGs of 32 x 32, 1.1 times at 128 x 128, 0.55 to
-# 0.9 times at 256 x 256 (two busy cores).
+# Images with more pixels than this are decoded by threads. Pillow releases the GIL while it decodes and resizes, but
+# not while it opens a file. Two threads took 1.4 to 1.7 times as long as one for JPEGs of 32 x 32, 1.1 times at 128 x
+# 128, 0.55 to 0.9 times at 256 x 256 (two busy cores).
 _LARGE = 128 * 128
 Numbers = Sequence[Sequence[float]]
-"""What `random_window` takes."""
+"""The random numbers that `random_window` takes."""
 GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -41,10 +41,10 @@ class Cells:
         index: (N,) int64, the row of the data set that each image is (a held-out part has its own), so that
             messages give the row as the file counts it.
         channels: 1 or 3, to which every image is converted; None: as it is in the file.
-        size: (H, W) that every image is to have; None: as it is in the file.
-        resize: what becomes of an image of another size: it is resized, or refused.
-        crop: whether the shorter side is resized and the central square cut out, where `size` is square; else
-            images are resized whatever their aspect.
+        size: the (H, W) that every image must have; None: as it is in the file.
+        resize: whether an image of another size is resized; otherwise it is an error.
+        crop: whether, if `size` is square, the shorter side is resized and the central square cut out; else images
+            are resized whatever their aspect.
         source: (H, W) of the first image, as it is in the file; None: not known yet.
     """
 
@@ -64,15 +64,15 @@ class Cells:
 
     @property
     def threaded(self) -> bool:
-        """Whether there is so much work in an image, as it is or as it is to be, that several threads pay."""
+        """Whether images are so large, before or after resizing, that several threads are faster."""
         return max((height * width for height, width in filter(None, (self.source, self.size))), default=0) > _LARGE
 
     def decode(self, positions: Sequence[int]) -> list[Any]:
         """The images at `positions`: a list of uint8 arrays (C, H, W).
 
         Raises:
-            UserError: an image is missing, cannot be decoded, or is of another size than it may be; the
-                sentence names its row and file.
+            UserError: an image is missing, cannot be decoded, or has a wrong size; the message names its row and
+                file.
         """
         if not self.threaded:
             return list(self.images(positions))
@@ -80,18 +80,18 @@ class Cells:
         return [image for block in blocks for image in block]
 
     def reading(self, positions: Sequence[int], out: Tensor, numbers: Tensor | None = None) -> Reading:
-        """The same, into `out`; with `numbers` random windows of the images as they are in the file."""
+        """Decodes the images into `out`; with `numbers`, random windows of the images as they are in the file."""
         return Reading(self, positions, out, _listed(numbers, len(positions)))
 
     def images(self, positions: Sequence[int], numbers: Sequence[Numbers | None] | None = None) -> Iterator[Any]:
-        """As `decode`, one after another, by this thread."""
+        """Like `decode`, but one image after another in this thread."""
         rows = self.index[list(positions)].tolist()
         cells = self.dataset[rows][self.column]
         for row, cell, own in zip(rows, cells, numbers or [None] * len(rows), strict=True):
             yield self._decode_one(row, cell, own)
 
     def any_colour(self, positions: Tensor) -> bool:
-        """Whether one of the images at `positions` (m,) int64 has colour, by their headers alone."""
+        """Whether any of the images at `positions` (m,) int64 has colour, according to their headers."""
         pillow = require("PIL.Image", "train")
         for chunk in self.index[positions].split(_HEADERS):
             rows = chunk.tolist()
@@ -106,7 +106,7 @@ class Cells:
         return False
 
     def _decode_one(self, row: int, cell: Any, numbers: Numbers | None) -> Any:
-        # Pillow's plugins raise what they like for a broken file: OSError, SyntaxError, struct.error, ...
+        # Pillow's plugins raise various exceptions for a broken file: OSError, SyntaxError, struct.error, ...
         try:
             image = self.feature.decode_example(cell)
             size = (image.height, image.width)
@@ -122,7 +122,7 @@ class Cells:
         )
 
     def _fitted(self, image: Any, size: tuple[int, int], numbers: Numbers | None) -> Any:
-        """The part of a PIL image that is to be shown, at its size."""
+        """The window of a PIL image that is used, resized to `size`."""
         if numbers is not None:
             return resized(_cut(image, random_window(numbers, image.height, image.width)), size)
         if self.crop and size[0] == size[1]:
@@ -133,7 +133,7 @@ class Cells:
         path = (cell or {}).get("path")
         if cell is None:
             reason = "it is missing"
-        elif type(error).__name__ == "UnidentifiedImageError":  # names an object in memory, not the file
+        elif type(error).__name__ == "UnidentifiedImageError":  # its message names an object in memory, not the file
             reason = "its format is unknown"
         else:
             reason = printable(f"{type(error).__name__}: {error}")
@@ -142,10 +142,10 @@ class Cells:
 
 
 def converted(image: Any, channels: int | None) -> Any:
-    """A PIL image as a grey or an RGB one, of these channels, or its own where None.
+    """A PIL image converted to grey or RGB: 1 or 3 `channels`, or its own number if None.
 
-    Its own channels are 1 for black and white or grey images (without their alpha channel), 3 for all others.
-    Integer modes are taken as 16-bit and keep their high byte.
+    The own number is 1 for black and white or grey images (without their alpha channel), 3 for all others. Integer
+    modes are treated as 16-bit, of which the high byte is kept.
     """
     numpy = require("numpy", "train")
     pillow = require("PIL.Image", "train")
@@ -154,14 +154,14 @@ def converted(image: Any, channels: int | None) -> Any:
     elif image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; store 8 or 16 bits")
     elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # which Pillow would ask for, with a warning for each image
+        image = image.convert("RGBA")  # otherwise Pillow would warn for each image
     grey = channels == 1 or (channels is None and image.mode in GREY_MODES)
     mode = "L" if grey else "RGB"
     return image if image.mode == mode else image.convert(mode)
 
 
 def resized(image: Any, size: tuple[int, int]) -> Any:
-    """A PIL image at (H, W). Pillow's bilinear filter widens with the reduction, which is antialiasing."""
+    """A PIL image resized to (H, W). Pillow's bilinear filter is antialiased."""
     if (image.height, image.width) == size:
         return image
     return image.resize((size[1], size[0]), require("PIL.Image", "train").Resampling.BILINEAR)
@@ -172,8 +172,8 @@ def _centre(image: Any, size: int) -> Any:
     whole, window = around_centre(image.height, image.width, size)
     if max(whole) <= 16 * min(whole):
         return _cut(resized(image, whole), window)
-    # What is never shown of a very long image might not fit into memory: only the window is made of it, where its
-    # pixels may differ by a rounding from those of the whole.
+    # A very long image might not fit into memory after resizing, so only the window is resized. Its pixels may differ
+    # by rounding from those of the whole image.
     across, down = image.width / whole[1], image.height / whole[0]
     top, left, height, width = window
     box = (left * across, top * down, (left + width) * across, (top + height) * down)
@@ -192,13 +192,13 @@ def to_array(image: Any) -> Any:
 
 
 class Reading:
-    """Images on their way into one tensor. What goes wrong on it is said by `result`.
+    """Images that are being decoded into one tensor. Errors are raised by `result`.
 
     Args:
-        cells: the images, of known channels and size.
-        positions: which of them.
+        cells: the images, with known channels and size.
+        positions: the positions of the images to decode.
         out: uint8 (len(positions), C, H, W) on the CPU, to be filled.
-        numbers: for each what `random_window` takes, or None: no random window.
+        numbers: for each image the numbers for `random_window`, or None for no random window.
     """
 
     def __init__(self, cells: Cells, positions: Sequence[int], out: Tensor, numbers: Sequence[Numbers | None]) -> None:
@@ -208,7 +208,7 @@ class Reading:
         self._blocks: list[Future[None]] = []
 
     def start(self) -> None:
-        """Lets threads begin, where they pay; does not wait for them."""
+        """Starts threads, if images are large enough for them; does not wait for them."""
         if self.cells.threaded and not self._blocks:
             parts = map(_blocks, (self.positions, self.out.numpy(), self.numbers))
             self._blocks = [_pool().submit(self._fill, *block) for block in zip(*parts, strict=True)]
@@ -217,7 +217,7 @@ class Reading:
         """`out`, filled.
 
         Raises:
-            UserError: as `Cells.decode`, of the first image that cannot be read.
+            UserError: as for `Cells.decode`, for the first image that cannot be read.
         """
         try:
             self.start()
@@ -231,11 +231,11 @@ class Reading:
         return self.out
 
     def drop(self) -> None:
-        """Nobody waits for it any more: threads stop behind the image they are at."""
+        """Cancels the decoding: threads stop after their current image."""
         self._dropped = True
 
     def gives(self, positions: Sequence[int], numbers: Tensor | None) -> bool:
-        """Whether it is of these; never in a process that was forked off since, which does not have the threads."""
+        """Whether it decodes these images; never in a process forked since, which does not have the threads."""
         same = self.positions == list(positions) and self.numbers == _listed(numbers, len(positions))
         return self._process == os.getpid() and same
 
@@ -247,7 +247,7 @@ class Reading:
 
 
 def decode_all(cells: Cells, channels: int) -> Tensor:
-    """Every image of `cells`, whose size is given and whose channels are not: uint8 (N, C, H, W).
+    """All images of `cells`, which has a size but no channels, as uint8 (N, C, H, W).
 
     C is `channels`, the expected number, except that it becomes 3 as soon as one image has colour.
 
@@ -267,12 +267,12 @@ def decode_all(cells: Cells, channels: int) -> Tensor:
 
 
 def _listed(numbers: Tensor | None, count: int) -> list[Numbers | None]:
-    """Of each of `count` images."""
+    """The numbers of each of `count` images."""
     return [None] * count if numbers is None else numbers.tolist()
 
 
 def _blocks(rows: Any) -> list[Any]:
-    """A sequence or an array in pieces for the threads, a few for each."""
+    """A sequence or an array in pieces for the threads, a few per thread."""
     step = -(-len(rows) // (4 * _threads())) or 1
     return [rows[i : i + step] for i in range(0, len(rows), step)]
 
@@ -287,5 +287,5 @@ def _pool() -> ThreadPoolExecutor:
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
-    # A child has none of its parent's threads: what it handed to that pool would wait for ever.
+    # A forked child does not have its parent's threads: tasks in that pool would never run.
     os.register_at_fork(after_in_child=_pool.cache_clear)

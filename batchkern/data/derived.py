@@ -1,4 +1,4 @@
-"""Data sets made from others: a smaller one, a part to look at while one searches, one with wrong labels."""
+"""Data sets made from others: a smaller one, a validation set, one with wrong labels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ D = TypeVar("D", bound=Labelled)
 
 
 def subset(data: D, rows: int) -> D:
-    """``rows`` of the data, the same ones in every run, each class with its share (to within one).
+    """A stratified part of ``rows`` rows, the same in every run; each class keeps its proportion (to within one).
 
     Args:
         data: one label for each row.
-        rows: how many to take, at least one for each class.
+        rows: number of rows, at least one for each class.
 
     Raises:
-        UserError: ``rows`` is less than the classes that there are, or more than there are.
+        UserError: ``rows`` is less than the number of classes, or more than the number of rows.
 
     Examples:
         >>> import torch
@@ -42,14 +42,14 @@ def subset(data: D, rows: int) -> D:
 
 
 def validation_split(data: D, fraction: float) -> tuple[D, D]:
-    """The data without ``fraction`` of them, and that part: to choose settings by, so that the test set is looked at
-    once, at the end.
+    """Splits data into a training part and a validation part, with which settings can be chosen, so that the test set
+    is used only once, at the end.
 
-    The part is the same in every run, and each class has its share in it.
+    The split is the same in every run, and each class keeps its proportion in it.
 
     Args:
         data: one label for each row.
-        fraction: of the rows that is held out, in (0, 1).
+        fraction: fraction of the rows in the validation part, in (0, 1).
 
     Raises:
         UserError: ``fraction`` is not in (0, 1), or either part would have fewer rows than there are classes.
@@ -67,7 +67,7 @@ def validation_split(data: D, fraction: float) -> tuple[D, D]:
     present, count = len(data.one_label_each("validation").unique()), round(float(fraction) * len(data))
     if not present <= count <= len(data) - present:
         raise UserError(
-            f"{data.name}: validation is {fraction}, {count} of its {len(data)} rows; {present} at least must be in "
+            f"{data.name}: validation is {fraction}, {count} of its {len(data)} rows; at least {present} must be in "
             "it and in the rest, one for each class"
         )
     held = torch.zeros(len(data), dtype=torch.bool)
@@ -78,8 +78,9 @@ def validation_split(data: D, fraction: float) -> tuple[D, D]:
 
 
 def _stratified(data: Labelled, count: int) -> Tensor:
-    """Ascending positions of so many images."""
-    # Within a class the j-th image of a fixed shuffle stands at (j + 1/2) / size: the first of all classes together.
+    """Ascending positions of a stratified part of ``count`` images."""
+    # The j-th image of a class in a fixed shuffle gets the rank (j + 1/2) / size; images with the lowest ranks are
+    # taken.
     labels = data.one_label_each("a part of it")
     shuffled = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     order = shuffled[labels[shuffled].argsort(stable=True)]
@@ -87,23 +88,24 @@ def _stratified(data: Labelled, count: int) -> Tensor:
     starts = sizes.cumsum(0) - sizes
     labels = labels[order]
     place = (torch.arange(len(data)) - starts[labels]).double()
-    first = place == 0  # of each class at least one, however rare it is
+    first = place == 0  # at least one of each class, however rare it is
     rank = torch.where(first, -1.0, (place + 0.5) / sizes[labels])
     return order[rank.argsort(stable=True)[:count]].sort().values
 
 
 def with_label_noise(data: D, fraction: float, seed: int) -> D:
-    """The same inputs, round(fraction * N) of them with another label, any other class alike (symmetric noise).
+    """The same inputs, round(fraction * N) of them with a wrong label; all other classes are equally likely (symmetric
+    noise).
 
-    The labels from before are kept in ``clean_labels``.
+    The original labels are kept in ``clean_labels``.
 
     Args:
         data: one label for each row.
-        fraction: of the labels that are replaced, in [0, 1).
-        seed: of the choice of rows and of their new labels.
+        fraction: fraction of the labels that are replaced, in [0, 1).
+        seed: seed of the choice of rows and of their new labels.
 
     Raises:
-        UserError: ``fraction`` is not in [0, 1), or the labels are known to be noisy already.
+        UserError: ``fraction`` is not in [0, 1), or the data already have clean labels beside noisy ones.
 
     Examples:
         >>> import torch
@@ -116,7 +118,7 @@ def with_label_noise(data: D, fraction: float, seed: int) -> D:
     if isinstance(fraction, bool) or not isinstance(fraction, Real) or not 0 <= fraction < 1:
         raise UserError(f"noise must be in [0, 1), got {fraction!r}")
     if data.clean_labels is not None:
-        raise UserError(f"noise is {fraction}, but {data.name} has clean labels beside noisy ones already")
+        raise UserError(f"noise is {fraction}, but {data.name} already has clean labels beside noisy ones")
     numbers = generator(seed, "label noise")
     chosen = torch.randperm(len(data), generator=numbers)[: round(float(fraction) * len(data))]
     right = data.one_label_each("noise")

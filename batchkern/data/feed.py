@@ -1,4 +1,4 @@
-"""Batches of a data set as the model takes them: on the device, augmented and normalised."""
+"""Batches of a data set, ready for the model: on the device, augmented and normalised."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from batchkern.data.tensors import TensorData
 from batchkern.errors import UserError
 from batchkern.seeding import checked_seed
 
-# Bytes of the largest piece of memory that the C library keeps when it is freed, instead of giving it back (glibc).
+# Size in bytes of the largest block that the C library (glibc) keeps for reuse when it is freed.
 _KEPT_BY_MALLOC = 1 << 25
 
 AUGMENTATIONS = ("none", "flip", "crop", "crop+flip", "resized-crop", "resized-crop+flip")
 
 
 class Feed:
-    """Hands out batches of `data` on `device`.
+    """Returns batches of `data` on `device`.
 
-    What is in memory is copied to the device once, images as uint8, and every batch is made there; streamed images are
-    decoded on the CPU and copied batch by batch, those of the next batch ahead of it (`prepare`).
+    Data in memory are copied to the device once, images as uint8, and batches are built there. Streamed images are
+    decoded on the CPU and copied batch by batch; the next batch may be decoded ahead (`prepare`).
 
     Args:
         data: images, or other inputs in memory.
-        mean, std: (C,) each, of images / 255 or of other inputs (`Labelled.statistics` of the training set); None, of
-            inputs that are no images: they are handed out as they are.
-        device: where the batches are to be.
+        mean, std: (C,) each, of images / 255 or of other inputs (`Labelled.statistics` of the training set); None, for
+            inputs that are not images: no normalisation.
+        device: the device of the batches.
         augment: "none"; "flip": left and right, every second image on average; "crop": a random window of the
             image's size from the image padded on every side with an eighth of its size in black (4 pixels at
-            32); "crop+flip": both, as the CIFAR papers do; "resized-crop": a random window of 0.08 to 1 of the
-            image's area and of an aspect of 3/4 to 4/3, resized (`crops.random_window`), of streamed images cut from
-            what is in the file; "resized-crop+flip": both, as ImageNet's papers do.
-        seed: of the augmentation.
+            32); "crop+flip": both, as in the CIFAR papers; "resized-crop": a random window of 0.08 to 1 of the
+            image's area and with an aspect of 3/4 to 4/3, resized (`crops.random_window`); for streamed images it is
+            cut from the image in the file; "resized-crop+flip": both, as in ImageNet papers.
+        seed: seed of the augmentation.
 
     Raises:
-        UserError: unknown `augment`, or one that these inputs cannot have; `seed` is no whole number; or a statistic is
-            not of shape (C,).
+        UserError: unknown `augment`, or one that does not fit these inputs; `seed` is not a whole number; or a
+            statistic is not of shape (C,).
 
     Examples:
         >>> import torch
@@ -80,7 +80,7 @@ class Feed:
         self._kinds = augment.split("+")
         self.seed = checked_seed(seed)
         self.depth = 1
-        """How many batches ahead are decoded."""
+        """The number of batches that are decoded ahead."""
         # (pixel / 255 - mean) / std = pixel * scale + shift
         self._scale = self._shift = None
         if mean is not None and std is not None:
@@ -88,7 +88,7 @@ class Feed:
             if isinstance(data, ImageData):
                 self._scale = (1 / (255 * std.double())).float().view(wide).to(self.device)
                 self._shift = (-mean.double() / std.double()).float().view(wide).to(self.device)
-            else:  # in float64, or little would be left of a date in seconds
+            else:  # in float64, since float32 would lose most digits of, for example, a date in seconds
                 self._scale, self._shift = (x.double().view(wide).to(self.device) for x in (std, mean))
         self._labels = data.labels.to(self.device)
         self._images: Tensor | None = None
@@ -98,12 +98,12 @@ class Feed:
         self._memory = _Memory()
 
     def prepare(self, indices: Tensor, step: int | None, positions: Tensor | None = None) -> None:
-        """Says which batch comes next, as for `batch`: threads decode it in the meantime, where images are streamed.
+        """Announces the next batch, with the arguments of `batch`: if images are streamed, threads decode it ahead.
 
-        Small images are left to `batch`: most of their time is Python's, of which one thread runs at a time. It is
-        a hint, and nothing else: without it, or with a wrong one, `batch` gives the same, only later. An image that
-        cannot be read is told by `batch`. The last two hints count, so that the next batch may be named before this one
-        is asked for: it is decoded while this one becomes floats.
+        Small images are left to `batch`, since most of their time is spent in Python, where only one thread runs at a
+        time. This is only a hint: without it, or with a wrong one, `batch` returns the same, only later. Errors of
+        images are raised by `batch`. The last two hints are kept, so that the next batch may be announced before the
+        current one is read: it is decoded while the current one is converted to floats.
         """
         if isinstance(self.data, StreamedImages) and self.data.cells.threaded:
             numbers, rows = self._window_numbers(len(indices), step, positions), _chosen(indices, positions)
@@ -115,7 +115,7 @@ class Feed:
             self._ahead[-1].start()
 
     def forget(self) -> None:
-        """Gives up what was prepared, so that nothing is decoded for nobody, and memory kept for the next batch."""
+        """Cancels prepared batches, and frees the memory kept for the next batch."""
         self._memory = _Memory()
         for ahead in self._ahead:
             ahead.drop()
@@ -126,9 +126,9 @@ class Feed:
 
         Args:
             step: the number of the update that the batch is for. The augmentation is a pure function of
-                (seed, step) and the position in the batch, the same on every device, so that a resumed run
-                draws what an uninterrupted one would. None: no augmentation, as for evaluation.
-            positions: (p,) int64: make only these rows of the batch, as they are in the whole. None: all.
+                (seed, step) and the position in the batch, the same on every device, so a resumed run gets
+                the same images as an uninterrupted one. None: no augmentation, as for evaluation.
+            positions: (p,) int64: return only these rows, as they are in the whole batch. None: all.
 
         Returns:
             float32 (b, C, H, W) normalised images, or inputs (b, ...), and int64 labels (b, ...), both on the device; p
@@ -148,29 +148,29 @@ class Feed:
         return self._normalised(images), self._labels.index_select(0, on_device)
 
     def _normalised(self, images: Tensor) -> Tensor:
-        """uint8 (b, C, H, W) or inputs (b, C, ...) -> float32, on the device; without statistics as they are."""
+        """uint8 (b, C, H, W) or inputs (b, C, ...) -> float32, on the device; unchanged without statistics."""
         if self._scale is None or self._shift is None:
             return images
         if self._scale.dtype == torch.float64:
             return ((images.double() - self._shift) / self._scale).float()
         if self.device.type != "cpu" or images.numel() * 4 <= _KEPT_BY_MALLOC:
             return images.float().mul_(self._scale).add_(self._shift)
-        # By NumPy, in this thread alone: torch's would wait for each other while others decode.
+        # NumPy, in this thread only: torch's threads would wait for each other while other threads decode.
         out, scale, shift = self._memory.tensor(images.shape), self._scale.numpy(), self._shift.numpy()
-        for slot, image in zip(out.numpy(), images.numpy(), strict=True):  # one at a time stays in the cache
+        for slot, image in zip(out.numpy(), images.numpy(), strict=True):  # a single image stays in the cache
             np.multiply(image, scale, out=slot)
             slot += shift
         return out
 
     def _held(self, indices: Tensor) -> Tensor:
-        """Of inputs that are not streamed, on the device."""
+        """Rows of inputs that are not streamed, on the device."""
         if self._images is not None:
             return self._images.index_select(0, indices)
         assert isinstance(self.data, ImageData)
         return self.data.rows(indices.cpu()).to(self.device)
 
     def _read(self, indices: Tensor, numbers: Tensor | None) -> Tensor:
-        """uint8 (b, C, H, W) on the CPU, pinned for a GPU, of streamed images: those that were prepared, or others."""
+        """Streamed images as uint8 (b, C, H, W) on the CPU, pinned for a GPU; from a prepared batch if there is one."""
         rows = indices.tolist()
         while self._ahead:
             ahead = self._ahead.pop(0)
@@ -184,19 +184,20 @@ class Feed:
         return self.data.reading(indices.cpu(), numbers, pinned=self.device.type == "cuda")
 
     def _window_numbers(self, whole: int, step: int | None, positions: Tensor | None) -> Tensor | None:
-        """For each row that is made (`positions` of `whole`), where windows are drawn."""
+        """The numbers for random windows of the rows at `positions` of a batch of `whole` rows; None without
+        windows."""
         if step is None or "resized-crop" not in self._kinds:
             return None
         numbers = window_numbers(self.seed, step, whole)
         return numbers if positions is None else numbers[positions.cpu()]
 
     def _augmented(self, images: Tensor, step: int, whole: int, positions: Tensor | None) -> Tensor:
-        """uint8 (b, C, H, W) -> the same, flipped; with windows one gather over the padded pixels, too."""
-        # Drawn on the CPU, whatever the device: a GPU's generator would give other numbers.
+        """uint8 (b, C, H, W) images, flipped and, with "crop", cut out by one gather over the padded pixels."""
+        # Drawn on the CPU for every device: a GPU's generator would give other numbers.
         generator = torch.Generator().manual_seed(_key(self.seed, step))
 
         def own(drawn: Tensor) -> Tensor:
-            """Of numbers drawn for the whole batch, those of the rows that are made."""
+            """The part of numbers drawn for the whole batch that belongs to these rows."""
             return (drawn if positions is None else drawn[positions]).to(self.device)
 
         flipped = torch.zeros(whole, 1, dtype=torch.bool)
@@ -228,16 +229,16 @@ def _check_augmentation(data: ImageData | TensorData, augment: str) -> None:
 
 
 class _Memory:
-    """Memory of large batches that nobody holds any more, for the next ones.
+    """Reuses the memory of large batches that are no longer referenced.
 
-    To touch new pages takes several times as long as the arithmetic on them.
+    The first access to new pages takes several times as long as the arithmetic on them.
     """
 
     def __init__(self) -> None:
         self._lent: list[tuple[Tensor, weakref.ref[Any]]] = []
 
     def tensor(self, shape: torch.Size) -> Tensor:
-        """float32, of any values. At most two are kept, the last batch and the one that replaces it."""
+        """An uninitialised float32 tensor. At most two are kept: the last batch and the one that replaces it."""
         free = [memory for memory, borrower in self._lent if borrower() is None and memory.shape == shape]
         memory = free[0] if free else torch.empty(shape, dtype=torch.float32)
         view = memory.numpy()[...]  # lives as long as the storage of any tensor that shares it

@@ -1,4 +1,4 @@
-"""A folder of images: which sub-folders are splits, which are classes, and the files of each class."""
+"""Folders of images: which sub-folders are splits, which are classes, and the files of each class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from batchkern.data.wording import shortened
 from batchkern.errors import UserError, require
 
-# Sub-folders of a folder that are splits, and the names under which `datasets` knows them.
+# Splits, under the names that `datasets` uses, and the names of sub-folders that are taken for them.
 _SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
@@ -20,11 +20,11 @@ _SPLIT_FOLDERS = {name: split for split, names in _SPLITS.items() for name in na
 
 
 def open_folder(source: str, path: str) -> Mapping[str, Any]:
-    """Splits are the sub-folders train and test (or validation, or other usual names of these) where there are such, or
-    train where there is nothing else; else "train" only. Classes are those of the split "train".
+    """The splits of a folder: its sub-folders train and test (or validation, or other usual names of these) if they
+    exist, or train if there is no other sub-folder; else only "train". The classes are those of the split "train".
 
-    Files are found here, and not by `datasets`, which would take any file or class with "test" in its name for a part
-    of a test split, the innermost folder for the class, and the labels from a metadata file.
+    Files are listed here and not by `datasets`, which would treat any file or class with "test" in its name as part of
+    a test split, use the innermost folder as the class, and read labels from a metadata file.
     """
     datasets = require("datasets", "train")
     inside = _sub_folders(source, path)
@@ -50,9 +50,9 @@ def open_folder(source: str, path: str) -> Mapping[str, Any]:
 
 
 def _split_folders(source: str, inside: list[str]) -> dict[str, str]:
-    """Which split each sub-folder is; none where they are classes."""
+    """The split of each sub-folder; empty if the sub-folders are classes."""
     found = {name: _SPLIT_FOLDERS[name.lower()] for name in inside if name.lower() in _SPLIT_FOLDERS}
-    folders = dict(sorted(found.items(), key=lambda item: item[1] != "train"))  # it has the classes
+    folders = dict(sorted(found.items(), key=lambda item: item[1] != "train"))  # "train" first, which has the classes
     others = [name for name in inside if name not in folders]
     splits = set(folders.values())
     if others and ("train" not in splits or len(folders) == 1):
@@ -75,8 +75,10 @@ def _images_of_classes(where: str, path: str) -> dict[str, list[str]]:
     for name in _sub_folders(where, path):
         files = [*image_files(where, os.path.join(path, name))]
         if not files and images:
-            raise UserError(f"{where}: the sub-folder {name!r} has no image; each must be a class with one at least")
-        if not files:  # said at once: of the root of a file system, to look at all folders would take for ever
+            raise UserError(
+                f"{where}: the sub-folder {name!r} has no image; each must be a class with at least one image"
+            )
+        if not files:  # at once, since searching all folders could take very long, for example in /
             raise UserError(f"{where}: no images in one sub-folder per class, as in class/image.png: none in {name!r}")
         images[name] = files
     if not images:
@@ -85,10 +87,11 @@ def _images_of_classes(where: str, path: str) -> dict[str, list[str]]:
 
 
 def image_files(where: str, path: str) -> Iterator[str]:
-    """Those in a folder and in the folders below it, by their names alone.
+    """The image files in a folder and in the folders below it, by their extensions.
 
     Raises:
-        UserError: something in it cannot be read, or is called as an image and is none; ``where`` begins the sentence.
+        UserError: an entry cannot be read, or has the name of an image but is not a file; the message begins with
+            ``where``.
     """
     pillow = require("PIL.Image", "train")
     extensions = {extension for extension, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
@@ -96,7 +99,7 @@ def image_files(where: str, path: str) -> Iterator[str]:
     while folders:
         folder = folders.pop()
         place = os.path.realpath(folder)
-        if place in seen:  # a link to a folder above would lead round for ever
+        if place in seen:  # a link to a folder above would cause an endless loop
             continue
         seen.add(place)
         below = []
@@ -110,7 +113,7 @@ def image_files(where: str, path: str) -> Iterator[str]:
 
 
 def _check_image_file(where: str, entry: os.DirEntry[str]) -> None:
-    if not _is(entry.is_file):  # to read from a pipe would take for ever
+    if not _is(entry.is_file):  # reading from a pipe might never end
         raise UserError(f"{where}: {entry.path!r} is neither a file nor a folder, but {what_it_is(entry.path)}")
     try:
         entry.path.encode()
@@ -127,7 +130,7 @@ def _sub_folders(where: str, path: str) -> list[str]:
 
 
 def _entries(where: str, path: str) -> list[os.DirEntry[str]]:
-    """What is in a folder, by name."""
+    """The entries of a folder, sorted by name."""
     try:
         with os.scandir(path) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -136,18 +139,19 @@ def _entries(where: str, path: str) -> list[os.DirEntry[str]]:
 
 
 def _is_folder(where: str, entry: os.DirEntry[str]) -> bool:
-    """
+    """Whether an entry is a folder.
+
     Raises:
-        UserError: it is a link that cannot be followed, without the extension of a file: a class may lie behind it.
+        UserError: it is a broken link without a file extension, which may stand for a class.
     """
     folder = _is(entry.is_dir)
     if not folder and entry.is_symlink() and not os.path.exists(entry.path) and "." not in entry.name:
-        raise UserError(f"{where}: {entry.path!r} is a link that cannot be followed; remove it, or mend it")
+        raise UserError(f"{where}: {entry.path!r} is a link that cannot be followed; remove it, or repair it")
     return folder
 
 
 def _is(kind: Callable[[], bool]) -> bool:
-    """What an entry of a folder says of itself; no to all, where it is a link that leads round for ever."""
+    """The result of ``kind``, a test of an entry; False if the entry is a link that refers to itself."""
     with contextlib.suppress(OSError):
         return kind()
     return False

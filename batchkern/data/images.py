@@ -1,4 +1,4 @@
-"""Labelled images in memory, or decoded when their batch is due, behind one interface."""
+"""Labelled images in memory, or decoded when their batch is needed, with one interface."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from batchkern.data.decode import Cells, Reading
 
-# Streamed data are too many to look at twice: statistics and the channel count come from this many of their
-# rows, evenly spaced.
+# Streamed data are too large to be read an additional time: statistics and the number of channels come from this many
+# of their rows, evenly spaced.
 SAMPLE = 4096
 
 
@@ -37,8 +37,7 @@ class ImageData(Labelled):
     Attributes:
         labels: (N,) int64 on the CPU, each in 0..len(classes)-1.
         shape: (C, H, W) of every image; C is 1 (grey) or 3 (RGB).
-        center_crop: whether images of another size became ones of this by their central square (`load`), and not by
-            squeezing.
+        center_crop: whether images of another size were cropped to their central square (`load`), and not squeezed.
     """
 
     labels: Tensor
@@ -67,7 +66,7 @@ class ImageData(Labelled):
 
     @abstractmethod
     def reshaped(self, shape: tuple[int, int, int]) -> ImageData:
-        """The same images, colour-converted and resized to `shape`; see `match_shape`."""
+        """The images, colour-converted and resized to `shape`; see `match_shape`."""
 
     def select(self, positions: Tensor) -> Self:
         part = super().select(positions)
@@ -77,12 +76,12 @@ class ImageData(Labelled):
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each channel of images / 255: two (C,) float32 tensors.
 
-        Images in memory are all counted; of streamed ones at most 4096, evenly spaced, always the same. The
+        All images in memory are used; of streamed images, at most 4096, evenly spaced and always the same. The
         deviation is at least 1/255, one grey level, so that a constant channel can be divided by it.
         """
         indices = self._statistics_rows()
         channels, height, width = self.shape
-        # Sums of integers are exact, so the result depends neither on the chunks nor on the order.
+        # Sums of integers are exact, so the result does not depend on the chunks or the order.
         total = torch.zeros(channels, dtype=torch.int64)
         squares = torch.zeros(channels, dtype=torch.int64)
         for chunk in indices.split(max(1, CHUNK // (channels * height * width))):
@@ -155,13 +154,13 @@ class TensorImages(ImageData):
 
 
 class StreamedImages(ImageData):
-    """Images that are decoded, by a few threads, when their batch is due; only the labels are in memory.
+    """Images that are decoded by a few threads when their batch is needed; only the labels are in memory.
 
-    A `Feed` that is told the next batch decodes it ahead (`Feed.prepare`): which one it is may depend on the losses of
-    this one.
+    A `Feed` can decode the next batch ahead if it is announced by `Feed.prepare`; it is not announced automatically,
+    since the next batch may depend on the losses of the current one.
 
     Args:
-        cells: the undecoded images, with the channels and the size that they are to have.
+        cells: the undecoded images, with the channels and the size to which they are converted.
         labels, classes: as for `ImageData`.
 
     Examples:
@@ -187,15 +186,15 @@ class StreamedImages(ImageData):
         """As `ImageData.rows`.
 
         Raises:
-            UserError: an image cannot be decoded, or is of another size than the first one while no size was
-                asked for; the sentence names its row and file.
+            UserError: an image cannot be decoded, or its size differs from that of the first one and no size was given;
+                the message names its row and file.
         """
         return self.reading(indices).result()
 
     def reading(self, indices: Tensor, numbers: Tensor | None = None, *, pinned: bool = False) -> Reading:
-        """The images at `indices` (b,) int64 on the CPU, to be decoded; into pinned memory where asked.
+        """A `Reading` that decodes the images at `indices` (b,) int64 on the CPU, into pinned memory if `pinned`.
 
-        With `numbers` (`crops.window_numbers`), of each image as it is in the file a random window, resized.
+        With `numbers` (`crops.window_numbers`), it reads a random window of each image in the file, resized.
         """
         out = torch.empty(len(indices), *self.shape, dtype=torch.uint8, pin_memory=pinned)
         return self.cells.reading(indices.tolist(), out, numbers)
@@ -216,11 +215,11 @@ class StreamedImages(ImageData):
 
 
 def match_shape(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
-    """`data` as images of `shape` (C, H, W), so that a model built for that shape takes them.
+    """`data` as images of `shape` (C, H, W), so that a model built for that shape can use them.
 
-    RGB becomes grey by its luminance (ITU-R 601: 0.299, 0.587, 0.114), grey becomes RGB by repeating it; then
-    the images are resized, bilinear with antialiasing, whatever their aspect, but for streamed ones that are cut out
-    by `center_crop` (`load`): these are, at the new size, if that is square. `data` itself if it fits.
+    RGB becomes grey by its luminance (ITU-R 601: 0.299, 0.587, 0.114), grey becomes RGB by repeating it. Then the
+    images are resized, bilinear with antialiasing, whatever their aspect. Streamed images with `center_crop` (`load`)
+    are instead cropped at the new size, if it is square. The result is `data` itself if it already has this shape.
 
     Args:
         data: images of any one shape.
@@ -249,7 +248,7 @@ def match_shape(data: ImageData, shape: tuple[int, int, int]) -> ImageData:
 
 
 def centre_of(data: TensorImages, size: int) -> TensorImages:
-    """The central size x size pixels of each image, once its shorter side is round(size / 0.875)."""
+    """The central size x size pixels of each image, after its shorter side is resized to round(size / 0.875)."""
     (height, width), (top, left, _, _) = around_centre(*data.shape[1:], size)
     images = data.reshaped((data.shape[0], height, width)).images[:, :, top : top + size, left : left + size]
     return TensorImages(images.contiguous(), data.labels, data.classes, name=data.name)

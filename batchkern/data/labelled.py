@@ -1,4 +1,4 @@
-"""What every kind of data says of itself: how many rows, of what shape, with which classes."""
+"""The common interface of all kinds of data: number of rows, shape, classes, labels."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 CHUNK = 1 << 24
-"""Bytes of uint8 pixels handled at a time, which bounds the temporaries of what works through a whole set."""
+"""Number of bytes of uint8 pixels processed at a time, which limits temporary memory."""
 IGNORED = -100
-"""Target of a position that counts nowhere, as of ``F.cross_entropy``."""
+"""Target of a position that is ignored, as in ``F.cross_entropy``."""
 
 
 class Labelled(ABC):
-    """N inputs, and the label that a model should give each of them.
+    """N inputs with their labels.
 
     Attributes:
-        name: the source they came from, for messages.
-        labels: ``(N,)`` int64 on the CPU, each in 0..len(classes)-1; or of N masks ``(N, *places)``, where -100 counts
-            nowhere; ``None``: they come with the inputs.
-        classes: the name of each class, two at least, all different; ``None``: as many as the model has.
-        shape: of one input, without the batch; ``None``: it is more than one tensor.
-        clean_labels: ``(N,)`` int64, where it is known what labels ought to be; ``None``: not known.
+        name: the source of the data, for messages.
+        labels: ``(N,)`` int64 on the CPU, each in 0..len(classes)-1; or N masks ``(N, *places)``, in which -100 is
+            ignored; ``None``: the labels are read together with the inputs.
+        classes: the names of the classes, at least two and all different; ``None``: as many as the model has.
+        shape: shape of one input, without the batch; ``None``: an input is more than one tensor.
+        clean_labels: ``(N,)`` int64, the correct labels, if labels are noisy; ``None``: not known.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Labelled(ABC):
         """The rows at `positions`, without clean labels."""
 
     def statistics(self) -> tuple[Tensor, Tensor] | None:
-        """What inputs are normalised with: mean and deviation for each channel; ``None``: inputs are as they are."""
+        """Mean and standard deviation of each channel, to normalise inputs; ``None``: inputs are not normalised."""
         return None
 
     def select(self, positions: Tensor) -> Self:
@@ -59,7 +59,7 @@ class Labelled(ABC):
         return part
 
     def relabelled(self, labels: Tensor, *, clean: Tensor | None) -> Self:
-        """The same inputs under other labels; `clean` says what they ought to be."""
+        """The same inputs with other labels; `clean` are the correct ones."""
         other = copy.copy(self)
         other.labels, other.clean_labels = labels.contiguous(), clean
         return other
@@ -68,7 +68,8 @@ class Labelled(ABC):
         """The labels, ``(N,)``.
 
         Raises:
-            UserError: there are none before the inputs are read, or they are masks; `what` needs them.
+            UserError: the labels are read together with the inputs, or are masks; `what` names the feature that needs
+                them.
         """
         if self.labels is None or self.labels.dim() > 1:
             kind = "are known only when its rows are read" if self.labels is None else "are masks"
@@ -77,7 +78,7 @@ class Labelled(ABC):
 
 
 def rows_of(inputs: Any, rows: Tensor) -> Any:
-    """Those rows of a model's inputs: a tensor, or a dictionary, tuple or list of them."""
+    """The given rows of a model's inputs: a tensor, or a dictionary, tuple or list of tensors."""
     if isinstance(inputs, Tensor):
         return inputs[rows.to(inputs.device)]
     return tree_map(lambda x: rows_of(x, rows) if isinstance(x, Tensor) else x, inputs)
@@ -86,7 +87,7 @@ def rows_of(inputs: Any, rows: Tensor) -> Any:
 def checked_classes(name: str, classes: Sequence[str]) -> tuple[str, ...]:
     found = tuple(classes) if isinstance(classes, Iterable) else ()
     if len(found) < 2 or not all(isinstance(key, str) for key in found):
-        raise UserError(f"{name}: classes must be the names of two classes at least, not {classes!r}")
+        raise UserError(f"{name}: classes must be the names of at least two classes, not {classes!r}")
     if len(set(found)) < len(found):
         key, times = Counter(found).most_common(1)[0]
         raise UserError(f"{name}: classes must have different names, but {key!r} is there {times} times")
@@ -94,10 +95,10 @@ def checked_classes(name: str, classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_labels(name: str, labels: Tensor, classes: int, *, masks: bool) -> None:
-    """That each is in 0..classes-1, or of `masks` -100.
+    """Checks that each label is in 0..classes-1, or -100 in `masks`.
 
     Raises:
-        UserError: one is not; the sentence has its place.
+        UserError: one is not; the message names its place.
     """
     wrong = (labels < 0) | (labels >= classes)
     if masks:

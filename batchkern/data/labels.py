@@ -1,4 +1,4 @@
-"""The labels of a table: which column has them, and how they become int64."""
+"""The labels of a table: the column that has them, and their conversion to int64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HIGHEST = torch.iinfo(torch.int64).max
 
 
 class UnlabelledError(UserError):
-    """Not one row of a split has a label."""
+    """No row of a split has a label."""
 
 
 def kind_of(feature: Any) -> str:
@@ -34,10 +34,10 @@ def described(features: Mapping[str, Any]) -> str:
 
 
 def label_column(features: Mapping[str, Any]) -> str | None:
-    """The column of labels, or None: there is none, or it cannot be told which.
+    """The column of labels, or None if there is none or the choice is not clear.
 
-    Where one of `LABEL_COLUMNS` is of a type that labels cannot have, the labels are most likely in it, so that a
-    column of integers (an identifier, a width) is not taken for them. Strings are labels in `LABEL_COLUMNS` alone.
+    If one of `LABEL_COLUMNS` has a type that is not supported, the labels are most likely in it, so a column of
+    integers (an identifier, a width) is not used instead. Strings are labels only in `LABEL_COLUMNS`.
     """
     usable = [key for key, feature in features.items() if _has_classes(feature) or _is_integer(feature)]
     named = [key for key in LABEL_COLUMNS if key in features]
@@ -56,17 +56,17 @@ def label_column(features: Mapping[str, Any]) -> str | None:
 def read_labels(
     name: str, dataset: Any, column: str, names: tuple[str, ...] | None = None
 ) -> tuple[Tensor, tuple[str, ...] | None]:
-    """(N,) int64, each a number of a class where the column has classes; and the names of these, or None.
+    """The labels (N,) int64, which are class indices if the column has classes; and the names of the classes, or None.
 
     Args:
-        names: the classes of strings, else they are the strings that occur, sorted, and a warning says so.
+        names: the classes of strings; by default, the sorted strings that occur, with a warning.
 
     Raises:
-        UserError: a label is missing, whether it is null or -1 (what the hub's test sets have), or out of range.
+        UserError: a label is missing (null, or -1 as in test sets of the hub), or out of range.
     """
     arrow, compute = require("pyarrow", "train"), require("pyarrow.compute", "train")
     values = dataset.select_columns([column]).with_format("arrow")[:].column(column)
-    if hasattr(values.type, "value_type"):  # it has a dictionary, and numbers of its entries
+    if hasattr(values.type, "value_type"):  # a dictionary array, with indices of its entries
         values = values.cast(values.type.value_type)
     if is_text(dataset.features[column]):
         values, names = _numbers_of(name, column, values, names)
@@ -93,7 +93,7 @@ def read_labels(
 
 
 def _numbers_of(name: str, column: str, values: Any, names: tuple[str, ...] | None) -> tuple[Any, tuple[str, ...]]:
-    """The place of each string in `names`, null for null; and `names`."""
+    """The index of each string in `names`, null for null; and `names`."""
     arrow, compute = require("pyarrow", "train"), require("pyarrow.compute", "train")
     if names is None:
         names = tuple(sorted(compute.unique(values).drop_null().to_pylist()))
@@ -113,16 +113,16 @@ def _numbers_of(name: str, column: str, values: Any, names: tuple[str, ...] | No
 
 
 def read_clean_labels(name: str, dataset: Any, column: str, label: str, names: tuple[str, ...] | None) -> Tensor:
-    """(N,) int64, what the labels in the column `label` ought to be: the same numbers for the same classes.
+    """(N,) int64, the correct labels for the column `label`, with the same numbers for the same classes.
 
-    Where both columns name their classes, the names count and not their order.
+    If both columns name their classes, they are matched by name and not by order.
 
     Args:
         names: the classes of the labels, or None.
 
     Raises:
-        UserError: no such column, one of neither integers nor classes, or of other classes than the labels; or as
-            `read_labels`.
+        UserError: there is no such column, it has neither integers nor classes, or other classes than the labels; or as
+            for `read_labels`.
     """
     features = dataset.features
     if column not in list(features):
@@ -148,7 +148,7 @@ def read_clean_labels(name: str, dataset: Any, column: str, label: str, names: t
 
 
 def check_clean_labels(name: str, clean: Tensor, column: str, classes: int, rows: Tensor | None = None) -> None:
-    """That clean labels are below the number of classes; `rows` (N,) are their rows in the file, if not all."""
+    """Checks that clean labels are below the number of classes; `rows` (N,) are their rows in the file, if not all."""
     wrong = (clean >= classes).nonzero().flatten()
     if len(wrong):
         at = int(wrong[0])

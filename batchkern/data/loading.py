@@ -1,4 +1,4 @@
-"""`load` one split, or `load_pair` a training and a test set that agree with each other."""
+"""`load` for one split, and `load_pair` for a training set and a test set with the same classes and shape."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from batchkern.errors import UserError, whole
 
 MEMORY_LIMIT = 4 << 30
 LARGEST = 1 << 14
-"""Pixels along a side of an image."""
+"""The largest number of pixels along a side of an image."""
 HELD_OUT = "held-out"
-"""In place of a split: the fifth of "train" that `load_pair` holds out where there is no other test set."""
+"""A name in place of a split: the fifth of "train" that `load_pair` holds out if there is no other test set."""
 
 
 def load(
@@ -37,35 +37,36 @@ def load(
     Args:
         source: one of
             - "digits": scikit-learn's 1,797 8x8 grey digits, with a fixed train and test split;
-            - "photo-patches": 520 32x32 colour patches of scikit-learn's two photographs, the class being
-              which one, to inject into the training on another set; with a fixed train and test split;
+            - "photo-patches": 520 32x32 colour patches of scikit-learn's two photographs (the classes), to be
+              injected into the training on another set; with a fixed train and test split;
             - a parquet file in the image layout of Hugging Face `datasets`; its one split is "train";
             - a folder with one sub-folder of images per class, or of folders of them; or with sub-folders
               train and test (or validation, valid, val, dev, training, testing; in any case) that are like this;
               else its one split is "train";
             - a name on the Hugging Face hub, `owner/name`, `name`, or either with `:config`.
             A path object is always a file or a folder.
-            Images are the first column of type `datasets.Image`; labels the column "label", "labels" or
-            "fine_label", else the only one of classes, else the only one of integers (where one of these three
-            is of another type: none). Strings in one of these three are classes too, in sorted order.
+            Images are in the first column of type `datasets.Image`. Labels are in the column "label", "labels" or
+            "fine_label", else in the only column of classes, else in the only column of integers (but if one of
+            the three names has an unsupported type, it is an error). Strings in one of these three are classes
+            too, in sorted order.
         split: name of the split.
         image_size: resize all images to this many pixels square, bilinear with antialiasing.
         center_crop: instead of squeezing an image into the square, resize its shorter side to
             round(image_size / 0.875), and cut the square out of the centre (of 256 pixels 224, as for ImageNet).
             The split "train" is then streamed, whatever the limit, so that augment="resized-crop" cuts its windows
-            out of what is in the files; but built-in sources, which have none.
-        memory_limit: in bytes; where the decoded uint8 images would take more, they are streamed: decoded
-            for their batch, again and again.
+            out of the images in the files; this does not apply to built-in sources.
+        memory_limit: in bytes; if the decoded uint8 images would take more, they are streamed, which means that
+            images are decoded each time for their batch.
 
     Returns:
         Images of one channel if all are grey or black and white, of three otherwise. 16-bit greys keep their
-        high byte. Of streamed images at most 4,096, evenly spaced, are asked whether they have colour; if
-        none has, one that turns up later becomes grey.
+        high byte. Of streamed images, at most 4,096, evenly spaced, are checked for colour; if none of them
+        has colour, all images become grey.
 
     Raises:
         UserError: there is no such source or split, it cannot be read, it lacks an image or label column, a
             row has no label or one out of range, all rows are of one class, an image cannot be decoded, or
-            sizes are mixed without `image_size` (for streamed images: when its batch is due).
+            sizes are mixed without `image_size` (for streamed images: raised when its batch is read).
 
     Examples:
         >>> from batchkern.data import load
@@ -94,22 +95,21 @@ def load_pair(
 
     Args:
         train: a source, as for `load`.
-        test: another source, of which "test" is taken, else "validation" (also where no row of "test" has a
-            label), else its only split. None: "test" or "validation" of `train`, likewise; where it has
-            neither, a fixed fifth of each class is held out from its split "train", the same in every run
-            whatever its seeds.
-        image_size, center_crop, memory_limit: as for `load`, the limit for each set by itself. With `center_crop` the
-            training set is streamed, and the test set where the limit says so.
-        clean_labels: a column of `train` that says what its labels ought to be, where they are known to be noisy: of
-            integers, the same ones as for the labels, or of classes, which are matched by their names where the
-            labels have names too.
+        test: another source, of which "test" is used, else "validation" (also if no row of "test" has a label),
+            else its only split. None: "test" or "validation" of `train`, in the same way; if it has neither, a
+            fixed fifth of each class is held out from its split "train", the same in every run whatever its
+            seeds.
+        image_size, center_crop, memory_limit: as for `load`; the limit is applied to each set separately. With
+            `center_crop` the training set is streamed, and the test set only above the limit.
+        clean_labels: a column of `train` with the correct labels, if its labels are known to be noisy: integers with
+            the same meaning as the labels, or classes, which are matched by name if the labels have names too.
 
     Returns:
         (training set, test set), the second with the channels and the class names of the first.
 
     Raises:
-        UserError: as `load`; or the class names differ; or, where one of the two has integers without names,
-            a test label is not a training class; or a clean label is not; or the images differ in size without
+        UserError: as for `load`; or the class names differ; or, if one of the two has integers without names, a test
+            label is not a training class; or a clean label is not; or the images differ in size without
             `image_size`.
 
     Examples:
@@ -128,7 +128,7 @@ def load_pair(
     elif "test" in splits or "validation" in splits:
         test_part = _test_part(name, splits, classes)
     else:
-        # Only built-in sources are decoded already, and these have their own test split.
+        # Only built-in sources are already decoded, and these have their own test split.
         assert isinstance(train_part, Table)
         kept, out = held_out(train_part.labels)
         if len(out) == 0:
@@ -151,7 +151,7 @@ def load_pair(
 
 
 class Trained(NamedTuple):
-    """What a model was trained on: the name of the data, and their classes.
+    """The data that a model was trained on: their name and their classes.
 
     Examples:
         >>> from batchkern.data import Trained, load
@@ -173,19 +173,19 @@ def load_test(
     center_crop: bool = False,
     memory_limit: int = MEMORY_LIMIT,
 ) -> ImageData:
-    """Labelled images to test a model on that was trained on others, as `load_pair` gives them for a training.
+    """Labelled images to test a trained model, in the form that `load_pair` returns.
 
     Args:
         source: as for `load`.
         shape: (C, H, W) of the model's images.
-        split: which one, or `HELD_OUT`; None: "test", else "validation", else the only one, unless the model was
-            trained on that.
-        center_crop: how images of another size become ones of this, as for `load`.
+        split: name of the split, or `HELD_OUT`; None: "test", else "validation", else the only split, unless the model
+            was trained on it.
+        center_crop: how images of another size are fitted to this shape, as for `load`.
         trained: the name and the classes of the data that the model was trained on.
         memory_limit: as for `load`.
 
     Raises:
-        UserError: as `load_pair`.
+        UserError: as for `load_pair`.
 
     Examples:
         >>> from batchkern.data import Trained, load_test
@@ -233,13 +233,13 @@ def _part(
 
 
 def _test_part(source: str, splits: Mapping[str, Any], classes: tuple[str, ...]) -> TensorImages | Table:
-    """``classes``: of the training set."""
+    """The split of a source that is used as test set; ``classes`` are those of the training set."""
     for split in ("test", "validation"):
         if split in splits:
             try:
                 return _part(source, splits, split, classes=classes)
             except UnlabelledError:
-                # Some benchmarks keep the labels of their test images to themselves (ImageNet's are all -1).
+                # Some benchmarks do not publish the labels of their test images (in ImageNet they are all -1).
                 if split == "validation" or "validation" not in splits:
                     raise
     if len(splits) > 1:
@@ -254,7 +254,7 @@ def _decoded(
     center_crop: bool,
     memory_limit: int,
 ) -> ImageData:
-    """In memory where that fits, else streamed."""
+    """The images, in memory if they fit, else streamed."""
     data: ImageData
     if isinstance(part, TensorImages):
         data = TensorImages(part.images, part.labels, classes, name=part.name)
@@ -275,7 +275,7 @@ def _decoded(
 
 
 def _checked_size(image_size: int | None, center_crop: bool) -> tuple[int, int] | None:
-    """(H, W) that images are to have."""
+    """The (H, W) of images for an ``image_size``, checked; None without one."""
     size = whole(image_size)
     if image_size is not None and size is None:
         raise UserError(f"image_size must be a whole number of pixels, not {image_size!r}")
@@ -294,7 +294,7 @@ def _check_limit(memory_limit: float) -> None:
 
 
 def _classes(part: TensorImages | Table) -> tuple[str, ...]:
-    """The class names of a training set: "0", "1", ... where it has none."""
+    """The class names of a training set; "0", "1", ... if it has none."""
     present = part.labels.unique()
     if len(present) < 2:
         name = part.classes[int(present[0])] if part.classes is not None else str(int(present[0]))

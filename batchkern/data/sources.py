@@ -1,4 +1,4 @@
-"""What a source string stands for: its splits, with the labels read and checked, and no image decoded yet."""
+"""Opens a source given by a string or path: its splits, with labels read and checked, but no image decoded yet."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Table:
     Attributes:
         cells: the images.
         labels: (N,) int64, none negative, each below len(classes) if there are names.
-        column: the name of their column.
-        classes: the names of the classes, or None: the labels are just integers.
-        clean: (N,) int64, what the labels ought to be, or None: not known.
+        column: the name of the column of labels.
+        classes: the names of the classes; None: the labels are integers without names.
+        clean: (N,) int64, the correct labels; None: not known.
     """
 
     cells: Cells
@@ -59,11 +59,11 @@ class Table:
 def held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
     """A fixed stratified split of N rows: the (ascending) int64 positions of the 80 % and of the 20 %.
 
-    The same for the same labels always, whatever the seeds of a run. A fifth of each class, rounded, is held
-    out: nothing of a class with fewer than three rows.
+    The split depends only on the labels, not on the seeds of a run. A fifth of each class, rounded, is held out;
+    nothing of a class with fewer than three rows.
     """
     count = len(labels)
-    labels = labels.unique(return_inverse=True)[1]  # a label may be any number: what is counted must not
+    labels = labels.unique(return_inverse=True)[1]  # labels may be any numbers; bincount needs small ones
     shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     order = shuffled[labels[shuffled].argsort(stable=True)]  # by class, shuffled within it
     sizes = labels.bincount()
@@ -75,7 +75,7 @@ def held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def open_source(source: str | os.PathLike[str]) -> tuple[str, Mapping[str, Any]]:
-    """How `source` is called in messages; and its splits by name, each a `TensorImages` or a `datasets.Dataset`.
+    """The name of `source` in messages, and its splits by name, each a `TensorImages` or a `datasets.Dataset`.
 
     A path object is always a file or a folder, never the name of a data set.
 
@@ -93,12 +93,14 @@ def open_source(source: str | os.PathLike[str]) -> tuple[str, Mapping[str, Any]]
         return name, open_folder(name, path)
     if os.path.isfile(path):
         if path.lower().endswith((".csv", ".tsv")):
-            raise UserError(f"{name} is a table: say by label (--label) which of its columns has the labels")
+            raise UserError(f"{name} is a table: give the column of its labels by label (--label)")
         return name, _open_parquet(name, path)
     if os.path.lexists(path):
         raise UserError(f"{given!r} is neither a file nor a folder, but {what_it_is(path)}")
     if not isinstance(source, str):
-        raise UserError(f"{given!r} is no file or folder, which a path must be; a name is given as a string")
+        raise UserError(
+            f"{given!r} is not a file or folder, as a path must be; give the name of a data set as a string"
+        )
     if given.endswith(".parquet") or not _HUB_NAME.fullmatch(given) or given.startswith("."):
         raise UserError(f"{given!r} is no file or folder, and neither {_built_in_names()} nor a hub name (owner/name)")
     return name, _open_hub(given)
@@ -110,8 +112,8 @@ def read_table(
     """The images and labels of one split of a `datasets.Dataset`.
 
     Args:
-        clean_labels: the column of what the labels ought to be, where it is known.
-        classes: those of labels that are strings, else they are the strings that occur, sorted.
+        clean_labels: the column of correct labels, if there is one.
+        classes: the classes of labels that are strings; by default, the sorted strings that occur.
 
     Raises:
         UserError: no image column, no label column, no rows, an unlabelled row, or a label out of range.
@@ -140,20 +142,22 @@ def read_images(name: str, split: str, dataset: Any) -> Cells:
         raise UserError(f"{name}: no image column (datasets.Image) among its columns: {described(dataset.features)}")
     if len(dataset) == 0:
         raise UserError(f"{name}: the split {split!r} has no rows")
-    feature = datasets.Image(mode=dataset.features[images[0]].mode)  # one that decodes, which it may be told not to
+    feature = datasets.Image(
+        mode=dataset.features[images[0]].mode
+    )  # a copy that decodes, since the column's own feature may have decode=False
     undecoded = dataset.select_columns(images[:1]).cast_column(images[0], datasets.Image(decode=False))
     return Cells(name, undecoded, images[0], feature, torch.arange(len(dataset)))
 
 
 def _open_digits() -> dict[str, TensorImages]:
-    """scikit-learn's 1,797 digits, 8x8, grey; their values 0..16 become multiples of 15, losing nothing."""
+    """scikit-learn's 1,797 digits, 8x8, grey; their values 0..16 become multiples of 15, without loss."""
     digits = require("sklearn.datasets", "train").load_digits()
     images = torch.tensor(digits.images * 15).to(torch.uint8)[:, None]
     return _split(TensorImages(images, torch.tensor(digits.target), list("0123456789"), name="digits"))
 
 
 def _open_photo_patches() -> dict[str, TensorImages]:
-    """The 520 whole 32x32 patches of scikit-learn's two photographs, side by side; which one is the class."""
+    """The 520 complete, non-overlapping 32x32 patches of scikit-learn's two photographs, which are the two classes."""
     require("PIL.Image", "train")
     photos = require("sklearn.datasets", "train").load_sample_images()
     patches = []
@@ -182,12 +186,12 @@ def _split(data: TensorImages) -> dict[str, TensorImages]:
 def _open_parquet(source: str, path: str) -> Mapping[str, Any]:
     parquet = require("pyarrow.parquet", "train")
     try:
-        path = os.path.abspath(path)  # or s3:/a.parquet would be an address
+        path = os.path.abspath(path)  # otherwise s3:/a.parquet would be taken for an address
         if parquet.read_metadata(path).num_rows == 0:
             raise UserError(f"{source}: the file has no rows")
-        # Among what datasets knows its cache by is the name of a configuration.
+        # The name of the configuration is part of the cache key of datasets.
         options = {"name": _digest(path), "cache_dir": _cache_dir()}
-        # `datasets` tells the hub of each load, of local files too, and waits for its answer.
+        # `datasets` reports each load to the hub, even of local files, and waits for the answer.
         with _set("HF_UPDATE_DOWNLOAD_COUNTS", False, "datasets.config"):
             splits = _load_dataset("parquet", data_files={"train": glob.escape(path)}, **options)
     except UserError:
@@ -200,8 +204,8 @@ def _open_parquet(source: str, path: str) -> Mapping[str, Any]:
 
 
 def _digest(path: str) -> str:
-    """Of a parquet file's size, of its first and its last mebibyte and its footer: by its time of change alone another
-    file in its place may be taken for it."""
+    """A digest of a parquet file's size, its first and last mebibyte and its footer. The modification time alone would
+    not detect every replaced file."""
     size, piece = os.path.getsize(path), 1 << 20
     with open(path, "rb") as file:
         digest = hashlib.blake2b(size.to_bytes(8, "little") + file.read(piece), digest_size=8)
@@ -213,7 +217,7 @@ def _digest(path: str) -> str:
 
 
 def _check_embedded(source: str, dataset: Any) -> None:
-    """That images lie in the file: what a cell names instead, a file of this machine or an address, is never opened."""
+    """Checks that images are embedded in the file: a path or address in a cell is never opened."""
     datasets = require("datasets", "train")
     compute = require("pyarrow.compute", "train")
     for name, feature in dataset.features.items():
@@ -233,7 +237,7 @@ def _open_hub(source: str) -> Mapping[str, Any]:
     if os.path.exists(match["path"]):
         raise UserError(f"{source!r}: {match['path']!r} is a local file or folder, which has no configurations")
     if match["path"] in require("datasets.packaged_modules", "train")._PACKAGED_DATASETS_MODULES:
-        raise UserError(f"{source!r} is a reader of files in `datasets`, no data set: name the file or the folder")
+        raise UserError(f"{source!r} is a file reader of `datasets`, not a data set: name the file or the folder")
     silence = _silence_of_hub(match["path"])
     offline = ("HF_HUB_OFFLINE", True, "datasets.config", "huggingface_hub.constants")
     try:
@@ -248,7 +252,8 @@ def _open_hub(source: str) -> Mapping[str, Any]:
 
 
 def _silence_of_hub(name: str) -> str:
-    """Why the hub does not answer, or nothing. It is asked once; `datasets` would ask for half a minute."""
+    """The reason why the hub cannot be reached, or an empty text. It is tried once; `datasets` would retry for half a
+    minute."""
     if require("datasets.config", "train").HF_HUB_OFFLINE:
         return ""
     hub = require("huggingface_hub", "train")
@@ -272,7 +277,7 @@ _setting = threading.Lock()
 
 @contextlib.contextmanager
 def _set(name: str, value: bool, *modules: str) -> Iterator[None]:
-    """A setting of modules, for one load; one load at a time."""
+    """Changes a setting of modules during one load; only one load runs at a time."""
     holders = [require(module, "train") for module in modules]
     with _setting:
         before = [getattr(holder, name) for holder in holders]
@@ -297,7 +302,7 @@ def _no_progress_bars(datasets: Any) -> Iterator[None]:
 
 
 def _cache_dir() -> str | None:
-    """None, for datasets' own cache, or where that cannot be written a folder that is removed at exit."""
+    """None for datasets' own cache; if that is not writable, a folder that is removed at exit."""
     folder = require("datasets.config", "train").HF_DATASETS_CACHE
     try:
         os.makedirs(folder, exist_ok=True)
@@ -313,7 +318,7 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 
 def _cause(error: BaseException) -> str:
-    """The root of a chain of exceptions, in one line: datasets wraps what went wrong several times."""
+    """The root of a chain of exceptions, in one line, since datasets wraps an error several times."""
     while error.__cause__ is not None:
         error = error.__cause__
     return printable(f"{type(error).__name__}: {' '.join(str(error).split())}")

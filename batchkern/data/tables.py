@@ -1,7 +1,7 @@
 """Tables: files of comma- or tab-separated values, or parquet, with a column of labels and the others as features.
 
-Numbers and truth values are one feature each, texts one for each that occurs in training. All are standardised by the
-training set.
+A column of numbers or truth values is one feature; a column of texts is one feature for each text that occurs in
+training. All features are standardised by the training set.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from batchkern.data.tensors import TensorData
 from batchkern.data.wording import printable, shortened
 from batchkern.errors import UserError, require
 
-_MOST = 1e150  # the squares of larger numbers are none
+_MOST = 1e150  # squares of larger numbers could overflow
 MOST_TEXTS = 100
-"""Different texts of a column that become features."""
+"""The largest number of different texts in a column of features."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What becomes of a column: itself, or of ``"texts"`` a 1 in the place of each of ``values``.
+    """How a column becomes features: a number is one feature, ``"texts"`` are one-hot encoded over ``values``.
 
     Args:
-        name: of the column in the file.
+        name: name of the column in the file.
         kind: ``"number"`` or ``"texts"``.
-        values: of ``"texts"``, what the column may have, in the order of their places.
+        values: for ``"texts"``, the values that the column may have, in the order of their features.
 
     Examples:
         >>> from batchkern.data import Column
@@ -54,7 +54,7 @@ class Column:
 
 
 class TableData(TensorData):
-    """Rows of a table; the features of its columns in their order.
+    """Rows of a table, with the features of its columns in their order.
 
     Args:
         inputs: ``(N, features)`` float32, on the CPU.
@@ -64,9 +64,9 @@ class TableData(TensorData):
         standardize: give each feature mean 0 and deviation 1 in the training set.
 
     Attributes:
-        columns: what became of each.
+        columns: the encoding of each column.
         label: the name of the column of labels.
-        other: columns of the file that are no features.
+        other: columns of the file that are not features.
 
     Examples:
         >>> from pathlib import Path
@@ -101,13 +101,13 @@ def load_table_pair(
 
     Args:
         train: a file that ends in .csv, .tsv or .parquet.
-        test: another one; None: a fixed fifth of each class is held out, the same in every run.
+        test: another such file; None: a fixed fifth of each class is held out, the same in every run.
         label: the column of labels: texts, truth values or whole numbers. Sorted, they are the classes.
-        clean_labels: a column of ``train`` that says what its labels ought to be; no feature.
+        clean_labels: a column of ``train`` with the correct labels; it is not a feature.
 
     Raises:
-        UserError: a file cannot be read as a table, lacks a column, has one that can be no feature or a place without a
-            value, or a label that is none of training.
+        UserError: a file cannot be read as a table, lacks a column, has a column that cannot be a feature, a missing
+            value, or a label that is not a training class.
 
     Examples:
         >>> from pathlib import Path
@@ -125,7 +125,7 @@ def load_table_pair(
     classes = _classes(name, table, label)
     columns = tuple(_described(name, table, key) for key in table.column_names if key not in left_out)
     if not columns:
-        raise UserError(f"{name}: beside {', '.join(map(repr, left_out))} there is no column, for features")
+        raise UserError(f"{name}: besides {', '.join(map(repr, left_out))} there is no column for features")
     data = _encoded(name, table, columns, label, classes)
     data.other = left_out[1:]
     if clean_labels is not None:
@@ -154,11 +154,11 @@ def load_table(
         columns: the features of the other table, in their order.
         label: the column of labels.
         classes: the names of the other table's classes.
-        labelled: whether the labels are read; otherwise their column need not be there, and all labels are 0.
-        other: names of columns that may be there and are no features.
+        labelled: whether the labels are read; otherwise their column may be missing, and all labels are 0.
+        other: names of columns that may be present but are not features.
 
     Raises:
-        UserError: as `load_table_pair`.
+        UserError: as for `load_table_pair`.
 
     Examples:
         >>> from pathlib import Path
@@ -193,13 +193,13 @@ def open_pair(
     image_size: int | None = None,
     center_crop: bool = False,
 ) -> tuple[Labelled, Labelled]:
-    """Tables, where there is a ``label``, by :func:`load_table_pair`; else images, by `load_pair`.
+    """Tables, if there is a ``label``, by :func:`load_table_pair`; else images, by `load_pair`.
 
     Args:
         train, test: as for :func:`load_table_pair` or `load_pair`.
         label: the column of labels of a table; ``None``: the data are images.
-        clean_labels: as for either.
-        image_size, center_crop: of images, as for `load`.
+        clean_labels: as for these functions.
+        image_size, center_crop: only for images, as for `load`.
 
     Examples:
         >>> from batchkern.data import open_pair
@@ -210,17 +210,17 @@ def open_pair(
     if label is None:
         return load_pair(train, test, clean_labels=clean_labels, image_size=image_size, center_crop=center_crop)
     if image_size is not None or center_crop:
-        raise UserError(f"label is {label!r}, which is for tables, and image_size or center_crop for images")
+        raise UserError(f"label is {label!r}, which is for tables, but image_size and center_crop are for images")
     return load_table_pair(train, test, label=label, clean_labels=clean_labels)
 
 
 def _are_numbers(classes: Sequence[str]) -> bool:
-    """Or truth values: what a column of them reads as, whatever else might be read from a file of a few rows."""
+    """Whether classes are numbers or truth values, so that a column of labels is not read as texts."""
     return set(classes) <= {"False", "True"} or all(re.fullmatch(r"-?\d+", name) for name in classes)
 
 
 def _read(source: str | os.PathLike[str], texts: Sequence[str] = ()) -> tuple[str, Any]:
-    """How it is called in messages, and a pyarrow.Table; ``texts``: columns that are texts, whatever they look like."""
+    """The name of a source in messages, and a pyarrow.Table. ``texts`` are columns that are always read as texts."""
     path = Path(os.path.expanduser(os.fspath(source)))
     name = printable(os.fspath(source))
     if not path.is_file():
@@ -267,7 +267,7 @@ def _column(name: str, table: Any, key: str, argument: str) -> Any:
 
 
 def _check_whole(name: str, key: str, column: Any) -> None:
-    """That no row of it lacks a value."""
+    """Checks that no row of a column lacks a value."""
     compute = require("pyarrow.compute", "train")
     missing = compute.is_null(column, nan_is_null=True)
     count = compute.sum(missing).as_py() or 0
@@ -281,7 +281,7 @@ def _check_whole(name: str, key: str, column: Any) -> None:
 
 
 def _kind(column: Any) -> str | None:
-    """``"number"``, ``"texts"``, or ``None``: of another type."""
+    """``"number"``, ``"texts"``, or ``None`` for another type."""
     types = require("pyarrow", "train").types
     of = column.type.value_type if types.is_dictionary(column.type) else column.type
     if types.is_string(of) or types.is_large_string(of):
@@ -334,7 +334,7 @@ def _classes(name: str, table: Any, label: str) -> tuple[str, ...]:
 
 
 def _labels(name: str, table: Any, key: str, classes: tuple[str, ...]) -> Tensor:
-    """Numbers of classes, ``(N,)``."""
+    """The class indices ``(N,)``."""
     place = {value: number for number, value in enumerate(classes)}
     found = [place.get(value, -1) for value in _texts(table.column(key))]
     if -1 in found:
@@ -363,10 +363,10 @@ def _encoded(
 
 
 def _features(name: str, column: Any, of: Column) -> Tensor:
-    """float64 ``(N, width)``."""
+    """The features of a column, float64 ``(N, width)``."""
     _check_whole(name, of.name, column)
     kind = _kind(column)
-    if of.kind == "texts":  # of a test set, numbers may be texts of the training set
+    if of.kind == "texts":  # a test column of numbers may be a column of texts in the training set
         place = {value: number for number, value in enumerate(of.values)}
         found = [place.get(value, -1) for value in _texts(column)]
         if -1 in found:

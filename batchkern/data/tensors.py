@@ -1,4 +1,4 @@
-"""Tensors of inputs and labels that are at hand: tables, sequences of tokens, images of any type."""
+"""Data in tensors of inputs and labels: tables, sequences of tokens, images of any type."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from batchkern.errors import UserError
 
 
 class TensorData(Labelled):
-    """Inputs held in memory, given to the model as they are or standardised; see `from_tensors`.
+    """Inputs in memory, passed to the model unchanged or standardised; see `from_tensors`.
 
     Args:
         inputs: ``(N, ...)``, held on the CPU.
-        labels: ``(N,)`` int64, each in 0..len(classes)-1; or masks ``(N, *places)`` of them, where -100 counts nowhere.
+        labels: ``(N,)`` int64, each in 0..len(classes)-1; or masks ``(N, *places)`` of them, in which -100 is ignored.
         classes: the name of each class.
         name: the source, for messages.
         standardize: give each feature or channel, an index of dimension 1, mean 0 and deviation 1 in the training set.
@@ -66,7 +66,7 @@ class TensorData(Labelled):
     def statistics(self) -> tuple[Tensor, Tensor] | None:
         """Mean and standard deviation for each index of dimension 1, a feature or a channel: two (C,) float64 tensors.
 
-        The deviation of what is constant is 1.
+        The deviation of a constant feature is set to 1.
         """
         if not self.standardize:
             return None
@@ -79,21 +79,21 @@ class TensorData(Labelled):
 def from_tensors(
     inputs: Any, labels: Any, *, classes: Sequence[str] | None = None, name: str = "tensors", standardize: bool = False
 ) -> TensorData | ImageData:
-    """Data of a pair of tensors or arrays.
+    """Data from a pair of tensors or arrays.
 
     Args:
-        inputs: ``(N, ...)`` of any numbers. Floats become float32, those that are standardised after that; whole
-            numbers, such as tokens, stay as they are, but for uint8 ``(N, C, H, W)``, which are images: each channel is
-            standardised, and with C = 1 or 3 they are what `load` gives.
+        inputs: ``(N, ...)`` of any numbers. Floats become float32, after standardisation if there is one. Whole
+            numbers, such as tokens, stay as they are, except uint8 ``(N, C, H, W)``, which are images: each channel is
+            standardised, and with C = 1 or 3 the result is `ImageData`, as from `load`.
         labels: ``(N,)`` whole numbers in 0..C-1; or masks ``(N, *places)`` of them, for a model whose logits are ``(N,
-            C, *places)``: a place of -100 counts nowhere.
-        classes: their names; default: "0", "1", ... as far as the labels go.
+            C, *places)``; places with -100 are ignored.
+        classes: the names of the classes; default: "0", "1", ... up to the highest label.
         standardize: give each feature or channel, an index of dimension 1, mean 0 and deviation 1 in the training set.
-        name: for messages.
+        name: the name in messages.
 
     Raises:
-        UserError: they are not dense tensors of so many rows, hold no number or one that is not finite, or a label is
-            out of range.
+        UserError: they are not dense tensors with the same number of rows, are empty, hold a number that is not finite,
+            or a label is out of range.
 
     Examples:
         >>> import torch
@@ -116,7 +116,7 @@ def from_tensors(
         raise UserError(f"{name}: there is a label {highest}, and {labels.numel()} labels; classes are 0, 1, 2, ...")
     names = [*map(str, range(highest + 1))] if classes is None else classes
     if classes is None and highest < 1:
-        raise UserError(f"{name}: the highest label is {highest}; two classes at least are needed, 0 and 1")
+        raise UserError(f"{name}: the highest label is {highest}; at least two classes are needed, 0 and 1")
     check_labels(name, labels, len(checked_classes(name, names)), masks=labels.dim() > 1)
     if inputs.dtype == torch.uint8 and inputs.dim() == 4:
         if inputs.shape[1] in (1, 3) and labels.dim() == 1:

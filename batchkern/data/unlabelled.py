@@ -1,4 +1,4 @@
-"""Images without labels, for a model that is trained: files, folders, tables, images of PIL and tensors."""
+"""Images without labels, for a trained model: files, folders, tables, PIL images and tensors."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def images_of(
     """Images of ``shape`` (C, H, W), all with the label 0.
 
     Args:
-        images: uint8 (B, C, H, W), where those of this height and width are taken as they are; or a list of files
-            and images of PIL, which are decoded, turned, converted and resized as those of a data set.
-        center_crop: how images of another size become ones of this, as for `load`.
-        shape: (C, H, W) that all images get.
-        classes: the names of those that the model knows.
+        images: uint8 (B, C, H, W), which are not resized if they have this height and width; or a list of files and PIL
+            images, which are decoded, rotated, converted and resized like those of a data set.
+        center_crop: how images of another size are fitted to this shape, as for `load`.
+        shape: (C, H, W) of the result.
+        classes: the names of the classes of the model.
 
     Raises:
-        UserError: they are of another kind, or there is none. An image that cannot be decoded
-            raises when its batch is asked for.
+        UserError: they are of another kind, or there are none. An image that cannot be decoded raises when its batch is
+            read.
 
     Examples:
         >>> import torch
@@ -67,14 +67,14 @@ def table_of(
 ) -> ImageData:
     """Images of a parquet file, of a data set of the hub or of a built-in one, all with the label 0.
 
-    The labels of the source are not looked at.
+    The labels of the source are not read.
 
     Args:
         source: a parquet file, a name on the hub or a built-in name, as for `load`.
-        shape: (C, H, W) that all images get.
-        classes: the names of those that the model knows.
-        center_crop: how images of another size become ones of this, as for `load`.
-        split: name of the split; None: "test", else the only one.
+        shape: (C, H, W) of the result.
+        classes: the names of the classes of the model.
+        center_crop: how images of another size are fitted to this shape, as for `load`.
+        split: name of the split; None: "test", else the only split.
 
     Raises:
         UserError: there is no such source or split, it has several and none is named, or it has no images.
@@ -100,13 +100,13 @@ def table_of(
 
 
 def find_images(paths: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """Files, and for a folder all images in it and in those below it, sorted by name.
+    """The given files, and all images in the given folders and the folders below them, sorted by name.
 
     Args:
-        paths: of files and of folders.
+        paths: paths of files and of folders.
 
     Raises:
-        UserError: a path leads nowhere, or a folder has no image.
+        UserError: a path does not exist, or a folder has no image.
 
     Examples:
         >>> from pathlib import Path
@@ -139,9 +139,9 @@ def _zeros(count: int) -> Tensor:
 
 
 class _Given:
-    """A list of files and images in place of a `datasets.Dataset` and of its `datasets.Image`.
+    """A list of files and images with the interface of a `datasets.Dataset` and of its `datasets.Image`.
 
-    A file is read here: in a path with a scheme `datasets` would see an address, and a pipe it would wait for.
+    Files are read here, because `datasets` would treat a path with a scheme as an address, and block on a pipe.
     """
 
     def __init__(self, images: Sequence[Any]) -> None:
@@ -163,5 +163,5 @@ class _Given:
 
     def decode_example(self, cell: dict[str, Any]) -> Any:
         if "image" in cell:
-            return require("PIL.ImageOps", "train").exif_transpose(cell["image"])  # as datasets does for a file
+            return require("PIL.ImageOps", "train").exif_transpose(cell["image"])  # like datasets for a file
         return self._feature.decode_example({"path": cell["path"], "bytes": read_file(Path(cell["path"]))})

@@ -1,10 +1,10 @@
-"""Names that others gave, of files, classes and columns, as a sentence can hold them."""
+"""Names of files, classes and columns in a form that is safe to print in messages."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    """`text`, with the escapes of `repr` where it has a character that would not show, or would steer a terminal."""
+    """`text`, with the escapes of `repr` if it has a character that is not printable or could control a terminal."""
     return text if text.isprintable() else repr(text)[1:-1]
 
 

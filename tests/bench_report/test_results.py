@@ -109,10 +109,10 @@ def test_what_might_never_end_is_not_read(tmp_path):
     found, left_out = load_all([tmp_path])
     assert [results.path for results in found] == [good]
     assert [sentence.rpartition("/")[2] for sentence in left_out] == [
-        f"{name}.json cannot be read: it is no regular file" for name in ("device", "pipe")
+        f"{name}.json cannot be read: it is not a regular file" for name in ("device", "pipe")
     ]
     for name in ("pipe.json", "device.json", "folder.json"):
-        with pytest.raises(UserError, match="cannot be read: (it is no regular file|Is a directory)"):
+        with pytest.raises(UserError, match="cannot be read: (it is not a regular file|Is a directory)"):
             read_text(tmp_path / name)
 
 

@@ -69,7 +69,7 @@ def test_paths_in_every_form(kind: Callable[[str], Any]) -> None:
 
 
 def test_a_path_object_is_no_name_of_a_data_set() -> None:
-    with pytest.raises(UserError, match="'digits' is no file or folder, which a path must be; a name is given as a"):
+    with pytest.raises(UserError, match="'digits' is not a file or folder, as a path must be; give the name"):
         load(Path("./digits"))
     write_folder(Path("digits"), random_pixels(4), [0, 0, 1, 1], "ab")
     assert load(Path("./digits")).classes == ("a", "b")

@@ -161,19 +161,17 @@ def test_a_test_set_of_other_columns_is_a_sentence(tmp_path, rows, header, sente
 
 def test_what_is_asked_of_tables_alone(tmp_path):
     path = write(tmp_path / "a.csv", plants())
-    with pytest.raises(
-        UserError, match=r"a.csv is a table: say by label \(--label\) which of its columns has the labels"
-    ):
+    with pytest.raises(UserError, match=r"a.csv is a table: give the column of its labels by label \(--label\)"):
         open_pair(path)
     with pytest.raises(
-        UserError, match="label is 'kind', which is for tables, and image_size or center_crop for images"
+        UserError, match="label is 'kind', which is for tables, but image_size and center_crop are for images"
     ):
         open_pair(path, label="kind", image_size=8)
     with pytest.raises(UserError, match="label is 'sort', which is none of its columns: size, colour, old, kind"):
         open_pair(path, label="sort")
     with pytest.raises(UserError, match="digits is no file; a table"):
         open_pair("digits", label="kind")
-    with pytest.raises(UserError, match="beside 'kind' there is no column, for features"):
+    with pytest.raises(UserError, match="besides 'kind' there is no column for features"):
         open_pair(write(tmp_path / "b.csv", [["a"], ["b"], ["a"]], header=("kind",)), label="kind")
     with pytest.raises(UserError, match="two of its columns are called 'x'"):
         open_pair(write(tmp_path / "c.csv", [[1, 2, "a"]], header=("x", "x", "y")), label="y")

@@ -348,7 +348,7 @@ X, Y = torch.rand(6, 2), torch.arange(6) % 3
         (X, Y.float(), {}, "labels must be whole numbers .*got torch.float32"),
         (X, torch.tensor([0, 1, 2, 0, -1, 2]), {}, r"the label \[4\] is -1; it must be in 0..2"),
         (X, Y, {"classes": ["a", "b"]}, r"the label \[2\] is 2; it must be in 0..1"),
-        (X, 0 * Y, {}, "the highest label is 0; two classes at least"),
+        (X, 0 * Y, {}, "the highest label is 0; at least two classes"),
         (X, Y * 10**6, {}, "there is a label 2000000, and 6 labels"),
         (X, Y, {"classes": ["a", "a", "b"]}, "classes must have different names"),
         (X.index_fill(0, torch.tensor(3), torch.nan), Y, {}, "row 3 of inputs has a value that is not finite"),
