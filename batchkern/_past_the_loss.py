@@ -1,4 +1,5 @@
-"""Training that goes past a patched model's loss: the call that such a model is in, and who made the loss instead."""
+"""Detection of trainings that bypass a patched model's loss: the current call of the model, and the code that called
+it."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ HAND_ON = ("accelerate.", "batchkern.", "peft.", "torch.", "transformers.models.
 
 
 class PatchedCall:
-    """The call that a patched model is in. In place of the output layer's ``forward``: while a loss is to be made, its
-    input is handed on. It knows nothing of the model, so that a copy of a layer is not one of the model."""
+    """The state of the current call of a patched model. It replaces the output layer's ``forward``: while a loss is
+    computed, it returns its input. It has no reference to the model, so that copying a layer does not copy the
+    model."""
 
     def __init__(self, base: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
         self.name, self._base = type(base).__name__, id(base)
@@ -31,7 +33,7 @@ class PatchedCall:
         self.version = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedCall:
-        """That in a copy of a layer alone refuses nothing, and has no other layer with it."""
+        """In a copy of a single layer, it raises no errors and refers to no other layer."""
         copied = memo[id(self)] = object.__new__(PatchedCall)
         state = dict(self.__dict__)
         if self._base not in memo:
@@ -42,11 +44,11 @@ class PatchedCall:
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As in a copy of a layer alone, unless :meth:`belong` follows."""
+        """Restores the state as in a copy of a single layer, unless :meth:`belong` is called next."""
         self.__dict__ = {**state, "inside": True}
 
     def belong(self, base: nn.Module) -> None:
-        """To a model whose patch was copied or unpickled."""
+        """Assigns this call to a model whose patch was copied or unpickled."""
         self._base, self.inside = id(base), False
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ class PatchedCall:
         return logits
 
     def refuse_around(self, layers: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """After a part of the model was called."""
+        """Raises if a part of the model was called directly in training."""
         if not self.inside and learns(layers, output):
             raise RuntimeError(
                 f"the layers of {self.name} were called in training by {caller()}, around the model that was patched "
@@ -69,7 +71,8 @@ class PatchedCall:
             )
 
     def refuse_backward_of(self, loss: Tensor) -> None:
-        """Of a model in evaluation mode, such as ``from_pretrained`` returns."""
+        """Makes the backward pass of a loss in evaluation mode raise; ``from_pretrained`` returns models in that
+        mode."""
 
         def refuse(grad: Tensor) -> None:
             raise RuntimeError(
@@ -82,14 +85,14 @@ class PatchedCall:
 
 
 def learns(model: nn.Module, output: Any) -> bool:
-    """Whether what a model returned may be trained on."""
+    """Whether the output of a model may be trained on."""
     if not (model.training and torch.is_grad_enabled()):
         return False
     return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(output))
 
 
 def caller() -> str:
-    """Who called the model, in words, past what hands calls on."""
+    """The function that called the model, in words, without wrappers that pass calls on."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and f"{frame.f_globals['__name__']}.".startswith(HAND_ON):
         frame = frame.f_back
@@ -97,11 +100,11 @@ def caller() -> str:
 
 
 def place(function: Any) -> str:
-    """The name of a function and its module, whatever it says that it wraps."""
+    """The name of a function and its module, ignoring ``functools.wraps``."""
     function = getattr(function, "__func__", function)
     return f"{function.__code__.co_name} of {function.__globals__['__name__']}"
 
 
 def version(x: Tensor) -> int:
-    """How often ``x`` was changed in place; the compiler cannot look at that."""
+    """The number of in-place changes of ``x``; 0 under the compiler, which cannot read it."""
     return 0 if torch.compiler.is_compiling() else x._version

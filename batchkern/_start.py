@@ -1,7 +1,6 @@
 """Ctrl-C while the command line loads torch and other libraries, which takes seconds: one line, and no traceback.
 
-The package imports this first. An exception would not do: a library that is being imported may turn it into another, or
-into nothing.
+The package imports this first. An exception is not enough: a library that is being imported may replace or suppress it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from types import FrameType
 
 
 def loaded() -> None:
-    """From here on Ctrl-C is an exception again, but where something is being imported."""
+    """From here on Ctrl-C raises an exception again, except during an import."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, _interrupt)
 
@@ -34,7 +33,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _is_command() -> bool:
-    """Whether this process is ``batchkern`` or ``python -m batchkern``, and no worker that it has started."""
+    """Whether this process is ``batchkern`` or ``python -m batchkern``, and not a worker started by it."""
     script = sys.argv[0] in sys.orig_argv and os.path.basename(sys.argv[0]) == "batchkern"
     return script or (sys.argv[0] == "-m" and ("-m", "batchkern") in pairwise(sys.orig_argv))
 

@@ -1,4 +1,4 @@
-"""The networks of the papers, with random weights: what ``models.build`` makes by name."""
+"""The networks of the papers, with random weights, which ``models.build`` makes by name."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class SmallCNN(nn.Module):
 class _Block(nn.Module):
     """Two 3x3 convolutions beside an identity shortcut.
 
-    Where the block halves the image and doubles the channels, the shortcut takes every second pixel and zeros
-    for the new channels: option A of He et al., which has no parameters.
+    If the block halves the image and doubles the channels, the shortcut takes every second pixel, and zeros for the
+    new channels: option A of He et al., which has no parameters.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -95,7 +95,7 @@ class CifarResNet(nn.Module):
 
 
 class _PreActivationBlock(nn.Module):
-    """Batch norm and ReLU before each of two 3x3 convolutions; a 1x1 one as the shortcut where channels change."""
+    """Batch norm and ReLU before each of two 3x3 convolutions; the shortcut is a 1x1 convolution if channels change."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ class WideResNet18(nn.Module):
 
 
 class _ProjectedBlock(nn.Module):
-    """Two 3x3 convolutions; where channels change, a 1x1 convolution is the shortcut (He et al., option B)."""
+    """Two 3x3 convolutions; if channels change, the shortcut is a 1x1 convolution (He et al., option B)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class _ProjectedBlock(nn.Module):
 
 
 class CifarVGG(nn.Module):
-    """VGG-16 (Simonyan & Zisserman 2015, table 1, D) as it is used on CIFAR: batch norm behind each convolution, and
+    """VGG-16 (Simonyan & Zisserman 2015, table 1, D) in its CIFAR version: batch norm after each convolution, and
     linear layers of 512, with dropout before both hidden ones.
 
     (b, C, H, W) -> logits (b, classes). 15.3 million parameters.
@@ -245,7 +245,8 @@ class AlexNet(nn.Module):
 
 
 def _initialise_for_relu(model: nn.Module) -> None:
-    """torch's default is small for ReLU, and without batch norm a deep network would hardly pass anything on."""
+    """Kaiming initialisation: torch's default is small for ReLU, and signals would vanish in a deep network without
+    batch norm."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d) or (isinstance(module, nn.Linear) and module is not model.fc):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

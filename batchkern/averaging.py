@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's weights, which is evaluated and saved in place of the last ones."""
+"""An exponential moving average of a model's weights, which is evaluated and saved instead of the last weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from batchkern.saved_state import saved_number
 
 
 class WeightAverage:
-    """The average of all floating-point entries of a model's state, batch norm's running statistics among them.
+    """The average of all floating-point entries of a model's state, including the running statistics of batch norm.
 
     After update t, counted from 1, the average moves by 1 - d towards the weights, with d = min(decay, (1 + t) /
-    (10 + t)), as TensorFlow's ``ExponentialMovingAverage`` has it: the random weights of the beginning are soon
-    forgotten.
+    (10 + t)), as in TensorFlow's ``ExponentialMovingAverage``, so that the random initial weights soon lose their
+    influence.
 
     Args:
-        model: whose entries stay where they are in memory.
+        model: the model; its state must stay in the same memory.
         decay: in (0, 1).
     """
 
@@ -32,20 +32,20 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an update of the weights."""
+        """Moves the average; called after each update of the weights."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_([*self.average.values()], [*self.weights.values()], 1 - decay)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Gives the model the average."""
+        """Copies the average into the model."""
         for name, value in self.weights.items():
             value.copy_(self.average[name])
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it the model has the average, and afterwards its own weights again."""
+        """A context in which the model has the averaged weights; afterwards it has its own weights again."""
         own = [value.clone() for value in self.weights.values()]
         self.apply()
         try:
@@ -61,7 +61,7 @@ class WeightAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         saved = state["average"]
         if {name: value.shape for name, value in saved.items()} != {n: v.shape for n, v in self.average.items()}:
-            raise ValueError("the average is of other weights than this model's")
+            raise ValueError("the average does not belong to the weights of this model")
         self.updates = saved_number(state, "updates")
         for name, value in self.average.items():
             value.copy_(saved[name])

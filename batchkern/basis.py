@@ -35,7 +35,7 @@ class Hadamard:
     signs: Tensor
 
     def matrix(self) -> Tensor:
-        """The dense ``(Q, Q)`` matrix, for tests and for looking at."""
+        """The dense ``(Q, Q)`` matrix, for tests and inspection."""
         return apply_basis(torch.eye(len(self.signs), device=self.signs.device), self).T
 
 

@@ -1,6 +1,6 @@
-"""What a training tells others: after each epoch the row that it has written to metrics.jsonl.
+"""Callbacks of a training, which get the row of metrics.jsonl after each epoch.
 
-The run directory stays the truth. A logger shows the same figures elsewhere, and what it fails to show is lost nowhere.
+The run directory has all figures. A logger shows the same figures elsewhere, so nothing is lost if it fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 class Callback:
-    """Methods that :class:`batchkern.trainer.Trainer` calls, in the first process alone; override those you need.
+    """Methods that :class:`batchkern.trainer.Trainer` calls, only in the first process; override those you need.
 
     Examples:
         >>> import torch
@@ -37,16 +37,16 @@ class Callback:
     """
 
     def on_train_begin(self, trainer: Trainer) -> None:
-        """Before the first update of :meth:`Trainer.fit`, also of a run that goes on: ``trainer.history`` has its rows
-        so far, ``trainer.settings`` what config.json has."""
+        """Called before the first update of :meth:`Trainer.fit`, also for a resumed run: ``trainer.history`` has its
+        rows so far, and ``trainer.settings`` has the settings in config.json."""
 
     def on_epoch_end(self, row: Row) -> bool | None:
-        """After each epoch, when its row and its checkpoint are written. ``True`` ends the training here, as for early
-        stopping: weights, figures and plots are those of this epoch. A run that is resumed goes on, and what a callback
-        remembers is no part of its checkpoint."""
+        """Called after each epoch, when its row and its checkpoint are written. If it returns ``True``, the training
+        ends here, as for early stopping: weights, figures and plots are those of this epoch. A resumed run continues,
+        and the state of callbacks is not part of its checkpoint."""
 
     def on_train_end(self) -> None:
-        """After the last update, and where an error or Ctrl-C ends the training."""
+        """Called after the last update, and if an error or Ctrl-C ends the training."""
 
 
 class TensorBoard(Callback):
@@ -72,7 +72,7 @@ class TensorBoard(Callback):
         from torch.utils.tensorboard import SummaryWriter
 
         if trainer.directory is None:
-            raise UserError("TensorBoard() writes into the run's directory, and out is None")
+            raise UserError("TensorBoard() writes into the run's directory, but out is None")
         directory = str(trainer.directory.path / TENSORBOARD)
         with only_warned("nothing is shown in TensorBoard"):
             self._writer = SummaryWriter(directory, purge_step=len(trainer.history) + 1)
@@ -94,7 +94,8 @@ class TensorBoard(Callback):
 class WeightsAndBiases(Callback):
     """Logs every figure that is a number to https://wandb.ai, or with ``WANDB_MODE=offline`` to ``<out>/wandb``.
 
-    ``WANDB_PROJECT`` and wandb's other variables choose the rest. A run that is resumed is the same run there.
+    Other settings are read from ``WANDB_PROJECT`` and wandb's other variables. A resumed run continues the same wandb
+    run.
 
     Examples:
         >>> import torch
@@ -112,7 +113,7 @@ class WeightsAndBiases(Callback):
 
     def on_train_begin(self, trainer: Trainer) -> None:
         if trainer.directory is None:
-            raise UserError("WeightsAndBiases() writes into the run's directory, and out is None")
+            raise UserError("WeightsAndBiases() writes into the run's directory, but out is None")
         path, identifier = trainer.directory.path, trainer.directory.identifier
         with only_warned("nothing is logged by wandb"):
             self._run = self._wandb.init(
@@ -141,7 +142,7 @@ def loggers(names: str | None) -> list[Callback]:
         names: names of ``LOGGERS``, joined by commas; ``None`` gives no callbacks.
 
     Raises:
-        UserError: a name that is none of ``LOGGERS``, or whose library is missing.
+        UserError: a name is not in ``LOGGERS``, or its library is missing.
 
     Examples:
         >>> from batchkern.callbacks import loggers

@@ -1,10 +1,10 @@
-"""Losses of selected tokens for the causal language models of Hugging Face ``transformers``, without a change of their
+"""Losses of selected tokens for the causal language models of Hugging Face ``transformers``, without changing their
 code.
 
-Two places that such a model has are used: its output layer, ``get_output_embeddings()``, and its ``loss_function``.
-While the model trains on labels the layer hands its input on as it is, and the loss function gets the last hidden state
-where it expected logits. All that is put into the model belongs to one object, so that a copy of the model has its own.
-Training that goes past the loss function is an error. ``transformers`` itself is not imported.
+Two parts of such a model are patched: its output layer, ``get_output_embeddings()``, and its ``loss_function``. While
+the model trains on labels, the layer returns its input unchanged, and the loss function gets the last hidden state
+instead of logits. Everything added to the model belongs to one object, so that a copy of the model has its own patch.
+Training that bypasses the loss function is an error. ``transformers`` itself is not imported.
 """
 
 from __future__ import annotations
@@ -91,10 +91,10 @@ def patch_causal_lm(
 
 
 class CausalLMPatch:
-    """What :func:`patch_causal_lm` did to a model.
+    """The patch of a model by :func:`patch_causal_lm`.
 
     Args:
-        model, keep, objective, group, chunk_rows: as in :func:`patch_causal_lm`, which makes it.
+        model, keep, objective, group, chunk_rows: as in :func:`patch_causal_lm`, which creates the patch.
 
     Examples:
         >>> import torch
@@ -109,7 +109,7 @@ class CausalLMPatch:
     """
 
     keep: float | Tensor
-    """May be reassigned between steps."""
+    """Fraction of the tokens kept; may be reassigned between steps."""
     untrimmed_loss: Tensor | None = None
     """Mean loss of all tokens of the latest training batch, 0-dim, detached."""
 
@@ -156,12 +156,12 @@ class CausalLMPatch:
 
     @staticmethod
     def of(model: nn.Module) -> CausalLMPatch | None:
-        """The patch of a model, of a copy of a patched one, or of one in ``model``; None where there is none.
+        """The patch of a model, of a copy of a patched one, or of a model within ``model``; None if there is none.
 
-        That of a reference model only where there is no other.
+        The patch of a reference model is returned only if there is no other.
 
         Raises:
-            ValueError: where there are several.
+            ValueError: there are several.
         """
         _check_module("model", model)
         functions = (module.__dict__.get("_loss_function") for module in model.modules())
@@ -173,7 +173,7 @@ class CausalLMPatch:
         return patches[0] if patches else None
 
     def remove(self) -> None:
-        """Gives the model its own output layer and loss function back, where that has not been done."""
+        """Restores the model's own output layer and loss function, unless this was already done."""
         if self._removed:
             return
         self._removed = True
@@ -210,7 +210,7 @@ class CausalLMPatch:
         makes_loss = model.training or self._each_token or bool(skip_logits)
         given = {**dict(zip(inspect.signature(model.forward).parameters, args)), **kwargs}
         if given.get("labels") is None and given.get("shift_labels") is not None and makes_loss:
-            # Sequence parallelism leaves the labels out, without which the model makes no loss.
+            # Sequence parallelism passes no labels, without which the model computes no loss.
             given["labels"] = kwargs["labels"] = given["shift_labels"]
         call = self._call
         call.inside, call.hidden, call.labelled = True, None, given.get("labels") is not None
@@ -226,7 +226,7 @@ class CausalLMPatch:
         return args, kwargs
 
     def _after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Also where the forward pass raised, and there is no output."""
+        """Runs after each forward pass, even if it raised and there is no output."""
         call, self._reference = self._call, None
         unused, hidden = call.active, call.hidden
         call.inside, call.active, call.hidden = False, False, None
@@ -273,7 +273,7 @@ class CausalLMPatch:
                 "hook, a cast, or a scale or cap that its configuration does not name"
             )
         loss = self._loss_of(hidden, labels, num_items_in_batch, ignore_index, shift_labels)
-        # The output has them in place of logits. That is said last: an objective may have called the model.
+        # The output holds them in place of logits. Set last, because an objective may have called the model.
         call.active, call.hidden = False, logits
         return loss
 
@@ -309,12 +309,12 @@ class CausalLMPatch:
             return loss
         count = counted.sum()
         if self._group is not None:
-            # Then the mean is that of all processes.
+            # The loss is then the mean over all processes.
             dist.all_reduce(count, group=self._group)
             count = count / dist.get_world_size(self._group)
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
-        # A batch without labels is a part of nothing.
+        # A batch without labels contributes nothing.
         return torch.where(count > 0, loss, 0.0) * count / num_items_in_batch
 
     def _selected(self, hidden: Tensor, target: Tensor, counted: Tensor, options: dict[str, Any]) -> Tensor:
@@ -346,8 +346,8 @@ class CausalLMPatch:
         return loss
 
     def _is_known(self, logits: Tensor, hidden: Tensor) -> bool:
-        """Whether ``logits`` are the hidden state that was handed on, capped and scaled as the configuration says. That
-        is looked at once, which makes the host wait."""
+        """Whether ``logits`` are the hidden state, capped and scaled according to the configuration. Their values are
+        checked once, which synchronises with the host."""
         if version(hidden) != self._call.version:
             return False
         if self._softcap is None and self._scale == 1:
@@ -360,7 +360,7 @@ class CausalLMPatch:
         expected = expected * self._scale
         if logits.dtype != hidden.dtype or logits.shape != hidden.shape:
             return False
-        # They may divide where this multiplies.
+        # The model may divide where this code multiplies.
         self._checked = torch.allclose(logits, expected, rtol=4 * torch.finfo(logits.dtype).eps, equal_nan=True)
         return self._checked
 
@@ -406,7 +406,7 @@ class ExcessLoss:
         return self
 
     def prepare(self, head: nn.Linear, chunk_rows: int | None) -> None:
-        """For a model of this output layer, of whose vocabulary the size is looked at."""
+        """Prepares for a model with this output layer; checks the size of its vocabulary."""
         patch, words = self._patch, head.weight.shape[0]
         if patch._head is head:
             raise ValueError("reference_model must have an output layer of its own, it has that of the model")
@@ -417,13 +417,13 @@ class ExcessLoss:
         patch._chunk_rows = chunk_rows
 
     def reference_losses(self, given: dict[str, Any]) -> Tensor:
-        """The reference model's losses of the tokens, by the arguments of the call of the model."""
+        """The reference model's losses of the tokens, for the arguments of the model's call."""
         for name in ("inputs_embeds", "past_key_values"):
             if given.get(name) is not None:
                 raise ValueError(f"{name} must be None with an ExcessLoss, whose reference model needs whole input_ids")
         if self._patch._removed:
             raise RuntimeError("the patch of reference_model was removed: make the ExcessLoss anew")
-        if self._model.training:  # as part of a module that is trained
+        if self._model.training:  # train() was called on a module that contains it
             self._model.eval()
         inputs = {name: x for name, x in given.items() if name not in OF_THE_MODEL_ALONE}
         return self._patch.token_losses(**inputs, use_cache=False)
@@ -435,13 +435,13 @@ def _check_module(name: str, model: Any) -> None:
 
 
 def _base(model: nn.Module) -> Any:
-    """The model itself, or that in a PEFT model, whose forward pass leads to it."""
+    """The model itself, or the base model within a PEFT model."""
     get: Any = getattr(model, "get_base_model", lambda: model)
     return get()
 
 
 def _output_layer(base: Any) -> Any:
-    """The layer itself, or that which PEFT trains in its place (``modules_to_save``)."""
+    """The output layer, or the layer that PEFT trains in its place (``modules_to_save``)."""
     layer = base.get_output_embeddings()
     trained = getattr(layer, "modules_to_save", None)
     if trained is None or layer.disable_adapters or not layer.active_adapters:
@@ -450,7 +450,7 @@ def _output_layer(base: Any) -> Any:
 
 
 def _cap(base: Any) -> tuple[float | None, float]:
-    """The softcap and the scale of the logits, where the model's forward pass reads one."""
+    """The softcap and the scale of the logits, if the model's forward pass reads them."""
     names = {name for forward in _forwards(base) for name in getattr(forward, "__code__", forward).co_names}
     softcap, scale = None, 1.0
     if "final_logit_softcapping" in names:

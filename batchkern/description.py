@@ -19,7 +19,7 @@ def describe_data(data: Labelled) -> dict[str, Any]:
         "classes": len(data.classes) if data.classes else None,
         "shape": list(data.shape) if data.shape is not None else None,
         "labels_crc32": None if data.labels is None else zlib.crc32(data.labels.numpy().data),
-        # Streamed images, and rows of a dataset, are too many to read before each training.
+        # Streamed images and rows of a dataset are not read, since this would take too long before each training.
         "images_crc32": zlib.crc32(data.images.contiguous().numpy().data) if isinstance(data, TensorImages) else None,
     }
     if isinstance(data, TensorData):
@@ -37,7 +37,7 @@ def describe_model(model: nn.Module | str) -> str:
 
 
 def describe_choice(choice: str | Callable[..., Any]) -> str:
-    """A name, or a function's; without an address, which is another in the process that resumes the run."""
+    """A name, or the name of a function, without its address, which differs in the process that resumes the run."""
     if isinstance(choice, str):
         return choice
     return getattr(choice, "__qualname__", None) or re.sub(r" at 0x[0-9a-fA-F]+", "", repr(choice))

@@ -1,4 +1,4 @@
-"""A training whose loss or weights are no longer finite ends with a sentence, and not over its last good checkpoint."""
+"""Stops a training whose loss or weights are not finite, before its last good checkpoint is overwritten."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from batchkern.errors import UserError
 
 CUDA_CHECK_EVERY = 50
-"""Updates between looks at whether the loss is finite on a GPU, where each look waits for the device."""
+"""On a GPU, losses are checked every this many updates, since each check waits for the device."""
 
 
 class FiniteCheck:
     """Raises a UserError at, or on a GPU soon after, the first loss that is not finite.
 
     Args:
-        device: where the losses are.
-        rest: what the sentence says of files.
+        device: the device of the losses.
+        rest: returns a further part of the error message, about files.
     """
 
     def __init__(self, device: torch.device, rest: Callable[[], str]) -> None:
@@ -37,13 +37,13 @@ class FiniteCheck:
             self.losses()
 
     def losses(self) -> None:
-        """Looks at what was watched so far."""
+        """Checks the losses watched so far."""
         update = int(self._first)
         if update >= 0:
             self._fail(update, "the loss is not finite at")
 
     def weights(self, weights: Iterable[Tensor], updates: int) -> None:
-        """A step after a finite loss can overflow, and must not be saved over a checkpoint that is finite."""
+        """Checks the weights: a step after a finite loss can overflow, and must not replace a finite checkpoint."""
         if not torch.stack([weight.detach().isfinite().all() for weight in weights]).all():
             self._fail(updates - 1, "the weights are not finite after")
 

@@ -1,4 +1,4 @@
-"""What a user did wrong, told in one sentence; and the libraries that only some users need."""
+"""Errors of the user, reported in one sentence; and imports of optional libraries."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def require(module: str, extra: str) -> Any:
     """Import an optional library, by its module name.
 
     Raises:
-        UserError: it is not installed; the sentence names the extra of `batchkern` that brings it. Or it refuses to be
-            loaded, as matplotlib does where the environment names a backend that there is not.
+        UserError: it is not installed, and the message names the extra of `batchkern` that includes it; or it cannot be
+            loaded, as with matplotlib if the environment names an unknown backend.
     """
     library = module.partition(".")[0]
     try:
@@ -39,7 +39,7 @@ def require(module: str, extra: str) -> Any:
 
 
 def whole(value: object) -> int | None:
-    """The whole number that a value is, one of numpy's and torch's too; None: it is another thing, such as True."""
+    """``value`` as int if it is a whole number, also one of numpy or torch; None for other values, such as True."""
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -49,7 +49,7 @@ def whole(value: object) -> int | None:
 
 @contextlib.contextmanager
 def only_warned(what: str) -> Iterator[None]:
-    """For what is done after results are safe, such as drawing them: where it fails there is a warning."""
+    """For steps after the results are saved, such as plots: an error in them becomes a warning."""
     try:
         yield
     except Exception as error:
@@ -58,7 +58,7 @@ def only_warned(what: str) -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that there was not enough memory: torch has a type for that of a GPU alone."""
+    """Whether ``error`` is a lack of memory, for which torch has a type only on GPUs."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""The weights that a training begins with, where these are not random: of a file, or of an earlier run."""
+"""Initial weights of a training from a file or an earlier run, instead of random ones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from batchkern.models import find_classifier
 from batchkern.rundir import WEIGHTS
 
 PRETRAINED = "pretrained"
-"""In place of a file: what timm has for a model of its own."""
+"""A word in place of a file: the pretrained weights of a timm model."""
 
 
 def describe_weights(weights: str | os.PathLike[str] | None) -> Any:
-    """As config.json has it: of a file its name and its content's checksum.
+    """The description of initial weights in config.json: for a file, its name and the checksum of its contents.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     if weights is None or weights == PRETRAINED:
         return weights
@@ -33,9 +33,10 @@ def describe_weights(weights: str | os.PathLike[str] | None) -> Any:
 
 
 def check_outside(weights: str | os.PathLike[str] | None, out: str | os.PathLike[str]) -> None:
-    """
+    """Checks that the weights are not in the output directory, where they might be replaced.
+
     Raises:
-        UserError: the weights lie in the directory that is going to be written, where they might be replaced.
+        UserError: they are.
     """
     if weights is None or weights == PRETRAINED:
         return
@@ -47,18 +48,18 @@ def check_outside(weights: str | os.PathLike[str] | None, out: str | os.PathLike
 
 
 def load_weights(model: nn.Module, weights: str | os.PathLike[str], classifier: str | None = None) -> None:
-    """Gives ``model`` the weights of a file.
+    """Loads the weights of a file into ``model``.
 
-    The classifier keeps its own where it has another number of classes than the file's, and a warning says so.
+    If the number of classes differs from the file, the classifier keeps its own weights, with a warning.
 
     Args:
-        weights: a file of safetensors with all that ``model.state_dict()`` has, under the same names; or the directory
-            of a run that has ended, whose model.safetensors is one.
-        classifier: name of the model's last linear layer, where it cannot be found.
+        weights: a safetensors file with all entries of ``model.state_dict()``, under the same names; or the directory
+            of a finished run, which has such a file, model.safetensors.
+        classifier: name of the model's last linear layer, if it cannot be found.
 
     Raises:
-        UserError: there is no such file; it is none of safetensors; or it has other names, shapes or kinds of numbers
-            than the model, or values that are not finite.
+        UserError: there is no such file; it is not a safetensors file; or it has other names, shapes or kinds of
+            numbers than the model, or values that are not finite.
     """
     path = _file(weights)
     found, own = _tensors(path), model.state_dict()
@@ -67,13 +68,13 @@ def load_weights(model: nn.Module, weights: str | os.PathLike[str], classifier: 
     if left:
         warnings.warn(
             f"weights: the classifier of {path} has {len(found[left[0]])} classes; this one has {len(own[left[0]])}, "
-            "and begins with random weights",
+            "and starts from random weights",
             stacklevel=3,
         )
 
 
 def load_all_weights(model: nn.Module, weights: str | os.PathLike[str]) -> None:
-    """The same, where a classifier of another number of classes is an error, too."""
+    """Loads all weights; a classifier with another number of classes is an error, too."""
     path = _file(weights)
     _take(model, path, _tensors(path), [])
 
@@ -93,7 +94,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _take(model: nn.Module, path: Path, found: dict[str, Tensor], left: list[str]) -> None:
-    """All but those of the names ``left``."""
+    """Loads all tensors of a file, except those with the names ``left``, after checking them."""
     own = model.state_dict()
     _check_names(path, own, found)
     for name, tensor in found.items():
@@ -113,7 +114,7 @@ def _take(model: nn.Module, path: Path, found: dict[str, Tensor], left: list[str
 def _of_another_classifier(
     model: nn.Module, own: dict[str, Tensor], found: dict[str, Tensor], classifier: str | None
 ) -> list[str]:
-    """Its tensors, where the file has them for another number of classes."""
+    """The names of the classifier's tensors, if the file has another number of classes; else an empty list."""
     try:
         name, layer = find_classifier(model, classifier)
     except UserError:
@@ -148,6 +149,6 @@ def _file(weights: str | os.PathLike[str]) -> Path:
 def _read(path: Path) -> bytes:
     try:
         return read_file(path)
-    except (OSError, ValueError) as error:  # a name may hold what none can hold
+    except (OSError, ValueError) as error:  # ValueError: the name has a null character
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"weights: {path} cannot be read: {reason}") from None

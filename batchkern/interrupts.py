@@ -1,4 +1,5 @@
-"""Ctrl-C, and the end that torchrun asks for: between two updates, where a checkpoint can be taken."""
+"""Ctrl-C, and the signal by which torchrun ends processes: handled between two updates, where a checkpoint can be
+saved."""
 
 from __future__ import annotations
 
@@ -10,14 +11,15 @@ from types import FrameType
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during :meth:`Trainer.fit`; the message says what was saved."""
+    """Ctrl-C during :meth:`Trainer.fit`; the message tells what was saved."""
 
 
 class StopRequest:
-    """Whether this process was asked to stop.
+    """Whether this process got a signal to stop.
 
-    In one process that is Ctrl-C, and a second one stops at once. One of several ranks is asked by SIGTERM as well, and
-    gets Ctrl-C twice, from the terminal and from torchrun, which kills what has not ended after 30 seconds.
+    A single process is stopped by Ctrl-C, and at once by a second Ctrl-C. With several ranks, SIGTERM is handled as
+    well; a rank gets Ctrl-C twice, from the terminal and from torchrun, which kills processes that run on for 30
+    seconds.
     """
 
     def __init__(self, *, several: bool) -> None:

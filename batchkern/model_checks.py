@@ -1,4 +1,4 @@
-"""Checks of a model by a pass over a few rows: its logits, and how few rows it can train on."""
+"""Checks of a model by a pass over a few rows: its logits, and the smallest batch that it can train on."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from batchkern.validation import check_kind
 
 
 def check_model_kind(model: nn.Module | str) -> None:
-    """A name, or a module whose weights have values."""
+    """Checks that a model is a name, or a module whose weights have values."""
     check_kind("model", model, nn.Module | str, "a module or the name of one")
     held = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else ()
     if any(value.is_meta or isinstance(value, UninitializedParameter) for value in held):
-        raise UserError("model has weights without values, as on the meta device or of lazy modules: give them some")
+        raise UserError("model has weights without values (on the meta device, or of lazy modules): initialise them")
 
 
 def described_inputs(inputs: Any) -> str:
-    """Of a batch of them, as in "images of shape (3, 32, 32)"."""
+    """A description of the inputs of a batch, such as "images of shape (3, 32, 32)"."""
     if not isinstance(inputs, Tensor):
         return f"inputs of type {type(inputs).__name__}"
     shape = tuple(inputs.shape[1:])
@@ -31,7 +31,7 @@ def described_inputs(inputs: Any) -> str:
 
 
 def check_model(model: nn.Module, inputs: Any, classes: int | None, places: tuple[int, ...]) -> int:
-    """That it fits the data, and has something to train; its classes."""
+    """Checks that a model fits the data and has trainable weights; returns its number of classes."""
     found = check_logits(model, inputs, classes, places)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError("the model has no weights to train: none takes a gradient")
@@ -39,12 +39,12 @@ def check_model(model: nn.Module, inputs: Any, classes: int | None, places: tupl
 
 
 def check_logits(model: nn.Module, inputs: Any, classes: int | None, places: tuple[int, ...]) -> int:
-    """Runs two rows through, so that a model that does not fit the data says so at once; its classes.
+    """Runs two rows through a model, to check at once that it fits the data; returns its number of classes.
 
     Args:
-        inputs: of two rows.
-        classes: that the data have, if they are known.
-        places: of one target: none, or those of a mask.
+        inputs: the inputs of two rows.
+        classes: number of classes of the data, if known.
+        places: shape of one target: () for a label, or the shape of a mask.
     """
     training = model.training
     model.eval()
@@ -64,7 +64,7 @@ def check_logits(model: nn.Module, inputs: Any, classes: int | None, places: tup
 
 
 def _in_training(model: nn.Module, inputs: Any, device: torch.device) -> Any:
-    """What the model gives in training, which leaves its buffers and torch's generators as they are."""
+    """The model's output in training mode, without changing its buffers or torch's generators."""
     training = model.training
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
@@ -84,17 +84,17 @@ def least_rows(
     world: int,
     batch_size: int,
 ) -> int:
-    """The fewest rows that a batch of all ``world`` ranks may have in training: such that none has one alone, where
-    the model, as with batch norm, cannot do with one.
+    """The smallest training batch over all ``world`` ranks. If the model cannot train on a single row, for example
+    because of batch norm, it is so large that every rank has at least two rows.
 
     Raises:
-        UserError: a batch has fewer, or the model does not give logits in training.
+        UserError: a batch has fewer rows, or the model does not return logits in training.
     """
     for rows in (1, 2):
         try:
             logits = _in_training(model, rows_of(inputs, torch.arange(rows)), device)
             break
-        except Exception as error:  # of torch.nn.functional.batch_norm a ValueError
+        except Exception as error:  # torch.nn.functional.batch_norm raises a ValueError
             if rows == 2:
                 reason = str(error).partition("\n")[0] or type(error).__name__
                 raise UserError(f"the model cannot take {described_inputs(inputs)} in training: {reason}") from error
@@ -109,14 +109,14 @@ def least_rows(
     least = 1 if rows == 1 else world + 1
     if batch_size < least:
         raise UserError(
-            f"batch_size is {batch_size}, but the model, as by batch norm, needs {least} rows for these inputs: "
+            f"batch_size is {batch_size}, but the model (perhaps its batch norm) needs {least} rows for these inputs: "
             "more than one in each process"
         )
     return least
 
 
 def uses_all_parameters(model: nn.Module, inputs: Any) -> bool:
-    """Whether every parameter that trains has a part in the logits."""
+    """Whether the logits depend on every trainable parameter."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""Image classifiers by name, and what the strategies need to know of any model."""
+"""Image classifiers by name, and functions on models that strategies need."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, pretrained: bool =
             laid out by the size of the images), or a model of timm.
         shape: (C, H, W) of the images; for "mlp" that of a row, whatever it is.
         classes: number of logits.
-        pretrained: with the weights that timm has for a model of its own, from the Hugging Face hub or its cache, but
-            for a classifier of another number of classes.
+        pretrained: with the pretrained weights of a timm model, from the Hugging Face hub or its cache; a classifier
+            with another number of classes has random weights.
 
     Raises:
-        UserError: unknown name (the sentence lists near ones), images below 4x4, fewer than two classes, a model of
-            timm that cannot be built for these images, or pretrained weights that there are not or that cannot be had.
+        UserError: unknown name (the message lists similar ones), images below 4x4, fewer than two classes, a timm model
+            that cannot be built for these images, or pretrained weights that do not exist or cannot be loaded.
     """
     if name != "mlp" and (len(shape) != 3 or shape[0] < 1 or min(shape[1:]) < 4):
         raise UserError(
@@ -45,7 +45,7 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, pretrained: bool =
     if classes < 2:
         raise UserError(f"classes must be at least 2, not {classes}")
     default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)  # as images are
+    torch.set_default_dtype(torch.float32)  # the type of images
     try:
         if pretrained and name in BUILT_IN:
             raise UserError(f"there are no pretrained weights for {name!r}: only for models of timm, such as resnet50")
@@ -91,7 +91,7 @@ def _build_timm(name: str, shape: tuple[int, int, int], classes: int, pretrained
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)
         size = {"img_size": shape[1:]} if config is not None and config.fixed_input_size else {}
         return timm.create_model(name, pretrained, num_classes=classes, in_chans=shape[0], **size)
-    except Exception as error:  # of the hub's client whatever it likes
+    except Exception as error:  # the hub's client raises various exceptions
         if pretrained and not isinstance(error, AssertionError | TypeError):
             raise UserError(f"the pretrained weights of {name!r} cannot be loaded: {_first_line(error)}") from error
         if not isinstance(error, AssertionError | RuntimeError | TypeError | ValueError):
@@ -115,7 +115,7 @@ def find_classifier(model: nn.Module, name: str | None = None) -> tuple[str, nn.
             else the last `nn.Linear` in registration order.
 
     Raises:
-        UserError: no such module, or it is not an `nn.Linear`; the sentence lists those that are.
+        UserError: there is no such module, or it is not an `nn.Linear`; the message lists the Linear modules.
     """
     modules = dict(model.named_modules())
     attached = tuple(f"{key}." for key, module in modules.items() if isinstance(module, AttachedHead))
@@ -133,7 +133,7 @@ def find_classifier(model: nn.Module, name: str | None = None) -> tuple[str, nn.
         for key, module in linear.items():
             if module is head:
                 return key, module
-        # Its last Linear is then a part of something else, such as a squeeze-and-excite block.
+        # The last Linear then belongs to another part, such as a squeeze-and-excite block.
         raise UserError(
             f"the classifier of {type(model).__name__} is a {type(head).__name__}, not a Linear; name another: {listed}"
         )
@@ -148,7 +148,8 @@ def has_batch_norm(model: nn.Module) -> bool:
 
 
 def in_channels_last(model: nn.Module) -> nn.Module:
-    """Lays out the weights of 2-d convolutions channels last, in place. Their outputs then are, whatever the inputs."""
+    """Converts the weights of 2-d convolutions to channels last, in place. Their outputs are then channels last,
+    too."""
     for module in model.modules():
         for weight in module.parameters(recurse=False) if isinstance(module, nn.Conv2d) else ():
             if weight.dim() == 4:
@@ -157,9 +158,9 @@ def in_channels_last(model: nn.Module) -> nn.Module:
 
 
 class Compiled:
-    """``torch.compile`` of a model, beside it: the model's own modules, keys and hooks stay what they are.
+    """``torch.compile`` of a model, separate from it: the model's own modules, keys and hooks do not change.
 
-    Each shape has a graph of its own, however many there are. Which ones came before then decides no bit of a result.
+    Each shape has its own graph, without a limit on their number, so results do not depend on the shapes used before.
 
     Raises:
         UserError: when called, the model cannot be compiled.
@@ -183,7 +184,7 @@ class Compiled:
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Within it, no batch-norm layer changes its running mean, variance or batch count.
+    """A context in which no batch-norm layer changes its running mean, variance or batch count.
 
     Layers in train mode still normalise with the batch's own statistics, layers in eval mode with their
     running ones: in `_BatchNorm.forward`, and in `SyncBatchNorm`'s and timm's, `track_running_stats` decides

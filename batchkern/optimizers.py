@@ -24,7 +24,7 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 def check_rates(lr: float, momentum: float, weight_decay: float) -> tuple[float, float, float]:
-    """As Python's numbers."""
+    """The three settings, checked and converted to Python numbers."""
     most = torch.finfo(torch.float32).max
     return (
         check_range("lr", lr, 0, most, open_low=True),
@@ -52,7 +52,8 @@ def build_optimizer(
 
 
 def _checked_optimizer(built: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """One of the user's, with Python's numbers in place of NumPy's, which no checkpoint could be read with."""
+    """Checks a user's optimizer; converts NumPy numbers to Python numbers, since a checkpoint with them could not be
+    read."""
     kind = type(built).__name__
     check_kind("what optimizer returns", built, torch.optim.Optimizer, "a torch.optim.Optimizer")
     closure = inspect.signature(built.step).parameters.get("closure")
@@ -76,13 +77,14 @@ _STATES: dict[type, set[str]] = {
     torch.optim.Adam: {"step", "exp_avg", "exp_avg_sq"},
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
 }
-"""What the optimizers of the trainer keep for a parameter."""
+"""The state that the named optimizers keep for each parameter."""
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """
+    """Loads the state of an optimizer.
+
     Raises:
-        ValueError: an option is missing or of another type, which torch would only notice in the next update.
+        ValueError: an option is missing or of another type, which torch would detect only in the next update.
     """
     for own, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         for name, value in own.items():
@@ -95,7 +97,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     for parameter, kept in optimizer.state.items() if names else ():
         for name, value in kept.items():
             fits = isinstance(value, Tensor) and value.shape == (() if name == "step" else parameter.shape)
-            whole_state = kept.keys() - {"max_exp_avg_sq"} == names  # that of amsgrad=True
+            whole_state = kept.keys() - {"max_exp_avg_sq"} == names  # kept with amsgrad=True
             if not whole_state or not (fits or value is None) or (name == "step" and not value >= 1):
                 raise ValueError(f"the optimizer's {name} is not that of a parameter of shape {tuple(parameter.shape)}")
 

@@ -22,12 +22,12 @@ DPI = 120
 Rows = Sequence[Mapping[str, Any]]
 """The epochs of a run, as in its metrics.jsonl."""
 Curve = tuple[Sequence[float], Sequence[float]]
-"""x, which increases, and y."""
+"""Increasing x values, and y values."""
 
 
 def plot_run(directory: Path) -> None:
-    """Writes curves.png beside the metrics.jsonl it shows: losses, accuracies, the fraction kept, learning rate; and
-    what else the strategies have to tell.
+    """Writes curves.png beside the metrics.jsonl it shows: losses, accuracies, the fraction kept, learning rate,
+    and further figures of the strategies.
 
     Raises:
         OSError, ValueError: metrics.jsonl or config.json cannot be read, is damaged, or there is no epoch to show.
@@ -43,7 +43,7 @@ def plot_run(directory: Path) -> None:
     told = _told(rows)
     lines = 2 + -(-len(told) // 2)
     figure = _figure(10, 0.7 + 2.9 * lines)
-    # matplotlib would find room for each label too, in twice the time of all the rest; these labels are known.
+    # Fixed margins: matplotlib's automatic layout would take twice as long as everything else.
     room = {"left": 0.07, "right": 0.98, "bottom": 0.26 / lines * 0.62, "top": 1 - 0.22 / lines}
     room |= {"wspace": 0.16, "hspace": 0.24}
     title = f"{strategies}: {settings['model']} on {settings['train']['name']}, seed {settings['seed']}"
@@ -55,7 +55,7 @@ def plot_run(directory: Path) -> None:
     )
     if all(row["train_loss"] > 0 and row["test_loss"] > 0 and row["train_objective"] > 0 for row in rows):
         loss.set_yscale("log")
-    # In percent, as everywhere else. Only a strategy that predicts in its own way makes two test accuracies.
+    # In percent, as everywhere else. The two test accuracies differ only if a strategy changes the prediction.
     percent = [{key: 100 * value for key, value in row.items() if "accuracy" in key} for row in rows]
     curves = {"train_accuracy": "train", "test_accuracy": "test"}
     if any(row["test_accuracy"] != row["test_accuracy_plain"] for row in rows):
@@ -76,7 +76,7 @@ def plot_run(directory: Path) -> None:
 
 
 def _told(rows: Rows) -> dict[str, list[dict[str, float]]]:
-    """Panels of what is not the same in every training: by title, each epoch's values by the name of their line."""
+    """Panels that only some trainings have: by title, the values of each epoch by the name of their line."""
     selects = any(row.get("dropped_loss") for row in rows)
     panels: dict[str, dict[str, str]] = {
         "median last loss": {"kept_loss": "kept", "dropped_loss": "dropped"} if selects else {},
@@ -116,7 +116,7 @@ def plot_accuracy(path: Path, arms: Mapping[str, Sequence[Rows]], key: str, labe
 
     Args:
         arms: the runs of each arm, one a seed. An arm without runs is left out.
-        key: of the rows, what the horizontal axis shows; ``label``: its name.
+        key: the key of the rows for the horizontal axis; ``label`` is its name.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -134,8 +134,9 @@ def plot_metric(
     """Writes any metric over what was used: a line for each arm, the mean of its seeds, and a band for their range.
 
     Args:
-        arms: of each arm the curves of its seeds, x and y. An arm without any is left out.
-        least: that the metric can be, where its last values matter more than its first. Default: all are shown.
+        arms: for each arm, the curves of its seeds, x and y. An arm without any is left out.
+        least: the smallest possible value of the metric; the axis is then limited to the range of the last values. By
+            default all values are shown.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -149,7 +150,7 @@ def plot_metric(
             _band(axes, x, values, arm, place)
             ends += [*values[:, -1], values.max()]
     if ends and least is not None:
-        # Not from where the runs begin: that would press how they end, which matters, into a line at the top.
+        # The first values are not shown completely: they would compress the last values, which matter, into a line.
         span = max(max(ends) - min(ends), 1.0)
         axes.set_ylim(max(least, min(ends) - span), max(ends) + 0.1 * span)
     if ends:
@@ -166,11 +167,11 @@ def plot_differences(
     label: str = "difference in test accuracy (points)",
     factor: float = 100.0,
 ) -> None:
-    """Writes a panel for each group of paired differences: means, 95 % intervals and the seeds they are of.
+    """Writes a panel for each group of paired differences: means and 95 % intervals.
 
     Args:
         groups: by title, pairs of a name and a paired difference as in results.json.
-        label: of the axis, on which differences are ``factor`` times as large.
+        label: label of the axis, on which differences are multiplied by ``factor``.
     """
     heights = [len(group) + 2 for group in groups.values()] or [1]
     figure = _figure(9, 1 + 0.35 * sum(heights), layout="constrained")
@@ -200,7 +201,7 @@ def plot_fractions(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]
 
     Args:
         lines: by implementation, pairs of a size and a fraction.
-        along: what the sizes are of.
+        along: label of the axis of sizes.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.
@@ -266,7 +267,8 @@ def plot_diagnostics(path: Path, arms: Mapping[str, Sequence[Rows]]) -> None:
 
 
 def _mean_curve(runs: Sequence[Rows], key: str) -> NDArray[np.float64] | None:
-    """Over the epochs, NaN where no seed has a value; of quantiles the median. ``None`` where no epoch has one."""
+    """The mean over seeds for each epoch, NaN if no seed has a value; of quantiles, the median is used. ``None`` if no
+    epoch has a value."""
     if key == "kept fraction":
         columns = [[f if f < 1 else np.nan for f in kept_fractions(rows)] for rows in runs]
     else:
@@ -289,7 +291,7 @@ def _scalar(value: Any) -> float:
 def on_common_grid(runs: Sequence[Rows], key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Test accuracy in percent of all seeds at the same values of ``key``: x ``(points,)`` and ``(seeds, points)``.
 
-    Seeds take different times. Between its epochs a seed is interpolated; after its last it stays what it was.
+    Seeds take different times. Values are interpolated between the epochs of a seed, and constant after its last epoch.
     """
     return common_grid([([row[key] for row in rows], [100 * row["test_accuracy"] for row in rows]) for rows in runs])
 
@@ -311,7 +313,7 @@ def _band(axes: Any, x: NDArray[np.float64], accuracies: NDArray[np.float64], ar
 
 
 def _legend(figure: Any, names: Sequence[str], room: int, handles: Mapping[str, Any] | None = None) -> None:
-    """Under the plots, in as many columns as fit: ``room`` letters across the figure."""
+    """Draws a legend under the plots, in as many columns as fit into ``room`` letters across the figure."""
     columns = max(1, min(4, room // (max(map(len, names)) + 8)))
     given = (list(handles.values()), list(handles)) if handles else ()
     figure.legend(*given, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
@@ -338,7 +340,7 @@ def _curves(axes: Any, rows: Rows, title: str, **labels: str) -> None:
 
 
 def _literal(text: str) -> str:
-    """``text`` as matplotlib shows it: a pair of dollar signs would begin mathematics."""
+    """``text`` with escaped dollar signs, which matplotlib would otherwise take for mathematics."""
     return text.replace("$", r"\$")
 
 

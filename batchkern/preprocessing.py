@@ -1,7 +1,7 @@
-"""What turns a user's input into what a trained model takes, and its logits into the name of a class.
+"""Preprocessing: converts a user's input into the input of a trained model, and names the classes of its logits.
 
-It is written beside the weights, as preprocessing.json. Each kind of data is a dataclass here, whose fields are what
-the file has beside its format and its kind: :data:`KINDS` has them by the word that stands for them there.
+It is written beside the weights, as preprocessing.json. Each kind of data is a dataclass here, whose fields are the
+entries of the file besides its format and its kind; :data:`KINDS` maps the kind in the file to the class.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from batchkern.errors import UserError
 from batchkern.validation import check_kind, check_standardized
 
 FORMAT = 1
-"""Raised when what the file holds means something else than before."""
+"""The format of the file; raised when the meaning of its contents changes."""
 
 
 @dataclass(frozen=True)
 class ImagePreprocessing:
-    """Of images. Called, it makes a batch of them, by the code that training and its evaluations use.
+    """The preprocessing of images. A call makes a batch, with the code that training and its evaluations use.
 
     Attributes:
-        shape: (C, H, W) that the model takes.
+        shape: (C, H, W) of the model's images.
         mean, std: (C,) each, of the training images / 255.
-        resize: what becomes of an image of another size: ``"squeeze"``, to H x W whatever its aspect;
+        resize: how an image of another size is resized: ``"squeeze"``, to H x W whatever its aspect;
             ``"center-crop"``, its shorter side becomes round(H / 0.875) and the central square is cut out.
         classes: the names of the classes, in the order of the logits.
-        model: what the model is called by ``batchkern.models.build``; ``None``: it was a module of the user's.
-        classifier: the name of its last linear layer, where the user gave one.
+        model: the model's name for ``batchkern.models.build``; ``None`` if it was a module of the user.
+        classifier: the name of its last linear layer, if the user gave one.
     """
 
     kind: ClassVar[str] = "images"
@@ -82,7 +82,7 @@ class ImagePreprocessing:
     def of(
         cls, data: ImageData, statistics: tuple[Tensor, Tensor], *, model: str | None, classifier: str | None
     ) -> ImagePreprocessing:
-        """Of a training on ``data``, whose statistics these are."""
+        """The preprocessing of a training on ``data`` with these statistics."""
         crop = data.center_crop and data.shape[1] == data.shape[2]
         resize: Literal["squeeze", "center-crop"] = "center-crop" if crop else "squeeze"
         mean, std = (tuple(numbers.tolist()) for numbers in statistics)
@@ -92,32 +92,34 @@ class ImagePreprocessing:
         """float32 (B, C, H, W) on the CPU, ready for the model.
 
         Args:
-            images: uint8 (B, C, H, W), where those of the model's height and width are not resized; or a list of paths
-                and images of PIL.
+            images: uint8 (B, C, H, W), which are not resized if they have the model's height and width; or a list of
+                paths and PIL images.
 
         Raises:
-            UserError: they are of another kind, there is none, or one cannot be read, which is named.
+            UserError: they are of another kind, there are none, or one cannot be read; the message names it.
         """
         data = self.data(images)
         return self.feed(data, "cpu").batch(torch.arange(len(data)), None)[0]
 
     def data(self, images: Tensor | Sequence[Any]) -> ImageData:
-        """The same images, not normalised yet: what ``Trainer.predict`` and :func:`feed` take. Their labels are 0."""
+        """The images before normalisation, in the form that ``Trainer.predict`` and :func:`feed` take. All labels are
+        0."""
         return images_of(images, shape=self.shape, classes=self.classes, center_crop=self._crop)
 
     def table(self, source: str, split: str | None = None) -> ImageData:
-        """Those of a parquet file, a data set of the hub or a built-in one, with labels or without. Theirs are 0."""
+        """The images of a parquet file, a data set of the hub or a built-in one, with or without labels. All labels are
+        set to 0."""
         return table_of(source, shape=self.shape, classes=self.classes, center_crop=self._crop, split=split)
 
     def labelled(self, source: str, split: str | None = None, *, trained: str = "the model") -> ImageData:
-        """With their labels, as :func:`batchkern.data.load_test` has them; ``trained``: what the model was trained on,
-        for messages."""
+        """The images of a source with their labels, see :func:`batchkern.data.load_test`; ``trained`` is the name of
+        the training data, for messages."""
         return load_test(source, Trained(trained, self.classes), self.shape, split=split, center_crop=self._crop)
 
     def feed(self, data: Labelled, device: torch.device | str) -> Feed:
         """Batches of images of this shape, normalised."""
         if not isinstance(data, ImageData):
-            raise UserError("the model was trained on uint8 images, and these data are other inputs")
+            raise UserError("the model was trained on uint8 images, but these data are other inputs")
         return Feed(data, mean=_float32(self.mean), std=_float32(self.std), device=device)
 
     @property
@@ -127,12 +129,12 @@ class ImagePreprocessing:
 
 @dataclass(frozen=True)
 class TensorPreprocessing:
-    """Of other inputs: tensors, which are standardised or taken as they are, or what a dataset's rows become.
+    """The preprocessing of other inputs: tensors, which may be standardised, or the rows of a dataset.
 
     Attributes:
-        shape: of one input, without the batch; ``None``: it is more than one tensor.
-        mean, std: (C,) each, of the training inputs along dimension 1; ``None``: inputs are taken as they are.
-        classes, model, classifier: as of :class:`ImagePreprocessing`.
+        shape: shape of one input, without the batch; ``None``: an input is more than one tensor.
+        mean, std: (C,) each, of the training inputs along dimension 1; ``None``: inputs are not changed.
+        classes, model, classifier: as in :class:`ImagePreprocessing`.
     """
 
     kind: ClassVar[str] = "tensors"
@@ -156,14 +158,14 @@ class TensorPreprocessing:
         _check_classes(self.classes)
 
     def __call__(self, inputs: Any) -> Any:
-        """What the model takes, of inputs ``(B, ...)``."""
+        """The input of the model for inputs ``(B, ...)``."""
         if self.mean is None:
             return inputs
         data = self.data(inputs)
         return self.feed(data, "cpu").batch(torch.arange(len(data)), None)[0]
 
     def data(self, inputs: Any) -> Labelled:
-        """The same inputs, not standardised yet. Their labels are 0."""
+        """The inputs before standardisation. All labels are 0."""
         made = from_tensors(inputs, torch.zeros(len(inputs), dtype=torch.int64), classes=self.classes, name="inputs")
         if made.shape != self.shape:
             raise UserError(f"inputs are of shape {made.shape}; the model takes {self.shape}")
@@ -186,12 +188,12 @@ class TensorPreprocessing:
 
 @dataclass(frozen=True)
 class TablePreprocessing(TensorPreprocessing):
-    """Of tables in files.
+    """The preprocessing of tables in files.
 
     Attributes:
-        label: the name of the column of labels, which need not be there where the model is asked.
-        columns: the others, and what becomes of each.
-        other: columns that may be there and are no features.
+        label: the name of the column of labels, which may be missing for predictions.
+        columns: the columns of features, and their encoding.
+        other: columns that may be present but are not features.
     """
 
     kind: ClassVar[str] = "table"
@@ -206,18 +208,19 @@ class TablePreprocessing(TensorPreprocessing):
             raise ValueError(f"columns are not those of inputs of shape {self.shape}")
 
     def __call__(self, inputs: Any) -> Any:
-        """float32 (B, features) on the CPU, of a file or of what :meth:`data` gives."""
+        """float32 (B, features) on the CPU, from the path of a file or from the result of :meth:`data`."""
         check_kind("inputs", inputs, str | os.PathLike | Labelled, "the path of a table")
         data = inputs if isinstance(inputs, Labelled) else self.table(os.fspath(inputs))
         return self.feed(data, "cpu").batch(torch.arange(len(data)), None)[0]
 
     def table(self, source: str, split: str | None = None) -> Labelled:
-        """The rows of a file, with labels or without. Theirs are 0."""
+        """The rows of a file, with or without labels. All labels are set to 0."""
         _check_no_split(split)
         return self._load(source, labelled=False)
 
     def labelled(self, source: str, split: str | None = None, *, trained: str = "the model") -> Labelled:
-        """With their labels. ``split``: ``"held-out"``, the fifth of them that a training holds out."""
+        """The rows of a file with their labels. ``split`` may be ``"held-out"``, the fifth that a training holds
+        out."""
         data = self._load(source)
         if split == HELD_OUT:
             return data.select(held_out(data.labels)[1])
@@ -247,7 +250,7 @@ def _check_no_split(split: str | None) -> None:
 
 def _no_files() -> UserError:
     return UserError(
-        "the model was trained on tensors or a dataset of a program, which no file stands for: "
+        "the model was trained on tensors or a dataset in Python, not on files: "
         "batchkern.load_model(run).evaluate(data) takes such data in Python"
     )
 
@@ -268,7 +271,7 @@ def preprocessing_of(
     model: str | None,
     classifier: str | None,
 ) -> Preprocessing:
-    """Of a training on ``data``, whose statistics these are."""
+    """The preprocessing of a training on ``data`` with these statistics."""
     if isinstance(data, ImageData):
         assert statistics is not None
         return ImagePreprocessing.of(data, statistics, model=model, classifier=classifier)
@@ -294,15 +297,16 @@ KINDS: dict[str, type[Preprocessing]] = {
 
 
 def encoded(preprocessing: Preprocessing) -> bytes:
-    """As preprocessing.json has it."""
+    """The contents of preprocessing.json."""
     content = {"format": FORMAT, "kind": preprocessing.kind, **asdict(preprocessing)}
     return json.dumps(content, indent=1).encode()
 
 
 def read(path: Path) -> Preprocessing:
-    """
+    """Reads preprocessing.json.
+
     Raises:
-        UserError: the file cannot be read, is damaged, or is of a format or kind that is not read here.
+        UserError: the file cannot be read, is damaged, or has a format or kind that this version does not read.
     """
     from batchkern import records
 

@@ -8,11 +8,11 @@ from types import TracebackType
 from typing import Any
 
 LEAST_WIDTH = 40
-"""Columns of a terminal. With less, rich would break lines and tables to pieces, or leave nothing of them."""
+"""The smallest number of columns of a terminal; with fewer, rich would break lines and tables apart."""
 
 
 class ProgressBar:
-    """Shown on a terminal where rich is installed, silent elsewhere. Figures are read at most five times a second."""
+    """A bar that is shown on a terminal if rich is installed. Figures are read at most five times a second."""
 
     def __init__(self, label: str, *, enabled: bool) -> None:
         self._bar: Any = None
@@ -24,7 +24,7 @@ class ProgressBar:
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
         except ImportError:
             return
-        # The command line escapes what moves the cursor, but for those who mean it.
+        # The command line escapes control characters, except in the stream ``styled``.
         console = Console(file=getattr(sys.stderr, "styled", None), stderr=True)
         if console.is_terminal and console.width >= LEAST_WIDTH:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
@@ -43,7 +43,7 @@ class ProgressBar:
             self._bar.stop()
 
     def due(self) -> bool:
-        """Whether figures would be shown now; reading them may wait for the device."""
+        """Whether figures are due to be shown; reading them may wait for the device."""
         return self._bar is not None and time.monotonic() >= self._next
 
     def show(self, progress: float, *, loss: float, accuracy: float, kept: float, speed: float) -> None:

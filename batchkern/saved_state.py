@@ -1,4 +1,4 @@
-"""Values of a saved state, checked before they are used: it may be of another training, or damaged."""
+"""Values of a saved state, checked before use: it may belong to another training, or be damaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedules are plain callables; anything of the same signature serves as well.
+"""Schedules are plain callables; any function with the same signature can be used.
 
 Per epoch: ``f(epoch, epochs) -> value``. Learning-rate factors: ``f(progress) -> factor`` with progress in [0, 1).
 """
@@ -22,10 +22,10 @@ RateSchedule = Callable[[float], float]
 
 
 def linear(start: float, end: float) -> EpochSchedule:
-    """``start`` in the first epoch, ``end`` in the last, straight in between; one epoch alone gives ``start``.
+    """``start`` in the first epoch, ``end`` in the last, linear in between; a single epoch gives ``start``.
 
     Args:
-        start, end: any numbers; fractions of rows in (0, 1] where it is a schedule of keep.
+        start, end: any numbers; fractions of rows in (0, 1] if it is a schedule of keep.
 
     Returns:
         ``f(epoch, epochs)``, with epochs counted from 0.
@@ -39,7 +39,7 @@ def linear(start: float, end: float) -> EpochSchedule:
 
     def value(epoch: int, epochs: int) -> float:
         t = epoch / (epochs - 1) if epochs > 1 else 0.0
-        # A line without slope must not waver in the last place: that may decide how many rows are kept.
+        # A constant must be exact: a rounding error may change how many rows are kept.
         return start if start == end else (1 - t) * start + t * end
 
     return value
@@ -61,7 +61,7 @@ def stages(values: dict[int, float]) -> EpochSchedule:
         [1.0, 1.0, 0.5, 0.5]
     """
     if 0 not in values:
-        raise UserError(f"stages must say what holds from epoch 0, got epochs {sorted(values)}")
+        raise UserError(f"stages must have a value for epoch 0, got epochs {sorted(values)}")
 
     def value(epoch: int, epochs: int) -> float:
         return values[max(start for start in values if start <= epoch)]
@@ -135,12 +135,13 @@ def cosine() -> RateSchedule:
 
 @dataclass(frozen=True)
 class step:
-    """Times ``gamma`` at each milestone; the default is the trimming paper's (epochs 50 and 100 of 150).
+    """The factor is multiplied by ``gamma`` at each milestone; the default is that of the trimming paper (epochs 50 and
+    100 of 150).
 
-    A class, so that a worker process can be sent one, and a run's config.json tells its numbers.
+    It is a class, so that it can be sent to worker processes, and its values appear in a run's config.json.
 
     Args:
-        milestones: increasing parts of the training, in (0, 1): epoch 30 of 100 is 0.3.
+        milestones: increasing fractions of the training, in (0, 1): epoch 30 of 100 is 0.3.
         gamma: above 0.
 
     Examples:
@@ -164,11 +165,11 @@ class step:
 
 
 def warm_up(schedule: RateSchedule, share: float, start: float) -> RateSchedule:
-    """``schedule``, times a line from ``start`` to 1 over the first ``share`` of the training, in (0, 1].
+    """``schedule``, multiplied by a factor that rises linearly from ``start`` to 1 over the first part of the training.
 
     Args:
         schedule: the factors after the warm-up.
-        share: part of the training that the warm-up takes, in (0, 1].
+        share: fraction of the training that the warm-up takes, in (0, 1].
         start: the factor at the beginning.
 
     Examples:
@@ -184,13 +185,13 @@ _STEP = re.compile(r"step\(\s*milestones\s*=\s*\(([^()]*)\)\s*(?:,\s*gamma\s*=\s
 
 
 def parse_step(text: str) -> step | None:
-    """The schedule of ``"step(milestones=(0.3, 0.6), gamma=0.1)"``; ``None``: the text is not of that form.
+    """The schedule of ``"step(milestones=(0.3, 0.6), gamma=0.1)"``; ``None`` if the text is not of that form.
 
     Args:
-        text: with ``gamma`` or without.
+        text: with or without ``gamma``.
 
     Raises:
-        UserError: numbers that :class:`step` does not take.
+        UserError: :class:`step` does not accept the numbers.
 
     Examples:
         >>> from batchkern.schedules import parse_step

@@ -1,4 +1,4 @@
-"""The last layers of a network once more, for the classes of another data set, on a trunk that both share."""
+"""A second copy of the last layers of a network, for the classes of another data set, on a shared trunk."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ ALL_BUT_THE_CLASSIFIER = "all but the classifier"
 def second_head(
     model: nn.Module, classes: int, example: Inputs, *, shared: str = CONVOLUTIONS, classifier: str | None = None
 ) -> nn.ModuleDict:
-    """Copies of the layers that run behind the trunk. The copy of the classifier is new, with logits for ``classes``.
+    """Copies of the layers after the trunk. The classifier is replaced by a new one, with logits for ``classes``.
 
     Args:
         model: inputs -> logits ``(..., classes)``, or an output that has ``logits``. It is not changed.
-        example: inputs that the model can take, a tensor, or a tuple or a dict of arguments. It runs once, to see which
-            layer runs behind which.
-        shared: what the trunk is.
-            - ``"convolutions"``: all up to the last convolution, and up to the first linear layer behind it; of a model
-              of timm, all that its ``forward_head`` does not run; without convolutions all but the classifier;
+        example: inputs that the model can take, a tensor, or a tuple or a dict of arguments. It runs once, to find the
+            order of the layers.
+        shared: the trunk.
+
+            - ``"convolutions"``: all layers up to the last convolution, and up to the first linear layer after it; for
+              a timm model, all that its ``forward_head`` does not run; without convolutions, all but the classifier;
             - ``"all but the classifier"``;
-            - the name of a module: all up to its end.
+            - the name of a module: all layers up to its end.
         classifier: name of the model's last linear layer, as for :func:`batchkern.models.find_classifier`.
 
     Raises:
@@ -51,7 +52,7 @@ def second_head(
         if inside or name not in begun or not (module._parameters or module._buffers) or begun[name][-1] < cut:
             continue
         if begun[name][0] < cut:
-            raise UserError(f"shared is {shared!r}, but the layer {name!r} runs before and behind the end of that part")
+            raise UserError(f"shared is {shared!r}, but the layer {name!r} runs before and after the end of that part")
         head[_key(name)] = copy.deepcopy(module).train().requires_grad_(True)
     if _key(last) not in head:
         raise UserError(f"shared is {shared!r}, but the classifier {last!r} is a part of that; name a module before it")
@@ -63,7 +64,7 @@ def second_head(
 
 
 def second_classifier(model: nn.Module, classes: int, *, classifier: str | None = None) -> nn.ModuleDict:
-    """As :func:`second_head` with ``"all but the classifier"``, which no example is needed for."""
+    """Like :func:`second_head` with ``"all but the classifier"``, which needs no example."""
     name, old = find_classifier(model, classifier)
     return nn.ModuleDict({_key(name): _like(old, classes)})
 
@@ -80,7 +81,7 @@ def _run(model: nn.Module, example: Inputs) -> Any:
 
 @contextlib.contextmanager
 def in_place(model: nn.Module, head: nn.ModuleDict) -> Iterator[None]:
-    """Within it, ``model`` runs the layers of a :func:`second_head` in place of its own."""
+    """A context in which ``model`` runs the layers of a :func:`second_head` instead of its own."""
     own = {id(model.get_submodule(_name(key))): layer for key, layer in head.items()}
     places = [
         (parent, name, child)
@@ -98,7 +99,7 @@ def in_place(model: nn.Module, head: nn.ModuleDict) -> Iterator[None]:
 
 
 def _key(name: str) -> str:
-    """The name of a module as a key of a ModuleDict, which takes no dots."""
+    """The name of a module as a key of a ModuleDict, which must not have dots."""
     return name.replace(".", "/")
 
 
@@ -108,7 +109,7 @@ def _name(key: str) -> str:
 
 @torch.no_grad()
 def _order(model: nn.Module, example: Inputs) -> tuple[dict[str, list[int]], dict[str, list[int]], int | None]:
-    """When each module begins and ends, in moments counted from 0; and when timm's ``forward_head`` begins."""
+    """The times at which each module begins and ends, counted from 0; and when timm's ``forward_head`` begins."""
     begun: dict[str, list[int]] = {}
     ended: dict[str, list[int]] = {}
     heads: list[int] = []
@@ -151,7 +152,7 @@ def _cut(
     ended: dict[str, list[int]],
     head_begins: int | None,
 ) -> int:
-    """The moment in which the trunk is left."""
+    """The time at which the trunk ends."""
     modules = dict(model.named_modules())
     if shared == ALL_BUT_THE_CLASSIFIER:
         return begun[classifier][-1]

@@ -1,4 +1,5 @@
-"""Random numbers as pure functions of a seed and a place in the training, so that a resumed run draws the same."""
+"""Random numbers as pure functions of a seed and a place in the training, so that a resumed run draws the same
+numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def derived_seed(seed: int, *place: int | str) -> int:
     """A 63-bit seed for one place, such as ``("epoch", 3)``; different places give unrelated numbers.
 
     Raises:
-        UserError: ``seed`` is no whole number.
+        UserError: ``seed`` is not a whole number.
     """
     plain = [part if isinstance(part, str | bool) else operator.index(part) for part in place]
     digest = hashlib.blake2b(repr((checked_seed(seed), *plain)).encode(), digest_size=8).digest()
@@ -34,7 +35,7 @@ def generator(seed: int, *place: int | str, device: torch.device | str = "cpu") 
 
 
 def torch_states(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Of torch's default generators: the CPU's, and that of a CUDA ``device``."""
+    """The states of torch's default generators: of the CPU, and of a CUDA ``device``."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 

@@ -1,4 +1,4 @@
-"""The model that came out of a training, with what its inputs must become and what its logits mean."""
+"""A trained model with its preprocessing and the classes of its logits."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from batchkern.validation import AMP_TYPES, check_kind, pick_device
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """What :func:`load_model` gives.
+    """The result of :func:`load_model`.
 
     Attributes:
-        model: in eval mode, on the CPU.
-        preprocessing: called with images, or other inputs, it gives what the model takes.
-        data: the name of the data set that it was trained on.
-        amp: the mixed precision of the training, ``"none"``, ``"bf16"`` or ``"fp16"``, which its evaluations had, too.
+        model: the model, in eval mode, on the CPU.
+        preprocessing: converts images, or other inputs, to the model's input when it is called.
+        data: the name of the training set.
+        amp: the mixed precision of the training and its evaluations: ``"none"``, ``"bf16"`` or ``"fp16"``.
 
     Examples:
         >>> import batchkern, torch
@@ -59,15 +59,15 @@ class TrainedModel:
     def batches(
         self, data: Labelled | Data, device: torch.device | str | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Labels ``(b,)`` and logits ``(b, classes)`` of each batch of ``data``, in the order of its rows, computed as
-        by the trainer's evaluations, but for strategies that vote: these are the model's own.
+        """Labels ``(b,)`` and logits ``(b, classes)`` of each batch of ``data``, in the order of its rows. They are
+        computed as in the trainer's evaluations, but without the vote of a strategy.
 
         Args:
-            data: as the trainer takes them, or unlabelled as ``preprocessing.data`` gives them.
-            device: where the model is moved to, and left; default: CUDA where torch sees it, else CPU.
+            data: labelled data in any form that the trainer takes, or unlabelled data from ``preprocessing.data``.
+            device: the device to which the model is moved, where it stays; default: CUDA if available, else the CPU.
 
         Raises:
-            UserError: the inputs are of another shape than the model takes.
+            UserError: the inputs do not have the shape that the model takes.
         """
         from batchkern.updater import EVALUATION_BATCH
 
@@ -89,16 +89,16 @@ class TrainedModel:
             feed.forget()
 
     def evaluate(self, data: Labelled | Data, device: torch.device | str | None = None) -> dict[str, Any]:
-        """How well the model does on labelled data, as the trainer takes them.
+        """Evaluates the model on labelled data, in any form that the trainer takes.
 
         Returns:
-            ``rows``, of masks the places that count; ``accuracy`` and ``loss`` (mean cross entropy), which on the run's
-            own test data are ``test_accuracy_plain`` and ``test_loss`` of its last epoch; with more than five classes
-            ``top5_accuracy``; and ``per_class``: of each its name, its rows, and its accuracy or ``None`` where it has
-            no rows.
+            ``rows`` (for masks, the number of places that are not ignored); ``accuracy`` and ``loss`` (mean cross
+            entropy), which on the run's own test data are ``test_accuracy_plain`` and ``test_loss`` of its last epoch;
+            with more than five classes ``top5_accuracy``; and ``per_class``: for each class its name, its rows, and its
+            accuracy, or ``None`` if it has no rows.
 
         Raises:
-            UserError: as :meth:`batches`; or the data have other classes than the model.
+            UserError: as for :meth:`batches`; or the data have other classes than the model.
         """
         data = as_labelled("data", data, self.classes)
         if data.classes not in (None, self.classes):
@@ -132,17 +132,17 @@ class TrainedModel:
 
 
 def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None, best: bool = False) -> TrainedModel:
-    """The model of a run that has ended, as it was after the last epoch.
+    """The model of a finished run, as it was after the last epoch.
 
     Args:
         run: the run's directory.
-        best: as it was after the epoch of the highest test accuracy, of a run with ``keep_best``.
-        model: a module that is given the run's weights, in place of a new one: of a run whose model was a module, one
-            of the same layers.
+        best: load the weights of the epoch with the highest test accuracy; only for a run with ``keep_best``.
+        model: a module into which the weights are loaded, instead of a new one. It is needed if the model of the run
+            was a module, and must have the same layers.
 
     Raises:
-        UserError: there is no run, it has not ended, it is of a batchkern before there was preprocessing.json, one of
-            its files is damaged, it needs a module, or the weights are those of another module.
+        UserError: there is no run, it is not finished, it was written by a version of batchkern without
+            preprocessing.json, one of its files is damaged, it needs a module, or the weights belong to another module.
 
     Examples:
         >>> import batchkern, torch
@@ -191,7 +191,7 @@ def load_model(run: str | os.PathLike[str], *, model: nn.Module | None = None, b
             model = models.build(preprocessing.model, shape=preprocessing.shape or (), classes=classes)
     load_all_weights(model, path / (BEST if best else WEIGHTS))
     model = model.cpu().eval()
-    if settings.get("channels_last"):  # as in training, so that the figures are the same to the last bit
+    if settings.get("channels_last"):  # as in training, so that the figures are bitwise equal
         models.in_channels_last(model)
     if isinstance(preprocessing, ImagePreprocessing):
         check_logits(model, torch.zeros(2, *preprocessing.shape), classes, ())

@@ -24,7 +24,7 @@ def check_counts(**values: int | None) -> None:
 
 
 def count(name: str, value: int, least: int | None = 1) -> int:
-    """``value``, which may be NumPy's, as Python's."""
+    """``value``, which may be a NumPy number, as a Python number."""
     number = whole(value)
     if number is None or (least is not None and not least <= number < 2**63):
         limit = "" if least is None else f" of at least {least}"
@@ -34,7 +34,7 @@ def count(name: str, value: int, least: int | None = 1) -> int:
 
 
 def check_range(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> float:
-    """``value``, which may be NumPy's, as Python's."""
+    """``value``, which may be a NumPy number, as a Python number."""
     number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     if not (math.isfinite(number) and low <= number <= high):
         raise UserError(f"{name} must be in {'(' if open_low else '['}{low:g}, {high:g}], got {value!r}")
@@ -48,7 +48,7 @@ def check_number(name: str, value: Any) -> float:
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     try:
         number = float(value) if real else math.nan
-    except OverflowError:  # a whole number with some 300 digits
+    except OverflowError:  # an integer with about 300 digits
         number = math.nan
     if math.isnan(number):
         raise UserError(f"{name} must be a number, got {value!r:.60}")
@@ -61,7 +61,7 @@ def check_choice(name: str, value: object, allowed: Iterable[str], *, function: 
 
 
 def check_kind(name: str, value: object, kind: Any, what: str) -> None:
-    """``kind``: as of isinstance."""
+    """``kind`` is the second argument of isinstance."""
     if not isinstance(value, kind):
         raise UserError(f"{name} must be {what}, got {value!r:.60}")
 
@@ -81,7 +81,7 @@ def check_one_process() -> None:
 
 
 def check_same_kind(name: str, data: Labelled, train: Labelled) -> None:
-    """Images are normalised, and other inputs taken as they are."""
+    """Checks that data are of the same kind as the training set; images are normalised, and other inputs are not."""
     if isinstance(data, ImageData) != isinstance(train, ImageData):
         kinds = ["uint8 images" if isinstance(part, ImageData) else "other inputs" for part in (data, train)]
         raise UserError(f"{name} has {kinds[0]}, but the training set has {kinds[1]}: both must be of one kind")
@@ -94,7 +94,7 @@ def check_same_kind(name: str, data: Labelled, train: Labelled) -> None:
 
 
 def check_standardized(name: str, data: Labelled, standardized: bool) -> None:
-    """A dataset's rows are taken as they are."""
+    """Rejects a dataset, whose rows are not changed, if the training set was standardised."""
     if standardized and isinstance(data, DatasetData):
         raise UserError(
             f"{name} is the dataset {data.name}, whose rows are taken as they are, but the training set is "
@@ -103,7 +103,7 @@ def check_standardized(name: str, data: Labelled, standardized: bool) -> None:
 
 
 def places_of(data: Labelled) -> tuple[int, ...]:
-    """Of one target: none, or those of a mask."""
+    """Shape of one target: () for a label, or the shape of a mask."""
     if isinstance(data, DatasetData):
         return data.places
     return () if data.labels is None else tuple(data.labels.shape[1:])
@@ -142,7 +142,7 @@ def pick_device(device: torch.device | str | None) -> torch.device:
 def check_knobs(
     max_grad_norm: float | None, ema_decay: float | None, compile: str | None, model: nn.Module | str
 ) -> tuple[float | None, float | None]:
-    """The first two, as Python's numbers."""
+    """Checks these settings; returns the first two as Python numbers."""
     most = torch.finfo(torch.float32).max
     if max_grad_norm is not None:
         max_grad_norm = check_range("max_grad_norm", max_grad_norm, 0, most, open_low=True)
@@ -150,8 +150,8 @@ def check_knobs(
         ema_decay = check_range("ema_decay", ema_decay, 0, 1, open_low=True)
         if ema_decay == 1:
             raise UserError("ema_decay must be below 1, where the average would stay what it was, got 1")
-    if hasattr(model, "_orig_mod"):  # its keys would have another prefix
-        raise UserError("model is compiled already: give the module itself, and compile='inductor'")
+    if hasattr(model, "_orig_mod"):  # its keys have another prefix
+        raise UserError("model is already compiled: give the module itself, and compile='inductor'")
     if compile is not None and compile not in torch.compiler.list_backends(()):
         shown = ", ".join(torch.compiler.list_backends())
         raise UserError(f"compile must be a backend of torch.compile, such as {shown}, got {compile!r:.60}")

@@ -78,7 +78,7 @@ def test_half_precision_becomes_single(file, tmp_path):
 
 def test_a_classifier_of_other_classes_begins_at_random(file):
     model, before = network(2, classes=6), network(2, classes=6).state_dict()
-    with pytest.warns(UserWarning, match=r"has 4 classes; this one has 6, and begins with random weights"):
+    with pytest.warns(UserWarning, match=r"has 4 classes; this one has 6, and starts from random weights"):
         load_weights(model, file)
     found, own = load_file(file), model.state_dict()
     left = {name for name in own if torch.equal(own[name], before[name]) and not torch.equal(own[name], found[name])}

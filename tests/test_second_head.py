@@ -150,7 +150,7 @@ class WithScale(nn.Module):
             r"shared is 'classifier.6', but the classifier 'classifier.6' is a part of",
         ),
         (Vgg(), {"shared": ""}, r"shared is '', but the classifier"),
-        (Twice(), {}, r"the layer 'mix' runs before and behind the end of that part"),
+        (Twice(), {}, r"the layer 'mix' runs before and after the end of that part"),
         (WithScale(), {}, r"the model cannot have a second head: The size of tensor"),
         (Vgg(), {"classifier": "features.0"}, r"classifier 'features.0' is a Conv2d"),
     ],

@@ -939,7 +939,7 @@ def test_the_last_smaller_batch_of_an_epoch_is_left_out(strategies, sizes):
 @pytest.mark.parametrize(
     ("strategies", "options", "sentence"),
     [
-        ([], {"batch_size": 1}, "batch_size is 1, but the model, as by batch norm, needs 2 rows"),
+        ([], {"batch_size": 1}, r"batch_size is 1, but the model \(perhaps its batch norm\) needs 2 rows"),
         ([PassiveInjection(images(20), batch_size=1)], {}, "passive batches have 1 rows, but .* needs 2"),
     ],
 )

@@ -254,7 +254,7 @@ def test_a_model_that_cannot_be_compiled_is_a_sentence():
 
 
 def test_a_compiled_model_is_refused():
-    with pytest.raises(UserError, match="model is compiled already: give the module itself"):
+    with pytest.raises(UserError, match="model is already compiled: give the module itself"):
         trainer(model=torch.compile(net(), backend="eager"))
 
 

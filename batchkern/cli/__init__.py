@@ -1,7 +1,7 @@
 """The command line: ``batchkern train | evaluate | predict | compare | analyse | reproduce | bench | info``.
 
-What a user did wrong is one line on stderr and exit status 2, never a traceback; a traceback is a bug of ours. Ctrl-C
-is one line and exit status 130.
+A user's error gives one line on stderr and exit status 2, never a traceback; a traceback is a bug of batchkern. Ctrl-C
+gives one line and exit status 130.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from batchkern.errors import UserError, out_of_memory, require
 
 try:
     import typer
-except ImportError:  # main() says so in a sentence
+except ImportError:  # main() reports it
     typer = None  # type: ignore[assignment]
 
 
 def main() -> NoReturn:
     """The entry point of ``batchkern`` and ``python -m batchkern``."""
-    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which it hands on, may not be installed here
+    os.environ["MPLBACKEND"] = "agg"  # a notebook may pass on a backend that is not installed
     with outputs(), warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -68,7 +68,7 @@ def _app() -> typer.Typer:
 
 
 def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
-    """``command``, with what a user did wrong, what the system refuses, and Ctrl-C, told in one line."""
+    """Wraps ``command`` so that errors of the user or the system, and Ctrl-C, are reported in one line."""
 
     @functools.wraps(command)
     def told(*args: Any, **options: Any) -> None:
@@ -80,7 +80,7 @@ def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
         except (MemoryError, OSError, RuntimeError) as error:
             if out_of_memory(error):
                 _fail(f"error: out of memory{_what_helps(command)} ({_first_line(error)})")
-            if isinstance(error, OSError):  # a disk that fails, files that nobody may read, a folder that is gone
+            if isinstance(error, OSError):  # a failing disk, missing permissions, a removed folder
                 _fail(f"error: {_first_line(error)}")
             raise
         except KeyboardInterrupt as stop:
@@ -90,7 +90,7 @@ def _in_sentences(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _refuse(error: Any) -> NoReturn:
-    """An option, a value or a command that is wrong; where there is no command, the help."""
+    """Reports a wrong option, value or command; without a command, shows the help."""
     if error.ctx and error.message == error.ctx.get_help():
         error.show()
         raise SystemExit(2)
@@ -99,7 +99,7 @@ def _refuse(error: Any) -> NoReturn:
 
 
 def _usage_sentence(error: Any) -> str:
-    """What versions of click word differently in one way, else what it says."""
+    """The message of a usage error: the same for all versions of click if their messages differ, else click's own."""
     said = error.format_message().removesuffix(".")
     kind = re.search(r"\bvalid (integer|number|float)\b", said)
     if kind and error.param:
@@ -113,7 +113,7 @@ def _usage_sentence(error: Any) -> str:
 
 
 def _given(option: str) -> str:
-    """The value of an option on the command line; of several the last, which is the one that counts."""
+    """The value of an option on the command line; if it is given several times, the last one, which is used."""
     found = ""
     for word, following in zip_longest(sys.argv, sys.argv[1:], fillvalue=""):
         name, equals, value = word.partition("=")
@@ -145,7 +145,7 @@ def _say(sentence: str, *, by: str = "batchkern") -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """In place of Python's two lines with a path and a line of source."""
+    """Shows a warning in one line, without a path and a line of source."""
     _say(f"warning: {message}")
 
 

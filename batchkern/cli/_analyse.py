@@ -20,21 +20,21 @@ def analyse(
     metric: Annotated[
         list[str] | None, option(help="a column; may be given several times; default: test_accuracy, or all")
     ] = None,
-    baseline: Annotated[str, option(help="the arm that others are held against")] = "baseline",
+    baseline: Annotated[str, option(help="the arm with which the others are compared")] = "baseline",
     control: Annotated[
-        list[str] | None, option(help='"sam=random": what else an arm is held against; may be given several times')
+        list[str] | None, option(help='"sam=random": a second arm to compare an arm with; may be given several times')
     ] = None,
     lower: Annotated[
-        list[str] | None, option(help="a metric of which less is better, as of losses, errors and seconds")
+        list[str] | None, option(help="a metric for which lower is better, as for losses, errors and seconds")
     ] = None,
-    higher: Annotated[list[str] | None, option(help="a metric of which more is better after all")] = None,
+    higher: Annotated[list[str] | None, option(help="a metric for which higher is better, despite its name")] = None,
     out: Annotated[Path | None, option(help="write a page of HTML, plots and JSON into this folder")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Compare results of trainings made anywhere: paired by seed, with intervals and corrected tests.
+    """Compare results of any trainings: paired by seed, with intervals and corrected tests.
 
-    Columns arm, seed and one for each metric; data, cost, steps, budget, control and error are optional. Several lines
-    of a run are its course over cost or steps, and so are columns such as accuracy[100].
+    Required columns are arm, seed and one for each metric; data, cost, steps, budget, control and error are optional.
+    Several lines of a run are its curve over cost or steps, and so are columns such as accuracy[100].
     """
     results = read_results(file, metric or ())
     arms = {run.arm for run in results.runs}
@@ -51,7 +51,7 @@ def analyse(
 
 
 def _pair(text: str, arms: set[str]) -> tuple[str, str]:
-    """An arm and its control, whose names may have equals signs, too."""
+    """An arm and its control, from a text arm=control; names may also contain equals signs."""
     words = text.split("=")
     cuts = [("=".join(words[:place]), "=".join(words[place:])) for place in range(1, len(words))]
     fits = [(arm, other) for arm, other in cuts if arm in arms and other in arms]

@@ -13,10 +13,10 @@ from batchkern.errors import UserError
 
 FOLDER = Path("bench", "results")
 
-BENCH_HELP = """What was measured of batchkern, from the JSON files of its benchmarks.
+BENCH_HELP = """The results of batchkern's benchmarks, from their JSON files.
 
-Measuring is done in a checkout: make bench times every operation beside PyTorch on its CPU, make gpu builds, tests and
-measures on a GPU; both write bench/results/MACHINE/DATE-COMMIT.json. To show such files takes neither.
+Benchmarks run in a checkout: make bench times every operation against PyTorch on the CPU, make gpu builds, tests and
+measures on a GPU; both write bench/results/MACHINE/DATE-COMMIT.json. Showing such files needs neither.
 """
 
 
@@ -27,7 +27,7 @@ def report(
     out: Annotated[Path | None, option(help="write report.md and its plots into this folder")] = None,
     readme: Annotated[Path | None, option(help="rewrite the figures between the markers of this page")] = None,
     check_only: Annotated[
-        bool, option("--check", help="of --readme: write nothing, and exit with 1 if a figure is not its file's")
+        bool, option("--check", help="with --readme: write nothing, and exit with 1 if a figure differs from its file")
     ] = False,
 ) -> None:
     """Show results of benchmarks as Markdown: tables, exponents of growth and, in a folder, plots of the floor."""

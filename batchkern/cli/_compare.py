@@ -66,18 +66,20 @@ def compare(
     arm: Annotated[
         list[str] | None, option(help='one more: "trimming+augmentation"; may be given several times')
     ] = None,
-    no_controls: Annotated[bool, option("--no-controls", help="without the random controls of what selects")] = False,
+    no_controls: Annotated[
+        bool, option("--no-controls", help="without random controls for arms that select by loss")
+    ] = False,
     passive: Annotated[str | None, option(help="as for train; photo-patches if --data is digits")] = None,
     seeds: Annotated[int, option(help="runs of each arm")] = 3,
     budget: Annotated[
-        str, option(help="what arms have alike: epochs, updates, cost (samples forward and backward), or several")
+        str, option(help="what is equal for all arms: epochs, updates, cost (samples forward and backward), or several")
     ] = ("updates, cost"),
-    train_rows: Annotated[int | None, option(help="train on so many images, the same in all runs")] = None,
-    test_rows: Annotated[int | None, option(help="test on so many images, the same in all runs")] = None,
+    train_rows: Annotated[int | None, option(help="train on this number of images, the same in all runs")] = None,
+    test_rows: Annotated[int | None, option(help="test on this number of images, the same in all runs")] = None,
     validation: ValidationOption = None,
     noise: NoiseOption = 0.0,
     clean_labels: CleanLabelsOption = None,
-    jobs: Annotated[int | None, option(help="runs side by side; default: CPU cores, or one on each GPU")] = None,
+    jobs: Annotated[int | None, option(help="number of parallel runs; default: CPU cores, or one per GPU")] = None,
     model: ModelOption = None,
     epochs: EpochsOption = 15,
     batch_size: BatchSizeOption = 32,
@@ -105,14 +107,14 @@ def compare(
     out: Annotated[Path | None, option(help="default: runs/compare-<data>-<model>")] = None,
     overwrite: OverwriteOption = False,
     resume: Annotated[
-        bool, option("--resume", help="go on with what is in --out; more arms, seeds and budgets may be asked for")
+        bool, option("--resume", help="continue the comparison in --out; arms, seeds and budgets may be added")
     ] = False,
 ) -> None:
     """Find out whether strategies help: on your data, against the baseline and random controls, over several seeds.
 
-    Every arm trains from the same initial weights and on the same order of the data, seed by seed; once for as many
-    updates as the baseline, once for as many samples forward and backward. The defaults suit digits; there they take
-    some minutes on two cores. A comparison that was killed goes on with --resume.
+    For each seed, every arm has the same initial weights and order of the data. It trains once for as many updates as
+    the baseline, and once for as many samples forward and backward. The defaults are for digits, where they take some
+    minutes on two cores. A comparison that was killed continues with --resume.
     """
     chosen, passive = _chosen_arms([*split_arms(arms), *(arm or [])], passive, data)
     source = Path(data).stem if Path(data).exists() else data
@@ -167,7 +169,7 @@ def compare(
 
 
 def _chosen_arms(named: Sequence[str], passive: str | None, data: str) -> tuple[tuple[str, ...], str | None]:
-    """The arms and their passive set, with what is to hold where nothing was said."""
+    """The arms and their passive set, with the defaults for what was not given."""
     if not all(map(str.strip, named)):
         raise UserError("arm must be a strategy, such as trimming, or baseline, got ''")
     chosen = tuple(map(str.strip, named)) or ARMS
@@ -181,7 +183,7 @@ def _chosen_arms(named: Sequence[str], passive: str | None, data: str) -> tuple[
 
 
 def print_run(outcome: dict[str, Any], ended: int, runs: int) -> None:
-    """A line on stderr for a run that has ended."""
+    """Prints a line on stderr for a run that has ended."""
     last = outcome["final"]
     error = outcome["error"] and " ".join(outcome["error"].split())
     what = error or f"test accuracy {last['test_accuracy']:.2%}, {last['seconds']:.1f} s"
@@ -205,7 +207,7 @@ def filled(rows: Sequence[Sequence[str]]) -> Table:
 
 
 def check_runs(results: dict[str, Any]) -> None:
-    """Raises where a run failed, once all that ended is on the screen."""
+    """Raises if a run failed; called after the results are printed."""
     failed = [outcome for outcome in results["runs"] if outcome["error"]]
     if failed:
         first = f"arm {failed[0]['arm']}, seed {failed[0]['seed']}: {failed[0]['error']}"

@@ -24,19 +24,19 @@ def evaluate(
     split: Annotated[
         str | None,
         option(
-            help="of --data; default: test, else validation, else the only one; held-out: the fifth train holds out"
+            help="of --data; default: test, else validation, else the only one; held-out: the fifth held out by train"
         ),
     ] = None,
     best: BestOption = False,
     device: DeviceOption = None,
     out: Annotated[Path | None, option(help="write the figures into this file, as JSON")] = None,
-    overwrite: Annotated[bool, option("--overwrite", help="replace --out, where it is such a file")] = False,
+    overwrite: Annotated[bool, option("--overwrite", help="replace --out if it is such a file")] = False,
 ) -> None:
     """Accuracy and loss of a trained model on labelled images, resized as in its training.
 
-    The figures are those of the model alone: no strategy votes.
+    The figures are for the model alone, without the vote of a strategy.
     """
-    check_out(out, overwrite, "evaluation", _is_evaluation)
+    check_out(out, overwrite, "an evaluation", _is_evaluation)
     trained = load_model(run, best=best)
     images = trained.preprocessing.labelled(data, split, trained=trained.data)
     spare_threads(images.shape)

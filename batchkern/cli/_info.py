@@ -16,7 +16,7 @@ from batchkern.cli._tables import make_table, print_tables
 
 
 def info(as_json: Annotated[bool, option("--json", help="print JSON")] = False) -> None:
-    """Print versions, and what computes each operation."""
+    """Print versions, and the backend of each operation."""
     facts = environment()
     if as_json:
         print(json.dumps(facts, indent=1))
@@ -37,7 +37,7 @@ def info(as_json: Annotated[bool, option("--json", help="print JSON")] = False) 
 
 
 def environment() -> dict[str, Any]:
-    """What ``info`` says, as JSON."""
+    """The output of ``info``, for JSON."""
     extension = _backend.extension
     return {
         "batchkern": __version__,

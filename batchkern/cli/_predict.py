@@ -27,17 +27,20 @@ def predict(
         list[str],
         argument(help="folders and files of images, or a parquet file, or a name on the hub; no labels needed"),
     ],
-    split: Annotated[str | None, option(help="of a parquet file or a name; default: test, else the only one")] = None,
+    split: Annotated[
+        str | None, option(help="split of a parquet file or a name; default: test, else the only one")
+    ] = None,
     best: BestOption = False,
     device: DeviceOption = None,
     out: Annotated[Path | None, option(help="write comma-separated values into this file; default: print them")] = None,
-    overwrite: Annotated[bool, option("--overwrite", help="replace --out, where it is such a file")] = False,
+    overwrite: Annotated[bool, option("--overwrite", help="replace --out if it is such a file")] = False,
 ) -> None:
-    """The class that a trained model gives to images, and its probability of each class, as comma-separated values.
+    """Predict the classes of images by a trained model, with the probability of each class, as comma-separated values.
 
-    Of a folder all images in it and below it. The predictions are those of the model alone: no strategy votes.
+    A folder stands for all images in it and below it. Predictions are made by the model alone, without the vote of a
+    strategy.
     """
-    check_out(out, overwrite, "file of predictions", _are_predictions)
+    check_out(out, overwrite, "a file of predictions", _are_predictions)
     trained = load_model(run, best=best)
     data: Labelled
     places: Iterable[Any]
@@ -53,7 +56,7 @@ def predict(
         heading, places = "path", find_images(images)
         data = trained.preprocessing.data(places)
     spare_threads(data.shape)
-    text = _table(trained, data, heading, places, device)  # all, before the first line is written
+    text = _table(trained, data, heading, places, device)  # complete, before the first line is written
     if out is None:
         print(text, end="")
         return

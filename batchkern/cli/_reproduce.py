@@ -56,9 +56,9 @@ def reproduce(
     listed: Annotated[
         bool, option("--list", help="show all tables and recipes, and which published rows cannot be run")
     ] = False,
-    data: Annotated[str | None, option(help="training data in place of the published set, as for train")] = None,
-    test: Annotated[str | None, option(help="test data; default: those of the training data")] = None,
-    passive: Annotated[str | None, option(help="data to inject in place of the published set")] = None,
+    data: Annotated[str | None, option(help="training data instead of the published set, as for train")] = None,
+    test: Annotated[str | None, option(help="test data; default: the test split of the training data")] = None,
+    passive: Annotated[str | None, option(help="data to inject instead of the published set")] = None,
     scale: Annotated[
         float,
         option(
@@ -67,17 +67,17 @@ def reproduce(
         ),
     ] = 1.0,
     seeds: Annotated[int | None, option(help="runs of each arm; default: the recipe's")] = None,
-    jobs: Annotated[int | None, option(help="runs side by side; default: CPU cores, or 1 on a GPU")] = None,
+    jobs: Annotated[int | None, option(help="number of parallel runs; default: CPU cores, or one per GPU")] = None,
     weights: WeightsOption = None,
     device: DeviceOption = None,
     amp: AmpOption = "none",
     out: Annotated[Path | None, option(help="default: runs/reproduce-<name>")] = None,
     overwrite: OverwriteOption = False,
-    resume: Annotated[bool, option("--resume", help="go on with the runs in --out that have not ended")] = False,
+    resume: Annotated[bool, option("--resume", help="continue the runs in --out that are not finished")] = False,
 ) -> None:
     """Rerun rows of the five papers' tables, or a whole table: the baseline, the strategies, their random controls.
 
-    Rows that differ in nothing but the strategy share their baseline. Published and measured figures are shown side by
+    Rows that differ only in the strategy share their baseline. Published and measured figures are shown side by
     side. Published data sets come from the Hugging Face hub; a network of timm needs timm.
     """
     if listed:
@@ -151,7 +151,7 @@ def reproduce(
 
 
 def _check_one(option: str, given: str | None, published: list[str | None], name: str) -> None:
-    """One set cannot stand for several, nor for none."""
+    """Rejects a data set given in place of several published sets, or of none."""
     sets = list(dict.fromkeys(filter(None, published)))
     if given is not None and not sets:
         raise UserError(f"--{option} is {given}, but no row of {name} injects a data set: leave it out")
@@ -163,10 +163,10 @@ def _check_one(option: str, given: str | None, published: list[str | None], name
 
 
 def _check_places(places: list[Path], *, overwrite: bool, resume: bool) -> None:
-    """That none is taken, before the first comparison of several begins."""
+    """Checks that no directory is in use, before the first of several comparisons starts."""
     taken = [place for place in places if (place / RESULTS).exists()]
     if taken and not (overwrite or resume):
-        raise UserError(f"{taken[0]} holds a comparison already; resume it, overwrite it, or give another directory")
+        raise UserError(f"{taken[0]} already holds a comparison; resume it, overwrite it, or give another directory")
 
 
 def _other_data(published: Sequence[Recipe], groups: Sequence[Sequence[Recipe]]) -> list[str]:
@@ -181,7 +181,7 @@ def _other_data(published: Sequence[Recipe], groups: Sequence[Sequence[Recipe]])
 
 
 def _beginning(recipe: Recipe) -> str:
-    """What its networks begin with."""
+    """The initial weights of its networks, in words."""
     weights = recipe.training.weights
     names: dict[object, str] = {None: "random weights", PRETRAINED: "the weights that timm has"}
     return names.get(weights, f"those of {weights}")
@@ -231,7 +231,7 @@ def left_out_table() -> Table:
 
 
 def published_figures(recipe: Recipe) -> str:
-    """Both cells of the table as the paper has them."""
+    """Both figures of the row, as in the paper."""
     figures = recipe.published
     pairs = zip((figures.baseline, figures.method), figures.intervals)
     baseline, method = (with_half(pair, digits="g") for pair in pairs)
@@ -239,7 +239,7 @@ def published_figures(recipe: Recipe) -> str:
 
 
 def description(group: Sequence[Recipe]) -> str:
-    """All settings of the recipes of a group, and what was chosen where their paper is silent."""
+    """All settings of the recipes of a group, and the choices for settings that the paper does not give."""
     recipe = group[0]
     training = recipe.training
     lines = []
@@ -266,7 +266,7 @@ def description(group: Sequence[Recipe]) -> str:
 
 
 def schedule_text(recipe: Recipe) -> str:
-    """The schedule by its epochs."""
+    """The schedule in words, with its epochs."""
     schedule = recipe.training.schedule
     if not isinstance(schedule, step):
         return f"{schedule} rate"
@@ -277,7 +277,7 @@ def schedule_text(recipe: Recipe) -> str:
 def several(
     groups: Sequence[Sequence[Recipe]], found: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
 ) -> list[Table]:
-    """All rows; then what the papers give beside their main figures."""
+    """All rows; then further figures of the papers."""
     metrics = dict.fromkeys(group["metric"] for group in rows)
     main = make_table(f"recipe (test {', '.join(metrics)}, %)", *HEADINGS[1:], numbers=True)
     for cells_of_row in cells(rows):
@@ -291,7 +291,7 @@ def several(
 
 
 def side_by_side(recipe: Recipe, results: dict[str, Any]) -> Table:
-    """Published beside measured: baseline, strategy, difference; then what the paper does not have."""
+    """Published and measured figures: baseline, strategy, difference; then figures that the paper does not have."""
     published, found = recipe.published, measured(recipe, results)
     table = make_table(f"test {published.metric} (%)", "published", "measured", numbers=True)
     figures = ("baseline", published.baseline), (recipe.strategy, published.method)
@@ -310,7 +310,7 @@ def verdict(recipe: Recipe, results: dict[str, Any]) -> str:
     """Whether the published difference lies within the measured interval, and whether zero does."""
     mean, half = measured(recipe, results).get("difference", (None, None))
     if mean is None or half is None:
-        return "There is no interval of the measured difference: it takes two seeds whose runs all end."
+        return "There is no interval for the measured difference: it needs two seeds whose runs all end."
     low, high = mean - half, mean + half
     lies = "lies" if low <= recipe.published.difference <= high else "does not lie"
     zero = " Zero lies within it: these runs do not tell an effect from chance." if low <= 0 <= high else ""

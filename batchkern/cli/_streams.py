@@ -1,4 +1,5 @@
-"""What a command writes to: no pipe or full disk ends it with a traceback, and no file name moves a cursor."""
+"""The output of a command: a closed pipe or full disk gives no traceback, and file names cannot control the
+terminal."""
 
 from __future__ import annotations
 
@@ -12,23 +13,23 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""What a terminal may take for a command, and halves of letters, which stand for bytes of a file name."""
+"""Control characters for terminals, and surrogates, which stand for undecodable bytes of file names."""
 
 
 def visible(text: object, keep: str = "") -> str:
-    """``text`` with escapes such as ``\\x1b`` in place of control characters but those of ``keep``."""
+    """``text`` with escapes such as ``\\x1b`` in place of control characters, except those in ``keep``."""
     return CONTROL.sub(lambda m: m[0] if m[0] in keep else m[0].encode("unicode_escape").decode(), str(text))
 
 
 class Output:
     """stdout or stderr while a command runs.
 
-    Letters that its encoding lacks are written as escapes, as are control characters but newlines and tabs. Once it
-    cannot be written, all that follows is dropped: a training should not end for want of a place for its lines.
+    Characters that its encoding lacks are written as escapes, and so are control characters except newlines and tabs.
+    After a failed write, all further output is dropped, so that a training does not end because of it.
 
     Args:
-        stream: ``None`` where it was closed before the command began.
-        called: its name in the sentence, on stderr, that says that it cannot be written; without one nothing is said.
+        stream: the stream; ``None`` if it was closed before the command began.
+        called: its name in the error message on stderr after a failed write; without a name there is no message.
         styled: leave control characters as they are.
     """
 
@@ -41,7 +42,7 @@ class Output:
 
     @property
     def styled(self) -> Output:
-        """The same stream for what moves the cursor on purpose."""
+        """The same stream for output that moves the cursor intentionally."""
         return Output(self._stream, styled=True)
 
     def isatty(self) -> bool:
@@ -51,7 +52,7 @@ class Output:
         return self._open().fileno()
 
     def write(self, text: str) -> int:
-        if not isinstance(text, str):  # by which click finds out that this is no stream of bytes
+        if not isinstance(text, str):  # click tests this way whether a stream is binary
             raise TypeError(f"text must be a str, got {type(text).__name__}")
         shown = text if self._styled else visible(text, keep="\n\t")
         shown = shown.encode(self.encoding, "backslashreplace").decode(self.encoding)
@@ -67,13 +68,13 @@ class Output:
         return self._stream
 
     def _try(self, action: Callable[[], object]) -> None:
-        """Nothing, once something has failed."""
+        """Runs ``action``, unless an earlier one has failed."""
         try:
             if self.failure is None:
                 action()
         except OSError as error:
             self.failure = error
-            # What is still in the stream's buffer goes nowhere, or Python would fail to write it once more at its end.
+            # The rest of the stream's buffer is discarded; otherwise Python would fail again to write it at exit.
             with contextlib.suppress(OSError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, self.fileno())
@@ -85,10 +86,10 @@ class Output:
 
 @contextlib.contextmanager
 def outputs() -> Iterator[None]:
-    """stdout and stderr as :class:`Output`, and the exit status 2 where the first could not be written.
+    """Replaces stdout and stderr by :class:`Output`; the exit status is 2 if stdout could not be written.
 
-    Where its reader has gone, as ``head`` does, the command ends without a word, and with the status that a shell shows
-    of one that SIGPIPE has ended.
+    If the reader of a pipe has ended, such as ``head``, the command ends without a message, and with the status that a
+    shell shows after SIGPIPE.
     """
     _open_all()
     before = sys.stdout, sys.stderr
@@ -108,8 +109,8 @@ def outputs() -> Iterator[None]:
 
 
 def _open_all() -> None:
-    """Where stdin, stdout or stderr is closed, the next file that is opened would get its number, and what is meant for
-    a terminal."""
+    """Opens /dev/null in place of a closed stdin, stdout or stderr; otherwise the next opened file would get its
+    number, and the output meant for a terminal."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)

@@ -15,7 +15,7 @@ PIPE_WIDTH = 500
 
 
 def make_table(*headings: str, numbers: bool = False) -> Table:
-    """Columns of words, or one and then ``numbers``."""
+    """A table with columns of words, or with ``numbers`` one column of words and then columns of numbers."""
     box, table = require("rich.box", "train"), require("rich.table", "train").Table
     made: Table = table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0 if numbers else 1), pad_edge=False)
     for place, heading in enumerate(headings):
@@ -28,7 +28,7 @@ def print_tables(*tables: Table) -> None:
     # Plain text: a file name may look like rich's markup, and stdout shows its control characters as escapes.
     plain = {"color_system": None, "markup": False, "emoji": False, "highlight": False}
     screen = console(**plain)
-    # In a pipe nothing says how wide a line may be, and rich would guess 80 columns and break them.
+    # A pipe has no width, and rich would assume 80 columns and break lines.
     screen.width = max(screen.width, LEAST_WIDTH) if sys.stdout.isatty() else PIPE_WIDTH
     for place, table in enumerate(tables):
         if place:

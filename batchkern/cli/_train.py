@@ -92,13 +92,16 @@ def train(
     weights: WeightsOption = None,
     pretrained: PretrainedOption = False,
     classifier: ClassifierOption = None,
-    seed: Annotated[int, option(help="of the weights, the order and every choice")] = 0,
+    seed: Annotated[int, option(help="seed of the weights, the order and all random choices")] = 0,
     device: DeviceOption = None,
     out: Annotated[Path | None, option(help="default: runs/<data>-<strategies>-<model>-s<seed>")] = None,
-    resume: Annotated[bool, option("--resume", help="go on from the checkpoint in --out")] = False,
+    resume: Annotated[bool, option("--resume", help="continue from the checkpoint in --out")] = False,
     overwrite: OverwriteOption = False,
     checkpoint_every: Annotated[
-        int | None, option(help="also write a checkpoint after every so many updates; after an epoch always")
+        int | None,
+        option(
+            help="also write a checkpoint each time this many updates are done; one is always written after an epoch"
+        ),
     ] = None,
     keep_best: Annotated[
         bool, option("--keep-best", help="also keep the weights of the best epoch, in best.safetensors")
@@ -155,7 +158,7 @@ def train(
         checkpoint_every=checkpoint_every,
         keep_best=keep_best,
         callbacks=[PrintedEpochs(), *loggers(log)],
-        # Without a terminal at stdout the bar, which is on stderr, would draw the lines below to itself.
+        # If stdout is not a terminal, the lines printed below would not be separate from the bar on stderr.
         progress=not no_progress and sys.stdout.isatty(),
     )
     try:
@@ -167,7 +170,7 @@ def train(
         print(f"test accuracy {row['test_accuracy']:.2%} after {trainer.counts.updates:,} updates; in {visible(out)}:")
         print("  " + "  ".join(name for name in RUN_FILES if (out / name).exists()))
     if trainer.ranks.world > 1:
-        trainer.ranks.collect(None)  # nobody leaves while another still writes
+        trainer.ranks.collect(None)  # no process ends while another one still writes
         dist.destroy_process_group()
 
 
@@ -190,10 +193,11 @@ class PrintedEpochs(Callback):
 
 
 def spare_threads(shape: tuple[int, ...] | None) -> None:
-    """One thread for small images, and rows of tables: others would only be waited for.
+    """Uses one thread for small images and rows of tables, which gain nothing from more threads.
 
-    The cnn on 8x8 digits trains as fast with one thread as with two on two idle cores, and ten times as fast where
-    anything else runs on them. A rule, not a measurement: the number of threads changes the last bits of a result.
+    The cnn on 8x8 digits trains as fast with one thread as with two on two idle cores, and ten times as fast if other
+    programs run on them. The number is fixed by a rule and not by a measurement, because it changes the last bits of a
+    result.
     """
     if math.prod((shape or ())[1:]) <= 16 * 16:
         torch.set_num_threads(1)
@@ -203,6 +207,6 @@ def _resume_command() -> str:
     words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return shlex.join(["batchkern", *words, "--resume"])
-    # What else torchrun was given, such as where several machines meet, is not known here.
+    # Other arguments of torchrun, such as the address for several machines, are not known here.
     launcher = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])]
     return shlex.join([*launcher, "-m", "batchkern", *words, "--resume"])

@@ -167,7 +167,7 @@ def test_nothing_is_replaced_but_what_it_wrote(files):
     Path("mine.json").write_text('{"kind": "mine"}')
     assert "mine.json already exists; give overwrite (--overwrite)" in refused(*words, "mine.json")
     for name in ("mine.json", "run/metrics.jsonl", "run"):
-        assert f"{name} is no evaluation that batchkern wrote" in refused(*words, name, "--overwrite")
+        assert f"{name} is not an evaluation written by batchkern" in refused(*words, name, "--overwrite")
     assert Path("mine.json").read_text() == '{"kind": "mine"}'
     assert "mine.json is not a directory" in refused(*words, "mine.json/x.json")
     run(*words, "figures.json")

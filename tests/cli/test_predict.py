@@ -154,7 +154,7 @@ def test_nothing_is_replaced_unasked(trained):
     for mine in ("mine", "path,predicted\n", ""):
         Path("p.csv").write_text(mine)
         assert "p.csv already exists; give overwrite (--overwrite)" in refused(*words)
-        assert "p.csv is no file of predictions that batchkern wrote" in refused(*words, "--overwrite")
+        assert "p.csv is not a file of predictions written by batchkern" in refused(*words, "--overwrite")
         assert Path("p.csv").read_text() == mine
     os.unlink("p.csv")
     run(*words)

@@ -357,7 +357,7 @@ class Endless(IterableDataset):
     [
         (Endless(), None, "dataset must be map-style, .*got Endless"),
         (Rows(0), None, "Rows: the dataset has no rows"),
-        (Sentences(), None, "must make a pair \(inputs, labels\) from a list of rows, got a dict with words, label"),
+        (Sentences(), None, r"must make a pair \(inputs, labels\) from a list of rows, got a dict with words, label"),
         (
             Rows(),
             lambda rows: (PIXELS[:3], torch.zeros(1).long()),
