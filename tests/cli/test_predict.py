@@ -159,7 +159,7 @@ def test_nothing_is_replaced_unasked(trained):
     os.unlink("p.csv")
     run(*words)
     first = Path("p.csv").read_text()
-    assert "p.csv is there" in refused(*words)
+    assert "p.csv already exists" in refused(*words)
     os.unlink("images/0.png")
     run(*words, "--overwrite")
     assert Path("p.csv").read_text() == "".join(

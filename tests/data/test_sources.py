@@ -89,7 +89,7 @@ def test_sources_that_are_no_text(source: Any) -> None:
     ("source", "said"),
     [
         ("", "'' is no file or folder"),
-        (".", r"^\.: '\./broken' is a link that cannot be followed; remove it, or mend it"),
+        (".", r"^\.: '\./broken' is a link that cannot be followed; remove it, or repair it"),
         ("/", "^/: no images in one sub-folder per class, as in class/image.png: none in '"),
         ("~nobody/x", "'~nobody/x' is no file or folder"),
         ("a\0b", r"'a\\x00b' is no file or folder"),
@@ -225,7 +225,7 @@ def test_links_that_lead_nowhere_and_are_no_images() -> None:
 def test_a_link_behind_which_a_class_may_lie_is_refused(link: str, to: str) -> None:
     write("in/a/0.png", "in/b/0.png")
     os.symlink(os.path.basename(link) if to == "itself" else "gone", link)
-    with pytest.raises(UserError, match=rf"{re.escape(link)}' is a link that cannot be followed; remove it, or mend"):
+    with pytest.raises(UserError, match=rf"{re.escape(link)}' is a link that cannot be followed; remove it, or repair"):
         load("in")
 
 
