@@ -671,7 +671,9 @@ def test_a_validation_set_is_held_out_of_the_training_set():
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 0.03, 0.97, True, "0.5", float("nan")])
 def test_a_validation_set_that_is_none(fraction):
-    with pytest.raises(UserError, match=r"validation (must be in \(0, 1\), got|is 0\.\d+, \d+ of its 64 rows; at least 3)"):
+    with pytest.raises(
+        UserError, match=r"validation (must be in \(0, 1\), got|is 0\.\d+, \d+ of its 64 rows; at least 3)"
+    ):
         validation_split(labelled([40, 20, 4]), fraction)
 
 

@@ -138,9 +138,7 @@ def test_any_module_and_any_part_of_it() -> None:
     with head.used_by({"input_ids": tokens}):
         assert model(tokens).logits.shape == (2, 3)
     assert find_classifier(model)[0] == "classifier"  # the model's own
-    with pytest.raises(
-        UserError, match=r"the classifier 'classifier' already has a second_head; detach\(\) it first"
-    ):
+    with pytest.raises(UserError, match=r"the classifier 'classifier' already has a second_head; detach\(\) it first"):
         SecondHead(model, 5)
     head.detach()
     assert list(SecondHead(model, 5).layers) == ["classifier"]
