@@ -30,7 +30,7 @@ SMALL = ["--data", "digits", "--epochs", "2", "--batch-size", "256"]
 MANIFEST = {"train": CONFIG, "compare": RESULTS}
 BUSY = "is in use by another training or comparison", "was written by another training"
 NOTHING, OTHER = "holds no run to resume", ("was trained with other settings", "was compared with other settings")
-EARLIER = NOTHING, "holds a run already", "holds a comparison already"
+EARLIER = NOTHING, "already holds a run", "already holds a comparison"
 FULL = os.strerror(errno.ENOSPC), os.strerror(errno.EFBIG)
 
 

@@ -150,7 +150,7 @@ def test_reproduces_a_recipe_on_other_data(batchkern, tiny, tmp_path):
     # What is there is not replaced unless asked for.
     refused(batchkern, words, "there/reproduction.json holds the reproduction of passive/cifar10-resnet56 already")
     (tmp_path / "there" / "reproduction.json").unlink()
-    refused(batchkern, words, "there holds a comparison already")
+    refused(batchkern, words, "there already holds a comparison")
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_reproduces_a_table(batchkern, table, tmp_path):
     refused(batchkern, [table[0].name, *words[1:], "--resume"], "holds the reproduction of passive/table-9 already")
     (tmp_path / "there" / "reproduction.json").unlink()
     shutil.rmtree(tmp_path / "there" / "passive-cifar10-resnet56")
-    refused(batchkern, words, "there/passive-slow holds a comparison already")
+    refused(batchkern, words, "there/passive-slow already holds a comparison")
     assert not (tmp_path / "there" / "passive-cifar10-resnet56").exists()
 
 

@@ -570,7 +570,7 @@ def test_checkpoints_are_saved_as_often_as_asked(tmp_path, every):
 
 def test_a_directory_in_use_is_refused_before_training(tmp_path):
     trainer(epochs=1, out=tmp_path).fit()
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="already holds a run"):
         trainer(epochs=1, out=tmp_path)
     trainer(epochs=2, out=tmp_path, overwrite=True).fit()
     assert len((tmp_path / METRICS).read_text().splitlines()) == 2
