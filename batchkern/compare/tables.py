@@ -120,13 +120,8 @@ def about_tests(seeds: int, tests: int, pairing: str) -> list[str]:
         return []
     about = [
         f"Means over {seeds} seeds ± half of their 95 % confidence interval (Student's t). Differences are paired: "
-<<<<<<< HEAD
-        f"{pairing} p: paired t-test (where all differences are the same, a sign test), corrected by Holm's method for "
-        f"{'the one test' if tests == 1 else f'all {tests} tests'} of this comparison; below "
-=======
         f"{pairing} p: paired t-test (if all differences are the same, a sign test), corrected by Holm's method for "
-        f"all {tests} tests of this comparison; below "
->>>>>>> 1567986 (Plain sentences in the docstrings and messages of comparisons, analyses, run directories and the reference)
+        f"{'the one test' if tests == 1 else f'all {tests} tests'} of this comparison; below "
         f"{LEVEL} a difference counts as found. Intervals are of single differences, not corrected.",
         "The p-values are valid for arms and seeds that were fixed in advance: if you look at results, add seeds or "
         "arms and look again, you will find a difference sooner or later, even if there is none.",

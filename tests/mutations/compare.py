@@ -41,7 +41,7 @@ COMPARE = [
         ("a task that was not read ends the comparison", "except (EOFError, OSError):", "except EOFError:"),
         (
             "what cannot be given back ends the worker",
-            "        except Exception as error:  # whatever the classes of an outcome do, before",
+            "        except Exception as error:  # raised by the classes of an outcome, before",
             "        except EOFError as error:  # before",
         ),
     ),

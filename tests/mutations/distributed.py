@@ -130,8 +130,8 @@ DISTRIBUTED = [
         ("a name is written for a module", "model=named, classifier", 'model="cnn", classifier'),
         (
             "weights are written without what they need",
-            "directory.save_preprocessing(encoded(self.preprocessing))  #",
-            "directory.save_tensors(WEIGHTS, {}), directory.save_preprocessing(encoded(self.preprocessing))  #",
+            "directory.save_preprocessing(encoded(self.preprocessing))",
+            "directory.save_tensors(WEIGHTS, {}), directory.save_preprocessing(encoded(self.preprocessing))",
         ),
     ),
     *within(

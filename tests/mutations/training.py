@@ -27,7 +27,7 @@ TRAINING = [
         RESUME,
         (
             "a resume forgets torch's generators",
-            "        torch.Generator().set_state(self._rng[0])  # says now if it cannot be\n",
+            "        torch.Generator().set_state(self._rng[0])  # raises here if the state is invalid\n",
             "        self._rng = None\n",
         ),
     ),

@@ -25,7 +25,7 @@ WRAPPERS = [
             "    if is_batched(grad):\n        raise",
             "    if False:\n        raise",
         ),
-        ("a batch can be differentiated twice", "if is_batched(*grads):  # what", "if False:  # what"),
+        ("a batch can be differentiated twice", "if is_batched(*grads):  # _R", "if False:  # _R"),
     ),
     *within(
         "wrappers",
