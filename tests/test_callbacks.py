@@ -167,7 +167,7 @@ def history_of(file) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("name", LOGGERS)
 def test_a_logger_needs_a_directory(name):
-    with pytest.raises(UserError, match="writes into the run's directory, and out is None"):
+    with pytest.raises(UserError, match="writes into the run's directory, but out is None"):
         trainer(callbacks=loggers(name)).fit()
 
 

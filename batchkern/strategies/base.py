@@ -179,7 +179,7 @@ def selected_mean(
 
 def weighted_mean(step: Step, logits: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of each loss times its weight, divided by the number of rows (not by the sum of the weights); and the
-    losses, as :meth:`Strategy.loss` returns them. ``weights`` ``(rows,)`` are those of the whole batch of all ranks, and
+    losses, as :meth:`Strategy.loss` returns them. ``weights`` ``(rows,)`` are those of the batch of all ranks, and
     constants: weights that are to be differentiated multiply ``row_losses`` before ``trimmed_mean``."""
     losses, places = row_losses(logits, target, step.run.label_smoothing)
     weighted, mask = losses * step.share.take(weights).to(losses), step.share.counts(target)
