@@ -187,7 +187,7 @@ def test_setup_refuses_an_nvcc_of_another_cuda(tmp_path: Path) -> None:
 # What setup.py would build, as JSON, without building it.
 DESCRIBE = """
 import json, os, runpy, setuptools
-def describe(ext_modules, cmdclass):
+def describe(ext_modules, **_):
     cuda = ("BATCHKERN_WITH_CUDA", "1") in ext_modules[0].define_macros
     print(json.dumps([cuda, os.environ.get("CUDA_HOME"), os.environ.get("TORCH_CUDA_ARCH_LIST")]))
 setuptools.setup = describe

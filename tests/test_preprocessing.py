@@ -124,7 +124,7 @@ def test_how_images_were_cut_out_is_known_of_parts_and_of_relabelled_data(tmp_pa
         (torch.zeros(0, 3, 8, 8, dtype=torch.uint8), "at least one is needed"),
         ([], "at least one is needed"),
         (["missing.png"], r"images: row 0 \(missing.png\) is not a readable image: FileNotFoundError"),
-        (["pipe"], r"images: row 0 \(pipe\) is not a readable image: OSError.*no regular file"),
+        (["pipe"], r"images: row 0 \(pipe\) is not a readable image: OSError.*not a regular file"),
         (["text.png"], r"images: row 0 \(text.png\) is not a readable image: its format is unknown"),
     ],
 )

@@ -126,7 +126,7 @@ def test_an_average_that_is_loaded_goes_on_as_if_it_had_never_been_saved(saved_a
     [
         ({"updates": -1}, "updates is -1, which must be a whole number"),
         ({"updates": 2.0}, "updates is 2.0"),
-        ({"average": {}}, "of other weights"),
+        ({"average": {}}, "does not belong to the weights"),
     ],
 )
 def test_an_average_of_something_else_is_not_loaded(change, reason):

@@ -166,7 +166,7 @@ def test_wrong_options_are_refused_at_once(options, sentence):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"waiting": torch.tensor([44])}, "waiting has rows that are not of the 44"),
+        ({"waiting": torch.tensor([44])}, "waiting has rows that are not among the 44"),
         ({"losses": torch.zeros(1025)}, "losses are 1025, which must be at most 1024"),
         ({"waiting": torch.zeros(3)}, r"waiting is torch.float32 \(3,\), which must be torch.int64"),
         ({"scored": 13}, "scored is 13, which must be a whole number from 0 to 12"),
