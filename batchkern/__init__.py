@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-from batchkern import _start  # noqa: F401  # before torch
+from batchkern import _start  # noqa: F401  # must come before the import of torch
 from batchkern._version import __version__
 from batchkern.basis import Hadamard, random_basis
 from batchkern.causal_lm import CausalLMPatch, ExcessLoss, patch_causal_lm
@@ -48,7 +48,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported when it is first asked for, since operations need nothing of it."""
+    """Imports ``load_model`` on first use, since the operations do not need it."""
     if name == "load_model":
         return import_module("batchkern.trained").load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
-"""Detection of trainings that bypass a patched model's loss: the current call of the model, and the code that called
-it."""
+"""Detects trainings that bypass the loss of a patched model, from the state of the current call of the model and the
+code that called it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ HAND_ON = ("accelerate.", "batchkern.", "peft.", "torch.", "transformers.models.
 
 
 class PatchedCall:
-    """The state of the current call of a patched model. It replaces the output layer's ``forward``: while a loss is
-    computed, it returns its input. It has no reference to the model, so that copying a layer does not copy the
-    model."""
+    """The state of the current call of a patched model. The object also replaces the ``forward`` of the output layer:
+    while a loss is computed, it returns its input unchanged. It has no reference to the model, so that copying a layer
+    does not copy the model."""
 
     def __init__(self, base: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
         self.name, self._base = type(base).__name__, id(base)
@@ -33,7 +33,8 @@ class PatchedCall:
         self.version = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PatchedCall:
-        """In a copy of a single layer, it raises no errors and refers to no other layer."""
+        """Copies the object. If a single layer is copied without its model, the copy raises no errors and refers to no
+        other layer."""
         copied = memo[id(self)] = object.__new__(PatchedCall)
         state = dict(self.__dict__)
         if self._base not in memo:
@@ -48,7 +49,7 @@ class PatchedCall:
         self.__dict__ = {**state, "inside": True}
 
     def belong(self, base: nn.Module) -> None:
-        """Assigns this call to a model whose patch was copied or unpickled."""
+        """Assigns this object to a model whose patch was copied or unpickled."""
         self._base, self.inside = id(base), False
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -71,8 +72,8 @@ class PatchedCall:
             )
 
     def refuse_backward_of(self, loss: Tensor) -> None:
-        """Makes the backward pass of a loss in evaluation mode raise; ``from_pretrained`` returns models in that
-        mode."""
+        """Makes the backward pass of a loss that was computed in evaluation mode raise an error. ``from_pretrained``
+        returns models in that mode."""
 
         def refuse(grad: Tensor) -> None:
             raise RuntimeError(
@@ -85,14 +86,15 @@ class PatchedCall:
 
 
 def learns(model: nn.Module, output: Any) -> bool:
-    """Whether the output of a model may be trained on."""
+    """Whether a model is in training mode and its output requires a gradient, so that it may be trained on."""
     if not (model.training and torch.is_grad_enabled()):
         return False
     return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(output))
 
 
 def caller() -> str:
-    """The function that called the model, in words, without wrappers that pass calls on."""
+    """The name of the function that called the model, and its module; wrappers in the libraries of ``HAND_ON`` are
+    skipped."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and f"{frame.f_globals['__name__']}.".startswith(HAND_ON):
         frame = frame.f_back
@@ -100,11 +102,12 @@ def caller() -> str:
 
 
 def place(function: Any) -> str:
-    """The name of a function and its module, ignoring ``functools.wraps``."""
+    """The name of a function and its module. A function made with ``functools.wraps`` gets its own name, not that of
+    the wrapped function."""
     function = getattr(function, "__func__", function)
     return f"{function.__code__.co_name} of {function.__globals__['__name__']}"
 
 
 def version(x: Tensor) -> int:
-    """The number of in-place changes of ``x``; 0 under the compiler, which cannot read it."""
+    """The number of in-place changes of ``x``; 0 under ``torch.compile``, which cannot read this number."""
     return 0 if torch.compiler.is_compiling() else x._version

@@ -44,37 +44,39 @@ def patch_causal_lm(
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
 ) -> CausalLMPatch:
-    """Makes ``model(input_ids, labels=...)`` train on the tokens of highest loss, and never hold all logits.
+    """Makes ``model(input_ids, labels=...)`` train on the tokens with the highest loss, without holding all logits.
 
     In training mode (``model.train()``) and with ``labels`` or ``shift_labels``, the loss is
-    :func:`linear_trimmed_cross_entropy` over the tokens of the batch, and ``output.logits`` is None. At ``keep=1`` loss
-    and gradients are the unpatched model's. In evaluation mode the loss is that of all tokens, and the logits are there
-    unless the call has ``skip_logits=True``. Every other call, such as those of ``generate``, is the model's own. With
-    ``num_items_in_batch`` (gradient accumulation in ``transformers.Trainer``) the mean over the kept tokens counts as
-    many items as the batch has labels. Patch a model after adapters are added, and before it is compiled or wrapped for
-    distributed training. A copy of the model is patched too: ``CausalLMPatch.of(copy)``.
+    :func:`linear_trimmed_cross_entropy` over the tokens of the batch, and ``output.logits`` is None. With ``keep=1``
+    the loss and the gradients equal those of the unpatched model. In evaluation mode the loss is the mean over all
+    tokens, and the output has logits unless ``skip_logits=True`` is passed. All other calls, such as those by
+    ``generate``, are unchanged. With ``num_items_in_batch`` (gradient accumulation in ``transformers.Trainer``) the
+    mean over the kept tokens is weighted by the number of labels of the batch. Patch a model after adapters are added,
+    and before it is compiled or wrapped for distributed training. A copy of the model is patched too:
+    ``CausalLMPatch.of(copy)`` returns its patch.
 
     Args:
-        model: a causal language model of ``transformers``, which calls its ``loss_function`` on what its output layer,
-            an ``nn.Linear``, returned; or on that with a softcap or a scale of its configuration (Gemma 2 and 3,
-            Cohere, Granite). Models that change their logits in another way are refused in the first call.
+        model: a causal language model of ``transformers`` that calls its ``loss_function`` on the result of its output
+            layer, an ``nn.Linear``. A softcap or a scale from the configuration may be applied in between (Gemma 2 and
+            3, Cohere, Granite). For models that change their logits in another way, the first call raises an error.
         keep: fraction of the tokens kept, in (0, 1]; or a 0-dim float64 tensor on the device of the loss.
-        objective: what to train on in place of the hardest tokens: an :class:`ExcessLoss`; or a function of one's own,
-            ``objective(rows, labels)``, that gives the loss, 0-dim. ``rows`` has loss, lse, entropy and correctness of
-            each token, as :func:`linear_cross_entropy` gives them: loss and lse are differentiable. ``labels``, of the
-            same shape, are shifted: each is what its token predicts, and -100 where there is nothing to predict. Tokens
-            to which it gives no gradient cost no backward pass. It does not get ``keep``. With ``num_items_in_batch``
-            what it returns counts as a mean.
+        objective: replaces the selection of the hardest tokens: an :class:`ExcessLoss`, or your own function
+            ``objective(rows, labels)`` that returns the loss, 0-dim. ``rows`` holds loss, lse, entropy and correctness
+            of each token, as returned by :func:`linear_cross_entropy`; loss and lse are differentiable. ``labels``, of
+            the same shape, are already shifted: the label of a token is the token that it has to predict, or -100 if
+            there is none. Tokens that receive no gradient cost no backward pass. The function does not receive
+            ``keep``. With ``num_items_in_batch`` its result is treated as a mean over the tokens.
         group, chunk_rows: as in :func:`linear_trimmed_cross_entropy`.
 
     Returns:
-        A handle. Assign to its ``keep`` for a schedule; call its ``remove()`` to have the model as it was.
+        The patch. Assign to its ``keep`` for a schedule; call its ``remove()`` to restore the model.
 
     Raises:
-        TypeError, ValueError: ``model`` is not such a model, or is patched already; an argument is out of range.
-        RuntimeError: in a training step with gradients whose loss is made without the patch, by a trainer that takes
-            the logits for example: the sentence names who made it. In a backward pass in evaluation mode. And in the
-            first call, where the model does not hand the output layer's result to its loss function.
+        TypeError, ValueError: ``model`` is not such a model, or is already patched; an argument is out of range.
+        RuntimeError: in a training step with gradients, if the loss is computed without the patch, for example by a
+            trainer that uses the logits; the message names the function that did so. Also in a backward pass in
+            evaluation mode, and in the first call, if the model does not pass the result of the output layer to its
+            loss function.
 
     Examples:
         >>> import torch
@@ -156,7 +158,7 @@ class CausalLMPatch:
 
     @staticmethod
     def of(model: nn.Module) -> CausalLMPatch | None:
-        """The patch of a model, of a copy of a patched one, or of a model within ``model``; None if there is none.
+        """The patch of a model, of a copy of a patched model, or of a model within ``model``; None if there is none.
 
         The patch of a reference model is returned only if there is no other.
 
@@ -187,8 +189,17 @@ class CausalLMPatch:
 
     @torch.no_grad()
     def token_losses(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss of each token, of the labels' shape, 0 where there is nothing to predict: without gradient, without
-        logits, and in whichever mode the model is. The arguments are the model's, ``labels`` among them."""
+        """The loss of each token, in the shape of the labels; 0 for tokens that have nothing to predict.
+
+        The losses have no gradient, no logits are held, and the result is computed in the mode, training or evaluation,
+        that the model is in.
+
+        Args:
+            args, kwargs: the arguments of the model, including ``labels``.
+
+        Raises:
+            ValueError: there are no labels.
+        """
         self._each_token, self._losses = True, None
         try:
             self._model(*args, **kwargs)
@@ -273,7 +284,7 @@ class CausalLMPatch:
                 "hook, a cast, or a scale or cap that its configuration does not name"
             )
         loss = self._loss_of(hidden, labels, num_items_in_batch, ignore_index, shift_labels)
-        # The output holds them in place of logits. Set last, because an objective may have called the model.
+        # The output holds this tensor in place of logits. It is set last, because an objective may call the model.
         call.active, call.hidden = False, logits
         return loss
 
@@ -309,7 +320,7 @@ class CausalLMPatch:
             return loss
         count = counted.sum()
         if self._group is not None:
-            # The loss is then the mean over all processes.
+            # With a group the loss is the mean over all processes, so the count has to be their mean too.
             dist.all_reduce(count, group=self._group)
             count = count / dist.get_world_size(self._group)
         if isinstance(num_items_in_batch, Tensor):
@@ -346,8 +357,8 @@ class CausalLMPatch:
         return loss
 
     def _is_known(self, logits: Tensor, hidden: Tensor) -> bool:
-        """Whether ``logits`` are the hidden state, capped and scaled according to the configuration. Their values are
-        checked once, which synchronises with the host."""
+        """Whether ``logits`` are the hidden state, unchanged or with the softcap and scale of the configuration. The
+        values of capped or scaled ones are compared only once, because the comparison synchronises with the host."""
         if version(hidden) != self._call.version:
             return False
         if self._softcap is None and self._scale == 1:
@@ -360,28 +371,29 @@ class CausalLMPatch:
         expected = expected * self._scale
         if logits.dtype != hidden.dtype or logits.shape != hidden.shape:
             return False
-        # The model may divide where this code multiplies.
+        # There is a tolerance because the model may divide where this code multiplies.
         self._checked = torch.allclose(logits, expected, rtol=4 * torch.finfo(logits.dtype).eps, equal_nan=True)
         return self._checked
 
 
 class ExcessLoss:
-    """The objective of Rho-1: the tokens whose loss exceeds that of a reference model most, ``keep`` of them.
+    """The objective of Rho-1: the fraction ``keep`` of the tokens whose loss most exceeds that of a reference model.
 
         patch_causal_lm(model, 0.6, ExcessLoss(reference_model))
 
-    The loss is the mean over these tokens. The reference model, trained on text of the kind that is wanted, costs a
-    forward pass of each batch; its losses are those of :func:`linear_cross_entropy`, without gradient and logits. The
-    model's ``state_dict`` does not have it, and copies of the model share it.
+    The loss is the mean over these tokens. The reference model should be trained on text of the desired kind. It costs
+    one more forward pass for each batch; its losses are computed by :func:`linear_cross_entropy`, without gradient and
+    without logits. It is not part of the model's ``state_dict``, and copies of the model share it.
 
     Args:
-        reference_model: a causal language model that :func:`patch_causal_lm` takes, with the vocabulary of the model,
-            on the same device. It is put into evaluation mode, and patched, where it is not, and stays so.
+        reference_model: a causal language model that :func:`patch_causal_lm` accepts, with the vocabulary of the model
+            and on the same device. It is put into evaluation mode, and patched if it is not yet; both remain so.
 
     Raises:
-        TypeError: as :func:`patch_causal_lm`.
-        ValueError: when a model is patched whose vocabulary has another size, or which shares the output layer; when it
-            is trained on ``inputs_embeds``, or on a learnt prompt, which the reference model cannot be given.
+        TypeError: ``reference_model`` cannot be patched, as in :func:`patch_causal_lm`.
+        ValueError: when a model is patched that has a vocabulary of another size or shares its output layer with the
+            reference model; or when the model is trained on ``inputs_embeds``, on ``past_key_values`` or on a learnt
+            prompt, which cannot be passed to the reference model.
 
     Source: Lin et al., 2024, section 2.2, `arXiv:2404.07965 <https://arxiv.org/abs/2404.07965>`_.
 
@@ -406,7 +418,11 @@ class ExcessLoss:
         return self
 
     def prepare(self, head: nn.Linear, chunk_rows: int | None) -> None:
-        """Prepares for a model with this output layer; checks the size of its vocabulary."""
+        """Checks that the reference model fits a model with this output layer, and uses its ``chunk_rows``.
+
+        Raises:
+            ValueError: the output layer is shared, or the sizes of the vocabularies differ.
+        """
         patch, words = self._patch, head.weight.shape[0]
         if patch._head is head:
             raise ValueError("reference_model must have an output layer of its own, it has that of the model")
@@ -417,13 +433,13 @@ class ExcessLoss:
         patch._chunk_rows = chunk_rows
 
     def reference_losses(self, given: dict[str, Any]) -> Tensor:
-        """The reference model's losses of the tokens, for the arguments of the model's call."""
+        """The loss of each token under the reference model, for the arguments with which the model was called."""
         for name in ("inputs_embeds", "past_key_values"):
             if given.get(name) is not None:
                 raise ValueError(f"{name} must be None with an ExcessLoss, whose reference model needs whole input_ids")
         if self._patch._removed:
             raise RuntimeError("the patch of reference_model was removed: make the ExcessLoss anew")
-        if self._model.training:  # train() was called on a module that contains it
+        if self._model.training:  # train() was called on a module that contains the reference model
             self._model.eval()
         inputs = {name: x for name, x in given.items() if name not in OF_THE_MODEL_ALONE}
         return self._patch.token_losses(**inputs, use_cache=False)

@@ -1,7 +1,8 @@
-"""What plugs the strategies, and models patched by ``patch_causal_lm``, into the trainers that people use: one file for
-each library.
+"""Adapters for other trainers, to use the strategies and models patched by ``patch_causal_lm`` with them: one module
+for each library.
 
-None of them is imported with batchkern. What works in which library, and what is refused, is in docs/integrations.md.
+Importing batchkern imports none of them. docs/integrations.md lists what works in each library, and what raises an
+error.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from batchkern.ops import _checks as check
 from batchkern.schedules import EpochSchedule
 
 LOSSES = (TrimmedCrossEntropyLoss, LinearTrimmedCrossEntropyLoss)
-"""Modules that have ``keep``."""
+"""Modules with an attribute ``keep``."""
 
 
 def set_keep(model: nn.Module, schedule: EpochSchedule, step: int, steps: int) -> None:
-    """Gives the trimmed losses in ``model``, and the patch of it or of a model in it, their ``keep`` for step ``step``
-    of ``steps``, counted from 0.
+    """Sets ``keep`` for step ``step`` of ``steps``, counted from 0, in the trimmed losses in ``model`` and in the patch
+    of the model or of a model within it.
 
     Raises:
-        ValueError: there are none, or the schedule gave what is not in (0, 1].
+        ValueError: there is neither a trimmed loss nor a patch, or the schedule returned a value that is not in (0, 1].
     """
     holders: list[Any] = [module for module in model.modules() if isinstance(module, LOSSES)]
     if (patch := CausalLMPatch.of(model)) is not None:

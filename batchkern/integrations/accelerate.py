@@ -1,5 +1,5 @@
-"""For ``accelerate``: a schedule of keep that its checkpoints hold. A loop that trains on ``model(**batch).loss``, or
-with ``batchkern.parts``, needs nothing else."""
+"""For ``accelerate``: a schedule of ``keep`` whose state is saved in the checkpoints of the accelerator. A loop that
+trains on ``model(**batch).loss``, or with ``batchkern.parts``, needs nothing else."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from batchkern.schedules import EpochSchedule
 
 
 class KeepSchedule:
-    """Sets ``keep`` of a patched model; call ``step()`` after each backward pass, beside ``optimizer.step()``.
+    """Sets ``keep`` of a patched model; call ``step()`` next to ``optimizer.step()``, after each backward pass.
 
         keep = KeepSchedule(accelerator, model, linear(1.0, 0.2), steps=1000)
 
-    Within ``accelerator.accumulate`` it counts optimizer steps, not batches. ``accelerator.save_state`` and
-    ``load_state`` take it along.
+    Within ``accelerator.accumulate`` it counts optimizer steps, not batches. ``accelerator.save_state`` saves its state
+    and ``load_state`` restores it.
 
     Args:
-        accelerator: the accelerator of the loop.
-        model: what has ``keep``: the patched model, before or after ``prepare``, or a trimmed loss.
-        schedule: ``f(step, steps)`` gives keep, as those of ``batchkern.schedules`` do.
+        accelerator: the accelerator of the training loop.
+        model: the patched model, before or after ``prepare``, or a trimmed loss, whose ``keep`` is set.
+        schedule: a function ``f(step, steps)`` that returns keep, such as those in ``batchkern.schedules``; steps count
+            from 0.
         steps: number of optimizer steps of the whole training, at least 1.
 
     Raises:
-        ValueError: ``model`` is not patched, or the schedule gave what is not in (0, 1].
+        ValueError: ``model`` is neither patched nor has a trimmed loss, or the schedule returned a value that is not in
+            (0, 1].
 
     Examples:
         >>> import accelerate

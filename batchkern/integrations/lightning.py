@@ -1,5 +1,6 @@
-"""For Lightning: a schedule of keep, and epochs that differ in length. Anything else of ``batchkern.parts``, or of a
-patched model, is used in a ``training_step`` as in any loop, and its state goes into Lightning's checkpoints."""
+"""For Lightning: a schedule of ``keep``, and support for epochs of different lengths. The other classes of
+``batchkern.parts``, and patched models, are used in a ``training_step`` as in any loop. The checkpoints of
+Lightning contain the state of loaders that have a ``state_dict``, and of submodules of the LightningModule."""
 
 from __future__ import annotations
 
@@ -15,18 +16,19 @@ from batchkern.schedules import EpochSchedule
 
 
 class KeepSchedule(lightning.Callback):
-    """Sets ``keep`` of the trimmed losses and the patched model in a LightningModule, and logs the mean loss of all
-    tokens of that model.
+    """Sets ``keep`` of the trimmed losses and the patched model in a LightningModule. If there is a patched model, it
+    also logs ``untrimmed_loss``, the mean loss of all tokens.
 
         Trainer(callbacks=[KeepSchedule(linear(1.0, 0.2))])
 
     Args:
-        schedule: ``f(step, steps)`` gives keep, as those of ``batchkern.schedules`` do; optimizer steps count from 0,
-            and a training that is resumed goes on where it was.
+        schedule: a function ``f(step, steps)`` that returns keep, such as those in ``batchkern.schedules``; steps are
+            optimizer steps, counted from 0. A resumed training continues the schedule from the step it had reached.
 
     Raises:
-        ValueError: when training starts without an end (``max_steps=-1`` and ``max_epochs=-1``), or without a trimmed
-            loss or a patched model.
+        ValueError: at the first batch, if the number of steps is not limited (``max_steps=-1`` and ``max_epochs=-1``),
+            or if the LightningModule has neither a trimmed loss nor a patched model; at any batch, if the schedule
+            returned a value that is not in (0, 1].
 
     Examples:
         >>> import lightning, torch
@@ -64,15 +66,17 @@ class KeepSchedule(lightning.Callback):
 
 
 class VaryingEpochs(lightning.Callback):
-    """For a loader whose epochs differ in length: ``WholeEpochs`` of a ``SubsetSampler``, or ``inject``.
+    """For a loader whose epochs differ in length: ``WholeEpochs`` with a ``SubsetSampler``, or ``inject``.
 
-    Without it Lightning reads one batch ahead, and a training resumed within an epoch would leave that batch out.
+    Without this callback Lightning would read one batch ahead, and a training resumed within an epoch would skip that
+    batch.
 
         loader = inject(WholeEpochs(DataLoader(...)), passive)
         Trainer(callbacks=[VaryingEpochs(loader)]).fit(module, loader)
 
     Args:
-        loader: ``WholeEpochs`` or ``inject`` of ``batchkern.parts``; it has a length from then on.
+        loader: a ``WholeEpochs`` or ``inject`` of ``batchkern.parts``. The callback gives it a ``len()``, which is the
+            number of batches in the current epoch.
 
     Examples:
         >>> import torch
@@ -92,10 +96,10 @@ class VaryingEpochs(lightning.Callback):
         loader.sized = True
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        trainer.reload_dataloaders_every_n_epochs = 1  # it then asks each epoch how long that is
+        trainer.reload_dataloaders_every_n_epochs = 1  # Lightning then reads the length in every epoch
 
     def state_dict(self) -> dict[str, Any]:
         return self.loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.loader.load_state_dict(state_dict)  # before Lightning asks how long the epoch is
+        self.loader.load_state_dict(state_dict)  # before Lightning reads the length of the epoch

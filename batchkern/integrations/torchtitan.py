@@ -1,4 +1,4 @@
-"""For torchtitan: a loss in place of its ``ChunkedLossWrapper`` (tried with 0.3)."""
+"""For torchtitan: a loss that replaces its ``ChunkedLossWrapper`` (tested with version 0.3)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from batchkern.ops import linear_trimmed_cross_entropy
 
 
 class TrimmedLossWrapper(ChunkedLossWrapper):
-    """The mean over the tokens of highest loss, times the tokens that have a label: ``Config(keep=0.5)``.
+    """The mean loss of the tokens with the highest loss, times the number of tokens with a label: ``Config(keep=0.5)``.
 
-    As that of the base class, it is called with the last hidden state, does the work of the output layer ``lm_head``
-    and returns the sum over a process's tokens, divided by ``global_valid_tokens``. Tokens are ranked within a process;
-    validation counts all. ``num_chunks`` and ``loss_fn`` are not used.
+    Like the base class, it is called with the last hidden state, applies the output layer ``lm_head`` itself, and
+    returns the sum over the tokens of this process, divided by ``global_valid_tokens`` if that is given. Tokens are
+    ranked within each process. Validation uses all tokens. ``num_chunks`` and ``loss_fn`` are not used.
 
     Args:
         config: ``TrimmedLossWrapper.Config``, with ``keep`` in (0, 1], the fraction of the tokens kept.
-        options: of ``ChunkedLossWrapper``.
+        options: the other arguments of ``ChunkedLossWrapper``.
 
     Raises:
-        TypeError: when called, where ``lm_head`` is no ``nn.Linear``, or its words are sharded (tensor parallelism).
+        TypeError: when called, if ``lm_head`` is not an ``nn.Linear``, or its weight is sharded over the vocabulary
+            (tensor parallelism).
 
     Examples:
         >>> import torch
@@ -64,7 +65,7 @@ class TrimmedLossWrapper(ChunkedLossWrapper):
                 hidden.flatten(0, 1), head.weight, target, keep, bias=head.bias, ignore_index=IGNORE_INDEX
             )
 
-        # Within a call of the layer, so that FSDP2 gathers its weight and reduces the gradient.
+        # The loss is computed within a call of the layer, so that FSDP2 gathers its weight and reduces its gradient.
         head.forward = mean  # type: ignore[method-assign, assignment]
         try:
             loss = head(pred)

@@ -1,4 +1,5 @@
-"""For ``transformers.Trainer``: schedules of keep, evaluation without logits, and the strategies' loaders and heads."""
+"""For ``transformers.Trainer``: schedules of ``keep``, evaluation without logits, and the loaders, losses and second
+heads of the strategies."""
 
 from __future__ import annotations
 
@@ -17,19 +18,20 @@ from batchkern.parts import SecondHead, is_passive
 from batchkern.schedules import EpochSchedule
 
 FILE = "batchkern.pt"
-"""Beside the Trainer's own files in a checkpoint."""
+"""Name of the file with the state of the parts, in a checkpoint of the Trainer."""
 
 
 class KeepSchedule(TrainerCallback):
     """Sets ``keep`` before each optimizer step: ``Trainer(..., callbacks=[KeepSchedule(linear(1.0, 0.2))])``.
 
     Args:
-        schedule: ``f(step, steps)`` gives keep, as those of ``batchkern.schedules`` do; steps count from 0, and a
-            training that is resumed goes on where it was.
-        module: what has ``keep``: a trimmed loss, or a patched model. Default: the Trainer's model.
+        schedule: a function ``f(step, steps)`` that returns keep, such as those in ``batchkern.schedules``; steps count
+            from 0. A resumed training continues the schedule from the step it had reached.
+        module: a trimmed loss or a patched model, whose ``keep`` is set; by default the Trainer's model.
 
     Raises:
-        ValueError: at the first step, where there is none.
+        ValueError: at the first step, if ``module`` has neither a trimmed loss nor a patched model; at any step, if the
+            schedule returned a value that is not in (0, 1].
 
     Examples:
         >>> import batchkern, torch, transformers
@@ -53,10 +55,11 @@ class KeepSchedule(TrainerCallback):
 
 
 class PatchedModelMixin:
-    """For a Trainer of a patched model: ``class MyTrainer(PatchedModelMixin, Trainer)``.
+    """For a Trainer whose model is patched: ``class MyTrainer(PatchedModelMixin, Trainer)``.
 
-    Evaluation makes no logits where only the loss is wanted (``prediction_loss_only``, or no ``compute_metrics``), and
-    the logs of training have ``untrimmed_loss``, the mean over all tokens of this process's latest batch, and ``keep``.
+    Evaluation computes no logits if only the loss is needed (``prediction_loss_only``, or no ``compute_metrics``). The
+    training logs also contain ``untrimmed_loss``, the mean over all tokens of the latest batch of this process, and
+    ``keep``.
 
     Examples:
         >>> import batchkern, torch, transformers
@@ -89,13 +92,14 @@ class PatchedModelMixin:
 
 
 class OutputLoss:
-    """A loss of logits and labels as a ``compute_loss_func``, weighed by the labels of all micro-batches of a step.
+    """Turns a loss of logits and labels into a ``compute_loss_func``. Each micro-batch of a step is weighted by its
+    number of labels.
 
-    A label belongs to the logits at its own place. Those of a causal language model belong to the place before:
-    ``patch_causal_lm`` is for these.
+    Each label belongs to the logits at the same position. In causal language models labels belong to the logits at the
+    position before; use ``patch_causal_lm`` for them.
 
     Args:
-        loss: logits ``(N, C)``, labels ``(N,)`` -> 0-dim, a mean: such as ``batchkern.parts.BatchLoss``.
+        loss: maps logits ``(N, C)`` and labels ``(N,)`` to a 0-dim mean, such as ``batchkern.parts.BatchLoss``.
 
     Examples:
         >>> import torch
@@ -120,14 +124,19 @@ class OutputLoss:
 class StrategiesMixin:
     """For a Trainer with a loader of your own: ``class MyTrainer(StrategiesMixin, Trainer)``.
 
-    Its checkpoints have the loader's state, and that of the virtual samples of a ``BatchLoss``; a resumed training goes
-    on with the batch that comes next. Where epochs differ in length, set ``max_steps``.
+    Its checkpoints contain the state of the loader and of the virtual samples of a ``BatchLoss``, so that a resumed
+    training continues with the next batch. If epochs differ in length, set ``max_steps``.
 
     Args:
-        loader: such as ``WholeEpochs``, or ``inject`` into one, of ``batchkern.parts``; it is not prepared by
-            ``accelerate``. One without a state is read from its beginning by a resumed training, as Transformers does.
-        second_head: for the passive batches of ``inject``.
-        args, options: of ``transformers.Trainer``.
+        loader: the training data, such as ``WholeEpochs`` of ``batchkern.parts``, or ``inject`` with such a loader; it
+            is not passed to ``accelerator.prepare``. If it has no ``state_dict``, a resumed training starts from the
+            beginning of the epoch and skips the batches already used, as is the default in Transformers.
+        second_head: the second head for the passive batches of ``inject``; needed only for these.
+        args, options: the arguments of ``transformers.Trainer``.
+
+    Raises:
+        UserError: a batch is passive and ``second_head`` is None; or a training is resumed from a checkpoint that was
+            written by another Trainer.
 
     Examples:
         >>> import torch, transformers
@@ -149,7 +158,7 @@ class StrategiesMixin:
         self.loader, self.second_head = loader, second_head
         trainer: Any = self
         if hasattr(loader, "state_dict"):
-            trainer.args.ignore_data_skip = True  # the loader does it
+            trainer.args.ignore_data_skip = True  # the loader continues from its own state
 
     def get_train_dataloader(self) -> Any:
         return self.loader

@@ -1,4 +1,5 @@
-"""For TRL's ``SFTTrainer``, which computes its loss by itself and so would go past the patch (tried with 1.16)."""
+"""For TRL's ``SFTTrainer``, which computes the loss itself and would therefore bypass the patch (tested with version
+1.16)."""
 
 from __future__ import annotations
 
@@ -12,18 +13,18 @@ from batchkern.integrations.transformers import PatchedModelMixin as _PatchedMod
 
 
 class PatchedModelMixin(_PatchedModelMixin):
-    """For an SFTTrainer of a patched model: ``class MyTrainer(PatchedModelMixin, SFTTrainer)``.
+    """For an SFTTrainer whose model is patched: ``class MyTrainer(PatchedModelMixin, SFTTrainer)``.
 
-    In training the loss is the model's own, as in ``transformers.Trainer``, which adds a router's loss in each
-    micro-batch; the metrics ``entropy``, ``mean_token_accuracy`` and ``num_tokens`` are not made. In evaluation
-    everything is SFTTrainer's, which holds no logits either.
+    In training the loss is the one that the model returns, as in ``transformers.Trainer``. The auxiliary loss of a
+    router is therefore added in each micro-batch, and the metrics ``entropy``, ``mean_token_accuracy`` and
+    ``num_tokens`` are not computed. Evaluation is unchanged; SFTTrainer does not hold all logits there either.
 
     Args:
-        args, kwargs: of ``trl.SFTTrainer``.
+        args, kwargs: the arguments of ``trl.SFTTrainer``.
 
     Raises:
-        ValueError: when made with a ``loss_type`` other than "nll".
-        RuntimeError: in the first step, with label smoothing or a ``compute_loss_func``, which take the logits.
+        ValueError: when created with a ``loss_type`` other than "nll".
+        RuntimeError: in the first step, with label smoothing or a ``compute_loss_func``, which need the logits.
 
     Examples:
         >>> import batchkern, datasets, tokenizers, transformers, trl
