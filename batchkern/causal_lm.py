@@ -357,8 +357,8 @@ class CausalLMPatch:
         return loss
 
     def _is_known(self, logits: Tensor, hidden: Tensor) -> bool:
-        """Whether ``logits`` are the hidden state, unchanged or with the softcap and scale of the configuration. The
-        values of capped or scaled ones are compared only once, because the comparison synchronises with the host."""
+        """Whether ``logits`` are the hidden state, unchanged or with the softcap and scale of the configuration. With
+        a softcap or scale, the values are compared only once, because the comparison synchronises with the host."""
         if version(hidden) != self._call.version:
             return False
         if self._softcap is None and self._scale == 1:
@@ -418,7 +418,7 @@ class ExcessLoss:
         return self
 
     def prepare(self, head: nn.Linear, chunk_rows: int | None) -> None:
-        """Checks that the reference model fits a model with this output layer, and uses its ``chunk_rows``.
+        """Checks that the reference model fits a model with this output layer; sets its ``chunk_rows``.
 
         Raises:
             ValueError: the output layer is shared, or the sizes of the vocabularies differ.

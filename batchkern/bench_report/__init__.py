@@ -1,7 +1,7 @@
-"""The reading side of the benchmarks: tables, plots and the figures of README.md, from JSON files alone.
+"""Reports of the benchmarks: tables, plots and the figures in README.md, made from JSON files alone.
 
-What measures, and writes these files, is ``bench/`` of a checkout. Nothing here needs a kernel, a GPU or the machine
-that was measured.
+The measurements, which write these files, are in ``bench/`` of the repository. Nothing here needs a kernel, a GPU or
+the machine on which the benchmarks ran.
 """
 
 from batchkern.bench_report.markers import check, rewrite

@@ -1,5 +1,5 @@
-"""The figures of comparisons of strategies, from their results.json, and of reproductions, from their
-reproduction.json: tables for README.md and docs/, findings for docs/."""
+"""The figures of comparisons of strategies (from results.json) and of reproductions (from reproduction.json): tables
+for README.md and docs/, and findings for docs/."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from batchkern.recipes.reproduction import HEADINGS, cells, tally
 from batchkern.strategies import parse
 
 KEPT = ("reach", "gap (points)", "epochs", "cost")
-"""Of the columns of costs; seconds depend on what else the machine did."""
+"""The columns of ``costs`` that are shown. Seconds are left out, because they depend on the other load of the
+machine."""
 
 
 def strategies(results: Results, budget: str) -> str:
-    """A row for each arm of a budget.
+    """A table with a row for each arm of a budget; empty if the results are not a comparison.
 
     Raises:
         UserError: the comparison has no such budget.
@@ -38,7 +39,8 @@ def strategies(results: Results, budget: str) -> str:
 
 
 def reproduced(results: Results) -> str:
-    """Published beside measured, after the size of the trainings."""
+    """The size of the trainings, a table of the published and the measured figures, and the number of rows that agree;
+    empty if the results are not a reproduction."""
     if results.sort != REPRODUCTION:
         return ""
     groups = results.content["groups"]
@@ -55,7 +57,8 @@ def reproduced(results: Results) -> str:
 
 
 def findings(results: dict[str, Any], strategy: str) -> list[str]:
-    """A line for each arm that is this strategy alone, at each budget that it has a training of its own for."""
+    """A line for each arm that consists of this strategy alone, and for each budget for which the arm was trained
+    separately."""
     settings = results["settings"]
     noise = f", {settings['noise']:.0%} of the labels wrong" if settings["noise"] else ""
     data = (

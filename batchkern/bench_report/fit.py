@@ -1,4 +1,4 @@
-"""With which power of its size the cost of an operation grows."""
+"""Fits the exponent with which the cost of an operation grows with its size."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ POINTS = 3
 class Growth:
     exponent: float
     settled: bool
-    """Whether what is paid at any size was small where this was fitted; else it may be too low."""
+    """Whether the cost that does not depend on the size was small for the fitted sizes; if not, the exponent may be too
+    low."""
 
 
 def growth(sizes: Sequence[float], costs: Sequence[float | None]) -> Growth | None:
     """The least-squares slope of the logarithm of cost over that of size, on the upper end of a sweep.
 
-    Overhead is at most what the cheapest point costs, and so at most a tenth of a cost that is ten times that. The
-    fit takes the largest sizes from where all cost so much; where these are fewer than three, the three largest sizes
-    that there are, and says that overhead may count there. ``None`` where fewer than three points have a cost.
+    Overhead, the cost that does not depend on the size, is at most the cost of the cheapest point. It is therefore at
+    most a tenth of any cost that is ten times as high. The fit uses the largest sizes, as long as all of them cost that
+    much. If these are fewer than three, it uses the three largest sizes, and ``settled`` is False because overhead may
+    matter there. The result is ``None`` if fewer than three points have a cost, or if a cost to be fitted is 0.
+    Constant costs have the exponent 0.
     """
     points = sorted((size, cost) for size, cost in zip(sizes, costs, strict=False) if cost is not None and size > 0)
     if len(points) < POINTS:
@@ -36,7 +39,7 @@ def growth(sizes: Sequence[float], costs: Sequence[float | None]) -> Growth | No
         first -= 1
     settled = len(points) - first >= POINTS
     upper = points[first:] if settled else points[-POINTS:]
-    if min(cost for _, cost in upper) <= 0:  # nothing at first, so no power of the size
+    if min(cost for _, cost in upper) <= 0:  # 0 has no logarithm
         return None
     size, cost = np.log(np.array(upper, dtype=float)).T
     return Growth(float(np.polyfit(size, cost, 1)[0]), settled)

@@ -1,4 +1,4 @@
-"""Markdown, and numbers with units."""
+"""Functions for Markdown tables and for numbers with units."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PREFIXES = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table without the columns that are empty in all rows; nothing where there are no rows."""
+    """A Markdown table without the columns that are empty in all rows; an empty string if there are no rows."""
     if not rows:
         return ""
     shown = [place for place in range(len(headings)) if any(row[place] for row in rows)]
@@ -23,7 +23,7 @@ def paragraphs(*parts: str) -> str:
 
 
 class Footnotes:
-    """Numbered by where they are first asked for."""
+    """Footnotes, numbered in the order of their first use."""
 
     def __init__(self) -> None:
         self.numbers: dict[str, int] = {}
@@ -36,7 +36,8 @@ class Footnotes:
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """Three digits and a prefix: ``5.84 ms``, ``131 MB``. Only of seconds there are small parts."""
+    """Three significant digits and a unit with a prefix: ``5.84 ms``, ``131 MB``. Prefixes below 1
+    are used for seconds only."""
     if value is None:
         return ""
     rounded = float(f"{value:.3g}")
@@ -63,7 +64,7 @@ def percent(value: float | None) -> str:
 
 
 def ratio(value: float | None) -> str:
-    """How many times: two digits, or all before the point."""
+    """A ratio with one decimal, or with two if it is below 0.95."""
     if value is None:
         return ""
     return f"{value:,.1f}" if value >= 0.95 else f"{value:.2f}"
@@ -74,12 +75,13 @@ def median(value: dict[str, Any] | None) -> float | None:
 
 
 def dimensions(shape: dict[str, Any]) -> str:
-    """``rows 4,096, classes 1,000``."""
+    """A shape as text: ``rows 4,096, classes 1,000``."""
     return ", ".join(f"{key} {value:,}" if isinstance(value, int) else f"{key} {value}" for key, value in shape.items())
 
 
 def labels(row: dict[str, Any]) -> str:
-    """What else than its shape makes a case: dtype, keep, kind. Batches are ranked by a fraction, not kept."""
+    """The properties of a case other than its shape, as text: dtype, keep and kind. For ``rank_batches``, keep is
+    called fraction."""
     keep, word = row.get("keep"), "fraction" if row["op"] == "rank_batches" else "keep"
     said = [row.get("dtype") or "", "" if keep is None else f"{word} {keep:g}", row.get("kind") or ""]
     return ", ".join(word for word in said if word)

@@ -1,9 +1,9 @@
-"""Blocks of a Markdown page that are made from files of results, so that no figure in it is older than its source.
+"""Blocks of a Markdown page that are generated from files of results, so that no figure is older than its source.
 
     <!-- figures: KIND FILE [ARGUMENTS] -->
     <!-- end of figures -->
 
-KIND is one of :data:`KINDS`; FILE is relative to the page's folder. What lies between is replaced.
+KIND is one of :data:`KINDS`; FILE is relative to the page's folder. The text between the two lines is replaced.
 """
 
 from __future__ import annotations
@@ -34,20 +34,21 @@ KINDS: dict[str, Callable[..., str]] = {
     "language": language,
     "reproduced": reproduced,
 }
-"""Renderers, each from results and the marker's arguments; they give nothing where a file has nothing of their kind."""
+"""The renderer of each kind, a function of the results and the marker's arguments. It returns an empty string if the
+file has nothing of this kind."""
 ARGUMENTS = {"strategies": ("BUDGET",)}
 
 BEGIN = re.compile(r"<!-- figures: (.*) -->")
 END = "<!-- end of figures -->"
 LOOSE = re.compile(r"<!--.*\bfigures\b")
-"""What somebody may have meant as a marker."""
+"""Matches a line that was probably meant as a marker."""
 
 
 @dataclass(frozen=True)
 class Block:
     page: Path
     line: int
-    """Of its first marker, counted from 1."""
+    """The number of the line with the first marker, counted from 1."""
     kind: str
     file: str
     arguments: tuple[str, ...]
@@ -66,7 +67,7 @@ class Block:
         """The lines that belong between the markers.
 
         Raises:
-            UserError: the file cannot be used for this.
+            UserError: the file cannot be read or rendered, has nothing of this kind, or is the result of a quick run.
         """
         results = load(self.path)
         if results.machine.get("quick"):
@@ -82,25 +83,30 @@ class Block:
             return KINDS[self.kind](results, *self.arguments)
 
     def newer(self) -> Path | None:
-        """The newest file of the same folder, release of torch, threads and huge pages, if it could take this one's
-        place."""
+        """The newest file in the same folder that can replace the file of this block; None if the file itself is the
+        newest.
+
+        A file can replace it if it has the same subject, at least as many rows, and the same release of torch, number
+        of threads and setting of huge pages, as far as the file of this block states these.
+        """
         own = load(self.path)
         rows = self._made(own).count("\n|")
         others = [own]
         for path in self.path.parent.glob("*.json"):
             try:
                 other = load(path)
-            except UserError:  # what lies there besides
+            except UserError:  # not a file of results
                 continue
             same = other.subject == own.subject and own.release in ("", other.release)
             settings = [(own.machine.get(key), other.machine.get(key)) for key in ("threads", "huge_pages")]
             if same and all(mine in (None, its) for mine, its in settings) and self._serves(other, rows):
                 others.append(other)
-        newest = max(others, key=lambda results: results.date)  # the first, which is its own, of those of one date
+        newest = max(others, key=lambda results: results.date)  # among equal dates, the block's own file
         return None if newest is own else newest.path
 
     def _serves(self, other: Results, rows: int) -> bool:
-        """Whether it has as much to show, of a run worth quoting: not of a part of the cases, or of changed code."""
+        """Whether ``other`` has at least ``rows`` table rows and is the result of a run that may be quoted: a complete
+        run, not a quick one, and without uncommitted changes of the code."""
         if other.machine.get("quick") or other.machine.get("dirty") or not other.complete:
             return False
         try:
@@ -111,9 +117,10 @@ class Block:
 
 
 def blocks(page: Path, text: str) -> list[Block]:
-    """
+    """The blocks of a page, in order.
+
     Raises:
-        UserError: a marker is wrong, or alone.
+        UserError: a marker is wrong, or a block has no beginning or no end.
     """
     found: list[Block] = []
     begun: tuple[int, str] | None = None
@@ -149,7 +156,7 @@ def _block(page: Path, line: int, words: str, inside: list[str]) -> Block:
 
 
 def check(page: Path) -> list[str]:
-    """A sentence for each block that is not what its file says, or whose file is not the newest.
+    """A sentence for each block that differs from the figures of its file, or whose file is not the newest.
 
     Raises:
         UserError: a marker or a file is wrong.
@@ -169,14 +176,14 @@ def check(page: Path) -> list[str]:
 
 
 def rewrite(page: Path) -> list[str]:
-    """Replaces what lies between markers, and says which blocks name a file that is not the newest.
+    """Replaces the text between the markers. Returns a sentence for each block whose file is not the newest.
 
     Raises:
-        UserError: a marker or a file is wrong, or the page cannot be written; it is then as it was.
+        UserError: a marker or a file is wrong, or the page cannot be written; the page is then unchanged.
     """
     text = read_text(page)
     lines = text.split("\n")
-    for block in reversed(blocks(page, text)):  # from the end, so that the numbers of lines before it hold
+    for block in reversed(blocks(page, text)):  # from the end, so that the line numbers of earlier blocks stay valid
         lines[block.line : block.line + len(block.inside)] = block.render()
     write_file(page, "\n".join(lines).encode())
     return check(page)

@@ -1,4 +1,4 @@
-"""Tables of operations: every figure of a file, and those of README.md."""
+"""Tables of operations: one with all figures of a file, and those in README.md."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Case = dict[str, Row]
 
 
 def cases(rows: Iterable[Row]) -> list[Case]:
-    """The rows by what was computed, in the order of the file."""
+    """The rows, grouped by case and mode, in the order of the file."""
     found: dict[str, Case] = {}
     for row in rows:
         key = json.dumps([row["op"], row["shape"], *(row.get(name) for name in ("dtype", "keep", "kind", "mode"))])
@@ -40,7 +40,8 @@ def cases(rows: Iterable[Row]) -> list[Case]:
 
 
 def whole_passes(rows: Iterable[Row]) -> list[Case]:
-    """Of each case what training pays: forward and backward, or the forward pass of what has no other."""
+    """For each case the rows that measure what a training step costs: forward and backward pass together, or the
+    forward pass alone if there is no such row."""
     chosen: dict[str, Case] = {}
     for case in cases(rows):
         row = next(iter(case.values()))
@@ -60,7 +61,7 @@ def name(variant: str) -> str:
 
 
 def what(row: Row) -> str:
-    """A case in words: its shape, and what else it is."""
+    """A case in words: its shape, its other properties, and its mode."""
     mode = row.get("mode") or "full"
     return ", ".join(part for part in (dimensions(row["shape"]), labels(row), mode if mode != "full" else "") if part)
 
@@ -69,7 +70,7 @@ def what(row: Row) -> str:
 
 
 def detail(rows: list[Row]) -> str:
-    """Every variant of every case of one operation, with all that was measured of it."""
+    """A table of every variant of every case of one operation, with all its measurements."""
     notes = Footnotes()
     headings = [
         "shape",
@@ -90,7 +91,7 @@ def detail(rows: list[Row]) -> str:
 
 
 def _refused(rows: list[Row]) -> str:
-    """Names the peers that were not timed."""
+    """A list of the peers that were not timed because they compute something else; empty if there are none."""
     unequal = [f"- {name(row['variant'])} at {what(row)}: {row['unequal']}" for row in rows if row.get("unequal")]
     return "Not timed, since it does not compute the same:\n\n" + "\n".join(unequal) if unequal else ""
 
@@ -121,7 +122,7 @@ def _detailed(row: Row, notes: Footnotes) -> list[str]:
 
 
 def target(row: Row) -> str:
-    """What is asked of it: a share of the floor's speed, or device time where launches bound it."""
+    """The target of a case: a fraction of the floor's speed, or a device time if kernel launches limit the speed."""
     if row.get("target_fraction") is not None:
         return f"{percent(row['target_fraction'])} of the floor"
     return seconds(row.get("target_s"))
@@ -152,7 +153,7 @@ def _error(value: float | None) -> str:
 
 
 def operations(results: Results) -> str:
-    """Each case beside PyTorch, eager and compiled; in-place variants of ours in lines of their own."""
+    """A table that compares each case with eager and compiled PyTorch. Each of our variants has its own line."""
     headings = ["operation", "shape", "ours", "eager", "compiled", "eager / ours", "compiled / ours", "of the floor"]
     headings += ["peak memory", "eager's"]
     lines = []
@@ -174,7 +175,7 @@ def operations(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """A line for each operation: of the cases with its lowest keep the largest one, by its floor."""
+    """A table with one case for each operation: of the cases with the lowest keep, the one with the largest floor."""
     largest: dict[str, Case] = {}
     for case in whole_passes(results.rows("operations")):
         row = case.get(OURS, {})
@@ -196,14 +197,16 @@ def _extent(row: Row) -> tuple[float, float]:
 
 
 def _against(row: Row, peer: Row) -> float | None:
-    """The peer's time over this variant's: both have a ratio to ours, within rounds."""
+    """The peer's time divided by the time of this variant, from the ratios of both to ours, which were taken within
+    rounds."""
     theirs = median(peer.get("ratio"))
     own = 1.0 if row["variant"] == OURS else median(row.get("ratio"))
     return None if theirs is None or own is None else theirs / own
 
 
 def linear(results: Results) -> str:
-    """The loss with its linear layer, by shape: a line for each keep, and a column for each implementation."""
+    """Tables of the loss fused with its linear layer, one for each shape and dtype: a line for each keep, and a column
+    for each implementation."""
     shapes: dict[tuple[str, str], list[Case]] = {}
     rows = [row for row in results.rows("operations") if row["op"] == LINEAR]
     for case in whole_passes(row for row in rows if row.get("time") is not None):
@@ -233,7 +236,7 @@ def _line(case: Case, variants: list[str]) -> list[str]:
 
 
 def planned(results: Results) -> str:
-    """What is asked of a GPU beside what was measured there, where it was."""
+    """A table of the targets for a GPU, with the measurements on it as far as they exist."""
     headings = [
         "operation",
         "shape",
@@ -264,7 +267,7 @@ def planned(results: Results) -> str:
 
 
 def _fastest_peer(case: Case) -> str:
-    """Of those that compute as much."""
+    """The fastest peer, among those that compute as much as ours, with the ratio of its time to ours."""
     peers = {
         variant: times
         for variant, row in case.items()

@@ -1,4 +1,4 @@
-"""The page of a benchmark: all tables of its files and, in a folder, their plots."""
+"""The report of the benchmarks: a page with all tables of the given files; written into a folder, it also has plots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ FIRST_LINE = "<!-- made by batchkern bench report -->"
 
 
 def page(found: Sequence[Results], plots: bool = False) -> str:
-    """Markdown of all files; ``plots``: with links to the figures that :func:`write_report` writes beside it."""
+    """The report of all files, as Markdown. With ``plots`` it links to the plots that :func:`write_report` writes into
+    the same folder."""
     sections = []
     for results in found:
         with rendering(results):
@@ -71,7 +72,7 @@ def _images(results: Results) -> str:
 
 
 def _figures(results: Results) -> dict[str, tuple[str, str, dict[str, Any]]]:
-    """For each sweep with fractions of a floor: by the name of its file, title, label of sizes, and lines."""
+    """The plots of all sweeps that have fractions of a floor: file name -> title, label of the sizes, lines."""
     found = {}
     for sweep in sweeps(results.rows("growth")):
         row = next(iter(sweep.values()))
@@ -92,12 +93,12 @@ def _points(sizes: Sequence[float], fractions: Sequence[float | None]) -> list[t
 
 
 def write_report(found: Sequence[Results], out: Path) -> list[str]:
-    """Writes report.md, and a figure for each sweep; returns their names.
+    """Writes report.md, and a plot for each sweep that has fractions of a floor; returns the names of the files.
 
     Raises:
-        UserError: ``out`` has files of these names that are no earlier report's, or cannot be written.
+        UserError: ``out`` has files of these names that do not belong to an earlier report, or cannot be written.
     """
-    text = page(found, plots=True)  # first: a damaged file leaves nothing half written
+    text = page(found, plots=True)  # before anything is written, since a damaged file raises an error
     figures = {file: figure for results in found for file, figure in _figures(results).items()}
     if figures:
         require("matplotlib", "train")
@@ -109,7 +110,12 @@ def write_report(found: Sequence[Results], out: Path) -> list[str]:
 
 
 def _claim(out: Path, figures: Sequence[str]) -> None:
-    """Only what an earlier report wrote may be replaced: a page that says so, and the figures it links to."""
+    """Creates the folder. Only files of an earlier report may be replaced: a page that begins with :data:`FIRST_LINE`,
+    and the plots to which it links.
+
+    Raises:
+        UserError: another file has one of the names, or the folder cannot be used.
+    """
     make_directory(out)
     try:
         old = read_text(out / REPORT) if (out / REPORT).exists() else ""

@@ -1,4 +1,4 @@
-"""Files of results: what is one, and the machine, commit and date that it is of."""
+"""Files of results: how they are recognised, and the machine, commit and date to which they belong."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ REQUIRED = {
     "arms": ("noise", "arm", "flops", "seconds", "updates", "loss", "difference", "curve"),
     "references": ("noise", "share", "tokens", "updates", "loss", "best", "difference"),
 }
-"""The lists of a file of results, and what no row of them can do without."""
+"""The lists that a file of results may have, and the keys that every row of a list must have."""
 LANGUAGE_KIND = "batchkern token selection"
-"""What a file of examples/selective_lm.py says that it is."""
+"""The value of ``kind`` in a file written by examples/selective_lm.py."""
 QUANTITIES = ("time", "graph", "ratio")
-"""What has a median where it is given."""
+"""Optional keys of a row whose values must have a median."""
 STAMP = re.compile(r"^(\d{4}-\d\d-\d\d)-([0-9a-f]{7,40})\b")
-"""How the name of a file of results begins: its date and its commit."""
+"""The beginning of the name of a file of results: date and commit."""
 
 UNKNOWN = datetime.min.replace(tzinfo=timezone.utc)
-"""The date of what has none."""
+"""The date of results that state none."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Results:
     content: dict[str, Any]
 
     def rows(self, name: str) -> list[dict[str, Any]]:
-        """A list of the file, empty where it has none."""
+        """A list of the file; empty if the file does not have it."""
         return self.content.get(name) or []
 
     @property
@@ -55,7 +55,8 @@ class Results:
 
     @property
     def date(self) -> datetime:
-        """When it was measured; :data:`UNKNOWN` where nothing says so, as of what is planned."""
+        """The date of the measurement; :data:`UNKNOWN` if neither the file nor its name states it, as for planned
+        measurements."""
         stamp = STAMP.match(self.path.name)
         try:
             date = datetime.fromisoformat(self.machine.get("date") or (stamp[1] if stamp else ""))
@@ -65,17 +66,17 @@ class Results:
 
     @property
     def complete(self) -> bool:
-        """Whether its run came to its end."""
+        """Whether the run finished and left out no cases."""
         return self.content.get("complete") is not False
 
     @property
     def release(self) -> str:
-        """Of torch, without its patch: 2.11; empty for what is planned."""
+        """The version of torch without its patch number, such as 2.11; empty for planned measurements."""
         return ".".join(str(self.machine.get("torch") or "").split(".")[:2])
 
     @property
     def subject(self) -> tuple[Any, ...]:
-        """What a newer file must be of, too, to be in place of this one: comparisons of other data are not."""
+        """The properties that must be equal for a newer file to replace this one, such as the data of a comparison."""
         if self.sort == REPRODUCTION:
             return (self.sort, self.content["name"])
         if self.sort != COMPARISON:
@@ -85,23 +86,24 @@ class Results:
 
 
 def read_text(path: Path) -> str:
-    """All of a file, as UTF-8, with its line ends as they are.
+    """The content of a file, decoded as UTF-8, with unchanged line endings.
 
     Raises:
-        UserError: it cannot be read, or is a device or a pipe, whose end might never come.
+        UserError: the file cannot be read or is not UTF-8, or it is a device or a pipe, which might never end.
     """
     try:
         return read_file(path).decode()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError:  # it is no UTF-8, or its name holds what none can hold
+    except ValueError:  # the content is not UTF-8, or the path has an invalid character
         raise UserError(f"{path} cannot be read: it is no text in UTF-8") from None
 
 
 def load(path: Path) -> Results:
-    """
+    """Reads and checks a file of results.
+
     Raises:
-        UserError: it cannot be read, or is no file of results.
+        UserError: the file cannot be read, is damaged, or is not a file of results.
     """
     text = read_text(path)
     try:
@@ -148,10 +150,13 @@ def _check_rows(path: Path, content: dict[str, Any]) -> None:
 
 
 def load_all(paths: Iterable[Path]) -> tuple[list[Results], list[str]]:
-    """The files and those in the folders, newest first; and a sentence for each file of a folder that is left out.
+    """Reads the given files and all files of results in the given folders.
+
+    Returns:
+        The results, newest first; and a sentence for each JSON file in a folder that was left out.
 
     Raises:
-        UserError: a file that was named is no file of results, or there is none at all.
+        UserError: a file that was given is not a file of results, or there is no file of results at all.
     """
     found, left_out = {}, []
     given = list(paths)
@@ -173,10 +178,10 @@ def load_all(paths: Iterable[Path]) -> tuple[list[Results], list[str]]:
 
 @contextmanager
 def rendering(results: Results) -> Iterator[None]:
-    """Where the file is damaged in a way that only shows now.
+    """A context for rendering a file, whose values may be damaged in ways that :func:`load` does not detect.
 
     Raises:
-        UserError: in place of whatever its values led to.
+        UserError: the values of the file caused an error; the message names the file.
     """
     try:
         yield
@@ -189,12 +194,13 @@ def rendering(results: Results) -> Iterator[None]:
 
 
 def facts(results: Results) -> str:
-    """The machine in one line: what computed, by which torch, from which commit, when."""
+    """One line about how the results were made: processor, threads, version of torch, commit, date, missing cases,
+    rates and load."""
     machine = {**results.content.get("environment", {}), **results.machine}
     stamp = STAMP.match(results.path.name)
     commit = machine.get("commit") or (stamp[2] if stamp else None)
     of_runs = results.sort in (COMPARISON, REPRODUCTION)
-    if of_runs:  # names no processor; the folder does
+    if of_runs:  # the file does not name the processor, but its folder does
         name, threads = results.path.absolute().parent.name, machine.get("threads_per_run")
     else:
         name, threads = machine.get("gpu") or machine.get("cpu") or machine["device"], machine.get("threads")
@@ -227,7 +233,7 @@ def _left_out(results: Results) -> str:
 
 
 def _rates(results: Results) -> list[str]:
-    """What floors are counted at."""
+    """The rates of copies and of matrix products from which floors are computed."""
     rates = results.content.get("rates") or {}
     said = []
     if copy := rates.get("copy"):
@@ -238,6 +244,6 @@ def _rates(results: Results) -> list[str]:
 
 
 def _rate(rate: dict[str, float], unit: str) -> str:
-    """The median, and how far it scatters."""
+    """The median, and in brackets the 20 % and 80 % quantiles if they are known."""
     between = [quantity(rate[key], unit) for key in ("p20", "p80") if key in rate]
     return quantity(rate["median"], unit) + (f" ({' - '.join(between)})" if between else "")

@@ -1,4 +1,4 @@
-"""Tables of what is no single call of an operation: sweeps, trainings, accuracy, selections of tokens."""
+"""Tables of everything except single calls of operations: sweeps, trainings, accuracy, and selection of tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BRACKETS = (
 
 
 def sweeps(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
-    """Rows of one sweep together, by variant."""
+    """The rows of each sweep, by variant."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         key = [row["op"], row["along"], *(row.get(part) for part in ("fixed", "dtype", "keep", "kind", "mode"))]
@@ -29,14 +29,14 @@ def sweeps(rows: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
 
 
 def about(row: dict[str, Any]) -> str:
-    """What a sweep holds fixed."""
+    """The properties that are fixed within a sweep, as text."""
     mode = row.get("mode") or "full"
     parts = (dimensions(row.get("fixed") or {}), labels(row), "" if mode == "full" else mode)
     return ", ".join(part for part in parts if part)
 
 
 def growth_table(results: Results) -> str:
-    """With which power of its size each implementation's time and memory grow."""
+    """A table of the exponents with which the time and memory of each implementation grow with the size."""
     found = sweeps(results.rows("growth"))
     variants = list(dict.fromkeys(variant for sweep in found for variant in sweep))
     costs = {"time": "seconds", "memory": "peak_bytes"}
@@ -66,7 +66,7 @@ def _exponent(fit: Growth | None) -> str:
 
 
 def training(results: Results) -> str:
-    """The trainer beside a bare loop that does the same updates."""
+    """A table that compares the trainer with a bare loop that makes the same updates."""
     headings = ["strategy", "model", "data", "an epoch, bare", "an epoch, trainer", "samples/s", "trainer / bare"]
     headings += ["p20 - p80", "target", "images loaded an epoch"]
     return table(headings, [_training(row) for row in results.rows("training")])
@@ -92,7 +92,8 @@ def _training(row: dict[str, Any]) -> list[str]:
 
 
 def accuracy(results: Results) -> str:
-    """Errors next to float64: a line for each size of the perturbation, a column for each size and implementation."""
+    """Tables of the errors with respect to float64, one for each operation: a line for each size of the perturbation, a
+    column for each number of classes and implementation."""
     tables = []
     rows = results.rows("accuracy")
     for op in dict.fromkeys(row["op"] for row in rows):
@@ -111,7 +112,7 @@ def accuracy(results: Results) -> str:
 
 
 def confident(results: Results) -> str:
-    """Gradients of confident tokens."""
+    """A table of the gradients of confident tokens, whose target has a high probability."""
     rows = results.rows("confident")
     if not rows:
         return ""
@@ -128,7 +129,8 @@ def _power(value: float) -> str:
 
 
 def language(results: Results) -> str:
-    """The arms of examples/selective_lm.py at equal updates, cost and seconds; and where its clean part alone does."""
+    """Tables of the arms of examples/selective_lm.py at equal updates, cost and seconds, and of the selection in
+    comparison with training on the clean part of the text alone."""
     if results.sort != LANGUAGE:
         return ""
     settings = results.content["settings"]
@@ -174,7 +176,8 @@ def _arms(arms: list[dict[str, Any]]) -> str:
 
 
 def _on_the_way(arms: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    """Differences to the first arm, ``all``, at some of the points where every training was tested."""
+    """A table of the mean differences to the first arm, ``all``, after some of the numbers of updates at which every
+    training was tested."""
     courses = [dict(zip(arm["curve"]["updates"], zip(*arm["curve"]["loss"], strict=True), strict=True)) for arm in arms]
     common = sorted(set.intersection(*(set(course) for course in courses)) - {settings["updates"]})
     points = [*common[1::2], settings["updates"]]
@@ -186,7 +189,7 @@ def _on_the_way(arms: list[dict[str, Any]], settings: dict[str, Any]) -> str:
 
 
 def _references(references: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    read = settings["updates"] * settings["batch"] * settings["length"]  # tokens, by the end of `clean`
+    read = settings["updates"] * settings["batch"] * settings["length"]  # tokens read in the whole training of `clean`
     headings = [
         "clean part (tokens, times read)",
         "loss of the reference",

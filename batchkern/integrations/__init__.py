@@ -1,5 +1,5 @@
-"""Adapters for other trainers, to use the strategies and models patched by ``patch_causal_lm`` with them: one module
-for each library.
+"""Adapters that connect the strategies, and models patched by ``patch_causal_lm``, to other trainers: one module for
+each library.
 
 Importing batchkern imports none of them. docs/integrations.md lists what works in each library, and what raises an
 error.

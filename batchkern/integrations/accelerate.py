@@ -14,7 +14,7 @@ from batchkern.schedules import EpochSchedule
 
 
 class KeepSchedule:
-    """Sets ``keep`` of a patched model; call ``step()`` next to ``optimizer.step()``, after each backward pass.
+    """Sets ``keep`` of a patched model or a trimmed loss; call ``step()`` after each ``optimizer.step()``.
 
         keep = KeepSchedule(accelerator, model, linear(1.0, 0.2), steps=1000)
 

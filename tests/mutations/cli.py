@@ -24,7 +24,11 @@ CLI = [
         "cli",
         "batchkern/bench_report/results.py",
         ("tests/bench_report/test_results.py",),
-        ("what is no text is a traceback", "except ValueError:  # it is no UTF-8", "except ZeroDivisionError:  #"),
+        (
+            "what is no text is a traceback",
+            "except ValueError:  # the content is not UTF-8",
+            "except ZeroDivisionError:  #",
+        ),
     ),
     *within(
         "cli",
