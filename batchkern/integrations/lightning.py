@@ -55,8 +55,11 @@ class KeepSchedule(lightning.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         steps = trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ValueError("max_steps or max_epochs must be set for a schedule of keep, both are -1")
+        if not 0 < steps < float("inf"):  # -1 if the loader has no length
+            raise ValueError(
+                "max_steps must be set for a schedule of keep if max_epochs is -1 or the loader has no length, got "
+                f"max_epochs={trainer.max_epochs} and max_steps={trainer.max_steps}"
+            )
         set_keep(pl_module, self.schedule, trainer.global_step, int(steps))
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -47,6 +47,13 @@ class Logged(lightning.Callback):
         self.rows.append({name: float(x) for name, x in trainer.callback_metrics.items()})
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Examples without a known number."""
+
+    def __iter__(self) -> Any:
+        return iter(plain.rows(4))
+
+
 def fit(module: Any, examples: list[Any], folder: Path, *callbacks: Any, **options: Any) -> Any:
     loader = torch.utils.data.DataLoader(examples, batch_size=4, collate_fn=plain.collate)
     options = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, **options}
@@ -86,5 +93,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         fit(FromLogits(model), examples, tmp_path)
     with pytest.raises(RuntimeError, match="is trained in evaluation mode, .* call train"):  # which Lightning leaves on
         fit(Module(model.eval()), examples, tmp_path)
-    with pytest.raises(ValueError, match="max_steps or max_epochs must be set"):
+    with pytest.raises(ValueError, match="max_steps must be set .*got max_epochs=-1 and max_steps=-1"):
         fit(Module(model), examples, tmp_path, KeepSchedule(linear(1.0, 0.2)), max_epochs=-1)
+    with pytest.raises(ValueError, match="max_steps must be set .* no length, got max_epochs=1 and max_steps=-1"):
+        fit(Module(model), Stream(), tmp_path, KeepSchedule(linear(1.0, 0.2)))
