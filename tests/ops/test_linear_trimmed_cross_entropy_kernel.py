@@ -232,7 +232,9 @@ def test_any_shape_equals_the_definition(data: st.DataObject) -> None:
     loss = F.cross_entropy(F.linear(*exact)[kept], target[kept], **options)
     expected = [loss.detach(), *torch.autograd.grad(1.5 * loss, exact)]
     for x, y in zip([ours[0], *ours[2:]], expected, strict=True):
-        torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=2e-6 * max(1, float(y.abs().max())))
+        # The gradient of hidden adds up a term for each word, with both signs: its rounding grows with their number.
+        scale = max(1, float(y.abs().max()), math.sqrt(words / 64))
+        torch.testing.assert_close(x.double(), y, rtol=2e-5, atol=2e-6 * scale)
 
 
 def test_slices_of_the_vocabulary_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
