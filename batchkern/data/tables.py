@@ -243,7 +243,13 @@ def _read(source: str | os.PathLike[str], texts: Sequence[str] = ()) -> tuple[st
         raise
     except Exception as error:
         raise UserError(f"{name}: not a readable table: {str(error).partition(chr(10))[0]:.300}") from error
-    for key in read.column_names:
+    try:
+        names = read.column_names
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}: the names of its columns are no text in UTF-8: write the file in this encoding"
+        ) from error
+    for key in names:
         if key == "" or key.startswith("__index_level_"):
             raise UserError(f"{name}: the column {key!r} is an index of pandas: write the table without (index=False)")
     if read.num_rows == 0:
@@ -299,9 +305,8 @@ def _described(name: str, table: Any, key: str) -> Column:
     kind = _kind(column)
     if kind == "number":
         return Column(key, "number")
-    if kind is None and str(column.type) in ("binary", "large_binary"):
-        raise UserError(f"{name}: column {key!r} is no text in UTF-8: write the file in this encoding")
     if kind is None:
+        _check_encoding(name, key, column)
         raise UserError(
             f"{name}: column {key!r} is of type {column.type}; features are numbers, truth values and texts: remove "
             "it, or write it as one of these"
@@ -315,8 +320,15 @@ def _described(name: str, table: Any, key: str) -> Column:
     return Column(key, "texts", values)
 
 
+def _check_encoding(name: str, key: str, column: Any) -> None:
+    """Raises for bytes, which is how text in another encoding than UTF-8 is read."""
+    if str(column.type) in ("binary", "large_binary"):
+        raise UserError(f"{name}: column {key!r} is no text in UTF-8: write the file in this encoding")
+
+
 def _classes(name: str, table: Any, label: str) -> tuple[str, ...]:
     column = table.column(label)
+    _check_encoding(name, label, column)
     types = require("pyarrow", "train").types
     if _kind(column) is None or types.is_floating(column.type):
         raise UserError(

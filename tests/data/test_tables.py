@@ -111,6 +111,19 @@ def changed(row, column, value):
 
 
 @pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("größe,kind\n1,a\n2,b\n", "the names of its columns are no text in UTF-8: write the file in this encoding"),
+        ("size,kind\n1,ö\n2,b\n", "column 'kind' is no text in UTF-8"),
+    ],
+)
+def test_text_of_another_encoding_is_told(tmp_path, text, sentence):
+    (tmp_path / "latin.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=f"latin.csv: {sentence}"):
+        load_table_pair(tmp_path / "latin.csv", label="kind")
+
+
+@pytest.mark.parametrize(
     ("change", "sentence"),
     [
         (changed(3, 0, ""), "column 'size' has no value in row 4 of 60: fill them, or remove the rows or the column"),
